@@ -1,0 +1,386 @@
+"""The only file that knows Hugging Face architectures: blocks, projections, norms, geometry, and the calibration walk.
+
+Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
+"""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.method import LlmoptError, Progress, silent
+from llmopt.modeling import SkippedAttn, SkippedFFN
+
+Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
+HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
+EXPERTS = "expert weights are fused 3-D tensors; only the attention of Mixture-of-Experts models is supported"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where one architecture keeps its parts; module names are relative to the decoder layer."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention: str = "self_attn"
+    ffn: str | None = "mlp"
+    head_dim: str = "head_dim"                    # attribute of the attention module
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")   # one name: fused
+    interleaved: bool = False                     # fused rows run head by head (q, k, v of head 0, then of head 1)
+    out: str = "o_proj"
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_gated: bool = True                        # with one name: rows are [gate | up]
+    ffn_out: str = "mlp.down_proj"
+    norms: tuple[tuple[str, str], ...] = (("attn_in", "input_layernorm"), ("ffn_in", "post_attention_layernorm"))
+    norm_offset: float = 0.0                      # 1.0 where the norm multiplies by (1 + weight)
+    head_norms: tuple[str, ...] = ()              # per-head norms on queries and keys
+    width_key: str = "intermediate_size"          # the config's name for F
+    form: Form = "pre"
+    refuse: dict[str, str] = field(default_factory=dict)    # unit of pruning -> why not
+
+
+_SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
+             ("ffn_in", "pre_feedforward_layernorm"), ("ffn_out", "post_feedforward_layernorm"))
+_NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
+_NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS}
+_QK = ("q_norm", "k_norm")
+
+SPECS: dict[str, Spec] = {
+    "llama": Spec(),
+    "mistral": Spec(),
+    "qwen2": Spec(),
+    "qwen3": Spec(head_norms=_QK),
+    "phi3": Spec(qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), refuse={
+        "per_layer_heads": "its forward reads num_attention_heads from the model-wide config"}),
+    "gemma2": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich"),
+    "gemma3_text": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", head_norms=_QK),
+    "olmo2": Spec(norms=(("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm")),
+                  form="branch_post", head_norms=_QK, refuse={
+        "kv_groups": "its query and key norms span all heads", "q_heads": "its query and key norms span all heads"}),
+    "gpt_neox": Spec(layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
+                     head_dim="head_size", qkv=("query_key_value",), interleaved=True, out="dense",
+                     ffn_in=("mlp.dense_h_to_4h",), ffn_gated=False, ffn_out="mlp.dense_4h_to_h",
+                     form="parallel", refuse=_NO_HEADS),
+    "gpt2": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
+                 out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
+                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), width_key="n_inner", refuse=_NO_HEADS),
+    "opt": Spec(layers="model.decoder.layers", final_norm="model.decoder.final_layer_norm", ffn=None,
+                out="out_proj", ffn_in=("fc1",), ffn_gated=False, ffn_out="fc2",
+                norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")),
+                width_key="ffn_dim", refuse=_NO_HEADS | {"mlp": "its feed-forward is not a module of its own"}),
+    "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", refuse=_NO_EXPERTS),
+    "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", refuse=_NO_EXPERTS),
+    "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", head_norms=_QK, refuse=_NO_EXPERTS),
+}
+
+
+def spec_of(model: nn.Module) -> Spec:
+    """The architecture's table entry; an unknown one is refused with the list of those supported."""
+    kind = model.config.model_type
+    if kind not in SPECS:
+        raise LlmoptError(f"architecture {kind!r} is not supported. Supported: {', '.join(SPECS)}")
+    return SPECS[kind]
+
+
+def refuse_units(model: nn.Module, unit: str) -> None:
+    """Raise LlmoptError if this architecture cannot lose `unit` (kv_groups, q_heads, ffn, per_layer_heads, ...)."""
+    why = spec_of(model).refuse.get(unit)
+    if why:
+        raise LlmoptError(f"{model.config.model_type}: {unit} cannot be pruned: {why}")
+
+
+@dataclass
+class Projection:
+    """One linear map of a block, seen as weight [out, in] whatever its layout on disk.
+
+    parts: rows of each logical output, e.g. {"q": [H, D], "k": [G, D], "v": [G, D]} or {"gate": [F, 1], "up": [F, 1]}.
+    """
+
+    name: str
+    module: nn.Module
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def transposed(self) -> bool:
+        return not isinstance(self.module, nn.Linear)    # Conv1D keeps [in, out]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [out, in]; a view, so in-place writes reach the module."""
+        return self.module.weight.data.T if self.transposed else self.module.weight.data
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.data
+
+    def write(self, weight: Tensor) -> None:
+        """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
+        self.weight.copy_(weight)
+
+    def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Cut the weight down to the given output rows and input columns (index tensors)."""
+        weight = self.weight
+        if rows is not None:
+            weight = weight[rows]
+            if self.module.bias is not None:
+                self.module.bias = nn.Parameter(self.module.bias.data[rows].clone(), requires_grad=False)
+        if columns is not None:
+            weight = weight[:, columns]
+        out, width = weight.shape
+        stored = weight.T if self.transposed else weight
+        self.module.weight = nn.Parameter(stored.contiguous().clone(), requires_grad=False)
+        if self.transposed:
+            self.module.nf, self.module.nx = out, width
+        else:
+            self.module.out_features, self.module.in_features = out, width
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
+
+    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
+    name: str
+    module: nn.Module
+    kind: Literal["rms", "layer"]
+    offset: float = 0.0
+
+
+@dataclass
+class Block:
+    """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists."""
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: nn.Module | None
+    heads: int                       # H
+    kv_heads: int                    # G
+    head_dim: int                    # D
+    width: int                       # F
+    attn_in: list[Projection]        # readers of the residual stream: q, k, v (or one fused)
+    attn_out: Projection | None      # writer
+    ffn_in: list[Projection]         # readers: gate, up (or one fused; or one up)
+    ffn_out: Projection | None       # writer
+    norms: dict[str, Norm]
+    form: Form
+
+    def groups(self) -> list[list[Projection]]:
+        """Projections that read the same input together, in the order of the data flow."""
+        listed = [self.attn_in, [self.attn_out] if self.attn_out else [],
+                  self.ffn_in, [self.ffn_out] if self.ffn_out else []]
+        return [group for group in listed if group]
+
+    def projections(self) -> list[Projection]:
+        return [p for group in self.groups() for p in group]
+
+    def part(self, which: str) -> tuple[Projection, Tensor]:
+        """The projection that computes `which` (q, k, v, gate, up) and its rows [units, rows per unit]."""
+        for projection in self.attn_in + self.ffn_in:
+            if which in projection.parts:
+                return projection, projection.parts[which]
+        raise KeyError(which)
+
+
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers."""
+    return model.get_submodule(spec_of(model).layers)
+
+
+def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Put `layers` in place of the decoder layers and renumber what looks up a cache by layer."""
+    parent, _, leaf = spec_of(model).layers.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList(layers))
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module | None]:
+    """The attention module of every layer; None where attention is skipped."""
+    spec = spec_of(model)
+    found = [layer.get_submodule(spec.attention) for layer in layer_list(model)]
+    return [None if isinstance(m, SkippedAttn) else m for m in found]
+
+
+def final_norm(model: nn.Module) -> Norm:
+    """The norm in front of the output embedding."""
+    spec = spec_of(model)
+    return _norm("final", spec.final_norm, model.get_submodule(spec.final_norm), spec.norm_offset)
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """Views of every decoder layer, made anew from the modules' present shapes."""
+    spec = spec_of(model)
+    return [_block(spec, i, layer) for i, layer in enumerate(layer_list(model))]
+
+
+def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
+    name = f"{spec.layers}.{index}"
+    attention = layer.get_submodule(spec.attention)
+    ffn_skipped = not spec.ffn_out or (spec.ffn is not None and isinstance(layer.get_submodule(spec.ffn), SkippedFFN))
+    shape = dict(heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
+    if isinstance(attention, SkippedAttn):
+        attention = None
+    else:
+        shape = _attention_view(spec, f"{name}.{spec.attention}", attention)
+    ffn = dict(width=0, ffn_in=[], ffn_out=None) if ffn_skipped else _ffn_view(spec, name, layer)
+    norms = {role: _norm(role, f"{name}.{child}", layer.get_submodule(child), spec.norm_offset)
+             for role, child in spec.norms if not isinstance(layer.get_submodule(child), nn.Identity)}
+    return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn)
+
+
+def _form(spec: Spec, layer: nn.Module) -> Form:
+    if spec.form == "parallel" and not layer.use_parallel_residual:
+        return "pre"
+    if spec.ffn_in == ("fc1",) and not layer.do_layer_norm_before:   # OPT-350m
+        return "residual_post"
+    return spec.form
+
+
+def _norm(role: str, name: str, module: nn.Module, offset: float) -> Norm:
+    return Norm(role, name, module, "layer" if isinstance(module, nn.LayerNorm) else "rms", offset)
+
+
+def _attention_view(spec: Spec, name: str, module: nn.Module) -> dict[str, Any]:
+    readers = [Projection(f"{name}.{child}", module.get_submodule(child)) for child in spec.qkv]
+    writer = Projection(f"{name}.{spec.out}", module.get_submodule(spec.out))
+    dim = getattr(module, spec.head_dim)
+    heads = writer.in_features // dim
+    if len(readers) == 3:
+        kv_heads = readers[1].out_features // dim
+        for reader, part, units in zip(readers, "qkv", (heads, kv_heads, kv_heads), strict=True):
+            reader.parts = {part: torch.arange(units * dim).view(units, dim)}
+    else:
+        kv_heads = (readers[0].out_features // dim - heads) // 2
+        readers[0].parts = _fused_rows(heads, kv_heads, dim, spec.interleaved)
+    return dict(heads=heads, kv_heads=kv_heads, head_dim=dim, attn_in=readers, attn_out=writer)
+
+
+def _fused_rows(heads: int, kv_heads: int, dim: int, interleaved: bool) -> dict[str, Tensor]:
+    if interleaved:                                              # [H, 3, D]
+        rows = torch.arange(3 * heads * dim).view(heads, 3, dim)
+        return {part: rows[:, i] for i, part in enumerate("qkv")}
+    rows = torch.arange((heads + 2 * kv_heads) * dim).view(-1, dim)
+    q, k, v = rows.split([heads, kv_heads, kv_heads])
+    return {"q": q, "k": k, "v": v}
+
+
+def _ffn_view(spec: Spec, name: str, layer: nn.Module) -> dict[str, Any]:
+    readers = [Projection(f"{name}.{child}", layer.get_submodule(child)) for child in spec.ffn_in]
+    writer = Projection(f"{name}.{spec.ffn_out}", layer.get_submodule(spec.ffn_out))
+    width = writer.in_features
+    rows = torch.arange(2 * width if spec.ffn_gated else width).view(-1, width, 1)
+    if len(readers) == 2:
+        readers[0].parts, readers[1].parts = {"gate": rows[0]}, {"up": rows[0]}
+    else:
+        readers[0].parts = {"gate": rows[0], "up": rows[1]} if spec.ffn_gated else {"up": rows[0]}
+    return dict(width=width, ffn_in=readers, ffn_out=writer)
+
+
+# ---------------------------------------------------------------------------------------------- the calibration walk
+
+@dataclass
+class Visit:
+    """One stop of the walk: a block and everything needed to run it over the calibration set.
+
+    inputs: hidden states [B, T, E] per batch. Padding never reaches an observer.
+    """
+
+    block: Block
+    inputs: list[Tensor]
+    calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
+    masks: list[Tensor]                 # [B, T] bool, True at real tokens
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """The block's outputs [B, T, E], batch by batch, with its present weights."""
+        return [_first(self.block.module(x, *args, **kwargs))
+                for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True)]
+
+    def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> list[Tensor]:
+        """Run the block; `readers[projection name]` is fed the real tokens' inputs [N, in_features]."""
+        mask: Tensor = self.masks[0]
+        handles = []
+
+        def hook(see):
+            def pre(module, args):
+                see(args[0].reshape(-1, args[0].shape[-1])[mask.reshape(-1)])
+            return pre
+
+        try:
+            for projection in self.block.projections():
+                if projection.name in readers:
+                    handles.append(projection.module.register_forward_pre_hook(hook(readers[projection.name])))
+            results = []
+            with torch.no_grad():
+                for x, (args, kwargs), mask in zip(self.inputs, self.calls, self.masks, strict=True):
+                    results.append(_first(self.block.module(x, *args, **kwargs)))
+            return results
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
+         label: str = "blocks") -> Iterator[Visit]:
+    """Visit the blocks in order; each one's inputs are the outputs of the (edited) blocks before it.
+
+    batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
+    forward exactly. The caller edits `visit.block` between two visits.
+    """
+    if not batches:
+        raise LlmoptError("this step needs calibration data and there is none")
+    inputs, calls = _record_calls(model, batches)
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    for index in progress(range(len(calls)), label):
+        visit = Visit(blocks(model)[index], inputs, calls[index], masks)
+        yield visit
+        inputs = visit.outputs()
+
+
+@torch.no_grad()
+def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[list]]:
+    """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
+    calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
+    inputs: list[Tensor] = []
+
+    def recorder(index):
+        def forward(hidden, *args, **kwargs):
+            if index == 0:
+                inputs.append(hidden)
+            calls[index].append((args, kwargs))
+            return hidden
+        return forward
+
+    with _forwards(layer_list(model), recorder):
+        for batch in batches:
+            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+    return inputs, calls
+
+
+@contextmanager
+def _forwards(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
+    """Replace the forward of each module for a while; nothing of it remains afterwards."""
+    try:
+        for index, module in enumerate(modules):
+            module.forward = make(index)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,209 @@
+"""The whole contract between llmopt and a method: two verbs, apply and restore.
+
+A method is a frozen dataclass whose fields ARE the keys of its recipe entry. `apply` edits a model in place and
+returns a `Record`; `restore` redoes the edit on a model that was loaded from disk.
+"""
+import difflib
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+Stage = Literal["score", "prune", "quant", "runtime"]
+STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
+
+
+class LlmoptError(Exception):
+    """Something the user can mend; its text is the whole message. Commands print it and exit with 2."""
+
+
+class FieldError(LlmoptError):
+    """A field of a method holds a value that it cannot use."""
+
+    def __init__(self, key: str, value: object, expected: str):
+        super().__init__(f"{key}: {value!r} given, {expected} expected")
+        self.key = key
+
+
+class BudgetError(LlmoptError):
+    """A total that no allocation can meet."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put `where` in front of any short fact that is raised inside."""
+    try:
+        yield
+    except LlmoptError as fact:
+        raise LlmoptError(f"{where}: {fact}") from fact
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A tail for error messages: the closest valid choice, then all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{hint}. Choices: {', '.join(choices)}"
+
+
+Progress = Callable[[Iterable, str], Iterable]
+
+
+def silent(items: Iterable, label: str) -> Iterable:
+    """The progress that shows nothing."""
+    return items
+
+
+@dataclass
+class Record:
+    """All that load time needs of one step: plain JSON data and tensors."""
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """What a step may look at while it is applied.
+
+    batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
+    scores: head scores by step name: L tensors of [H_l], float32.
+    multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
+    """
+
+    batches: list[dict[str, Tensor]] | None = None
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    seed: int = 0
+    progress: Progress = silent
+    multiple: int = 1
+    tokenizer: Any = None
+
+
+class Method(ABC):
+    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            value = _typed(item.name, getattr(self, item.name), hints[item.name])
+            object.__setattr__(self, item.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise FieldError for a value that the types alone do not rule out."""
+
+    @abstractmethod
+    def apply(self, model, run: Run) -> Record:
+        """Edit `model` in place and return what load time needs."""
+
+    def restore(self, model, record: Record) -> None:
+        """Redo the edit on a model loaded from disk; nothing, where config and weights already carry it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe entry that builds this instance: {name: fields}."""
+        return {self.name: {f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_dict()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotation of its field wants it; ints become floats, {name: fields} becomes a Method."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(key, value, args)
+    if origin is Literal:
+        if value not in args:
+            raise FieldError(key, value, "one of " + ", ".join(map(str, args)))
+        return value
+    if isinstance(hint, type) and issubclass(hint, Method):
+        return value if isinstance(value, hint) else _nested(key, value, hint)
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise FieldError(key, value, "a list")
+        return origin(_typed(f"{key}[{i}]", v, args[0]) for i, v in enumerate(value))
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or hint
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        raise FieldError(key, value, f"a value of type {plain.__name__}")
+    return value
+
+
+def _one_of(key: str, value: Any, hints: tuple) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    first: FieldError | None = None
+    for hint in (h for h in hints if h is not type(None)):
+        try:
+            return _typed(key, value, hint)
+        except FieldError as error:
+            first = first or error
+    raise first
+
+
+def _nested(key: str, value: Any, base: type) -> "Method":
+    if not isinstance(value, dict) or len(value) != 1:
+        raise FieldError(key, value, "one method, as {family.method: {fields}}")
+    (name, given), = value.items()
+    made = build(name, given or {})
+    if not isinstance(made, base):
+        raise FieldError(key, name, f"a {base.__name__}")
+    return made
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a method known under its public name. A clash raises at import."""
+
+    def enter(cls: type[Method]) -> type[Method]:
+        if name in _REGISTRY:
+            raise RuntimeError(f"two methods are called {name!r}: {_REGISTRY[name]} and {cls}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return enter
+
+
+def get(name: str) -> type[Method]:
+    """The class registered under `name`; an unknown name lists the nearest valid ones."""
+    if name not in _REGISTRY:
+        raise LlmoptError(f"there is no method {name!r}{nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    """Every registered method, sorted."""
+    return sorted(_REGISTRY)
+
+
+def build(name: str, given: dict[str, Any]) -> Method:
+    """An instance of the method `name`; raises LlmoptError naming an unknown, missing or unusable field."""
+    cls = get(name)
+    known = [f.name for f in fields(cls)]
+    for key in given:
+        if key not in known:
+            raise LlmoptError(f"{name} has no field {key!r}{nearest(key, known)}")
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    for key in missing:
+        if key not in given:
+            raise LlmoptError(f"{name} needs the field {key!r}")
+    with naming(name):
+        return cls(**given)
