@@ -207,6 +207,18 @@ def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
                 module.layer_idx = index
 
 
+def tell_shapes(model: nn.Module) -> None:
+    """Bring the numbers that modules keep about themselves in line with the present shapes of their weights."""
+    for block in blocks(model):
+        told = {"intermediate_size": block.width}
+        if block.attention is not None:
+            told |= {"num_heads": block.heads, "num_key_value_heads": block.kv_heads,
+                     "num_key_value_groups": block.heads // block.kv_heads}
+        for module in block.module.modules():
+            for key in told.keys() & module.__dict__.keys():
+                setattr(module, key, told[key])
+
+
 def attention_modules(model: nn.Module) -> list[nn.Module | None]:
     """The attention module of every layer; None where attention is skipped."""
     spec = spec_of(model)

@@ -30,6 +30,14 @@ class FieldError(LlmoptError):
         self.key = key
 
 
+class KeyUnknown(LlmoptError):
+    """A key that its place does not have."""
+
+    def __init__(self, key: str, tail: str):
+        super().__init__(f"unknown key {key!r}{tail}")
+        self.key = key
+
+
 class BudgetError(LlmoptError):
     """A total that no allocation can meet."""
 
@@ -84,12 +92,8 @@ class Run:
     tokenizer: Any = None
 
 
-class Method(ABC):
-    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
-
-    name: ClassVar[str]
-    stage: ClassVar[Stage]
-    needs_data: ClassVar[bool] = False
+class Checked:
+    """A dataclass whose values must fit their annotations: a wrong one raises FieldError when it is made."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -100,6 +104,14 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raise FieldError for a value that the types alone do not rule out."""
+
+
+class Method(Checked, ABC):
+    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs_data: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
@@ -197,13 +209,17 @@ def names() -> list[str]:
 def build(name: str, given: dict[str, Any]) -> Method:
     """An instance of the method `name`; raises LlmoptError naming an unknown, missing or unusable field."""
     cls = get(name)
-    known = [f.name for f in fields(cls)]
+    with naming(name):
+        return fill(cls, given)
+
+
+def fill(cls: type, given: dict[str, Any]) -> Any:
+    """`cls(**given)` for a Checked dataclass, where an unknown or missing key is an error that names it."""
+    known = {f.name: f for f in fields(cls)}
     for key in given:
         if key not in known:
-            raise LlmoptError(f"{name} has no field {key!r}{nearest(key, known)}")
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    for key in missing:
-        if key not in given:
-            raise LlmoptError(f"{name} needs the field {key!r}")
-    with naming(name):
-        return cls(**given)
+            raise KeyUnknown(key, nearest(key, known))
+    for key, item in known.items():
+        if key not in given and item.default is MISSING and item.default_factory is MISSING:
+            raise LlmoptError(f"the field {key!r} is missing")
+    return cls(**given)

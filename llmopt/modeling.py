@@ -1,6 +1,27 @@
-"""Per-layer shapes: the part behind AutoModel, and the file that is copied into checkpoints (torch + transformers only)."""
+"""Per-layer shapes: the models behind AutoModel, and the file that is copied into checkpoints (torch + transformers only).
+
+For every supported family this file makes a subclass of the stock causal LM, under the stock name. It is the stock model
+unless its config carries one of our keys:
+
+    per_layer_config   {layer: {num_attention_heads, num_key_value_heads, intermediate_size, skip: [attention, mlp]}}
+    llmopt             runtime parts; attached after from_pretrained by llmopt.runtime, where llmopt is installed
+"""
+import contextlib
+import copy
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import threading
+import warnings
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
+
+REMOTE_FILE = "modeling_llmopt.py"
 
 
 class SkippedAttn(nn.Module):
@@ -10,11 +31,12 @@ class SkippedAttn(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, hidden_states, *args, past_key_values=None, layer_past=None, **kwargs):
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
             batch, tokens, _ = hidden_states.shape
             marker = hidden_states.new_zeros(batch, 1, tokens, 1)
-            past_key_values.update(marker, marker, self.layer_idx)
+            cache.update(marker, marker, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -23,3 +45,213 @@ class SkippedFFN(nn.Module):
 
     def forward(self, hidden_states):
         return torch.zeros_like(hidden_states)
+
+
+class Family(NamedTuple):
+    """Where transformers keeps the causal LM of one model_type, and what a skipped part takes with it."""
+
+    package: str
+    model: str
+    layer: str
+    attention: str = "self_attn"
+    mlp: str | None = "mlp"
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    width: str = "intermediate_size"        # the config's name for the FFN width
+
+
+_SANDWICH = dict(attention_norms=("input_layernorm", "post_attention_layernorm"),
+                 mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", "LlamaForCausalLM", "LlamaDecoderLayer"),
+    "mistral": Family("mistral", "MistralForCausalLM", "MistralDecoderLayer"),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer"),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer"),
+    "phi3": Family("phi3", "Phi3ForCausalLM", "Phi3DecoderLayer"),
+    "gemma2": Family("gemma2", "Gemma2ForCausalLM", "Gemma2DecoderLayer", **_SANDWICH),
+    "gemma3_text": Family("gemma3", "Gemma3ForCausalLM", "Gemma3DecoderLayer", **_SANDWICH),
+    "olmo2": Family("olmo2", "Olmo2ForCausalLM", "Olmo2DecoderLayer",
+                    attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)),
+    "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXLayer", attention="attention"),
+    "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Block", attention="attn",
+                   attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),
+    # OPT-350m normalises the residual stream itself: its norms stay where they are
+    "opt": Family("opt", "OPTForCausalLM", "OPTDecoderLayer", mlp=None, attention_norms=(), mlp_norms=(), width="ffn_dim"),
+    # attention only: their experts are left alone, their layers always have stock shapes
+    "mixtral": Family("mixtral", "MixtralForCausalLM", "MixtralDecoderLayer"),
+    "qwen2_moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeDecoderLayer"),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeDecoderLayer"),
+}
+
+
+def skip_part(family: Family, layer: nn.Module, part: str, layer_idx: int) -> None:
+    """Take `part` ("attention" or "mlp") and the norms that serve only it out of a decoder layer."""
+    if part == "attention":
+        setattr(layer, family.attention, SkippedAttn(layer_idx))
+    elif part == "mlp" and family.mlp:
+        setattr(layer, family.mlp, SkippedFFN())
+    else:
+        raise ValueError(f"{family.model} cannot skip {part!r} of a layer")
+    for norm in family.attention_norms if part == "attention" else family.mlp_norms:
+        setattr(layer, norm, nn.Identity())
+
+
+def _stock(family: Family, name: str) -> type:
+    return getattr(importlib.import_module(f"transformers.models.{family.package}.modeling_{family.package}"), name)
+
+
+_BUILDING = threading.RLock()
+
+
+@contextlib.contextmanager
+def _layers_by_config(family: Family, config):
+    """While a heterogeneous model is built, each decoder layer reads the config of its own index."""
+    cls = _stock(family, family.layer)
+    stock = cls.__init__
+
+    def build(self, given, layer_idx, *args, **kwargs):
+        own = given.per_layer_config[layer_idx]
+        stock(self, own, layer_idx, *args, **kwargs)
+        for part in own.skip:
+            skip_part(family, self, part, layer_idx)
+        for module in self.modules():       # set_attn_implementation() edits the model's one config, not copies of it
+            if getattr(module, "config", None) is own:
+                module.config = given
+
+    with _BUILDING:
+        cls.__init__ = build if config.is_heterogeneous else stock
+        try:
+            yield
+        finally:
+            cls.__init__ = stock
+
+
+class _Shaped:
+    """What every generated class adds in front of its stock class."""
+
+    _llmopt_family: Family
+    _keys_to_ignore_on_load_unexpected = [r"^llmopt\."]
+
+    def __init__(self, config, *args, **kwargs):
+        with _layers_by_config(self._llmopt_family, config):
+            super().__init__(config, *args, **kwargs)
+        declare_tensors(self)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded      # output_loading_info=True gives a pair
+        if getattr(model.config, "llmopt", None):
+            _attach(model)
+        return loaded
+
+
+def declare_tensors(model: nn.Module) -> None:
+    """Make room for the runtime tensors that the config declares, so that from_pretrained fills them.
+
+    config.llmopt["tensors"] = {"<step>.<name>": {"shape": [...], "dtype": "float32"}}; each becomes the buffer
+    `llmopt.<step>.<name>` of the model.
+    """
+    declared = (getattr(model.config, "llmopt", None) or {}).get("tensors") or {}
+    for name, layout in declared.items():
+        *path, leaf = f"llmopt.{name}".split(".")
+        holder = model
+        for part in path:
+            if part not in dict(holder.named_children()):
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        holder.register_buffer(leaf, torch.zeros(layout["shape"], dtype=getattr(torch, layout["dtype"])))
+
+
+def _attach(model: nn.Module) -> None:
+    if importlib.util.find_spec("llmopt") is None:
+        warnings.warn("this checkpoint has runtime parts (config.llmopt), but the package llmopt is not installed: "
+                      "the model runs with its plain attention and cache", stacklevel=3)
+        return
+    importlib.import_module("llmopt.runtime").attach_from_config(model)
+
+
+def _subclass(family: Family) -> type:
+    stock = _stock(family, family.model)
+    keys = [*(stock._keys_to_ignore_on_load_unexpected or []), *_Shaped._keys_to_ignore_on_load_unexpected]
+    return type(family.model, (_Shaped, stock), {
+        "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": family,
+        "_keys_to_ignore_on_load_unexpected": keys})
+
+
+CLASSES: dict[str, type] = {kind: _subclass(family) for kind, family in FAMILIES.items()}
+globals().update({cls.__name__: cls for cls in CLASSES.values()})       # remote code looks its class up by name
+
+
+def register_models() -> None:
+    """Put the classes of this file behind AutoModelForCausalLM."""
+    for cls in CLASSES.values():
+        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+
+def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """(files to put beside a checkpoint of `model`, its config's `auto_map`): trust_remote_code then loads it exactly."""
+    name = FAMILIES[saved_config(model)[0]["model_type"]].model
+    source = inspect.getsource(sys.modules[__name__])
+    return {REMOTE_FILE: source}, {"AutoModelForCausalLM": f"{REMOTE_FILE.removesuffix('.py')}.{name}"}
+
+
+# ------------------------------------------------------------------------------------------------- the config on disk
+
+def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
+    """(config.json of a checkpoint of `model`, whether it needs the code of this file to be read)."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [FAMILIES[config.model_type].model] if config.model_type in FAMILIES else [type(model).__name__]
+    config.dtype = model.dtype
+    config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
+    if not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
+        config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)
+    config.validate()
+    return json.loads(config.to_json_string(use_diff=True)), config.is_heterogeneous
+
+
+def checks_heads(config) -> bool:
+    """Whether this config class refuses a hidden_size that is no multiple of num_attention_heads."""
+    return type(config).validate_architecture is not PreTrainedConfig.validate_architecture
+
+
+def heads_fit(config, heads: int) -> bool:
+    """Whether this config class accepts `heads` query heads for the whole model."""
+    return not checks_heads(config) or config.hidden_size % heads == 0
+
+
+def _is_plain_llama(config) -> bool:
+    return config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
+
+
+def _as_mistral(config) -> PreTrainedConfig:
+    """The same model under an architecture that takes any number of heads; every tensor keeps its name."""
+    fields = config.to_dict()
+    for key in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version", "architectures"):
+        fields.pop(key, None)
+    return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+def _heads_per_layer(config) -> PreTrainedConfig:
+    """A number of heads that the config class refuses, written layer by layer."""
+    width = FAMILIES[config.model_type].width
+    own = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
+           width: getattr(config, width)}
+    write_layers(config, [own] * config.num_hidden_layers)
+    return config
+
+
+def write_layers(config, layers: list[dict[str, Any]]) -> None:
+    """Make `config` heterogeneous, such that stock transformers cannot build the model and fill it with random numbers.
+
+    layers: per layer its width and, if they vary, its head counts. The model-wide width is one that no layer has, so
+    every stock layer fails: with AmbiguousGlobalPerLayerAttributeError, or on the shape of its first tensor.
+    """
+    width = FAMILIES[config.model_type].width
+    setattr(config, width, max(layer[width] for layer in layers) + 1)
+    if checks_heads(config) and any("num_attention_heads" in layer for layer in layers):
+        fits = range(config.num_attention_heads, config.hidden_size + 1)
+        config.num_attention_heads = next(h for h in fits if config.hidden_size % h == 0)
+        config.allow_global_per_layer_attribute_access = True      # its own check reads the model-wide head count
+    config.per_layer_config = dict(enumerate(layers))

@@ -1,0 +1,1 @@
+"""What llmopt is measured with: the embedded world, its lm-eval tasks, speed."""

@@ -1,0 +1,57 @@
+"""The figures at the end of a run: sizes, cache and scores, before and after, kept in the checkpoint's llmopt.json."""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmopt.card import write_card
+from llmopt.loading import resolve
+from llmopt.recipe import Recipe
+from llmopt.terminal import human
+from llmopt_evals import evaluate as scores
+
+
+def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Score the dense and the compressed model where that is missing, write the table, return the folder's facts."""
+    facts = json.loads((output / "llmopt.json").read_text())
+    if tasks and "scores" not in facts:
+        facts["scores"] = {}
+        for which, model in (("before", resolve(recipe.model.id)), ("after", str(output))):
+            say(f"scoring the model {which} compression")
+            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size,
+                                      recipe.model.device, trust_remote_code=recipe.model.trust_remote_code)
+            scores.write_results(results, output / f"eval-{which}.json")
+            facts["scores"][which] = [list(row) for row in scores.figures(results)]
+    facts["table"] = table(facts)
+    beside = output / "llmopt.json.tmp"
+    beside.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(beside, output / "llmopt.json")
+    write_card(output, output.name)
+    return facts
+
+
+def table(facts: dict[str, Any]) -> list[list[str]]:
+    """Rows [what, before, after]."""
+    (many, left), (full, kept) = facts["parameters"], facts["cache_bytes_per_token"]
+    predicted = facts["predicted_bytes"]
+    rows = [["file size", human(facts["dense_bytes"]), human(facts["bytes"])],
+            ["predicted file size", "", human(predicted) if predicted else "not predicted"],
+            ["parameters", f"{many:,}", f"{left:,}"],
+            ["bits per parameter of the file", f"{8 * facts['dense_bytes'] / many:.2f}",
+             f"{8 * facts['bytes'] / left:.2f}"],
+            ["bits per quantized weight", f"{_dense_bits(facts):.0f}", _quantized_bits(facts)],
+            ["cache bytes per token", f"{full:,.0f}", f"{kept:,.0f}"]]
+    after = {(task, metric): value for task, metric, value in facts.get("scores", {}).get("after", [])}
+    for task, metric, value in facts.get("scores", {}).get("before", []):
+        rows.append([f"{task} {metric}", f"{value:.4f}", f"{after.get((task, metric), float('nan')):.4f}"])
+    return rows
+
+
+def _dense_bits(facts: dict[str, Any]) -> float:
+    return round(8 * facts["dense_bytes"] / facts["parameters"][0] / 8) * 8
+
+
+def _quantized_bits(facts: dict[str, Any]) -> str:
+    metas = [r["meta"] for r in facts["records"] if r["method"].startswith("quant.")]
+    return f"{metas[-1]['bits']:.3f}" if metas else "-"

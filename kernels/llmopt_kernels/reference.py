@@ -1,0 +1,238 @@
+"""What every attention operation means, in plain torch.
+
+Notation: B batch, H query heads, G KV heads, g = H / G, T queries, S keys, N flat entries, D head_dim.
+Positions count tokens from the start of the sequence; `NONE` marks a hole. Logits and softmax are fp32.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NONE = -1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer turns queries and keys into logits, and how far back it looks."""
+
+    scaling: float
+    softcap: float | None = None     # logits = cap * tanh(logits / cap)
+    window: int | None = None        # key j is visible to query i while i - j < window
+
+    def logits(self, query: Tensor, keys: Tensor) -> Tensor:
+        """query [..., R, D], keys [..., S, D] -> [..., R, S], fp32."""
+        logits = torch.matmul(query.float() * self.scaling, keys.float().transpose(-1, -2))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """[..., T], [..., S] -> bool [..., T, S]: causal, inside the window, no holes."""
+        i, j = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
+        seen = (j <= i) & (j != NONE)
+        return seen if self.window is None else seen & (i - j < self.window)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The entries a cache layer has kept: flat, row by row, within a row KV head by KV head, oldest first."""
+
+    keys: Tensor                     # [N, D]
+    values: Tensor                   # [N, D]
+    positions: Tensor                # [N] int32
+    counts: Tensor                   # [B, G] int64, on the CPU; their sum is N
+    bias: Tensor | None = None       # [N] fp32, added to the logits (merged entries); None: zero
+
+    def tensors(self) -> list[Tensor]:
+        held = [self.keys, self.values, self.positions, self.counts]
+        return held if self.bias is None else [*held, self.bias]
+
+    def heads(self) -> Iterator[tuple[int, int, slice]]:
+        """(row, KV head, where its entries lie)."""
+        start = 0
+        for row, counts in enumerate(self.counts.tolist()):
+            for head, count in enumerate(counts):
+                yield row, head, slice(start, start + count)
+                start += count
+
+    def select_rows(self, rows: Tensor) -> "Ragged":
+        """The same entries for a batch made of `rows` [B'], in that order."""
+        ends = self.counts.sum(1).cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        spans = [torch.arange(starts[r], ends[r]) for r in rows.tolist()]
+        index = torch.cat(spans).to(self.keys.device)
+        bias = None if self.bias is None else self.bias[index]
+        return Ragged(self.keys[index], self.values[index], self.positions[index], self.counts[rows.cpu()], bias)
+
+
+def softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax over the last axis; a row that sees nothing becomes zeros."""
+    if visible is None:
+        return logits.softmax(-1)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: Rule) -> Tensor:
+    """Masked attention, a block of queries at a time: [B, H, T, D] x [B, G, S, D] -> [B, H, T, D].
+
+    visible: bool, broadcastable to [B, 1, T, S]; None lets every query see every key.
+    """
+    batch, heads, tokens, _ = query.shape
+    groups = keys.shape[1]
+    rows = query.view(batch, groups, heads // groups, tokens, -1)                    # [B, G, g, T, D]
+    out = query.new_empty(batch, groups, heads // groups, tokens, values.shape[-1])
+    for start in range(0, tokens, 256):
+        part = slice(start, start + 256)
+        seen = None if visible is None else visible.unsqueeze(1)[..., part, :]       # [B, 1, 1, t, S]
+        weights = softmax(rule.logits(rows[:, :, :, part], keys.unsqueeze(2)), seen)
+        out[:, :, :, part] = torch.matmul(weights, values.float().unsqueeze(2)).to(out.dtype)
+    return out.view(batch, heads, tokens, -1)
+
+
+def attention_weights(query: Tensor, keys: Tensor, visible: Tensor, rule: Rule) -> Tensor:
+    """Probabilities [B, H, T, S], fp32; `visible` is bool [B, G, T, S] (per KV head) or broadcastable to it."""
+    batch, heads, tokens, dim = query.shape
+    groups = keys.shape[1]
+    rows = query.view(batch, groups, heads // groups, tokens, dim)                   # [B, G, g, T, D]
+    weights = softmax(rule.logits(rows, keys.unsqueeze(2)), visible.unsqueeze(2))    # [B, G, g, T, S]
+    return weights.view(batch, heads, tokens, -1)
+
+
+def column_sums(query: Tensor, keys: Tensor, query_positions: Tensor, key_positions: Tensor, rule: Rule,
+                block: int = 256) -> Tensor:
+    """What each key receives from all queries together: [B, H, S], fp32, holding one block of queries at a time.
+
+    query [B, H, T, D]; keys [B, G, S, D]; query_positions [B, T]; key_positions [B, G, S].
+    """
+    total = query.new_zeros(query.shape[0], query.shape[1], keys.shape[2], dtype=torch.float32)
+    for start in range(0, query.shape[2], block):
+        part = slice(start, start + block)
+        visible = rule.visible(query_positions[:, None, part], key_positions)        # [B, G, t, S]
+        total += attention_weights(query[:, :, part], keys, visible, rule).sum(-2)
+    return total
+
+
+def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
+                     first: int, rule: Rule) -> Tensor:
+    """Attention over flat kept entries and a dense tail: [B, H, T, D] -> [B, H, T, D].
+
+    tail: keys and values [B, G, S, D] of the newest tokens; tail_visible: bool, broadcastable to [B, T, S], or None.
+    first: position of the first query. Kept entries are older than every query; only the window can hide them.
+    """
+    batch, heads, tokens, dim = query.shape
+    group = heads // kept.counts.shape[1]
+    rows = query.view(batch, -1, group, tokens, dim)                                 # [B, G, g, T, D]
+    i = torch.arange(first, first + tokens, device=query.device)
+    visible = None if tail_visible is None else tail_visible.expand(batch, -1, -1)
+    if bool((kept.counts == kept.counts[0, 0]).all()):
+        return _even_attention(rows, kept, tail, visible, i, rule).reshape(batch, heads, tokens, -1)
+    out = query.new_empty(batch, rows.shape[1], group, tokens, tail[1].shape[-1])
+    for row, head, where in kept.heads():
+        old = None if rule.window is None else rule.visible(i, kept.positions[where])
+        bias = None if kept.bias is None else kept.bias[where]
+        new = None if visible is None else visible[row]
+        keys = (kept.keys[where], tail[0][row, head])
+        values = (kept.values[where], tail[1][row, head])
+        out[row, head] = _two_parts(rows[row, head], keys, values, (old, new), bias, rule)
+    return out.view(batch, heads, tokens, -1)
+
+
+def _even_attention(rows: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], visible: Tensor | None, i: Tensor,
+                    rule: Rule) -> Tensor:
+    """All heads hold equally many entries: one batched product instead of a loop."""
+    batch, groups = kept.counts.shape
+    shape = (batch, groups, 1, int(kept.counts[0, 0]))
+    old = None if rule.window is None else rule.visible(i, kept.positions.view(shape))
+    bias = None if kept.bias is None else kept.bias.view(batch, groups, 1, 1, -1)
+    new = None if visible is None else visible[:, None, None]
+    keys = (kept.keys.view(*shape, -1), tail[0].unsqueeze(2))
+    values = (kept.values.view(*shape, -1), tail[1].unsqueeze(2))
+    return _two_parts(rows, keys, values, (old, new), bias, rule)
+
+
+def _two_parts(query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor],
+               visible: tuple[Tensor | None, Tensor | None], bias: Tensor | None, rule: Rule) -> Tensor:
+    """One softmax over two pieces, without joining them: query [..., T, D], keys and values [..., S1 | S2, D]."""
+    parts = []
+    for index, (piece, seen) in enumerate(zip(keys, visible, strict=True)):
+        logits = rule.logits(query, piece)
+        if index == 0 and bias is not None:
+            logits = logits + bias
+        parts.append(logits if seen is None else logits.masked_fill(~seen, -torch.inf))
+    weights = torch.cat(parts, -1).softmax(-1).nan_to_num(0.0)
+    old, new = weights.split([parts[0].shape[-1], parts[1].shape[-1]], -1)
+    out = torch.matmul(old, values[0].float()) + torch.matmul(new, values[1].float())
+    return out.to(query.dtype)
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """Which keys each row tile reads: `sinks` first keys, `window` last keys, and chosen columns.
+
+    columns: int64 [X, tiles, C] with X = G or H, sorted or not, without repeats, NONE as filler; None: no columns.
+    tile: number of query rows that share one list of columns.
+    """
+
+    sinks: int
+    window: int
+    columns: Tensor | None = None
+    tile: int = 128
+
+
+def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Attention over the listed keys only, gathered tile by tile: [H, T, D] and computed pairs [H].
+
+    query [H, T, D], keys and values [G, S, D]; the queries are the last T of the S tokens.
+    """
+    heads, tokens, dim = query.shape
+    offset = keys.shape[1] - tokens
+    out = query.new_empty(heads, tokens, values.shape[-1])
+    pairs = torch.zeros(heads, dtype=torch.int64, device=query.device)
+    for start in range(0, tokens, stripes.tile):
+        part = slice(start, min(start + stripes.tile, tokens))
+        i = torch.arange(part.start + offset, part.stop + offset, device=query.device)
+        out[:, part], count = _tile(query[:, part], keys, values, (stripes, start // stripes.tile, i), rule)
+        pairs += count
+    return out, pairs
+
+
+def _tile(query: Tensor, keys: Tensor, values: Tensor, place: tuple[Stripes, int, Tensor],
+          rule: Rule) -> tuple[Tensor, Tensor]:
+    """One row tile; place = (stripes, number of the tile, positions [R] of its rows)."""
+    stripes, number, i = place
+    heads, rows, dim = query.shape
+    groups = keys.shape[0]
+    base = _base_columns(stripes, i, rule)
+    near = _base_visible(stripes, i, base, rule).unsqueeze(0)                        # [1, R, C]
+    if stripes.columns is None:
+        k, v, seen = keys[:, base], values[:, base], near
+    else:
+        extra = stripes.columns[:, number]                                           # [X, C']
+        share = extra.shape[0] // groups                                             # 1, or g when chosen per query head
+        owner = torch.arange(extra.shape[0], device=keys.device) // share
+        k, v = (torch.cat([x[owner][:, base], x[owner.unsqueeze(1), extra.clamp(min=0)]], 1) for x in (keys, values))
+        far = rule.visible(i, extra) & ~_in_base(stripes, i, extra)                  # [X, R, C']
+        seen = torch.cat([near.expand(extra.shape[0], -1, -1), far], -1)
+    lists = k.shape[0]
+    q = query.view(lists, heads // lists, rows, dim)                                 # [X, h, R, D]
+    weights = softmax(rule.logits(q, k.unsqueeze(1)), seen.unsqueeze(1))
+    result = torch.matmul(weights, v.float().unsqueeze(1)).to(query.dtype)
+    count = seen.sum((-1, -2)).expand(lists).repeat_interleave(heads // lists)
+    return result.reshape(heads, rows, -1), count
+
+
+def _base_columns(stripes: Stripes, i: Tensor, rule: Rule) -> Tensor:
+    """Sorted key indices that the dense base of this tile can touch."""
+    first, last = int(i[0]), int(i[-1])
+    reach = 0 if rule.window is None else max(0, first - rule.window + 1)
+    local = max(reach, first - stripes.window + 1, 0)
+    sinks = torch.arange(min(reach, stripes.sinks), min(stripes.sinks, local), device=i.device)
+    return torch.cat([sinks, torch.arange(local, last + 1, device=i.device)])
+
+
+def _in_base(stripes: Stripes, i: Tensor, j: Tensor) -> Tensor:
+    """Is key j [..., C] part of the dense base of row i [R]? bool [..., R, C]."""
+    return (j < stripes.sinks).unsqueeze(-2) | (i.unsqueeze(-1) - j.unsqueeze(-2) < stripes.window)
+
+
+def _base_visible(stripes: Stripes, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
+    return rule.visible(i, j) & _in_base(stripes, i, j)

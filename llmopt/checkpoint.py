@@ -1,0 +1,241 @@
+"""Saving, verifying and loading compressed checkpoints.
+
+A checkpoint is written into a hidden sibling folder, synced, loaded afresh and compared with the model in memory,
+and only then renamed to its name: whatever stands under that name is whole.
+"""
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt import runtime, shards
+from llmopt.card import write_card
+from llmopt.loading import load_tokenizer, resolve
+from llmopt.method import LlmoptError
+from llmopt.modeling import remote_files, saved_config
+from llmopt.quant.base import quantized_modules
+from llmopt.quant.export import check_consistent, export
+
+FORMAT_VERSION = 1
+VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+
+
+class VerificationError(LlmoptError):
+    """The written folder does not give the model in memory back; commands exit with 3."""
+
+
+def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
+    """`output`, absolute; refused when it is in use, or inside the model's own folder."""
+    output = Path(output).expanduser().resolve()
+    if source and Path(source).is_dir() and output.is_relative_to(Path(source).resolve()):
+        raise LlmoptError(f"{output}: lies inside the model's folder {source}; choose another output")
+    if output.is_file():
+        raise LlmoptError(f"{output}: is a file; an output is a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise LlmoptError(f"{output}: is not empty; give --overwrite to replace it, or another output")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise LlmoptError(f"{output}: is not empty and not a checkpoint; it is not replaced")
+    return output
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A hidden sibling folder that becomes `output` when the block ends well, and vanishes when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = output.with_name(f".{output.name}.llmopt-partial-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir()
+        yield stage
+        shards.sync(stage)
+        _replace(stage, output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise LlmoptError(f"{output}: the disk is full; nothing was written") from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, output: Path) -> None:
+    """Put `stage` in the place of `output`; the old folder goes only after the new one stands."""
+    old = output.with_name(f".{output.name}.llmopt-old-{os.getpid()}")
+    if output.exists():
+        output.rename(old)
+    stage.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
+         recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
+         finish: Callable[[Path], None] | None = None) -> Path:
+    """Write `model` (weights, runtime parts, provenance) to the folder `output` and check it by a fresh load.
+
+    format: "portable" (compressed-tensors, symmetric) or "dense" (rounded weights written dense).
+    finish: called with the folder before it gets its name, for what must be inside (a log, evaluation figures).
+    Raises LlmoptError for an output in use or content that the format cannot hold, VerificationError if the fresh
+    load differs.
+    """
+    output = prepare_output(Path(output), source, overwrite)
+    tensors, config, remote = contents(model, format)
+    with staged(output) as stage:
+        _write_weights(stage, tensors, max_shard_size)
+        _write_json(stage / "config.json", config)
+        for name, text in remote.items():
+            (stage / name).write_text(text)
+        _copy_companions(stage, model, tokenizer, source)
+        _write_provenance(stage, model, report, source, recipe, format)
+        verify(stage, model)
+        if finish:
+            finish(stage)
+        write_card(stage, output.name)
+    return output
+
+
+def _write_weights(stage: Path, tensors: dict[str, Tensor], max_shard_size: str) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        shards.write(stage, tensors, max_shard_size)
+    except SafetensorError as error:        # the library wraps the operating system's error in its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
+
+
+def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """(tensors, config.json, code files) of the checkpoint that `model` would make; works on the meta device too."""
+    tensors = plain_state(model)
+    config, needs_code = saved_config(model)
+    config = dict(config)
+    config.pop("llmopt", None)
+    if format == "dense":
+        check_consistent(model)
+    elif quantized_modules(model):
+        packed, config["quantization_config"] = export(model)
+        tensors = {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
+    attached = runtime.runtime_config(model)
+    if attached and attached["steps"]:
+        config["llmopt"] = attached
+    remote = {}
+    if needs_code or "llmopt" in config:
+        remote, config["auto_map"] = remote_files(model)
+    return tensors, config, remote
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the names of the files, without the copies that tied weights make."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = set(model.all_tied_weights_keys)
+    return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+
+
+def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None) -> None:
+    """Tokenizer with its chat template, generation config, and the base model's licence."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(stage)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(stage)
+    if source and Path(source).is_dir():
+        for name in LICENCES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, stage / name)
+
+
+def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:
+    import yaml
+
+    if recipe is not None:
+        body = recipe.text.rstrip("\n") + "\n\n# --- resolved: every default written out, what `llmopt` ran ---\n"
+        resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False)
+        (stage / "recipe.yaml").write_text(body + "".join(f"# {line}\n" for line in resolved.splitlines()))
+    _write_json(stage / "llmopt.json", {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in VERSIONS},
+        "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
+        "base_licence": _licence(source),
+        "recipe": recipe.resolved() if recipe is not None else None,
+        "format": format,
+        "loads_with": how_to_load(json.loads((stage / "config.json").read_text())),
+        "bytes": shards.written_bytes(stage),
+        **(report.to_dict() if report is not None else {}),
+    })
+
+
+def _licence(source: str | None) -> str | None:
+    """The `license:` entry of the base model's card."""
+    card = Path(source) / "README.md" if source else None
+    if card is None or not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("---")
+    lines = head[1].splitlines() if len(head) > 2 else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), None)
+
+
+def how_to_load(config: dict[str, Any]) -> dict[str, str]:
+    """For each way of loading, what it gives: "exact", "dense behaviour" or "refused"."""
+    per_layer, live = "per_layer_config" in config, "llmopt" in config
+    plain = "refused: per-layer shapes" if per_layer else ("same weights, dense behaviour" if live else "exact")
+    trusted = "exact (runtime parts need llmopt installed)" if live else "exact"
+    return {"transformers": plain, "trust_remote_code": trusted, "import llmopt": "exact"}
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"{type(value).__name__} does not belong into a JSON file")
+
+
+@torch.no_grad()
+def verify(folder: Path, model: nn.Module) -> None:
+    """Load `folder` afresh and raise VerificationError unless weights, logits and greedy text equal the model's."""
+    from transformers import AutoModelForCausalLM
+
+    fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    fresh = fresh.to(model.device).eval()
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            raise VerificationError(f"{folder.name}: {kind}: {sorted(map(str, info[kind]))[:3]}")
+    ids = _probe(model)
+    mine, theirs = model(ids).logits.float(), fresh(ids).logits.float()
+    worst = (mine - theirs).abs().max().item()
+    bound = 64 * torch.finfo(model.dtype).eps * mine.abs().max().item()
+    if not worst <= bound:
+        raise VerificationError(f"the reloaded model's logits differ by {worst:.3g} (allowed {bound:.3g})")
+    texts = [m.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist() for m in (model, fresh)]
+    if worst == 0 and texts[0] != texts[1]:
+        raise VerificationError("the reloaded model writes another greedy text than the model in memory")
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """Fixed random ids [2, T] that any vocabulary holds."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(64, model.config.max_position_embeddings // 2)
+    return torch.randint(0, model.config.vocab_size, (2, length), generator=generator).to(model.device)
+
+
+def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """(model, tokenizer or None) of a checkpoint, with its runtime parts attached."""
+    from transformers import AutoModelForCausalLM
+
+    source = resolve(str(folder))
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise LlmoptError(f"{folder}: no config.json; this is not a model folder")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    return model, load_tokenizer(source)

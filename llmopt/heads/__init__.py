@@ -1,0 +1,1 @@
+"""Head scores: how much each query head matters."""

@@ -1,0 +1,134 @@
+"""The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmopt import checkpoint, data, runtime, shards
+from llmopt.loading import load_dense, resolve
+from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
+from llmopt.recipe import Recipe, check_order
+
+
+@dataclass
+class Report:
+    """What a run did and what came of it. Times stay out of `to_dict`: a run repeated writes the same bytes.
+
+    records: [{"method": name, "fields": {...}, "meta": {...}}, ...]; sizes in bytes of safetensors.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    seed: int = 0
+    calibration: str | None = None
+    dense_bytes: int = 0
+    dense_parameters: int = 0
+    parameters: int = 0
+    cache_before: float = 0.0          # bytes per token of context
+    cache_after: float = 0.0
+    predicted_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"records": self.records, "seed": self.seed, "calibration_sha256": self.calibration,
+                "dense_bytes": self.dense_bytes, "parameters": [self.dense_parameters, self.parameters],
+                "predicted_bytes": self.predicted_bytes,
+                "cache_bytes_per_token": [self.cache_before, self.cache_after]}
+
+
+def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
+             tokenizer: Any = None) -> Report:
+    """Apply `steps` to `model` in place.
+
+    batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
+    Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
+    """
+    check_order(tuple(steps))
+    refuse_compressed(model)
+    if batches is not None:
+        batches = data.as_batches(batches, model.config.vocab_size)
+    run = Run(batches=batches, seed=seed, progress=progress, multiple=multiple_of(steps), tokenizer=tokenizer)
+    report = Report(seed=seed, calibration=data.fingerprint(batches) if batches else None,
+                    dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
+                    dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
+    torch.manual_seed(seed)
+    for i, step in enumerate(steps):
+        start = time.perf_counter()
+        with naming(f"steps.{i} {step.name}"):
+            if step.needs_data and not batches:
+                raise LlmoptError("needs calibration data, and none was given")
+            record = step.apply(model, run)
+        report.records.append(describe(step, record))
+        report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
+    report.parameters = model.num_parameters()
+    report.cache_after = cache_bytes_per_token(model)
+    return report
+
+
+def describe(step: Method, record: Record) -> dict[str, Any]:
+    """A record as llmopt.json keeps it."""
+    (name, fields), = step.to_dict().items()
+    return {"method": name, "fields": fields, "meta": record.meta}
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise LlmoptError("the model is already quantized; start from the dense checkpoint")
+    if runtime.runtime_config(model)["steps"]:
+        raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
+
+
+def multiple_of(steps: list[Method]) -> int:
+    """Pruned widths must be divisible by this, so that the groups of the quantization step fit."""
+    sizes = [step.group_size for step in steps if step.stage == "quant"]
+    return max([size for size in sizes if size > 0], default=1)
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: nn.Module) -> float:
+    """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
+    length = min(512, model.config.max_position_embeddings // 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    cache = model(ids, use_cache=True).past_key_values
+    if isinstance(cache, runtime.LlmoptCache):
+        return cache.nbytes() / length
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in held) / length
+
+
+def run(recipe: Recipe, output: Path, *, overwrite: bool = False, trust_remote_code: bool = False,
+        progress: Progress = silent) -> Report:
+    """Carry out `recipe` into the folder `output`; raises LlmoptError with nothing written."""
+    clock = time.perf_counter()
+    source = resolve(recipe.model.id)
+    checkpoint.prepare_output(output, source, overwrite)
+    model, tokenizer = load_dense(recipe.model, trust_remote_code)
+    batches = None
+    if any(step.needs_data for step in recipe.steps):
+        batches = data.load(recipe.data, model.config, tokenizer)
+    loaded = time.perf_counter() - clock
+    report = compress(model, list(recipe.steps), batches, recipe.seed, progress, tokenizer)
+    report.seconds = {"load": loaded, **report.seconds}
+    checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe, format=recipe.format,
+                    max_shard_size=recipe.max_shard_size, overwrite=overwrite,
+                    finish=lambda stage: _write_log(stage, report))
+    report.seconds["total"] = time.perf_counter() - clock
+    return report
+
+
+def is_finished(output: Path, recipe: Recipe) -> bool:
+    """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
+    facts = Path(output) / "llmopt.json"
+    return facts.is_file() and json.loads(facts.read_text()).get("recipe") == recipe.resolved()
+
+
+def _write_log(stage: Path, report: Report) -> None:
+    lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
+    (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,1 @@
+"""Structural pruning: whole channels, KV groups, sub-blocks and blocks leave the model."""

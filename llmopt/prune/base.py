@@ -1,0 +1,162 @@
+"""Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
+from abc import abstractmethod
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.blocks import Block, Visit, blocks, refuse_units, walk
+from llmopt.method import FieldError, LlmoptError, Method, Record, Run
+from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, weakest
+from llmopt.prune.groups import COARSE, cost, members
+from llmopt.prune.refit import refit
+from llmopt.prune.shapes import shapes
+from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
+
+Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
+Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer
+
+
+@dataclass(frozen=True)
+class Pruner(Method):
+    """Family base. ratio: share of the chosen units' parameters that leaves; rounding removes fewer, never more.
+
+    scope: local keeps all layers alike, so that the checkpoint loads in plain transformers; global lets layers differ.
+    normalize: what makes the scores of different layers comparable (scope: global).
+    minimum: share of its FFN channels that every layer keeps; one KV group stays in any case.
+    refit: the writers of the pruned parts are refitted by least squares on calibration data.
+    """
+
+    stage: ClassVar = "prune"
+    uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
+
+    ratio: float = 0.2
+    scope: Literal["local", "global"] = "local"
+    units: tuple[Unit, ...] = ("ffn", "kv_groups")
+    normalize: Literal["layer", "lamp", "none"] = "layer"
+    minimum: float = 0.05
+    refit: bool = False
+
+    def check(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise FieldError("ratio", self.ratio, "a share from 0 to below 1")
+        if not 0 < self.minimum <= 1:
+            raise FieldError("minimum", self.minimum, "a share above 0, at most 1")
+        chosen = set(self.units)
+        coarse = chosen & set(COARSE)
+        if not chosen or len(chosen) < len(self.units) or {"q_heads", "kv_groups"} <= chosen:
+            raise FieldError("units", list(self.units), "units once each; q_heads and kv_groups exclude each other")
+        if coarse and (coarse != chosen or "blocks" in chosen and len(chosen) > 1):
+            raise FieldError("units", list(self.units), "one kind at a time: [blocks], [attention, mlp], or channels "
+                                                        "and heads; use two steps to have both")
+        if self.refit and coarse:
+            raise FieldError("refit", True, "false: nothing is left to refit when whole sub-blocks leave")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.uses_inputs or self.refit
+
+    @abstractmethod
+    def score(self, block: Block, visit: Visit | None) -> Scores:
+        """For each of `self.units` that the block has, a float tensor [number of units]; see prune/groups.py."""
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        for unit in self.units:
+            refuse_units(model, unit)
+        before, shape = model.num_parameters(), shapes(model)
+        plan, meta = self.plan(model, run)
+        views = blocks(model)
+        check_plan(model, views, plan)          # before the long work
+        if self.refit:
+            refit(model, run, plan, f"{self.name} refit")
+        kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
+        apply_plan(model, plan, run.scores)
+        return Record(meta=meta | {
+            "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
+            "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
+
+    def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
+        """What stays of each layer, and figures for the record. A method that searches overrides this."""
+        views = blocks(model)
+        units = [u for block, scores in zip(views, self._rate(model, run), strict=True)
+                 for u in self._units(block, scores, run.multiple)]
+        if not units:
+            raise LlmoptError(f"the model has none of the units {', '.join(self.units)} left")
+        removed = self._allocate(units)
+        plan = [_layer_plan(block, [(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
+                for block in views]
+        total = sum(u.total for u in units)
+        gone = Counter()
+        for u, n in zip(units, removed, strict=True):
+            gone[u.kind] += n
+        return plan, {"ratio": self.ratio, "removed_share": sum(n * u.cost for u, n in zip(units, removed)) / total,
+                      "removed_units": dict(gone)}
+
+    def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
+        with torch.no_grad():
+            if self.uses_inputs:
+                return [self.score(v.block, v) for v in walk(model, run.batches, run.progress, self.name)]
+            return [self.score(block, None) for block in run.progress(blocks(model), self.name)]
+
+    def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
+        found = []
+        for kind in self.units:
+            if not members(block, kind):
+                continue
+            values, price = scores[kind].detach().float().cpu(), cost(block, kind)
+            if not bool(values.isfinite().all()):
+                raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
+            if kind == "q_heads":            # every KV group loses its weakest head together with the other groups
+                values, price = values.view(block.kv_heads, -1).sort(dim=1).values.mean(0), price * block.kv_heads
+            if kind not in COARSE:
+                values = normalise(values, self.normalize)
+            found.append(Units(block.index, kind, values, price, self._counts(block, kind, len(values), multiple)))
+        return found
+
+    def _counts(self, block: Block, kind: str, count: int, multiple: int) -> tuple[int, ...]:
+        """How many units of one kind may stay in a layer."""
+        if kind in COARSE:
+            return 1, 0
+        width = {"ffn": 1, "q_heads": block.kv_heads * block.head_dim,
+                 "kv_groups": block.head_dim * max(1, block.heads // max(1, block.kv_heads))}[kind]
+        floor = -int(-self.minimum * count // 1) if kind == "ffn" else 1
+        return allowed_counts(count, width, multiple, max(1, floor))
+
+    def _allocate(self, units: list[Units]) -> list[int]:
+        if self.ratio == 0:
+            return [0] * len(units)
+        check_reachable(units, self.ratio)
+        coarse = units[0].kind in COARSE
+        removed = (globally if coarse or self.scope == "global" else locally)(units, self.ratio)
+        if not any(removed):
+            raise LlmoptError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} "
+                              f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
+                              + ("" if coarse or self.scope == "global" else " or use scope: global"))
+        return removed
+
+
+def _layer_plan(block: Block, chosen: list[tuple[Units, int]]) -> LayerPlan:
+    made: dict[str, Any] = {"skip": ()}
+    for units, count in chosen:
+        if not count:
+            continue
+        if units.kind == "blocks":
+            made["drop"] = True
+        elif units.kind in COARSE:
+            made["skip"] += (units.kind,)
+        elif units.kind == "q_heads":
+            made["heads"] = count        # resolved by the method's own scores below
+        else:
+            made[units.kind] = weakest(units, count)
+    return LayerPlan(**made)
+
+
+def _describe(block: Block, layer: LayerPlan) -> dict[str, Any]:
+    shape = layer.shape(block)
+    told: dict[str, Any] = {"layer": block.index, "dropped": layer.drop, "skip": list(layer.skip),
+                            "ffn": shape.width, "heads": layer.kept_heads(block).tolist()}
+    if layer.kv_groups is not None:
+        told["kv_groups"] = layer.kv_groups.tolist()
+    return told

@@ -1,0 +1,119 @@
+"""Cutting a model down to a plan: weights, biases, head scores, config; the model in memory works at once."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, tell_shapes
+from llmopt.method import LlmoptError
+from llmopt.modeling import FAMILIES, skip_part
+from llmopt.prune.shapes import (
+    LayerShape,
+    check_droppable,
+    check_storable,
+    shape_of,
+    slice_config,
+    spec_of,
+    sync_config,
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer: ascending indices; None stays whole.
+
+    heads: query heads [kept H]; without them, all heads of the kept KV groups.
+    """
+
+    heads: Tensor | None = None
+    kv_groups: Tensor | None = None
+    ffn: Tensor | None = None
+    skip: tuple[str, ...] = ()          # "attention", "mlp"
+    drop: bool = False                  # the whole layer
+
+    def kept_heads(self, block: Block) -> Tensor:          # [kept H]
+        """The query heads that stay."""
+        if block.attention is None or "attention" in self.skip:
+            return torch.arange(0)
+        if self.heads is not None:
+            return self.heads
+        groups = torch.arange(block.kv_heads) if self.kv_groups is None else self.kv_groups
+        return torch.arange(block.heads).view(block.kv_heads, -1)[groups].flatten()
+
+    def shape(self, block: Block, has_ffn: bool = True) -> LayerShape:
+        """The shape that the layer will have."""
+        now = shape_of(block, has_ffn)
+        return LayerShape(
+            0 if "attention" in self.skip else len(self.kept_heads(block)),
+            0 if "attention" in self.skip else now.kv_heads if self.kv_groups is None else len(self.kv_groups),
+            0 if "mlp" in self.skip else now.width if self.ffn is None else len(self.ffn),
+            tuple(part for part in ("attention", "mlp") if part in now.skip + self.skip))
+
+
+@torch.no_grad()
+def apply_plan(model: nn.Module, plan: list[LayerPlan], scores: dict[str, list[Tensor]]) -> None:
+    """Edit `model` and the head scores in place; raises LlmoptError, with nothing changed, for what cannot be stored."""
+    views = blocks(model)
+    check_plan(model, views, plan)
+    for name, per_layer in scores.items():
+        scores[name] = reindex(per_layer, views, plan)
+    family = FAMILIES[model.config.model_type]
+    for block, layer in zip(views, plan, strict=True):
+        cut_ffn(block, layer)
+        cut_heads(block, layer)
+        for part in layer.skip:
+            skip_part(family, block.module, part, block.index)
+    kept = [i for i, layer in enumerate(plan) if not layer.drop]
+    if len(kept) < len(plan):
+        present = list(layer_list(model))
+        replace_layers(model, [present[i] for i in kept])
+        slice_config(model, kept)
+    tell_shapes(model)
+    sync_config(model)
+
+
+def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> None:
+    """Raise LlmoptError if `plan` leaves a model that cannot work or cannot be stored."""
+    has_ffn = bool(spec_of(model).ffn_out)
+    planned = [layer.shape(block, has_ffn) for block, layer in zip(views, plan, strict=True) if not layer.drop]
+    if not any(shape.heads for shape in planned):
+        raise LlmoptError("no layer with attention would remain")
+    if len(planned) < len(plan):
+        check_droppable(model)
+    check_storable(model, planned)
+
+
+def reindex(per_layer: list[Tensor], views: list[Block], plan: list[LayerPlan]) -> list[Tensor]:
+    """The scores of the heads that remain: L tensors [H_l]."""
+    return [own[layer.kept_heads(block)] for own, block, layer in zip(per_layer, views, plan, strict=True)
+            if not layer.drop]
+
+
+def cut_ffn(block: Block, layer: LayerPlan) -> None:
+    """Take FFN channels out of the readers' rows and the writer's columns."""
+    if layer.ffn is None:
+        return
+    for projection in block.ffn_in:
+        projection.keep(rows=_rows(projection, dict.fromkeys(projection.parts, layer.ffn)))
+    block.ffn_out.keep(columns=layer.ffn)
+
+
+def cut_heads(block: Block, layer: LayerPlan) -> None:
+    """Take KV groups and query heads out of q, k, v and the writer's columns."""
+    if layer.heads is None and layer.kv_groups is None:
+        return
+    heads = layer.kept_heads(block)
+    groups = torch.arange(block.kv_heads) if layer.kv_groups is None else layer.kv_groups
+    for projection in block.attn_in:
+        projection.keep(rows=_rows(projection, {"q": heads, "k": groups, "v": groups}))
+    block.attn_out.keep(columns=head_columns(heads, block.head_dim))
+
+
+def head_columns(heads: Tensor, dim: int) -> Tensor:       # [kept H * D]
+    """The writer's input columns that belong to `heads`."""
+    return (heads[:, None] * dim + torch.arange(dim)).flatten()
+
+
+def _rows(projection: Projection, kept: dict[str, Tensor]) -> Tensor:
+    """Rows of a (fused) reader that stay, in their old order."""
+    return torch.cat([rows[kept[part]].flatten() for part, rows in projection.parts.items()]).sort().values

@@ -1,0 +1,202 @@
+"""The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.blocks import Block, Projection, Visit, blocks, walk
+from llmopt.method import FieldError, LlmoptError, Method, Record, Run, naming
+from llmopt.quant import scores
+from llmopt.quant.allocate import around, exact, two_level
+from llmopt.quant.grid import DTYPES, Quantized, Spec, round_to_nearest
+from llmopt.quant.plan import DENSE, Target, average_bits, effective_bits, targets, undecided
+
+Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
+
+
+@dataclass
+class Stats:
+    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
+
+    hessian: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
+        if not len(x):
+            return
+        x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
+        self.tokens += len(x)
+        fresh = x.T @ x * (2 / self.tokens)
+        if self.hessian is None:
+            self.hessian = fresh
+        else:
+            self.hessian.mul_((self.tokens - len(x)) / self.tokens).add_(fresh)
+
+
+@dataclass(frozen=True)
+class Quantizer(Method):
+    """Weights of the decoder blocks on integer grids; embeddings and the output head stay as they are."""
+
+    stage: ClassVar = "quant"
+    uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
+
+    bits: int | float = 4                 # average over the quantized weights; 2..8, fractions need `allocate`; 16: dense
+    group_size: int = 128                 # input columns that share a scale; -1: one scale per output channel
+    symmetric: bool = True
+    clip: bool = True                     # search each scale for the least error (norm 2.4)
+    scale_dtype: Literal["float16", "bfloat16", "float32"] | None = None    # None: the model's
+    ignore: list[str] = field(default_factory=list)                         # names, globs or endings of names
+    overrides: dict[str, Any] = field(default_factory=dict)                 # name: {bits: ..., group_size: ...}
+    allocate: Allocation = "uniform"      # who decides the bits of each block
+    widths: tuple[int, ...] = (2, 3, 4, 8)    # bits that `allocate` may hand out; lim and zd use the two around `bits`
+    seed: int = 0                         # picks the calibration rows on which `sensitivity` is measured
+
+    def check(self) -> None:
+        for width in self.widths:
+            _check_width("widths", width)
+        _check_group("group_size", self.group_size)
+        if self.allocate == "uniform":
+            _check_width("bits", self.bits)
+        elif not self.widths or not min(self.widths) <= self.bits <= max(self.widths):
+            raise FieldError("bits", self.bits, f"an average within the widths {list(self.widths)}")
+        for name, given in self.overrides.items():
+            if not isinstance(given, dict) or not given or not set(given) <= {"bits", "group_size"}:
+                raise FieldError(f"overrides.{name}", given, "a mapping of bits and/or group_size")
+            if "bits" in given:
+                _check_width(f"overrides.{name}.bits", given["bits"])
+            if "group_size" in given:
+                _check_group(f"overrides.{name}.group_size", given["group_size"])
+
+    @property
+    def needs_data(self) -> bool:
+        return self.uses_inputs or self.allocate in ("lim", "sensitivity")
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
+        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`."""
+
+    def token_weights(self, visit: Visit) -> list[Tensor] | None:
+        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike."""
+        return None
+
+    def spec(self, target: Target, dtype: torch.dtype) -> Spec:
+        """What `quantize` is told about one weight of type `dtype`."""
+        return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
+                    DTYPES[self.scale_dtype] if self.scale_dtype else None)
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The weights this step quantizes; their bits are decided where names alone decide them."""
+        found = targets(model, self.ignore, self.overrides, self.group_size)
+        return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        if self.needs_data and not run.batches:
+            raise LlmoptError("this step needs calibration data and there is none")
+        decided, allocation = self._decide(model, run, self.targets(model))
+        todo = {t.name: t for t in decided if t.bits != DENSE}
+        if self.uses_inputs:
+            for visit in walk(model, run.batches, run.progress, self.name):
+                self._visit(visit, todo)
+        else:
+            for block in run.progress(blocks(model), self.name):
+                for projection in block.projections():
+                    self._write(projection, None, todo)
+        return Record(meta=self._meta(model, decided) | allocation)
+
+    def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
+        """The targets with their bits, and what the allocation was based on."""
+        if self.allocate == "uniform":
+            return found, {}
+        share = undecided(found, self.bits)
+        if self.allocate == "sensitivity":
+            table = self._damage(model, run, found)
+            bits = exact([table[i] for i in share.blocks], share.params, share.target)
+            ranked = {i: table[i] for i in share.blocks}
+        else:
+            score = scores.lim(model, run.batches, run.progress) if self.allocate == "lim" else scores.zd(model)
+            ranked = {i: score[i] for i in share.blocks}
+            importance = [ranked[i] if self.allocate == "lim" else -ranked[i] for i in share.blocks]
+            bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
+        chosen = dict(zip(share.blocks, bits, strict=True))
+        return [t if t.fixed else t.at(chosen[t.block]) for t in found], {
+            "allocation": {"by": self.allocate, "scores": _texts(ranked), "bits": _texts(chosen)}}
+
+    def _damage(self, model: nn.Module, run: Run, found: list[Target]) -> dict[int, dict[int, float]]:
+        """{block: {bits: KL}}, each block alone rounded to nearest on this step's grid."""
+        free = {t.name: t for t in found if not t.fixed}
+
+        def rounded(block: Block, bits: int) -> dict[str, Tensor]:
+            if bits == DENSE:
+                return {}
+            return {p.name: round_to_nearest(p.weight.float(), self.spec(free[p.name].at(bits), p.weight.dtype))
+                    .dequantize(p.weight.dtype) for p in block.projections() if p.name in free}
+
+        return scores.sensitivity(model, run.batches, self.widths, rounded, self.seed, run.progress)
+
+    @torch.no_grad()
+    def _visit(self, visit: Visit, todo: dict[str, Target]) -> None:
+        weights = self.token_weights(visit)
+        for group in visit.block.groups():        # each group sees inputs that the groups before it have already changed
+            if not any(p.name in todo for p in group):
+                continue
+            stats, shares = Stats(), iter(weights or ())
+            visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
+            for projection in group:
+                self._write(projection, stats, todo)
+
+    @torch.no_grad()
+    def _write(self, projection: Projection, stats: Stats | None, todo: dict[str, Target]) -> None:
+        if projection.name not in todo:
+            return
+        weight = projection.weight
+        with naming(projection.name):
+            if not weight.isfinite().all():
+                raise LlmoptError("the weight holds NaN or infinite values")
+            dense = weight.float()
+            result = self.quantize(dense.clone(), stats, self.spec(todo[projection.name], weight.dtype))
+        projection.write(result.dequantize(weight.dtype))
+        change = projection.weight.float() - dense
+        result.figures["weight_error"] = float(change.square().sum() / dense.square().sum().clamp(min=1e-30))
+        if stats is not None:
+            result.figures["output_error"] = relative_error(change, dense, stats.hessian)
+        projection.module.llmopt_quantized = result
+
+    def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
+        results = quantized_modules(model)
+        scale = torch.finfo(DTYPES[self.scale_dtype] if self.scale_dtype else model.dtype).bits
+        modules = {t.name: {"bits": t.bits, "group_size": t.group_size,
+                            **({} if t.bits == DENSE else results[t.name][1].figures)} for t in decided}
+        return {"bits": average_bits(decided), "effective_bits": effective_bits(decided, scale, self.symmetric),
+                "weights": sum(t.size for t in decided), "modules": modules}
+
+
+def _texts(table: dict) -> dict:
+    """The same table as JSON holds it: keys are text."""
+    return {str(k): _texts(v) if isinstance(v, dict) else v for k, v in table.items()}
+
+
+def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T): the share of a projection's output energy that `change` [out, in] disturbs."""
+    before = ((weight @ hessian) * weight).sum()
+    return float(((change @ hessian) * change).sum() / before.clamp(min=1e-30))
+
+
+def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
+    """The modules that carry codes, by name."""
+    return {name: (module, vars(module)["llmopt_quantized"]) for name, module in model.named_modules()
+            if "llmopt_quantized" in vars(module)}
+
+
+def _check_width(key: str, bits: object) -> None:
+    if isinstance(bits, bool) or bits not in (*range(2, 9), DENSE):
+        whole = not isinstance(bits, float) or not 2 <= bits <= 8
+        raise FieldError(key, bits, "an integer from 2 to 8 (or 16: dense)" if whole or key != "bits" else
+                         "an integer from 2 to 8 with allocate: uniform; fractions need allocate: lim, zd or sensitivity")
+
+
+def _check_group(key: str, size: object) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        raise FieldError(key, size, "a positive number of columns, or -1 (one scale per output channel)")

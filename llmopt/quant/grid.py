@@ -1,0 +1,142 @@
+"""The integer grids: scales, codes, and the values they stand for.
+
+    symmetric   s = 2 max|w| / (2^b - 1),            codes -2^(b-1) .. 2^(b-1) - 1
+    asymmetric  s = (max w - min w) / (2^b - 1),     zero point z = round(-min w / s) - 2^(b-1), zero always representable
+    code = clamp(round(w / s) + z),                  value = s (code - z)
+    clip        shrink the range by 1 - i/100, i = 0..79, to the least sum |value - w|^2.4 of each row and group
+
+Scales are rounded to the type that is stored, then to the model's, BEFORE codes are chosen: what a loader rebuilds from
+the checkpoint (a product in the model's type) is what the solver saw. Frantar et al., GPTQ (arXiv:2210.17323), quant.py.
+"""
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CLIP_STEPS, CLIP_NORM = 80, 2.4
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one weight matrix is to be quantized. group_size -1: one scale per output channel."""
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    clip: bool = False
+    dtype: torch.dtype = torch.float32          # the model's: values are products in this type
+    scale_dtype: torch.dtype | None = None      # the stored scales'; None: the model's
+
+    @property
+    def stored(self) -> torch.dtype:
+        return self.scale_dtype or self.dtype
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def width(self, columns: int) -> int:
+        """Columns that share a scale."""
+        return columns if self.group_size == -1 else self.group_size
+
+
+@dataclass
+class Quantized:
+    """A weight [out, in] as integer codes; the value is scales * (codes - zeros), computed in the model's type."""
+
+    codes: Tensor                       # [out, in] int8 (int32 beyond 8 bits)
+    scales: Tensor                      # [out, groups], in the stored type
+    bits: int
+    group_size: int                     # -1: one group
+    zeros: Tensor | None = None         # [out, groups], signed like the codes; None: symmetric
+    groups: Tensor | None = None        # [in] the group of each column, where that is not column // group_size
+    figures: dict = field(default_factory=dict)
+
+    def columns(self) -> Tensor:
+        """The group of each column [in]."""
+        if self.groups is not None:
+            return self.groups
+        count = self.codes.shape[1]
+        width = count if self.group_size == -1 else self.group_size
+        return torch.arange(count, device=self.codes.device) // width
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] exactly as a loader computes it for a model of type `dtype`."""
+        columns = self.columns()
+        zeros = None if self.zeros is None else self.zeros[:, columns]
+        return decode(self.codes, self.scales[:, columns], zeros, dtype)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * (codes - zero), multiplied in `dtype`. The shapes broadcast."""
+    steps = codes.float() if zero is None else codes.float() - zero.float()
+    return steps.to(dtype) * scale.to(dtype)
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
+    """The nearest codes, as float32 integers. The shapes broadcast."""
+    steps = (weight / scale.to(spec.dtype).float()).round_()
+    if zero is not None:
+        steps = steps + zero.float()
+    return steps.clamp_(spec.low, spec.high)
+
+
+def fit(weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point [..., 1] for each last-dimension run of `weight` [..., columns], float32."""
+    low = weight.amin(-1, keepdim=True).clamp(max=0)
+    high = weight.amax(-1, keepdim=True).clamp(min=0)
+    scale, zero = _span(low, high, spec)
+    if not spec.clip:
+        return scale, zero
+    least = _error(weight, scale, zero, spec)
+    for i in range(1, CLIP_STEPS):
+        share = 1 - i / 100
+        trial_scale, trial_zero = _span(low * share, high * share, spec)
+        error = _error(weight, trial_scale, trial_zero, spec)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, trial_scale, scale)
+        zero = None if zero is None else torch.where(better, trial_zero, zero)
+    return scale, zero
+
+
+def fit_groups(weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [out, groups] of `weight` [out, in]."""
+    width = spec.width(weight.shape[1])
+    scale, zero = fit(weight.unflatten(1, (-1, width)), spec)        # [out, groups, 1]
+    return scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
+
+
+def as_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes in the type they are kept in."""
+    return codes.to(torch.int8 if bits <= 8 else torch.int32)
+
+
+def round_to_nearest(weight: Tensor, spec: Spec) -> Quantized:
+    """Quantize `weight` [out, in] float32 entry by entry."""
+    scale, zero = fit_groups(weight, spec)
+    grouped = weight.unflatten(1, (scale.shape[1], -1))              # [out, groups, width]
+    codes = encode(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), spec).flatten(1)
+    return Quantized(as_codes(codes, spec.bits), scale, spec.bits, spec.group_size, zero)
+
+
+def _span(low: Tensor, high: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """The grid that covers low..high; scales in the stored type."""
+    steps = (1 << spec.bits) - 1
+    reach = high - low if not spec.symmetric else 2 * torch.maximum(high, -low)
+    floor = max([1e-8] + [torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in (spec.stored, spec.dtype)])
+    scale = (reach / steps).clamp(min=floor).to(spec.stored)
+    if spec.symmetric:
+        return scale, None
+    zero = (-low / scale.to(spec.dtype).float()).round() + spec.low
+    return scale, as_codes(zero.clamp(spec.low, spec.high), spec.bits)
+
+
+def _error(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
+    value = decode(encode(weight, scale, zero, spec), scale, zero, spec.dtype)
+    return (value.float() - weight).abs_().pow_(CLIP_NORM).sum(-1, keepdim=True)

@@ -1,0 +1,133 @@
+"""Which weights are quantized, at how many bits and in what groups: decided by name and shape, before any tensor is read."""
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from llmopt.blocks import blocks
+from llmopt.method import LlmoptError, nearest
+
+DENSE = 16    # this many bits: the weight is left as it is
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight matrix to be quantized; bits None: not decided yet; fixed: by `overrides`."""
+
+    name: str
+    block: int
+    out: int
+    columns: int
+    group_size: int
+    bits: int | None = None
+    fixed: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.out * self.columns
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group_size == -1 else self.columns // self.group_size
+
+    def at(self, bits: int) -> "Target":
+        """The same target at `bits`, unless its bits are fixed."""
+        return self if self.fixed else replace(self, bits=bits)
+
+
+def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict], group_size: int) -> list[Target]:
+    """The projections of all blocks that are not ignored, with the settings that names decide.
+
+    A name matches a module when it is its full name, a glob, or the end of its name; a parent stands for its children.
+    Of several overrides that match, the last one holds.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    skipped = _matching(ignore, names, "ignore")
+    special = {pattern: _matching([pattern], names, "overrides") for pattern in overrides}
+    found = []
+    for block in blocks(model):
+        for p in block.projections():
+            if _within(p.name, skipped):
+                continue
+            given = {k: v for pattern, v in overrides.items() if _within(p.name, special[pattern])
+                     for k, v in v.items()}
+            width = given.get("group_size", group_size)
+            target = Target(p.name, block.index, p.out_features, p.in_features, width)
+            check_divides(target)
+            found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
+    for pattern, matched in special.items():
+        if not any(_within(t.name, matched) for t in found):
+            raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized"
+                              f"{nearest(pattern, {t.name for t in found})}")
+    return found
+
+
+def _matching(patterns: Iterable[str], names: list[str], key: str) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in names if n == pattern or n.endswith("." + pattern) or fnmatchcase(n, pattern)}
+        if not hits:
+            leaves = {n.rpartition(".")[2] for n in names} - {str(i) for i in range(1000)}
+            close = nearest(pattern, names).split(". Choices")[0] or nearest(pattern, leaves)
+            raise LlmoptError(f"{key}: no module of this model matches {pattern!r}{close}")
+        matched |= hits
+    return matched
+
+
+def _within(name: str, modules: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in modules for i in range(1, len(parts) + 1))
+
+
+def check_divides(target: Target) -> None:
+    """Raise LlmoptError unless the group size divides the columns, naming the nearest sizes that do."""
+    size, columns = target.group_size, target.columns
+    if size == -1 or columns % size == 0:
+        return
+    divisors = [d for d in range(1, columns + 1) if columns % d == 0]
+    below = [d for d in divisors if d < size][-1:]
+    above = [d for d in divisors if d > size][:1]
+    raise LlmoptError(f"{target.name}: group_size {size} does not divide its {columns} input features. Nearest "
+                      f"divisors: {', '.join(map(str, below + above))}; -1 is one scale per output channel. Set "
+                      f"group_size, or overrides: {{{target.name.rpartition('.')[2]}: {{group_size: ...}}}}")
+
+
+def average_bits(decided: list[Target]) -> float:
+    """Mean bits of a code over all quantized weights, scales not counted."""
+    return sum(t.size * t.bits for t in decided) / max(1, sum(t.size for t in decided))
+
+
+def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool) -> float:
+    """Mean bits per weight with scales and zero points."""
+    total = 0
+    for t in decided:
+        extra = 0 if t.bits == DENSE else t.out * t.groups * (scale_bits + (0 if symmetric else t.bits))
+        total += t.size * t.bits + extra
+    return total / max(1, sum(t.size for t in decided))
+
+
+def packed_bytes(target: Target, scale_bytes: int) -> int:
+    """Bytes that `export` writes for one weight: codes in whole 32-bit words per row, scales, the shape."""
+    words = -(-target.columns * target.bits // 32)
+    return target.out * (4 * words + target.groups * scale_bytes) + 16
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is left to decide: the blocks with undecided weights, how many each has, and the average they must keep to."""
+
+    blocks: list[int]
+    params: list[int]
+    target: float
+
+
+def undecided(found: list[Target], bits: float) -> Share:
+    """The blocks whose bits are open, and the average that brings all of `found` to `bits` (overrides counted in)."""
+    sizes: dict[int, int] = {}
+    for t in found:
+        if not t.fixed:
+            sizes[t.block] = sizes.get(t.block, 0) + t.size
+    spent = sum(t.size * t.bits for t in found if t.fixed)
+    left = bits * sum(t.size for t in found) - spent
+    return Share(list(sizes), list(sizes.values()), left / max(1, sum(sizes.values())))

@@ -1,0 +1,22 @@
+"""RTN: round every weight to the nearest point of its group's grid.
+
+    code = clamp(round(w / s)),  value = s * code          (grids and the search for s: grid.py)
+
+No data, no correction of one weight's error by the others: the baseline of all quantizers, and the fallback of GPTQ.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmopt.method import register
+from llmopt.quant.base import Quantizer, Stats
+from llmopt.quant.grid import Quantized, Spec, round_to_nearest
+
+
+@register("quant.rtn")
+@dataclass(frozen=True)
+class RTN(Quantizer):
+    """Round to nearest, without data."""
+
+    def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
+        return round_to_nearest(weight, spec)

@@ -1,0 +1,295 @@
+"""YAML -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from llmopt.method import STAGES, Checked, FieldError, KeyUnknown, LlmoptError, Method, build, fill, nearest
+
+PACKAGED = (Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")  # the checkout's before the wheel's
+MAX_DEPTH, MAX_NODES = 20, 10_000
+
+
+@dataclass(frozen=True)
+class ModelSpec(Checked):
+    """Which model; `llmopt/reference` is the embedded one. dtype null: the checkpoint's own."""
+
+    id: str = "llmopt/reference"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    revision: str | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSpec(Checked):
+    """Calibration data; see llmopt.data for what each source means. length null: min(512, the model's maximum)."""
+
+    name: Literal["world", "text", "ids", "hub"] = "world"
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    template: Literal["chat"] | None = None
+    samples: int = 128
+    length: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        for key in ("samples", "batch_size"):
+            if getattr(self, key) < 1:
+                raise FieldError(key, getattr(self, key), "at least 1")
+        if self.length is not None and self.length < 2:
+            raise FieldError("length", self.length, "at least 2 tokens")
+        if self.name != "world" and self.path is None:
+            raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r}")
+
+
+@dataclass(frozen=True)
+class EvalSpec(Checked):
+    """lm-eval tasks that score the dense and the compressed model; none: no scores."""
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run of `llmopt compress` is told."""
+
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    steps: tuple[Method, ...] = ()
+    eval: EvalSpec = field(default_factory=EvalSpec)
+    format: str = "portable"
+    seed: int = 0
+    max_shard_size: str = "2GB"
+    text: str = ""                       # the file, verbatim
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out."""
+        return {"model": asdict(self.model), "data": asdict(self.data), "steps": [s.to_dict() for s in self.steps],
+                "eval": asdict(self.eval), "format": self.format, "seed": self.seed,
+                "max_shard_size": self.max_shard_size}
+
+
+SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
+KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
+Path_ = tuple[str | int, ...]
+
+
+def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id."""
+    path = find(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlmoptError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return parse(text, str(path), sets, model)
+
+
+def find(name: str) -> Path:
+    """The recipe's file: `name` as a path, else NAME.yaml in the checkout's or the wheel's recipes."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    for folder in PACKAGED:
+        packaged = folder / f"{name.removesuffix('.yaml')}.yaml"
+        if packaged.is_file():
+            return packaged
+    known = sorted({p.stem for folder in PACKAGED for p in folder.glob("*.yaml")})
+    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
+
+
+def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+    """Build a Recipe from YAML text; `source` names it in errors."""
+    data, lines = read_yaml(text, source)
+    where = Where(source, lines)
+    if not isinstance(data, dict):
+        raise LlmoptError(f"{source}:1: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    for assignment in sets:
+        _assign(data, assignment)
+    if model is not None:
+        if not isinstance(data.setdefault("model", {}), dict):
+            raise where.error(("model",), "a mapping such as {id: NAME} expected")
+        data["model"]["id"] = model
+    for key in data:
+        if key not in KEYS:
+            raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
+    parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
+    steps = _steps(where, data.get("steps"))
+    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_plain(where, data, "seed", 0, int),
+                  max_shard_size=_shard_size(where, data), text=text)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Turns a key path into FILE:LINE for messages."""
+
+    source: str
+    lines: dict[Path_, int]
+
+    def error(self, path: Path_, fact: str) -> LlmoptError:
+        probe = path
+        while probe and probe not in self.lines:
+            probe = probe[:-1]
+        return LlmoptError(f"{self.source}:{self.lines.get(probe, 1)}: {fact}")
+
+
+def _section(where: Where, key: str, given: Any) -> Any:
+    if given is None:
+        return fill(SECTIONS[key], {})
+    if not isinstance(given, dict):
+        raise where.error((key,), f"{key}: a mapping expected, {given!r} given")
+    return _filled(where, (key,), key, lambda: fill(SECTIONS[key], given))
+
+
+def _steps(where: Where, given: Any) -> tuple[Method, ...]:
+    if not isinstance(given, list) or not given:
+        raise where.error(("steps",), "steps: a list with at least one {family.method: {fields}} expected")
+    steps = []
+    for i, entry in enumerate(given):
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise where.error(("steps", i), f"steps.{i}: one {{family.method: {{fields}}}} expected, {entry!r} given")
+        (name, fields_given), = entry.items()
+        if fields_given is not None and not isinstance(fields_given, dict):
+            raise where.error(("steps", i, name), f"{name}: a mapping of fields expected, {fields_given!r} given")
+        steps.append(_filled(where, ("steps", i, name), "", lambda n=name, f=fields_given: build(str(n), f or {})))
+    try:
+        check_order(tuple(steps))
+    except LlmoptError as fact:
+        raise where.error(("steps",), str(fact)) from fact
+    return tuple(steps)
+
+
+def _filled(where: Where, path: Path_, label: str, make) -> Any:
+    prefix = f"{label}: " if label else ""
+    try:
+        return make()
+    except LlmoptError as fact:
+        cause = fact.__cause__ if isinstance(fact.__cause__, (FieldError, KeyUnknown)) else fact
+        key = cause.key if isinstance(cause, (FieldError, KeyUnknown)) else ""
+        raise where.error((*path, key.split("[")[0]), f"{prefix}{fact}") from fact
+
+
+def check_order(steps: tuple[Method, ...]) -> None:
+    """Raise LlmoptError unless the stages come in order and no two runtime steps want the same place."""
+    for before, after in zip(steps, steps[1:], strict=False):
+        if STAGES.index(after.stage) < STAGES.index(before.stage):
+            raise LlmoptError(f"{after.name} must come before {before.name}: the order is {' -> '.join(STAGES)}")
+    for place, members in _places(steps).items():
+        if len(members) > 1:
+            raise LlmoptError(f"at most one {place} in a recipe, found {' and '.join(members)}")
+
+
+def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    for step in steps:
+        family = step.name.split(".")[0]
+        place = {"kv": "evicting kv method", "attention": "prefill selector", "quant": "quantization step"}.get(family)
+        place = "kv.quant" if step.name == "kv.quant" else place
+        if place:
+            places.setdefault(place, []).append(step.name)
+    return places
+
+
+def _format(where: Where, data: dict) -> str:
+    value = data.get("format", "portable")
+    if value not in ("portable", "dense"):
+        raise where.error(("format",), f"unknown format {value!r}{nearest(str(value), ('portable', 'dense'))}")
+    return value
+
+
+def _shard_size(where: Where, data: dict) -> str:
+    value = data.get("max_shard_size", "2GB")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", str(value)):
+        raise where.error(("max_shard_size",), f"max_shard_size: {value!r} given, a size such as 2GB expected")
+    return str(value)
+
+
+def _plain(where: Where, data: dict, key: str, default: Any, kind: type) -> Any:
+    value = data.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise where.error((key,), f"{key}: {value!r} given, a value of type {kind.__name__} expected")
+    return value
+
+
+def _assign(data: dict, assignment: str) -> None:
+    """Apply "steps.1.bits=3"; a number after `steps` counts from 0, the next word is a field of that step."""
+    path, sign, value = assignment.partition("=")
+    if not sign:
+        raise LlmoptError(f"--set {assignment}: KEY=VALUE expected, such as steps.1.bits=3")
+    target: Any = data
+    *parents, last = path.split(".")
+    for i, word in enumerate(parents):
+        target = _descend(target, word, assignment)
+        if i == 1 and parents[0] == "steps":
+            if isinstance(target, str) or len(target) != 1:
+                raise LlmoptError(f"--set {assignment}: step {word} is not written as {{family.method: {{fields}}}}")
+            (name, fields_given), = target.items()
+            target[name] = target = fields_given if fields_given is not None else {}
+    if not isinstance(target, dict):
+        raise LlmoptError(f"--set {assignment}: {'.'.join(parents)} has no keys")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise LlmoptError(f"--set {assignment}: the value is not YAML ({error})") from error
+
+
+def _descend(target: Any, word: str, assignment: str) -> Any:
+    if isinstance(target, list):
+        if not word.isdigit() or int(word) >= len(target):
+            raise LlmoptError(f"--set {assignment}: there is no step {word}; steps run from 0 to {len(target) - 1}")
+        return target[int(word)]
+    if not isinstance(target, dict):
+        raise LlmoptError(f"--set {assignment}: nothing below {word!r}")
+    return target.setdefault(word, {})
+
+
+def read_yaml(text: str, source: str) -> tuple[Any, dict[Path_, int]]:
+    """Plain data and the line of every key path; tabs, duplicate keys, anchors and deep nesting are refused."""
+    lines: dict[Path_, int] = {}
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise LlmoptError(f"{source}: aliases (*name) are not allowed in a recipe")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        tab = " (tabs may not indent YAML: use spaces)" if "\\t" in str(error) else ""
+        raise LlmoptError(f"{source}:{line}: not valid YAML: {getattr(error, 'problem', error)}{tab}") from error
+    except RecursionError as error:
+        raise LlmoptError(f"{source}: nested deeper than {MAX_DEPTH} levels") from error
+    if node is None:
+        return {}, lines
+    return _construct(node, (), lines, source, yaml.SafeLoader("")), lines
+
+
+def _construct(node: yaml.Node, path: Path_, lines: dict, source: str, loader: yaml.SafeLoader) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if len(path) > MAX_DEPTH or len(lines) > MAX_NODES:
+        raise LlmoptError(f"{source}:{line}: too deep or too long for a recipe")
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*path, i), lines, source, loader) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        made: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise LlmoptError(f"{source}:{line}: a key must be a word")
+            if key in made:
+                raise LlmoptError(f"{source}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            lines[(*path, key)] = key_node.start_mark.line + 1
+            made[key] = _construct(child, (*path, key), lines, source, loader)
+        return made
+    try:
+        return loader.construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise LlmoptError(f"{source}:{line}: {node.value!r} cannot be read: {error}") from error

@@ -1,0 +1,82 @@
+"""The trainer: resumable to the byte, deterministic, its attention exact, its curriculum moving."""
+
+import pytest
+import torch
+from llmopt_evals.world.attention import use_blocked_attention
+from llmopt_evals.world.curriculum import LENGTHS, MIXTURE, Place, batch
+from llmopt_evals.world.model import ARCHS, build
+from llmopt_evals.world.train import Settings, Trainer, schedule
+from transformers import AutoModelForCausalLM
+
+TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+
+
+def train(folder, stop=None, resume=False, seed=0, steps=6):
+    settings = Settings(folder, steps, tokens=64, every=2, stop=stop, seed=seed, shape=TINY)
+    trainer = Trainer(settings, resume)
+    trainer.run()
+    return trainer
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", stop=3)  # dies one step after the checkpoint of step 2
+    resumed = train(tmp_path / "cut", resume=True)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    plain = [[{k: v for k, v in line.items() if k != "seconds"} for line in run.log] for run in (whole, resumed)]
+    assert plain[0] == plain[1]
+
+
+def test_the_seed_and_every_step_matter(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b", seed=1)
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+
+
+def test_training_lowers_the_loss(tmp_path):
+    log = train(tmp_path, steps=60).log
+    assert log[-1]["recall"][0] < log[0]["recall"][0] - 0.5
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_blocked_attention_equals_the_stock_one(arch):
+    model, ids = build(arch, **TINY), torch.randint(4, 512, (2, 300))
+    before = model(ids, use_cache=False).logits
+    use_blocked_attention(model)
+    assert model.config._attn_implementation == "world_blocked"
+    torch.testing.assert_close(model(ids, use_cache=False).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def test_export_is_a_stock_checkpoint(tmp_path):
+    trainer = train(tmp_path, steps=2)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert model.dtype == torch.bfloat16 and not any(info.values())
+    assert model.config._attn_implementation != "world_blocked"
+    theirs, ours = model.state_dict(), trainer.model.state_dict()
+    assert all(theirs[name].equal(value.bfloat16()) for name, value in ours.items())
+
+
+def test_curriculum_grows_when_recall_succeeds_and_not_before():
+    place = Place()
+    assert not any(place.update(0.5) for _ in range(50))
+    steps = [place.update(1.0) for _ in range(60)]
+    assert sum(steps) > 0 and (place.stage, place.level) > (0, 0)
+
+
+def test_rows_of_a_step_have_one_length_and_the_last_stage_reaches_1024():
+    for stage, level in ((0, 0), (0, 3), (1, 2), (2, 4), (3, 0)):
+        for step in range(6):
+            rows = batch(Place(stage, level), 0, step, 4096)
+            assert len({len(row.ids) for row in rows}) == 1 and all(len(r.ids) == len(r.kinds) for r in rows)
+    assert max(length for length, _ in LENGTHS) == 1024
+    assert sum(share for _, share in LENGTHS) == pytest.approx(1)
+    assert all(sum(shares) == pytest.approx(1) for shares in MIXTURE.values())
+
+
+def test_schedule_rises_stays_and_falls_to_zero():
+    assert schedule(0, 1000) == 1 / 50 and schedule(300, 1000) == 1
+    assert schedule(999, 1000) == pytest.approx(1 / 450) and schedule(1000, 1000) == 0

@@ -1,0 +1,97 @@
+"""The contract, over every registered method on three families: it changes something, it comes back, it repeats itself."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import llmopt
+from llmopt.checkpoint import load
+from llmopt.method import Run, build
+from llmopt.runtime import detach
+from tests import tiny
+
+FAMILIES = ("llama", "qwen3", "mistral")
+# Fields that suit the tiny models; a method without an entry runs with its defaults.
+FIELDS = {
+    "quant.rtn": {"bits": 3, "group_size": 32},
+    "quant.gptq": {"bits": 3, "group_size": 32},
+    "prune.magnitude": {"ratio": 0.3},
+    "kv.streaming": {"ratio": 0.5},
+    "kv.snapkv": {"ratio": 0.5, "window": 8},
+    "attention.a_shape": {"sinks": 2, "window": 8, "min_length": 0},
+}
+PAIRS = [(name, family) for name in llmopt.names() for family in FAMILIES]
+
+
+def method(name: str):
+    return build(name, FIELDS.get(name, {}))
+
+
+def applied(name: str, family: str):
+    """(model, record, scores) after the method alone."""
+    model, run = tiny.make(family), Run(batches=[{"input_ids": tiny.ids(8, 48),
+                                                  "attention_mask": torch.ones(8, 48, dtype=torch.long)}])
+    return model, method(name).apply(model, run), run.scores
+
+
+@torch.no_grad()
+def behaviour(model) -> tuple[torch.Tensor, list]:
+    """Logits of a prompt and of what is read after it, and a greedy text."""
+    ids = tiny.ids(2, 64, seed=3)
+    first = model(ids[:, :56], use_cache=True)
+    second = model(ids[:, 56:], past_key_values=first.past_key_values).logits
+    text = model.generate(ids[:, :56], max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return torch.cat([first.logits, second], 1), text.tolist()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_it_changes_something_measurable(name, family):
+    model, record, scores = applied(name, family)
+    if method(name).stage == "score":
+        found = scores[name]
+        assert len(found) == 3
+        assert all(torch.isfinite(s).all() and s.std() > 0 for s in found)
+        assert torch.equal(behaviour(model)[0], behaviour(tiny.make(family))[0])
+    else:
+        assert not torch.equal(behaviour(model)[0], behaviour(tiny.make(family))[0])
+    json.dumps(record.meta)
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_saved_and_loaded_equals_memory(name, family, tmp_path):
+    model, _, _ = applied(name, family)
+    llmopt.save(model, tmp_path / "out")
+    fresh, _ = load(tmp_path / "out")
+    (logits, text), (again, text_again) = behaviour(model), behaviour(fresh)
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+    assert text_again == text
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_the_same_seed_gives_the_same_record(name, family):
+    (_, one, scores), (_, two, scores_again) = applied(name, family), applied(name, family)
+    assert json.dumps(one.meta) == json.dumps(two.meta)
+    assert one.tensors.keys() == two.tensors.keys()
+    for key in scores:
+        assert all(torch.equal(a, b) for a, b in zip(scores[key], scores_again[key], strict=True))
+
+
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n, f in PAIRS if llmopt.get(n).stage == "runtime"])
+def test_detached_is_dense_again(name, family):
+    model, _, _ = applied(name, family)
+    detach(model)
+    logits, text = behaviour(model)
+    expected, text_expected = behaviour(tiny.make(family))
+    assert torch.equal(logits, expected)
+    assert text == text_expected
+
+
+@pytest.mark.parametrize("name", llmopt.names())
+def test_a_bad_field_names_itself(name):
+    for item in dataclasses.fields(llmopt.get(name)):
+        with pytest.raises(llmopt.LlmoptError) as caught:
+            build(name, FIELDS.get(name, {}) | {item.name: object()})
+        assert item.name in str(caught.value)
+    with pytest.raises(llmopt.LlmoptError, match="'nonsense'"):
+        build(name, {"nonsense": 1})

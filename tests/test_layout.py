@@ -1,0 +1,123 @@
+"""The house rules that a machine can check: import direction, file sizes, prints, recipes and README rows."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import llmopt
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ("heads", "kv", "quant", "prune", "attention")
+LEVELS = {
+    "llmopt_kernels": 0,
+    "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.recipe": 2, "llmopt.blocks": 2, "llmopt.data": 3,
+    "llmopt.shards": 2, "llmopt.loading": 3, "llmopt.card": 2, "llmopt.cache": 2, "llmopt.runtime": 3,
+    **{f"llmopt.{family}": 4 for family in FAMILIES},
+    "llmopt.checkpoint": 5, "llmopt.pipeline": 6, "llmopt.predict": 7, "llmopt": 8, "llmopt.terminal": 2,
+    "llmopt_evals": 9, "llmopt.cli": 10, "llmopt.__main__": 11,
+}
+LAZY_BACK_EDGES = {("llmopt.data", "llmopt_evals"), ("llmopt.loading", "llmopt_evals"),   # world, llmopt/reference
+                   ("llmopt.modeling", "llmopt"),                                         # attach where llmopt is installed
+                   ("llmopt.loading", "llmopt.blocks")}
+
+
+def sources() -> list[Path]:
+    return [p for top in ("llmopt", "kernels", "evals") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+def place(path: Path) -> str:
+    """The layer a file belongs to: a family, a package, or a module of llmopt."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ("kernels", "evals"):
+        return parts[1]
+    if len(parts) > 2:
+        return f"llmopt.{parts[1]}"
+    return "llmopt" if parts[1] == "__init__" else f"llmopt.{parts[1]}"
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            if node.module == "llmopt":
+                found += [f"llmopt.{alias.name}" if f"llmopt.{alias.name}" in LEVELS else "llmopt" for alias in node.names]
+            else:
+                found.append(node.module)
+    return found
+
+
+def layer(module: str) -> str | None:
+    for name in sorted(LEVELS, key=len, reverse=True):
+        if module == name or module.startswith(name + "."):
+            return name
+    return None
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sources():
+        mine = place(path)
+        for module in imports(ast.parse(path.read_text())):
+            theirs = layer(module)
+            if theirs is None or theirs == mine or (mine, theirs) in LAZY_BACK_EDGES:
+                continue
+            if LEVELS[theirs] >= LEVELS[mine]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_stay_short():
+    long = {str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_only_the_command_prints_and_nothing_swallows_errors():
+    wrong = []
+    allowed = ("llmopt/cli.py", "llmopt/terminal.py", "evals/llmopt_evals/world/train.py",
+               "evals/llmopt_evals/world/check.py")
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in
+                                                        ("Exception", "BaseException")):
+                wrong.append(f"{path}:{node.lineno} catches everything")
+            if (isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+                    and str(path.relative_to(ROOT)) not in allowed):
+                wrong.append(f"{path}:{node.lineno} prints")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_blocks_knows_architectures():
+    names = re.compile(r"\b[qkvo]_proj\b|\.layers\[|\bgate_proj\b|\bc_attn\b|\bquery_key_value\b")
+    wrong = []
+    for path in sources():
+        if path.name in ("blocks.py", "modeling.py") or "evals" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.attr if isinstance(node, ast.Attribute) else ""
+            if names.search(text):
+                wrong.append(f"{path}:{node.lineno} {text}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", llmopt.names())
+def test_every_method_is_in_the_readme_and_in_a_recipe(name):
+    readme = (ROOT / "README.md").read_text()
+    recipes = "\n".join(p.read_text() for p in (ROOT / "recipes").glob("*.yaml"))
+    assert f"`{name}`" in readme
+    assert re.search(rf"- {re.escape(name)}\b", recipes)
+
+
+def test_the_readme_tree_names_every_top_level_entry():
+    readme = (ROOT / "README.md").read_text()
+    for path in ROOT.iterdir():
+        if path.name.startswith(".") or path.name in ("out", "__pycache__", "LICENSE"):
+            continue
+        assert path.name in readme, path.name
+
+
+def test_packages_do_not_shadow_those_of_the_index():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "evals" / "__init__.py").exists()

@@ -1,0 +1,85 @@
+"""Recipes: what is accepted, and that each error names file, line, key and the nearest valid choice."""
+import pytest
+
+import llmopt
+from llmopt import recipe
+from llmopt.method import LlmoptError
+
+GOOD = """# a comment
+model: {id: llmopt/reference, dtype: float32}
+steps:
+  - heads.span
+  - quant.rtn:
+      bits: 4
+      group_size: 32
+"""
+
+
+def test_a_recipe_becomes_methods_with_every_default_resolved():
+    made = recipe.parse(GOOD, "r.yaml")
+    assert [s.name for s in made.steps] == ["heads.span", "quant.rtn"]
+    assert made.steps[1] == llmopt.quant.RTN(bits=4, group_size=32)
+    assert made.resolved()["steps"][1]["quant.rtn"]["group_size"] == 32
+    assert made.resolved()["data"]["samples"] == 128
+
+
+@pytest.mark.parametrize(("change", "path", "value"), [
+    ("steps.1.bits=3", lambda r: r.steps[1].bits, 3),
+    ("model.dtype=bfloat16", lambda r: r.model.dtype, "bfloat16"),
+    ("data.samples=7", lambda r: r.data.samples, 7),
+    ("eval.tasks=[world_ppl]", lambda r: r.eval.tasks, ["world_ppl"]),
+])
+def test_set_overrides_one_value(change, path, value):
+    assert path(recipe.parse(GOOD, "r.yaml", (change,))) == value
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("modle: {}\nsteps: [quant.rtn]", ["r.yaml:1", "'modle'", "did you mean 'model'"]),
+    ("steps:\n  - quant.rtn: {bit: 3}", ["r.yaml:2", "'bit'", "did you mean 'bits'"]),
+    ("steps:\n  - quant.rtm: {}", ["r.yaml:2", "'quant.rtm'", "did you mean 'quant.rtn'"]),
+    ("steps:\n  - quant.rtn:\n      bits: 0", ["r.yaml:3", "bits", "0"]),
+    ("steps:\n  - quant.rtn:\n      bits: 17", ["r.yaml:3", "bits", "17"]),
+    ("steps:\n  - quant.rtn:\n      bits: four", ["r.yaml:3", "bits", "'four'"]),
+    ("steps:\n  - kv.snapkv:\n      ratio: 1.0", ["r.yaml:3", "ratio", "1.0"]),
+    ("steps:\n  - kv.snapkv:\n      ratio: -0.1", ["r.yaml:3", "ratio", "-0.1"]),
+    ("steps:\n  - prune.magnitude:\n      ratio: 1.0", ["r.yaml:3", "ratio", "1.0"]),
+    ("steps:\n  - prune.magnitude:\n      ratio: -1", ["r.yaml:3", "ratio", "-1"]),
+    ("steps:\n\t- quant.rtn", ["r.yaml:2", "tabs"]),
+    ("seed: 1\nseed: 2\nsteps: [quant.rtn]", ["r.yaml:2", "'seed'", "twice"]),
+    ("steps:\n  - quant.rtn\n  - heads.span", ["r.yaml:1", "heads.span must come before quant.rtn"]),
+    ("steps:\n  - quant.rtn\n  - quant.gptq", ["r.yaml:1", "at most one"]),
+    ("steps: []", ["r.yaml:1", "at least one"]),
+    ("", ["r.yaml:1", "steps"]),
+    ("- a", ["r.yaml:1", "mapping"]),
+    ("steps: &x [*x]", ["r.yaml", "aliases"]),
+    ("data:\n  name: words\nsteps: [quant.rtn]", ["r.yaml:2", "'words'", "world"]),
+    ("data: {name: text}\nsteps: [quant.rtn]", ["r.yaml:1", "path"]),
+    ("format: gguf\nsteps: [quant.rtn]", ["r.yaml:1", "'gguf'"]),
+    ("steps: " + "[" * 200 + "]" * 200, ["r.yaml:1"]),
+])
+def test_bad_input_is_one_line_that_says_where(text, expected):
+    with pytest.raises(LlmoptError) as caught:
+        recipe.parse(text, "r.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize("assignment", ["steps.9.bits=3", "steps.1.bits", "steps.x.bits=3", "steps.1.bit=3"])
+def test_a_bad_override_names_itself(assignment):
+    with pytest.raises(LlmoptError, match="steps|bit"):
+        recipe.parse(GOOD, "r.yaml", (assignment,))
+
+
+def test_an_unknown_recipe_lists_the_packaged_ones():
+    with pytest.raises(LlmoptError, match="did you mean 'quickstart'"):
+        recipe.load("quickstrat")
+
+
+def test_every_packaged_recipe_can_be_read():
+    files = sorted(recipe.PACKAGED[0].glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        assert recipe.load(str(file)).steps, file
+        assert len(file.read_text().splitlines()) <= 30, file
