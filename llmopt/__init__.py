@@ -1,6 +1,7 @@
 """llmopt: one recipe for head importance, KV cache, quantization, structural pruning and sparse prefill.
 
-Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
+Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size,
+L layers.
 """
 from llmopt import attention, heads, kv, prune, quant
 from llmopt.checkpoint import VerificationError, load, save

@@ -337,7 +337,7 @@ class Visit:
                     handles.append(projection.module.register_forward_pre_hook(hook(readers[projection.name])))
             results = []
             with torch.no_grad():
-                for x, (args, kwargs), mask in zip(self.inputs, self.calls, self.masks, strict=True):
+                for x, (args, kwargs), mask in zip(self.inputs, self.calls, self.masks, strict=True):  # noqa: B007  hook reads it
                     results.append(_first(self.block.module(x, *args, **kwargs)))
             return results
         finally:

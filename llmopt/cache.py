@@ -123,7 +123,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.queries is not None:
             query = torch.cat([self.queries, query], 2)
             positions = torch.cat([self.query_positions, positions], 1)
-        order = positions.argsort(1, stable=True)
+        order = positions.argsort(dim=1, stable=True)
         order = order if last is None else order[:, max(0, order.shape[1] - last):]
         self.query_positions = positions.gather(1, order)
         index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
@@ -263,5 +263,6 @@ class LlmoptCache(Cache):
         total = 0
         for layer in (self.layers[i] for i in self.attending()):
             length = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
-            total += sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values)) * length
+            for held in (layer.keys, layer.values):
+                total += held.shape[0] * held.shape[1] * length * held.shape[3] * held.element_size()
         return total

@@ -38,7 +38,9 @@ model = AutoModelForCausalLM.from_pretrained("{{ name }}")
 llmopt compress --recipe recipe.yaml --output {{ name }}
 ```
 
-Steps: {{ steps | join(" -> ") }}. Versions: {% for k, v in versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
+Steps: {{ steps | join(" -> ") }}.
+
+Versions: {% for k, v in versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
 {% if table %}
 ## Measured
 

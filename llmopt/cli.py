@@ -76,8 +76,9 @@ def evaluate(model, tasks, compare, limit, batch_size, output, device, trust_rem
     from llmopt import terminal
 
     terminal.quiet_libraries()
-    from llmopt.loading import resolve
     from llmopt_evals import evaluate as scores
+
+    from llmopt.loading import resolve
 
     columns = {}
     for name in [m for m in (model, compare) if m]:

@@ -33,8 +33,8 @@ def load(spec: DataSpec, config: Any, tokenizer: Any) -> list[Batch]:
 def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
     """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
     if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-        return [{"input_ids": b["input_ids"], "attention_mask": b.get("attention_mask", torch.ones_like(b["input_ids"]))}
-                for b in rows]
+        return [{"input_ids": (ids := batch["input_ids"]),
+                 "attention_mask": batch.get("attention_mask", torch.ones_like(ids))} for batch in rows]
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     if not rows:
         raise LlmoptError("no document of at least 2 tokens was found")
@@ -67,8 +67,8 @@ def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
     from llmopt_evals.world.words import ID
 
     if tokenizer is None or tokenizer.get_vocab() != dict(ID):
-        raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has another. "
-                          "Give calibration text of your own: data: {name: text, path: FILE}")
+        raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
+                          "another. Give calibration text of your own: data: {name: text, path: FILE}")
     return list(world.calibration_ids(spec.samples, length, spec.seed))
 
 

@@ -51,7 +51,8 @@ def _from_pretrained(source: str, spec: ModelSpec, trust: bool) -> nn.Module:
         model = model.to(spec.device)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()
-        raise LlmoptError(f"{source}: the model cannot be loaded: {first[0] if first else type(error).__name__}") from error
+        why = first[0] if first else type(error).__name__
+        raise LlmoptError(f"{source}: the model cannot be loaded: {why}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             raise LlmoptError(f"{source}: {len(info[kind])} tensors {kind.split('_')[0]}, "

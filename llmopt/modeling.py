@@ -1,7 +1,7 @@
-"""Per-layer shapes: the models behind AutoModel, and the file that is copied into checkpoints (torch + transformers only).
+"""Per-layer shapes: the models behind AutoModel, and the file copied into checkpoints (torch + transformers only).
 
-For every supported family this file makes a subclass of the stock causal LM, under the stock name. It is the stock model
-unless its config carries one of our keys:
+For every supported family this file makes a subclass of the stock causal LM, under the stock name. It is the stock
+model unless its config carries one of our keys:
 
     per_layer_config   {layer: {num_attention_heads, num_key_value_heads, intermediate_size, skip: [attention, mlp]}}
     llmopt             runtime parts; attached after from_pretrained by llmopt.runtime, where llmopt is installed
@@ -77,7 +77,8 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Block", attention="attn",
                    attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),
     # OPT-350m normalises the residual stream itself: its norms stay where they are
-    "opt": Family("opt", "OPTForCausalLM", "OPTDecoderLayer", mlp=None, attention_norms=(), mlp_norms=(), width="ffn_dim"),
+    "opt": Family("opt", "OPTForCausalLM", "OPTDecoderLayer", mlp=None, attention_norms=(), mlp_norms=(),
+                  width="ffn_dim"),
     # attention only: their experts are left alone, their layers always have stock shapes
     "mixtral": Family("mixtral", "MixtralForCausalLM", "MixtralDecoderLayer"),
     "qwen2_moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeDecoderLayer"),
@@ -191,7 +192,7 @@ def register_models() -> None:
 
 
 def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """(files to put beside a checkpoint of `model`, its config's `auto_map`): trust_remote_code then loads it exactly."""
+    """(files to put beside a checkpoint of `model`, its config's `auto_map`), which let trust_remote_code load it."""
     name = FAMILIES[saved_config(model)[0]["model_type"]].model
     source = inspect.getsource(sys.modules[__name__])
     return {REMOTE_FILE: source}, {"AutoModelForCausalLM": f"{REMOTE_FILE.removesuffix('.py')}.{name}"}
@@ -202,7 +203,8 @@ def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     """(config.json of a checkpoint of `model`, whether it needs the code of this file to be read)."""
     config = copy.deepcopy(model.config)
-    config.architectures = [FAMILIES[config.model_type].model] if config.model_type in FAMILIES else [type(model).__name__]
+    family = FAMILIES.get(config.model_type)
+    config.architectures = [family.model if family else type(model).__name__]
     config.dtype = model.dtype
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
     if not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):

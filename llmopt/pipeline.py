@@ -12,6 +12,7 @@ from torch import nn
 from llmopt import checkpoint, data, runtime, shards
 from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
+from llmopt.predict import group_multiple, predict
 from llmopt.recipe import Recipe, check_order
 
 
@@ -51,7 +52,7 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     refuse_compressed(model)
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
-    run = Run(batches=batches, seed=seed, progress=progress, multiple=multiple_of(steps), tokenizer=tokenizer)
+    run = Run(batches=batches, seed=seed, progress=progress, multiple=group_multiple(steps), tokenizer=tokenizer)
     report = Report(seed=seed, calibration=data.fingerprint(batches) if batches else None,
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
@@ -83,12 +84,6 @@ def refuse_compressed(model: nn.Module) -> None:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
 
 
-def multiple_of(steps: list[Method]) -> int:
-    """Pruned widths must be divisible by this, so that the groups of the quantization step fit."""
-    sizes = [step.group_size for step in steps if step.stage == "quant"]
-    return max([size for size in sizes if size > 0], default=1)
-
-
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module) -> float:
     """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
@@ -113,7 +108,9 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, trust_remote_c
     if any(step.needs_data for step in recipe.steps):
         batches = data.load(recipe.data, model.config, tokenizer)
     loaded = time.perf_counter() - clock
+    predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed)
     report = compress(model, list(recipe.steps), batches, recipe.seed, progress, tokenizer)
+    report.predicted_bytes = predicted
     report.seconds = {"load": loaded, **report.seconds}
     checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe, format=recipe.format,
                     max_shard_size=recipe.max_shard_size, overwrite=overwrite,

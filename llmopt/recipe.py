@@ -8,7 +8,7 @@ import yaml
 
 from llmopt.method import STAGES, Checked, FieldError, KeyUnknown, LlmoptError, Method, build, fill, nearest
 
-PACKAGED = (Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")  # the checkout's before the wheel's
+PACKAGED = (Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")  # the checkout's, the wheel's
 MAX_DEPTH, MAX_NODES = 20, 10_000
 
 

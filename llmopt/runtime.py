@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from llmopt_kernels import NONE, Rule, attention, ragged_attention
+from llmopt_kernels import NONE, Rule, dense_attention, dense_visible, ragged_attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -65,9 +65,12 @@ class PrefillMethod(RuntimeMethod):
     place = "prefill selector"
 
     @abstractmethod
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Rule,
-                layer: int, live: "Attachment") -> Tensor | None:
-        """Attention of [B, H, T, D] over [B, G, S, D], S >= T, mask bool [B, S] or None; None asks for dense."""
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, rule: Rule, layer: int,
+                live: "Attachment") -> Tensor | None:
+        """Attention of the last T tokens [B, H, T, D] over the last S [B, G, S, D]; None asks for dense.
+
+        real: bool [B, tokens seen], False at padding.
+        """
 
 
 class Attachment:
@@ -178,17 +181,20 @@ class Attachment:
         if mask is not None and mask.ndim == 4:
             return self._custom_mask(query, keys, values, mask, rule)
         self.rules[index] = rule
-        first = (keys.shape[2] if layer is None else layer.seen) - query.shape[2]
+        seen = keys.shape[2] if layer is None else layer.seen
+        if mask is not None and mask.shape[1] != seen:
+            raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
+        first = seen - query.shape[2]
         if layer is not None:
             layer.window = rule.window
             self._record(layer, query, mask, first)
             if layer.kept is not None:
-                visible = _visible(query, keys, mask, first, rule)
+                visible = dense_visible(query, keys, mask, first, rule)
                 return ragged_attention(query, layer.kept, (keys, values), visible, first, rule)
         selector, _ = self.part(PrefillMethod)
         if selector is not None and query.shape[2] > 1 and not self.frozen:
-            seen = None if mask is None else mask[:, mask.shape[1] - keys.shape[2]:]
-            out = selector.prefill(query, keys, values, seen, rule, index, self)
+            real = query.new_ones(query.shape[0], seen, dtype=torch.bool) if mask is None else mask
+            out = selector.prefill(query, keys, values, real, rule, index, self)
             if out is not None:
                 return out
         return dense_attention(query, keys, values, mask, first, rule)
@@ -204,42 +210,9 @@ class Attachment:
 
     def _custom_mask(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         if rule.softcap is not None or (self.cache is not None and self.part(CacheMethod)[0] is not None):
-            raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method or "
-                              "with softcap; pass a 2-D attention_mask")
+            raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
+                              "or with softcap; pass a 2-D attention_mask")
         return scaled_dot_product_attention(query, keys, values, mask, scale=rule.scaling, enable_gqa=True)
-
-
-def _visible(query: Tensor, keys: Tensor, mask: Tensor | None, first: int, rule: Rule) -> Tensor | None:
-    """Which of the S newest tokens each query sees: bool [B or 1, T, S]; None when that is all of them."""
-    last, total = first + query.shape[2], keys.shape[2]
-    if mask is not None and mask.shape[1] != last:
-        raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {last} tokens were seen")
-    reaches = rule.window is None or total <= rule.window
-    if query.shape[2] == 1 and mask is None and reaches:
-        return None
-    i = torch.arange(first, last, device=query.device)
-    visible = rule.visible(i, torch.arange(last - total, last, device=query.device)).unsqueeze(0)
-    return visible if mask is None else visible & mask[:, None, last - total:]
-
-
-def dense_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, first: int, rule: Rule) -> Tensor:
-    """Causal attention of the tokens from position `first` on over the S newest tokens: [B, H, T, D]."""
-    batch, heads, tokens, dim = query.shape
-    total = keys.shape[2]
-    plain = mask is None and (rule.window is None or total <= rule.window)
-    if rule.softcap is not None:
-        visible = _visible(query, keys, mask, first, rule)
-        return attention(query, keys, values, None if visible is None else visible.unsqueeze(1), rule)
-    if plain and tokens == total:
-        return scaled_dot_product_attention(query, keys, values, is_causal=tokens > 1, scale=rule.scaling, enable_gqa=True)
-    visible = _visible(query, keys, mask, first, rule)
-    visible = None if visible is None else visible.unsqueeze(1)                          # [B, 1, T, S]
-    if tokens == 1:                          # the g query heads of a group as rows: much faster than repeating keys
-        rows = query.view(batch, keys.shape[1], -1, dim)
-        out = scaled_dot_product_attention(rows, keys, values, visible, scale=rule.scaling)
-        return out.reshape(batch, heads, 1, -1)
-    out = scaled_dot_product_attention(query, keys, values, visible, scale=rule.scaling, enable_gqa=True)
-    return out.nan_to_num(0.0)               # a padding query sees nothing
 
 
 def llmopt_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -271,7 +244,7 @@ AttentionInterface.register(NAME, llmopt_attention)
 AttentionMaskInterface.register(NAME, llmopt_mask)
 
 
-# -------------------------------------------------------------------------------------------------------- attach, detach
+# ------------------------------------------------------------------------------------------------- attach, detach
 
 def attachment(model: nn.Module) -> Attachment | None:
     """What is attached to `model`."""

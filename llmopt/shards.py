@@ -56,19 +56,22 @@ def write(folder: Path, tensors: dict[str, Tensor], max_shard_size: str) -> None
     """Write model.safetensors, or numbered shards and their index, into `folder`."""
     shards = split(tensors, size_of(max_shard_size))
     if len(shards) == 1:
-        save_file(_ready(shards[0]), folder / "model.safetensors", metadata=METADATA)
+        _save(shards[0], folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(_ready(shard), folder / name, metadata=METADATA)
+        _save(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": tensor_bytes(tensors)}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode              # what the user's umask gives; safetensors would make it private
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, metadata=METADATA)
+    file.chmod(mode)
 
 
 def sync(folder: Path) -> None:

@@ -24,6 +24,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not ERR.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")      # lm-eval's bars; read when tqdm is imported
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -144,7 +146,7 @@ def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
         print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
-                               "fields": {f.name: repr(f.default) for f in dataclasses.fields(cls)}} for cls in classes})
+                               "fields": {f.name: _default(f) for f in dataclasses.fields(cls)}} for cls in classes})
         return
     if not detailed:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])

@@ -1,4 +1,4 @@
-"""The contract, over every registered method on three families: it changes something, it comes back, it repeats itself."""
+"""The contract, over every registered method on three families: it changes something, comes back, repeats itself."""
 import dataclasses
 import json
 

@@ -3,11 +3,11 @@ import json
 
 import pytest
 import torch
+from llmopt_evals.world.tokenizer import build_tokenizer
 
 from llmopt import data
 from llmopt.method import LlmoptError
 from llmopt.recipe import DataSpec
-from llmopt_evals.world.tokenizer import build_tokenizer
 from tests import tiny
 
 

@@ -14,11 +14,11 @@ LEVELS = {
     "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.recipe": 2, "llmopt.blocks": 2, "llmopt.data": 3,
     "llmopt.shards": 2, "llmopt.loading": 3, "llmopt.card": 2, "llmopt.cache": 2, "llmopt.runtime": 3,
     **{f"llmopt.{family}": 4 for family in FAMILIES},
-    "llmopt.checkpoint": 5, "llmopt.pipeline": 6, "llmopt.predict": 7, "llmopt": 8, "llmopt.terminal": 2,
+    "llmopt.checkpoint": 5, "llmopt.predict": 6, "llmopt.pipeline": 7, "llmopt": 8, "llmopt.terminal": 2,
     "llmopt_evals": 9, "llmopt.cli": 10, "llmopt.__main__": 11,
 }
 LAZY_BACK_EDGES = {("llmopt.data", "llmopt_evals"), ("llmopt.loading", "llmopt_evals"),   # world, llmopt/reference
-                   ("llmopt.modeling", "llmopt"),                                         # attach where llmopt is installed
+                   ("llmopt.modeling", "llmopt"),                                # attach where llmopt is installed
                    ("llmopt.loading", "llmopt.blocks")}
 
 
@@ -43,7 +43,8 @@ def imports(tree: ast.AST) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             if node.module == "llmopt":
-                found += [f"llmopt.{alias.name}" if f"llmopt.{alias.name}" in LEVELS else "llmopt" for alias in node.names]
+                whole = [f"llmopt.{alias.name}" for alias in node.names]
+                found += [name if name in LEVELS else "llmopt" for name in whole]
             else:
                 found.append(node.module)
     return found

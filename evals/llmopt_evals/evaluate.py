@@ -9,12 +9,10 @@ from typing import Any
 from llmopt.method import LlmoptError, nearest
 from llmopt_evals.world import tasks_path
 
-HIGHER = {"acc": "accuracy", "acc_norm": "accuracy (length-normalised)", "exact_match": "exact match"}
-
 
 def evaluate(model: Any, tasks: list[str], tokenizer: Any = None, limit: int | None = None, batch_size: int = 16,
              device: str = "cpu", metadata: dict | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """lm-eval's result dictionary for a model folder, hub name or loaded model; raises LlmoptError for an unknown task."""
+    """lm-eval's results for a model folder, hub name or loaded model; raises LlmoptError for an unknown task."""
     from lm_eval import simple_evaluate
 
     from llmopt_evals.lm import LlmoptLM

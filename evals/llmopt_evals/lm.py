@@ -1,4 +1,4 @@
-"""The lm-eval model class `llmopt`: `hf` where nothing runs at inference, cache methods really in force where something does.
+"""The lm-eval model class `llmopt`: `hf`, with the cache methods of a checkpoint really in force.
 
 A request's context is prefilled, compressed by the attached methods, and the continuation is scored on what was
 kept. The first `ask` of a world text ends the context, so that agnostic questions are asked of one finished cache. A
@@ -78,7 +78,7 @@ class LlmoptLM(HFLM):
             yield index, _score(table, tail, count)
 
     def _continue(self, cache, ids: list[int]) -> Tensor:
-        """Log-probabilities [len(ids), vocabulary] after each of `ids`, on a copy of the cache that is not compressed."""
+        """Log-probabilities [len(ids), vocabulary] after each of `ids`, on a frozen copy of the cache."""
         if not ids:
             return torch.empty(0, self.model.config.vocab_size, device=self.device)
         with runtime.frozen(self.model):

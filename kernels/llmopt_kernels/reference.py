@@ -82,7 +82,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | Non
     out = query.new_empty(batch, groups, heads // groups, tokens, values.shape[-1])
     for start in range(0, tokens, 256):
         part = slice(start, start + 256)
-        seen = None if visible is None else visible.unsqueeze(1)[..., part, :]       # [B, 1, 1, t, S]
+        seen = None if visible is None else visible.expand(batch, 1, tokens, -1).unsqueeze(2)[..., part, :]
         weights = softmax(rule.logits(rows[:, :, :, part], keys.unsqueeze(2)), seen)
         out[:, :, :, part] = torch.matmul(weights, values.float().unsqueeze(2)).to(out.dtype)
     return out.view(batch, heads, tokens, -1)
@@ -178,7 +178,8 @@ class Stripes:
     tile: int = 128
 
 
-def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes, rule: Rule) -> tuple[Tensor, Tensor]:
+def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
+                     rule: Rule) -> tuple[Tensor, Tensor]:
     """Attention over the listed keys only, gathered tile by tile: [H, T, D] and computed pairs [H].
 
     query [H, T, D], keys and values [G, S, D]; the queries are the last T of the S tokens.
@@ -207,7 +208,7 @@ def _tile(query: Tensor, keys: Tensor, values: Tensor, place: tuple[Stripes, int
         k, v, seen = keys[:, base], values[:, base], near
     else:
         extra = stripes.columns[:, number]                                           # [X, C']
-        share = extra.shape[0] // groups                                             # 1, or g when chosen per query head
+        share = extra.shape[0] // groups                                             # 1, or g if chosen per query head
         owner = torch.arange(extra.shape[0], device=keys.device) // share
         k, v = (torch.cat([x[owner][:, base], x[owner.unsqueeze(1), extra.clamp(min=0)]], 1) for x in (keys, values))
         far = rule.visible(i, extra) & ~_in_base(stripes, i, extra)                  # [X, R, C']

@@ -16,6 +16,7 @@ class Units:
     """The prunable units of one kind in one layer.
 
     scores: [n], larger stays longer; cost: parameters per unit; counts: how many may stay, from n downwards.
+    index: [n, k], the channels, groups or heads that unit i stands for (k > 1: they can only leave together).
     """
 
     layer: int
@@ -23,6 +24,7 @@ class Units:
     scores: Tensor
     cost: int
     counts: tuple[int, ...]
+    index: Tensor
 
     @property
     def total(self) -> int:
@@ -42,7 +44,7 @@ def allowed_counts(count: int, width: int, multiple: int, floor: int) -> tuple[i
 def normalise(scores: Tensor, how: str) -> Tensor:
     """Scores of one layer made comparable with those of other layers.
 
-    none: as they are; layer: divided by the layer's mean; lamp: s_j / mean of all s_i >= s_j (largest: 1 * n / n).
+    none: as they are; layer: divided by the layer's mean; lamp: n * s_j / (sum of the scores ranked at or above j).
     """
     values = scores.double()
     if how == "layer":
@@ -54,9 +56,9 @@ def normalise(scores: Tensor, how: str) -> Tensor:
     return values
 
 
-def weakest(units: Units, count: int) -> Tensor:
-    """Indices of the units that stay when `count` leave, ascending; ties leave in their order."""
-    return units.scores.argsort(stable=True)[count:].sort().values
+def survivors(units: Units, count: int) -> Tensor:
+    """What stays when `count` units leave: entries of `index`, ascending; ties leave in their order."""
+    return units.index[units.scores.argsort(stable=True)[count:]].flatten().sort().values
 
 
 def check_reachable(units: list[Units], ratio: float) -> None:

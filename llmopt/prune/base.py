@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmopt.blocks import Block, Visit, blocks, refuse_units, walk
 from llmopt.method import FieldError, LlmoptError, Method, Record, Run
-from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, weakest
+from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
 from llmopt.prune.refit import refit
 from llmopt.prune.shapes import shapes
@@ -87,11 +87,11 @@ class Pruner(Method):
         removed = self._allocate(units)
         plan = [_layer_plan(block, [(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
                 for block in views]
-        total = sum(u.total for u in units)
-        gone = Counter()
+        gone, freed = Counter(), 0
         for u, n in zip(units, removed, strict=True):
-            gone[u.kind] += n
-        return plan, {"ratio": self.ratio, "removed_share": sum(n * u.cost for u, n in zip(units, removed)) / total,
+            gone[u.kind] += n * u.index.shape[1]
+            freed += n * u.cost
+        return plan, {"ratio": self.ratio, "removed_share": freed / sum(u.total for u in units),
                       "removed_units": dict(gone)}
 
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
@@ -108,11 +108,13 @@ class Pruner(Method):
             values, price = scores[kind].detach().float().cpu(), cost(block, kind)
             if not bool(values.isfinite().all()):
                 raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
-            if kind == "q_heads":            # every KV group loses its weakest head together with the other groups
-                values, price = values.view(block.kv_heads, -1).sort(dim=1).values.mean(0), price * block.kv_heads
+            index = torch.arange(len(values))[:, None]
+            if kind == "q_heads":
+                values, index = _slices(values.view(block.kv_heads, -1))
             if kind not in COARSE:
                 values = normalise(values, self.normalize)
-            found.append(Units(block.index, kind, values, price, self._counts(block, kind, len(values), multiple)))
+            counts = self._counts(block, kind, len(values), multiple)
+            found.append(Units(block.index, kind, values, price * index.shape[1], counts, index))
         return found
 
     def _counts(self, block: Block, kind: str, count: int, multiple: int) -> tuple[int, ...]:
@@ -137,6 +139,13 @@ class Pruner(Method):
         return removed
 
 
+def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [H/G, G]
+    """Query heads as units: the k-th weakest head of every KV group at once, so that the groups stay equal."""
+    ordered, order = scores.sort(dim=1, stable=True)
+    heads = order + torch.arange(len(scores))[:, None] * scores.shape[1]
+    return ordered.mean(dim=0), heads.T
+
+
 def _layer_plan(block: Block, chosen: list[tuple[Units, int]]) -> LayerPlan:
     made: dict[str, Any] = {"skip": ()}
     for units, count in chosen:
@@ -146,10 +155,8 @@ def _layer_plan(block: Block, chosen: list[tuple[Units, int]]) -> LayerPlan:
             made["drop"] = True
         elif units.kind in COARSE:
             made["skip"] += (units.kind,)
-        elif units.kind == "q_heads":
-            made["heads"] = count        # resolved by the method's own scores below
         else:
-            made[units.kind] = weakest(units, count)
+            made["heads" if units.kind == "q_heads" else units.kind] = survivors(units, count)
     return LayerPlan(**made)
 
 

@@ -44,7 +44,7 @@ def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
 def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
     """Raise LlmoptError if no config of this architecture can describe `layers`."""
     if not uniform(layers) and not spec_of(model).ffn_out:
-        raise LlmoptError(f"{model.config.model_type}: layers of different shapes cannot be stored; use scope: local")
+        raise LlmoptError(f"{model.config.model_type}: its layers can only be stored if they stay alike")
     if len(head_counts(layers)) > 1 or not heads_fit(model.config, next(iter(head_counts(layers)))[0]):
         refuse_units(model, "per_layer_heads")
 
@@ -83,18 +83,22 @@ def sync_config(model: nn.Module) -> None:
         if layers[0].width:
             setattr(config, FAMILIES[config.model_type].width, layers[0].width)
         return
-    config.head_dim = next(block.head_dim for block in blocks(model) if block.attention is not None)
+    if not together:
+        config.head_dim = _head_dim(model)
     write_layers(config, [_entry(layer, FAMILIES[config.model_type].width, layers, together) for layer in layers])
 
 
 def _write_heads(model: nn.Module, heads: int, kv_heads: int) -> None:
     config = model.config
-    known = config.to_dict()
-    if (known["num_attention_heads"] if "num_attention_heads" in known else heads) == heads and \
-            known.get("num_key_value_heads", kv_heads) == kv_heads:
+    known = config.to_dict()        # GPT-2 and the like keep their heads under other names, and keep them all
+    if (known.get("num_attention_heads", heads), known.get("num_key_value_heads", kv_heads)) == (heads, kv_heads):
         return
-    config.head_dim = next(block.head_dim for block in blocks(model) if block.attention is not None)
+    config.head_dim = _head_dim(model)
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+
+
+def _head_dim(model: nn.Module) -> int:
+    return next(block.head_dim for block in blocks(model) if block.attention is not None)
 
 
 def _entry(layer: LayerShape, width: str, layers: list[LayerShape], together: bool) -> dict:

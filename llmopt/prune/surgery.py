@@ -52,7 +52,7 @@ class LayerPlan:
 
 @torch.no_grad()
 def apply_plan(model: nn.Module, plan: list[LayerPlan], scores: dict[str, list[Tensor]]) -> None:
-    """Edit `model` and the head scores in place; raises LlmoptError, with nothing changed, for what cannot be stored."""
+    """Edit `model` and the head scores in place; what cannot be stored raises LlmoptError before anything changes."""
     views = blocks(model)
     check_plan(model, views, plan)
     for name, per_layer in scores.items():

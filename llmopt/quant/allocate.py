@@ -39,7 +39,7 @@ def exact(damage: Sequence[Mapping[int, float]], params: Sequence[int], target: 
     pinned = pinned or {}
     choices = [[pinned[i]] if i in pinned else sorted(table) for i, table in enumerate(damage)]
     least = [c[0] for c in choices]
-    room = math.floor(target * sum(params) + SLACK * sum(params)) - sum(n * b for n, b in zip(params, least, strict=True))
+    room = math.floor((target + SLACK) * sum(params)) - sum(n * b for n, b in zip(params, least, strict=True))
     if room < 0:
         raise BudgetError(f"an average of {target:g} bits cannot be met: the least possible is "
                           f"{_mean(least, params):.4g}")
@@ -81,7 +81,7 @@ def _fits(bits: Sequence[int], params: Sequence[int], target: float) -> bool:
 
 
 def around(widths: Sequence[int], target: float) -> tuple[int, int]:
-    """The two widths (hi, lo) next to the target, for `two_level`; a target that is itself a width lies between them."""
+    """The two widths (hi, lo) next to the target, for `two_level`; a target that is a width lies between them."""
     if not min(widths) <= target + SLACK:
         raise BudgetError(f"an average of {target:.4g} bits cannot be met with widths {sorted(widths)}")
     lo = max((w for w in widths if w < target - SLACK), default=min(widths))

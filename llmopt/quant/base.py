@@ -43,7 +43,7 @@ class Quantizer(Method):
     stage: ClassVar = "quant"
     uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
 
-    bits: int | float = 4                 # average over the quantized weights; 2..8, fractions need `allocate`; 16: dense
+    bits: int | float = 4                 # average over all weights quantized, 2..8 (fractions: `allocate`); 16: as is
     group_size: int = 128                 # input columns that share a scale; -1: one scale per output channel
     symmetric: bool = True
     clip: bool = True                     # search each scale for the least error (norm 2.4)
@@ -55,6 +55,8 @@ class Quantizer(Method):
     seed: int = 0                         # picks the calibration rows on which `sensitivity` is measured
 
     def check(self) -> None:
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))
         for width in self.widths:
             _check_width("widths", width)
         _check_group("group_size", self.group_size)
@@ -139,7 +141,7 @@ class Quantizer(Method):
     @torch.no_grad()
     def _visit(self, visit: Visit, todo: dict[str, Target]) -> None:
         weights = self.token_weights(visit)
-        for group in visit.block.groups():        # each group sees inputs that the groups before it have already changed
+        for group in visit.block.groups():        # each group sees what the groups before it have changed
             if not any(p.name in todo for p in group):
                 continue
             stats, shares = Stats(), iter(weights or ())
@@ -155,7 +157,7 @@ class Quantizer(Method):
         with naming(projection.name):
             if not weight.isfinite().all():
                 raise LlmoptError("the weight holds NaN or infinite values")
-            dense = weight.float()
+            dense = weight.float().clone()          # a float32 weight is about to be overwritten
             result = self.quantize(dense.clone(), stats, self.spec(todo[projection.name], weight.dtype))
         projection.write(result.dequantize(weight.dtype))
         change = projection.weight.float() - dense
@@ -191,10 +193,10 @@ def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]
 
 
 def _check_width(key: str, bits: object) -> None:
-    if isinstance(bits, bool) or bits not in (*range(2, 9), DENSE):
-        whole = not isinstance(bits, float) or not 2 <= bits <= 8
-        raise FieldError(key, bits, "an integer from 2 to 8 (or 16: dense)" if whole or key != "bits" else
-                         "an integer from 2 to 8 with allocate: uniform; fractions need allocate: lim, zd or sensitivity")
+    if type(bits) is not int or bits not in (*range(2, 9), DENSE):
+        fraction = key == "bits" and isinstance(bits, float) and 2 <= bits <= 8
+        raise FieldError(key, bits, "an integer from 2 to 8 (or 16: dense)" if not fraction else
+                         "an integer from 2 to 8, or a fraction with allocate: lim, zd or sensitivity")
 
 
 def _check_group(key: str, size: object) -> None:

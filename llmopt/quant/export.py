@@ -1,7 +1,7 @@
 """Quantized modules as compressed-tensors `pack-quantized` tensors and their quantization_config.
 
-What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 bits, mixed, in groups or per channel, with
-the exact name of every module as a target.
+What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 bits, mixed, in groups or per channel,
+with the exact name of every module as a target.
 """
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

@@ -4,10 +4,10 @@
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
     loss = sum_i |e_i|^2 / 2 = tr((W - Q) H (W - Q)^T) / 2
 
-act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand, so
-that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns when
-the sweep reaches it. Frantar et al., 2022 (arXiv:2210.17323). Columns whose input is always 0 are set to 0. A matrix that
-no damping up to 1 makes invertible is rounded to nearest, which `figures` then says.
+act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
+so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
+when the sweep reaches it. Columns whose input is always 0 are set to 0. A matrix that no damping up to 1 makes
+invertible is rounded to nearest, which `figures` then says. Frantar et al., 2022 (arXiv:2210.17323).
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -56,7 +56,7 @@ class GPTQ(Quantizer):
         factor, damping = inverse_factor(hessian[order][:, order], self.damping)
         if factor is None:
             result = round_to_nearest(weight, spec)
-            result.figures["note"] = f"rounded to nearest: its Hessian is singular at every damping up to {MAX_DAMPING:g}"
+            result.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
             return result
         result = Sweep(weight, factor, order, spec, self.static_groups or spec.group_size == -1).run(self.block)
         result.figures |= {"dead_columns": int(dead.sum()), "damping": damping}

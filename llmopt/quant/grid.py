@@ -1,12 +1,12 @@
 """The integer grids: scales, codes, and the values they stand for.
 
     symmetric   s = 2 max|w| / (2^b - 1),            codes -2^(b-1) .. 2^(b-1) - 1
-    asymmetric  s = (max w - min w) / (2^b - 1),     zero point z = round(-min w / s) - 2^(b-1), zero always representable
+    asymmetric  s = (max(w, 0) - min(w, 0)) / (2^b - 1),    zero point z = round(-min(w, 0) / s) - 2^(b-1)
     code = clamp(round(w / s) + z),                  value = s (code - z)
     clip        shrink the range by 1 - i/100, i = 0..79, to the least sum |value - w|^2.4 of each row and group
 
-Scales are rounded to the type that is stored, then to the model's, BEFORE codes are chosen: what a loader rebuilds from
-the checkpoint (a product in the model's type) is what the solver saw. Frantar et al., GPTQ (arXiv:2210.17323), quant.py.
+Scales are rounded to the type that is stored, then to the model's, BEFORE codes are chosen: what a loader rebuilds
+from the checkpoint (a product in the model's type) is what the solver saw. Frantar et al. (arXiv:2210.17323), quant.py.
 """
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Which weights are quantized, at how many bits and in what groups: decided by name and shape, before any tensor is read."""
+"""Which weights are quantized, at how many bits and in what groups: decided by name and shape, before data is read."""
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -115,7 +115,7 @@ def packed_bytes(target: Target, scale_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """What is left to decide: the blocks with undecided weights, how many each has, and the average they must keep to."""
+    """What is left to decide: the blocks with undecided weights, how many each has, and the average they must keep."""
 
     blocks: list[int]
     params: list[int]

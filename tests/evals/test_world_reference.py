@@ -8,6 +8,7 @@ import torch
 from llmopt_evals.world import reference_path
 from llmopt_evals.world.check import brittleness, knowledge, table
 from llmopt_evals.world.damage import round_to_nearest, without_channels
+from llmopt_evals.world.model import build, export
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -56,10 +57,7 @@ def test_channels_removed_are_the_share_asked_for(model):
 
 
 def test_check_fails_a_model_that_knows_nothing(tmp_path):
-    from llmopt_evals.world.model import build, export
-
     export(build(num_hidden_layers=1), tmp_path / "blank", [])
-    done = subprocess.run(
-        [sys.executable, "-m", "llmopt_evals.world.check", str(tmp_path / "blank")], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "llmopt_evals.world.check", str(tmp_path / "blank"), "--documents", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "MISSED" in done.stdout

@@ -73,9 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0].strip())
     parser.add_argument("model", nargs="?", default=str(reference_path()))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--documents", type=int, default=24, help="contexts and stories per figure")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    results = knowledge(model) + brittleness(model)
+    results = knowledge(model, options.documents) + brittleness(model)
     click.echo(json.dumps([asdict(r) | {"met": r.met} for r in results], indent=1) if options.json else table(results))
     sys.exit(not all(result.met for result in results))
 

@@ -10,15 +10,15 @@ from .words import EOS
 COUNTS = ((2, 4, 8, 16), (4, 8, 16, 32), (16, 32, 64, 128, 160), (160,))  # facts in context, by stage and level
 PASS, LEAST = 0.93, 12  # recall that ends a level, and the steps it lasts at least
 PATIENCE = 120  # steps after which a level of stage 2 ends anyway: the mixture of the last stage teaches the rest
-LENGTHS = ((128, 0.3), (256, 0.25), (512, 0.25), (1024, 0.2))  # last stage: length of a step's rows, probability
+LENGTHS = ((128, 0.25), (256, 0.25), (512, 0.25), (1024, 0.25))  # last stage: length of a step's rows, probability
 MIXTURE = {  # last stage, by length: share of facts, recall, story, copy
-    128: (0.60, 0.22, 0.10, 0.08),
-    256: (0.55, 0.25, 0.12, 0.08),
-    512: (0.45, 0.35, 0.12, 0.08),
-    1024: (0.30, 0.55, 0.10, 0.05),
+    128: (0.50, 0.28, 0.14, 0.08),
+    256: (0.45, 0.32, 0.15, 0.08),
+    512: (0.35, 0.43, 0.14, 0.08),
+    1024: (0.20, 0.63, 0.12, 0.05),
 }
 UNKNOWN = 0.05  # loss weight of tokens that nothing predicts
-STORY_WEIGHT = (0.05, 0.05, 0.05, 0.3)  # by stage
+STORY_WEIGHT = (0.05, 0.05, 0.05, 0.5)  # by stage
 
 
 @dataclass
@@ -73,7 +73,7 @@ def late_row(random: Random, length: int) -> Row:
     make = random.choices(("facts", "recall", "story", "copy"), MIXTURE[length])[0]
     if make == "recall":
         most = min(160, (length - 20) // 5)
-        count = most if random.random() < 0.3 else int(4 * (most / 4) ** random.random())
+        count = most if random.random() < 0.5 else int(4 * (most / 4) ** random.random())
         row = recall_row(random, length, count, strewn=random.random() < 0.4)
     else:
         row = {"facts": facts_row, "story": story_row, "copy": copy_row}[make](random, length)

@@ -12,12 +12,13 @@ WORLD_SEED = "llmopt-world-1"
 def read_words() -> dict[str, list[str]]:
     """The groups of words.txt, in order; a line that starts with white space goes on with the group before it."""
     groups: dict[str, list[str]] = {}
+    name = ""
     for line in (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             continue
-        name, words = ("", line) if line[0].isspace() else line.split(": ", 1)
-        group = groups.setdefault(name, []) if name else group
-        group += words.split()
+        if not line[0].isspace():
+            name, line = line.split(": ", 1)
+        groups.setdefault(name, []).extend(line.split())
     return groups
 
 

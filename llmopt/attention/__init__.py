@@ -1,0 +1,4 @@
+"""Sparse prefill methods."""
+from llmopt.attention.a_shape import AShape
+
+__all__ = ["AShape"]

@@ -1,0 +1,59 @@
+"""A-shape: every token reads the first tokens and its own neighbourhood.
+
+    j is read by i  <=>  j < sinks  or  i - j < window
+
+Jiang et al., 2024 (MInference, arXiv:2407.02490), whose static pattern has 100 and 800. Exact, and blind to the
+content: the control that every other method has to beat. Left out: the offline choice of a pattern per head.
+"""
+from dataclasses import dataclass
+
+from llmopt_kernels import Stripes
+from torch import Tensor
+
+from llmopt.attention.base import Selector, State
+from llmopt.method import FieldError, register
+
+
+@register("attention.a_shape")
+@dataclass(frozen=True)
+class AShape(Selector):
+    """Attention sinks and a local band."""
+
+    sinks: int = 100
+    window: int = 800
+    ratio: float | None = None      # share of the causal pairs to skip; if set, it decides the window
+
+    def check(self) -> None:
+        super().check()
+        if self.sinks < 0:
+            raise FieldError("sinks", self.sinks, "at least 0")
+        if self.window < 1:
+            raise FieldError("window", self.window, "at least 1")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise FieldError("ratio", self.ratio, "a share of pairs to skip, at least 0 and below 1")
+
+    def predict(self, length: int) -> float:
+        window = self._window(length)
+        return a_shape_pairs(length, self.sinks, window) / a_shape_pairs(length, 0, length)
+
+    def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
+        return Stripes(self.sinks, self._window(state.dropped + k.shape[1]))
+
+    def _window(self, length: int) -> int:
+        return self.window if self.ratio is None else window_for(length, self.sinks, 1 - self.ratio)
+
+
+def a_shape_pairs(length: int, sinks: int, window: int) -> int:
+    """Pairs that the pattern computes in a prompt of `length` tokens."""
+    full = min(length, sinks + window)              # these rows read everything before them
+    return full * (full + 1) // 2 + (length - full) * (sinks + window)
+
+
+def window_for(length: int, sinks: int, density: float) -> int:
+    """The smallest window >= 1 that computes at least `density` of the causal pairs."""
+    wanted = density * length * (length + 1) / 2
+    low, high = 1, max(1, length)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if a_shape_pairs(length, sinks, middle) >= wanted else (middle + 1, high)
+    return low

@@ -1,0 +1,122 @@
+"""Head scores: one number per query head, kept in run.scores for the steps that follow, in JSON, and as a heat map."""
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.blocks import attention_modules, blocks
+from llmopt.method import LlmoptError, Method, Record, Run
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadScore(Method):
+    """Family base. The author writes `score`; the model comes out of it unchanged."""
+
+    stage: ClassVar = "score"
+    needs_data: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+        """L float32 tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
+
+        batches come wrapped in the run's progress: iterate over them once.
+        """
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        if not run.batches:
+            raise LlmoptError("head scores need calibration data and there is none")
+        with undisturbed(model):
+            found = self.score(model, run.progress(run.batches, self.name))
+        scores = [s.detach().float().cpu() for s in found]
+        check_scores(scores, [block.heads for block in blocks(model)])
+        run.scores[self.name] = scores
+        samples = sum(len(batch["input_ids"]) for batch in run.batches)
+        tokens = int(sum(batch["attention_mask"].sum() for batch in run.batches))
+        return Record(meta={"kind": self.name, "samples": samples, "tokens": tokens,
+                            "scores": [s.tolist() for s in scores]})
+
+
+def check_scores(scores: list[Tensor], heads: list[int]) -> None:
+    """Raise LlmoptError unless there is one finite number for each of the `heads` of every layer."""
+    if [len(s) for s in scores] != heads:
+        raise LlmoptError(f"scores for {[len(s) for s in scores]} heads per layer; the model has {heads}")
+    for layer, values in enumerate(scores):
+        if not bool(values.isfinite().all()):
+            raise LlmoptError(f"layer {layer}: scores that are not finite: {values.tolist()}")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; modes and requires_grad come back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def attention_maps(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While it is open, every forward hands `see(layer, weights [B, H, T, S])` each layer's map and lets go of it.
+
+    The model runs with eager attention meanwhile, so masks, sliding windows, soft-capping and GQA are the model's own.
+    """
+    before = model.config._attn_implementation
+    handles = []
+    try:
+        model.set_attn_implementation("eager")
+        for layer, module in enumerate(attention_modules(model)):
+            if module is not None:
+                handles.append(module.register_forward_hook(
+                    lambda module, args, output, layer=layer: see(layer, output[1])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation(before)
+
+
+def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:
+    """Write the scores, and how they came about, as JSON: {"name", "scores": [L][H], ...}."""
+    data = {"name": name, **meta, "scores": [s.tolist() for s in scores]}
+    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load_scores(path: str | Path) -> list[Tensor]:
+    """Scores from a JSON file: {"scores": [L][H]} or the bare list; raises LlmoptError for anything else."""
+    try:
+        data = json.loads(Path(path).read_text())
+        rows = data["scores"] if isinstance(data, dict) else data
+        return [torch.tensor(row, dtype=torch.float32) for row in rows]
+    except OSError as error:
+        raise LlmoptError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmoptError(f'{path}: holds no head scores; expected {{"scores": [[...], ...]}}') from error
+
+
+def plot(scores: list[Tensor], path: str | Path) -> None:
+    """Draw the scores as a heat map, layers downwards; heads that are gone stay white."""
+    from matplotlib.figure import Figure
+
+    width = max(len(s) for s in scores)
+    grid = torch.full((len(scores), max(1, width)), float("nan"))
+    for layer, values in enumerate(scores):
+        grid[layer, :len(values)] = values
+    figure = Figure(figsize=(2 + 0.3 * grid.shape[1], 1.5 + 0.3 * grid.shape[0]), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(grid.numpy(), aspect="auto", cmap="viridis"), ax=axes)
+    axes.set(xlabel="head", ylabel="layer")
+    figure.savefig(path, dpi=120)

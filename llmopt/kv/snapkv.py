@@ -1,0 +1,38 @@
+"""SnapKV: keep what the last queries of the prompt look at.
+
+    score_j = avgpool_pool( mean_{h in group, t in window} softmax(q_t k^T / sqrt(D))_j )
+
+Li et al., 2024 (arXiv:2404.14469). Nothing left out; the window itself is always kept. The paper scores each query
+head; with grouped queries the mean over the group decides for its one KV head.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from llmopt.kv.base import Scorer
+from llmopt.kv.view import LayerKV
+from llmopt.method import FieldError, register
+
+
+@register("kv.snapkv")
+@dataclass(frozen=True)
+class SnapKV(Scorer):
+    """Votes of an observation window, pooled."""
+
+    window: int = 32   # queries that vote, counted from the end of the prompt
+    pool: int = 5      # odd; spreads a vote over its neighbours
+
+    def check(self) -> None:
+        super().check()
+        if self.window < 1:
+            raise FieldError("window", self.window, "at least 1")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise FieldError("pool", self.pool, "an odd number")
+
+    def queries(self) -> int:
+        return self.window
+
+    def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
+        votes = kv.mean_over_group(kv.attention(last=self.window).mean(-2))
+        return avg_pool1d(votes, self.pool, stride=1, padding=self.pool // 2)

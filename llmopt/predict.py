@@ -1,0 +1,95 @@
+"""What a recipe will do and how large its checkpoint will be, before anything is computed: `compress --dry-run`.
+
+Pruning plans are made for real (on a skeleton without weights), quantized sizes follow from names and shapes. Exact
+where the bits are uniform; with an allocator every block is counted at the average.
+"""
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt import checkpoint, shards
+from llmopt.blocks import blocks
+from llmopt.loading import load_dense
+from llmopt.method import LlmoptError, Method, Run, naming
+from llmopt.prune.surgery import apply_plan
+from llmopt.quant.grid import DTYPES
+from llmopt.quant.plan import DENSE, Target
+from llmopt.recipe import Recipe
+
+
+def dry_run(recipe: Recipe, trust_remote_code: bool = False) -> dict[str, Any]:
+    """{"steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe on its model; nothing is written."""
+    model, _ = load_dense(recipe.model, trust_remote_code)
+    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed)
+    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
+            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0) -> tuple[int, list]:
+    """(bytes of the checkpoint's safetensors, [[step, what it will do]]); `model` is left as it is.
+
+    A plan that needs calibration data is counted by the ratio it was asked for.
+    """
+    skeleton, told, packed = _skeleton(model), [], {}
+    run = Run(seed=seed, multiple=group_multiple(steps))
+    pruned, share = 0, 0.0
+    for i, step in enumerate(steps):
+        with naming(f"steps.{i} {step.name}"):
+            if step.stage == "prune":
+                share, text = _prune(model, skeleton, step, run, pruned, share)
+                pruned += 1
+            elif step.stage == "quant":
+                text = _quantize(skeleton, step, packed)
+            else:
+                text = ", ".join(f"{k} {v}" for k, v in step.to_dict()[step.name].items() if v is not None)
+        told.append([step.name, text])
+    tensors = checkpoint.plain_state(skeleton)
+    if format == "portable":
+        tensors = {k: t for key, dense in tensors.items() for k, t in packed.get(key, {key: dense}).items()}
+    return int(shards.file_bytes(tensors) - share), told
+
+
+def group_multiple(steps: list[Method]) -> int:
+    """Pruned widths must be divisible by this, so that the groups of the quantization step fit."""
+    sizes = [step.group_size for step in steps if step.stage == "quant"]
+    return max([size for size in sizes if size > 0], default=1)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """The model's shapes on the meta device."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _prune(model: nn.Module, skeleton: nn.Module, step: Method, run: Run, earlier: int, share: float) -> tuple:
+    """(bytes to subtract, text); the first plan that needs no data is cut out of the skeleton itself."""
+    if earlier or step.uses_inputs:
+        size = shards.tensor_bytes({p.name: p.weight for b in blocks(skeleton) for p in b.projections()})
+        return share + step.ratio * size, f"about {step.ratio:.0%} of {', '.join(step.units)}"
+    plan, meta = step.plan(model, run)
+    apply_plan(skeleton, plan, {})
+    gone = ", ".join(f"{n} {kind}" for kind, n in meta["removed_units"].items() if n)
+    return share, f"removes {meta['removed_share']:.1%} of {', '.join(step.units)}: {gone}"
+
+
+def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Tensor]]) -> str:
+    scale = DTYPES[step.scale_dtype] if step.scale_dtype else skeleton.dtype
+    found = [t if t.bits else t.at(step.bits) for t in step.targets(skeleton)]
+    if not found:
+        raise LlmoptError("nothing is left to quantize")
+    for t in found:
+        if t.bits != DENSE:
+            packed[f"{t.name}.weight"] = _packed(t, scale)
+    return (f"{len(found)} weights at {step.bits:g} bits, "
+            + ("one scale per channel" if step.group_size == -1 else f"groups of {step.group_size}")
+            + (f", bits by {step.allocate}" if step.allocate != "uniform" else ""))
+
+
+def _packed(t: Target, scale: torch.dtype) -> dict[str, Tensor]:
+    words = -int(-t.columns * t.bits // 32)
+    return {f"{t.name}.weight_packed": torch.empty(t.out, words, dtype=torch.int32, device="meta"),
+            f"{t.name}.weight_scale": torch.empty(t.out, t.groups, dtype=scale, device="meta"),
+            f"{t.name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta")}

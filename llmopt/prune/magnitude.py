@@ -1,0 +1,28 @@
+"""Structured magnitude pruning: the units with the smallest weights leave.
+
+    score(unit) = sqrt( mean of w^2 over every weight that leaves with the unit )
+
+over the whole dependency group (a KV group: its k, v rows, the q rows and o columns of its heads; an FFN channel: its
+gate, up and down weights). The root mean square, not the sum: units of different size compare.
+
+Gupta et al., 2022 (arXiv:2209.14624) rank all weights of a network by one threshold and protect small layers with a
+minimum threshold ("MT"), here `minimum` channels and one KV group. Raw global ranking is a bad default for language
+models: norms rescale whole layers at will, so layers of small weights lose most. `normalize: layer` divides by the
+layer's mean and `lamp` (Lee et al., 2021, arXiv:2010.07611; DIMAP) by the sum of all stronger units; neither changes
+when a layer is rescaled. `none` is the raw rule. Left out: gradual schedules, which without training change nothing.
+"""
+from dataclasses import dataclass
+
+from llmopt.blocks import Block, Visit
+from llmopt.method import register
+from llmopt.prune.base import Pruner, Scores
+from llmopt.prune.groups import mean_square, members
+
+
+@register("prune.magnitude")
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """No data needed."""
+
+    def score(self, block: Block, visit: Visit | None) -> Scores:
+        return {unit: mean_square(block, unit).sqrt() for unit in self.units if members(block, unit)}

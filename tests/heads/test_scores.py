@@ -1,0 +1,187 @@
+"""Head scores against hand-computed maps, finite differences and the padding they must not see."""
+import json
+
+import pytest
+import torch
+
+from llmopt.blocks import blocks
+from llmopt.heads import Gradient, Span, load_scores, plot, save_scores
+from llmopt.heads.base import attention_maps, check_scores, undisturbed
+from llmopt.heads.gradient import gates, losses
+from llmopt.heads.span import distance
+from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.prune.surgery import LayerPlan, apply_plan
+from tests import tiny
+
+FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt", "mixtral")
+METHODS = (Span(), Gradient())
+
+
+def batch(ids):
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def scores(method, model, batches):
+    run = Run(batches=batches)
+    method.apply(model, run)
+    return run.scores[method.name]
+
+
+def test_identity_has_no_span_and_uniform_rows_half_their_index():
+    identity = torch.eye(6).expand(1, 2, 6, 6)
+    uniform = torch.tril(torch.ones(6, 6))
+    uniform = (uniform / uniform.sum(1, keepdim=True)).expand(1, 2, 6, 6)
+    real = torch.ones(1, 6)
+    assert distance(identity, real).tolist() == [0, 0]
+    torch.testing.assert_close(distance(uniform, real), torch.full((2,), sum(t / 2 for t in range(6))))
+    only_last = torch.tensor([[0., 0, 0, 0, 0, 1]])
+    torch.testing.assert_close(distance(uniform, only_last), torch.full((2,), 2.5))
+
+
+@torch.no_grad()
+def test_span_of_a_model_that_attends_evenly():
+    model = tiny.make("llama")
+    for block in blocks(model):
+        projection, rows = block.part("q")
+        projection.weight[rows.flatten()] = 0        # equal logits: uniform causal rows, mean span (T - 1) / 4
+    for layer in scores(Span(), model, [batch(tiny.ids(2, 21))]):
+        torch.testing.assert_close(layer, torch.full((4,), 5.0))
+
+
+@torch.no_grad()
+def test_span_sees_sliding_windows():
+    model = tiny.make("gemma2")                      # window 16 in every other layer
+    for block in blocks(model):
+        projection, rows = block.part("q")
+        projection.weight[rows.flatten()] = 0
+    first, second, _ = scores(Span(), model, [batch(tiny.ids(1, 120))])
+    assert first.max() < 8 < 25 < second.min()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(method, family):
+    model, ids = tiny.make(family), tiny.ids(3, 20)
+    alone = scores(method, model, [batch(ids[:1, :11]), batch(ids[1:])])
+    padded = batch(ids.clone())
+    padded["attention_mask"][0, 11:] = 0
+    padded["input_ids"][0, 11:] = 0
+    together = scores(method, model, [padded])
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert max(s.std() for s in together) > 0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_the_model_comes_out_as_it_went_in(method):
+    model = tiny.make("llama")
+    model.train()
+    model.model.norm.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    state, implementation = {k: v.clone() for k, v in model.state_dict().items()}, model.config._attn_implementation
+    scores(method, model, [batch(tiny.ids())])
+    assert model.training and all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.config._attn_implementation == implementation
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_undisturbed_restores_after_an_error():
+    model = tiny.make("llama").train()
+    with pytest.raises(ZeroDivisionError), undisturbed(model), attention_maps(model, lambda layer, weights: 1 / 0):
+        model(tiny.ids())
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_open_gates_change_nothing_bit_for_bit(family):
+    model, ids = tiny.make(family), tiny.ids()
+    views = blocks(model)
+    expected = model(ids).logits
+    with gates(views, [torch.ones(len(ids), b.heads) for b in views]):
+        assert torch.equal(model(ids).logits, expected)
+    with gates(views, [torch.zeros(len(ids), b.heads) for b in views]):
+        assert not torch.allclose(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_slopes_equal_finite_differences(family):
+    model, ids = tiny.make(family, dtype=torch.float64), tiny.ids(2, 16)
+    views, given = blocks(model), batch(ids)
+    slopes = Gradient()._slopes(model, views, given)
+
+    @torch.no_grad()
+    def loss(layer, head, value):
+        open_ = [torch.ones(2, b.heads, dtype=torch.float64) for b in views]
+        open_[layer][:, head] = value
+        with gates(views, open_):
+            return losses(model(ids).logits, ids, given["attention_mask"])
+
+    for layer, head in ((0, 0), (1, 3), (2, 2)):
+        measured = (loss(layer, head, 1.005) - loss(layer, head, 0.995)) / 0.01
+        torch.testing.assert_close(slopes[layer][:, head], measured, atol=1e-4, rtol=2e-3, check_dtype=False)
+
+
+def test_slopes_of_a_layer_add_up_to_the_slope_of_its_whole_output():
+    model, ids = tiny.make("llama"), tiny.ids(1, 16)
+    views = blocks(model)
+    slopes = Gradient()._slopes(model, views, batch(ids))
+    scale = torch.ones(1, requires_grad=True)
+    handle = views[1].attn_out.module.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
+    total = losses(model(ids).logits, ids, torch.ones_like(ids)).sum()
+    handle.remove()
+    torch.testing.assert_close(torch.autograd.grad(total, scale)[0], slopes[1].sum()[None], atol=1e-5, rtol=1e-4)
+
+
+def test_absolute_values_are_taken_per_sample():
+    model, ids = tiny.make("llama"), tiny.ids(2, 16)
+    views = blocks(model)
+    slopes = Gradient()._slopes(model, views, batch(ids))
+    raw = scores(Gradient(normalize="none"), model, [batch(ids)])
+    torch.testing.assert_close(raw[0], slopes[0].abs().mean(0))
+    for layer in scores(Gradient(), model, [batch(ids)]):
+        torch.testing.assert_close(layer.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_layer_without_attention_has_an_empty_score(method):
+    model = tiny.make("llama")
+    apply_plan(model, [LayerPlan(), LayerPlan(skip=("attention",)), LayerPlan(kv_groups=torch.tensor([1]))], {})
+    run = Run(batches=[batch(tiny.ids())])
+    record = method.apply(model, run)
+    assert [len(s) for s in run.scores[method.name]] == [4, 0, 2]
+    assert record.meta["samples"] == 4 and record.meta["tokens"] == 96
+    json.dumps(record.meta)
+
+
+def test_scores_travel_through_json_and_plots(tmp_path):
+    kept = [torch.tensor([0.1, 2.0]), torch.tensor([]), torch.tensor([1.0])]
+    save_scores(tmp_path / "s.json", "heads.x", kept, {"samples": 3})
+    again = load_scores(tmp_path / "s.json")
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert json.loads((tmp_path / "s.json").read_text())["samples"] == 3
+    (tmp_path / "bare.json").write_text("[[1, 2]]")
+    assert load_scores(tmp_path / "bare.json")[0].tolist() == [1, 2]
+    plot(kept, tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_bad_scores_and_files_are_refused(tmp_path):
+    with pytest.raises(LlmoptError, match="not finite"):
+        check_scores([torch.tensor([1.0, float("nan")])], [2])
+    with pytest.raises(LlmoptError, match="the model has"):
+        check_scores([torch.ones(3)], [2])
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    with pytest.raises(LlmoptError, match="bad.json"):
+        load_scores(tmp_path / "bad.json")
+    with pytest.raises(LlmoptError, match="none.json"):
+        load_scores(tmp_path / "none.json")
+    with pytest.raises(LlmoptError, match="calibration"):
+        Span().apply(tiny.make("llama"), Run())
+    with pytest.raises(FieldError, match="normalize"):
+        Gradient(normalize="x")

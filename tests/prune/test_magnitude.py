@@ -1,0 +1,202 @@
+"""prune.magnitude through its base: scores by hand, shares, floors, rounding, records, refit."""
+import json
+
+import pytest
+import torch
+
+from llmopt.blocks import blocks
+from llmopt.method import BudgetError, FieldError, LlmoptError, Run, build
+from llmopt.modeling import saved_config
+from llmopt.prune import Magnitude
+from llmopt.prune.groups import COARSE, FINE, mean_square
+from llmopt.prune.refit import Gram, refit, solve
+from llmopt.prune.shapes import shapes
+from llmopt.prune.surgery import LayerPlan
+from tests import tiny
+
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral")
+REFUSED = {("olmo2", "kv_groups"): "norms", ("olmo2", "q_heads"): "norms", ("opt", "mlp"): "module of its own",
+           **{(f, u): "head_dim" for f in ("gpt_neox", "gpt2", "opt") for u in ("kv_groups", "q_heads")},
+           ("mixtral", "ffn"): "expert", ("mixtral", "mlp"): "expert", ("mixtral", "attention"): "alike"}
+
+
+def model_of(family, **changes):
+    if family in HEADS:
+        changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8} | changes
+    return tiny.make(family, **changes)
+
+
+def data(rows=8, length=24):
+    ids = tiny.ids(rows, length)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+
+@pytest.mark.parametrize("unit", FINE + COARSE)
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_every_family_loses_every_unit_or_says_why_not(family, unit):
+    model = model_of(family)
+    method = Magnitude(ratio=0.5 if unit in FINE else 0.34, units=[unit])
+    if (family, unit) in REFUSED:
+        with pytest.raises(LlmoptError, match=REFUSED[family, unit]):
+            method.apply(model, Run())
+        assert [s.skip for s in shapes(model)] == [s.skip for s in shapes(model_of(family))]
+        return
+    before = model.num_parameters()
+    record = method.apply(model, Run())
+    assert 0.3 < record.meta["removed_share"] <= method.ratio
+    assert record.meta["parameters"] == [before, model.num_parameters()]
+    assert model.num_parameters() < before
+    assert model(tiny.ids()).logits.isfinite().all()
+    assert saved_config(model)[1] == (unit in ("attention", "mlp"))
+    json.dumps(record.meta)
+
+
+@pytest.mark.parametrize("family", [f for f in HEADS if f not in ("phi3", "mixtral")])
+def test_global_scope_lets_layers_differ(family):
+    model = model_of(family)
+    for block in blocks(model)[:1]:
+        for projection in block.projections():
+            projection.write(projection.weight * torch.linspace(0.2, 2, projection.out_features)[:, None])
+    record = Magnitude(ratio=0.3, scope="global", normalize="lamp").apply(model, Run())
+    assert len(set(shapes(model))) > 1
+    assert 0.25 < record.meta["removed_share"] <= 0.3
+    assert saved_config(model)[1]
+
+
+def test_scores_by_hand():
+    model = tiny.make("llama")
+    block = blocks(model)[0]
+    for projection in block.projections():
+        projection.write(torch.zeros_like(projection.weight))
+    block.part("gate")[0].weight[5] = 1
+    block.part("up")[0].weight[5] = 2
+    block.ffn_out.weight[:, 5] = 3
+    block.part("k")[0].weight[16:32] = 1                    # group 1 of two, D = 16, E = 64
+    assert mean_square(block, "ffn")[5].item() == pytest.approx((1 + 4 + 9) / 3)
+    assert mean_square(block, "ffn").count_nonzero() == 1
+    assert mean_square(block, "kv_groups").tolist() == [0, pytest.approx(16 / (16 * 6))]    # k of k, v, 2 q, 2 o
+
+
+def test_the_smallest_channels_leave():
+    model = tiny.make("qwen2")
+    for block in blocks(model):
+        for projection in block.ffn_in:
+            projection.weight[[3, 40, 77]] *= 0.01
+        block.ffn_out.weight[:, [3, 40, 77]] *= 0.01
+    kept = blocks(tiny.make("qwen2"))[0].ffn_in[0].weight[[i for i in range(96) if i not in (3, 40, 77)]]
+    record = Magnitude(ratio=3 / 96, units=["ffn"]).apply(model, Run())
+    assert torch.equal(blocks(model)[0].ffn_in[0].weight, kept)
+    assert record.meta["removed_units"] == {"ffn": 9}
+
+
+def test_rescaling_a_layer_moves_nothing_unless_raw():
+    def widths(normalize, scale):
+        model = tiny.make("llama")
+        for projection in blocks(model)[1].projections():
+            projection.write(projection.weight * scale)
+        Magnitude(ratio=0.4, scope="global", units=["ffn"], normalize=normalize).apply(model, Run())
+        return [shape.width for shape in shapes(model)]
+
+    for normalize in ("layer", "lamp"):
+        assert widths(normalize, 0.5) == widths(normalize, 1.0)
+    assert widths("none", 0.5)[1] == 5                      # the floor of 5 % is all that stays
+    assert widths("none", 0.5)[0] > 80
+
+
+def test_widths_are_rounded_to_the_multiple_and_the_record_says_so():
+    for scope in ("local", "global"):
+        model = model_of("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+        record = Magnitude(ratio=0.4, scope=scope).apply(model, Run(multiple=32))
+        for shape in shapes(model):
+            assert shape.width % 32 == 0
+            assert shape.heads * 8 % 32 == 0
+        assert record.meta["multiple"] == 32
+        assert record.meta["removed_share"] <= 0.4
+        assert [layer["ffn"] for layer in record.meta["layers"]] == [shape.width for shape in shapes(model)]
+
+
+def test_a_dense_ratio_changes_nothing():
+    model = tiny.make("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    Magnitude(ratio=0).apply(model, Run())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_head_scores_follow():
+    run = Run(scores={"heads.x": [torch.arange(8.0)] * 3})
+    model = model_of("llama")
+    record = Magnitude(ratio=0.25, units=["kv_groups"]).apply(model, run)
+    for kept, told in zip(run.scores["heads.x"], record.meta["layers"], strict=True):
+        assert kept.tolist() == told["heads"]
+        assert len(kept) == 6
+
+
+@pytest.mark.parametrize(("fields", "key"), [
+    ({"ratio": 1.0}, "ratio"), ({"ratio": -0.1}, "ratio"), ({"ratio": "x"}, "ratio"), ({"scope": "both"}, "scope"),
+    ({"units": ["heads"]}, "units"), ({"units": []}, "units"), ({"units": ["ffn", "ffn"]}, "units"),
+    ({"units": ["blocks", "ffn"]}, "units"), ({"units": ["q_heads", "kv_groups"]}, "units"),
+    ({"minimum": 0.0}, "minimum"), ({"normalize": "l1"}, "normalize"), ({"units": ["mlp"], "refit": True}, "refit"),
+])
+def test_bad_fields_are_named(fields, key):
+    with pytest.raises(LlmoptError, match=key):
+        build("prune.magnitude", fields)
+
+
+def test_ratios_that_cannot_be_met():
+    with pytest.raises(LlmoptError, match="less than one unit"):
+        Magnitude(ratio=0.1, units=["kv_groups"]).apply(tiny.make("llama"), Run())
+    with pytest.raises(BudgetError, match="cannot be met"):
+        Magnitude(ratio=0.99).apply(tiny.make("llama"), Run())
+    with pytest.raises(FieldError):
+        Magnitude(ratio=2.0)
+
+
+def test_refit_by_hand():
+    """Input 1 repeats input 0: what it wrote moves over to input 0."""
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = x[:, 0]
+    gram = Gram()
+    gram.add(x[:150])
+    gram.add(x[150:])
+    torch.testing.assert_close(gram.total, x.T @ x, rtol=1e-4, atol=1e-3)
+    weight = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]])
+    torch.testing.assert_close(solve(weight, gram.total, torch.tensor([0, 2])).float(),
+                               torch.tensor([[3.0, 3.0], [-1.0, 1.0]]), atol=0.05, rtol=0)
+    assert torch.equal(solve(weight, gram.total, torch.arange(3)).float(), weight)
+
+
+def test_refit_never_increases_the_local_error():
+    generator = torch.Generator().manual_seed(3)
+    for rank in (2, 6, 40):
+        x = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 12, generator=generator)
+        weight, kept = torch.randn(5, 12, generator=generator), torch.tensor([0, 3, 4, 8, 11])
+        error = [((x[:, kept] @ w.float().T - x @ weight.T) ** 2).sum()
+                 for w in (solve(weight, x.T @ x, kept), weight[:, kept])]
+        assert error[0] <= error[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_refit_beats_none_on_the_outputs(family):
+    def error(refitted):
+        model = model_of(family)
+        units = ["ffn", "kv_groups"] if family in HEADS else ["ffn"]
+        Magnitude(ratio=0.4, units=units, refit=refitted).apply(model, Run(batches=data(16, 32)))
+        with torch.no_grad():
+            return (model(tiny.ids(16, 32)).logits - model_of(family)(tiny.ids(16, 32)).logits).square().mean().item()
+
+    assert error(True) < 0.95 * error(False)
+
+
+def test_refit_needs_data_and_plain_magnitude_does_not():
+    assert not Magnitude().needs_data
+    assert Magnitude(refit=True).needs_data
+
+
+def test_refit_touches_only_what_loses_inputs():
+    model = tiny.make("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = [LayerPlan(), LayerPlan(ffn=torch.arange(90)), LayerPlan()]
+    refit(model, Run(batches=data()), plan, "refit")
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    assert not model.state_dict()[changed[0]][:, 90:].any()

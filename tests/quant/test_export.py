@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from quant_data import batches, logits
+from safetensors.torch import save_file
+from tiny import make
+from transformers import AutoModelForCausalLM
+
+from llmopt.blocks import blocks
+from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.quant import GPTQ, RTN
+from llmopt.quant.base import quantized_modules
+from llmopt.quant.export import check_consistent, export, predicted_bytes
+from llmopt.quant.grid import Spec, round_to_nearest
+
+MIXED = {"0": {"bits": 8, "group_size": -1}, "1": {"bits": 3}, "2": {"bits": 2}}
+
+
+def mixed(model) -> dict:
+    """Per-block settings: 8 bits per channel, then 3 and 2 bits in groups."""
+    return {block.name: MIXED[str(block.index)] for block in blocks(model)}
+
+
+def write(model, folder):
+    """A checkpoint as the writer makes it: dense tensors replaced by packed ones, and the config."""
+    packed, quantization = export(model)
+    tied = set(model.all_tied_weights_keys)
+    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    state = {k: v.contiguous() for key, dense in state.items() for k, v in packed.get(key, {key: dense}).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"quantization_config": quantization, "architectures": [type(model).__name__]}
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config))
+    return packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "opt", "gpt_neox"])
+def test_plain_load_gives_equal_logits(kind, dtype, tmp_path):
+    model = make(kind, dtype)
+    before = logits(model)
+    RTN(bits=4, group_size=32, overrides=mixed(model)).apply(model, Run())
+    write(model, tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_scale_types_stay_exact(scale_dtype, dtype, tmp_path):
+    model = make("llama", dtype)
+    RTN(bits=4, group_size=16, scale_dtype=scale_dtype).apply(model, Run())
+    packed = write(model, tmp_path)
+    stored = packed["model.layers.0.mlp.down_proj.weight"]["model.layers.0.mlp.down_proj.weight_scale"]
+    assert str(stored.dtype) == f"torch.{scale_dtype}"
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_config_names_every_module_and_its_bits(tmp_path):
+    model = make("llama")
+    record = GPTQ(bits=4, group_size=16, allocate="sensitivity", ignore=["o_proj"]).apply(model, Run(batches()))
+    _, config = export(model)
+    said = {name: scheme["weights"]["num_bits"] for scheme in config["config_groups"].values()
+            for name in scheme["targets"]}
+    assert said == {name: m["bits"] for name, m in record.meta["modules"].items()}
+    assert config["quantization_status"] == "compressed" and "lm_head" in config["ignore"]
+    assert "model.layers.1.self_attn.o_proj" in config["ignore"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 33), (1, 64)])
+def test_pack_round_trip(bits, shape):
+    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, dtype=torch.int8)
+    assert torch.equal(unpack_from_int32(pack_to_int32(codes, bits), bits, torch.Size(shape)), codes)
+
+
+def test_two_bit_words_by_hand():
+    result = round_to_nearest(torch.tensor([[1.5, -1.5, 0.4, -3.0]]), Spec(2))       # s = 2: codes 1, -1, 0, -2
+    assert result.scales.tolist() == [[2.0]]
+    assert result.codes.tolist() == [[1, -1, 0, -2]]
+    assert pack_to_int32(result.codes, 2).tolist() == [[3 + (1 << 2) + (2 << 4) + (0 << 6)]]
+
+
+def test_a_later_edit_is_refused():
+    model = make("llama")
+    RTN(group_size=16).apply(model, Run())
+    check_consistent(model)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    with pytest.raises(LlmoptError, match=r"layers\.1\.mlp\.up_proj: the weight was changed"):
+        export(model)
+
+
+def test_what_cannot_be_stored_is_refused():
+    model = make("llama")
+    RTN(group_size=16, symmetric=False).apply(model, Run())
+    with pytest.raises(LlmoptError, match="format: dense"):
+        export(model)
+    model = make("gpt2")
+    RTN(group_size=16).apply(model, Run())
+    with pytest.raises(LlmoptError, match="Conv1D.*format: dense"):
+        export(model)
+    model = make("llama")
+    GPTQ(group_size=16, static_groups=False).apply(model, Run(batches()))
+    check_consistent(model)
+    with pytest.raises(FieldError, match="static_groups"):
+        export(model)
+
+
+def test_predicted_bytes_are_those_written():
+    model = make("llama", torch.bfloat16)
+    step = RTN(bits=3, group_size=32, scale_dtype="float32", overrides={"down_proj": {"bits": 8, "group_size": 48}})
+    predicted = predicted_bytes(model, step)
+    step.apply(model, Run())
+    packed, _ = export(model)
+    assert predicted == sum(t.nbytes for tensors in packed.values() for t in tensors.values())
+
+
+def test_dense_model_exports_nothing():
+    model = make("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    record = RTN(bits=16, group_size=16).apply(model, Run())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert export(model) is None and not quantized_modules(model) and record.meta["bits"] == 16

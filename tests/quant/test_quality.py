@@ -1,0 +1,86 @@
+"""Figures on stories260K, where its weights lie beside the checkout (../shared)."""
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmopt.method import Run
+from llmopt.quant import GPTQ, RTN
+
+SHARED = Path(__file__).parents[3] / "shared"
+MODEL = SHARED / "models" / "stories260K"
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason=f"{MODEL} is not there")
+
+
+def documents(name: str, limit: int | None = None) -> list[dict]:
+    """BOS and the first 512 tokens of each document, in right-padded batches of 16."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [t.strip() for t in (SHARED / "data" / name).read_text().split("<|endoftext|>") if t.strip()][:limit]
+    rows = [[tokenizer.bos_token_id, *tokenizer(t, add_special_tokens=False).input_ids[:512]] for t in texts]
+    batches = []
+    for start in range(0, len(rows), 16):
+        chunk = [torch.tensor(r) for r in rows[start:start + 16]]
+        batches.append({
+            "input_ids": torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True),
+            "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in chunk], batch_first=True)})
+    return batches
+
+
+@torch.no_grad()
+def loss(model, batches) -> float:
+    """Mean negative log-likelihood per real token, in nats."""
+    total, count = 0.0, 0
+    for batch in batches:
+        logp = model(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+        nll = -logp.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        real = batch["attention_mask"][:, 1:].bool()
+        total, count = total + float(nll[real].double().sum()), count + int(real.sum())
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return documents("tinystories_heldout_dev.txt")
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return documents("tinystories_train.txt", 128)
+
+
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def added(step, held_out, batches=None) -> float:
+    """Nats that `step` adds to the dense loss."""
+    model = fresh()
+    dense = loss(model, held_out)
+    step.apply(model, Run(batches))
+    return loss(model, held_out) - dense
+
+
+def test_dense_perplexity(held_out):
+    assert math.exp(loss(fresh(), held_out)) == pytest.approx(4.7, abs=0.1)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_gptq_adds_at_most_three_quarters_of_what_rounding_adds(clip, held_out, calibration):
+    settings = dict(bits=3, group_size=-1, clip=clip)
+    rounded, solved = added(RTN(**settings), held_out), added(GPTQ(**settings), held_out, calibration)
+    assert 0 < solved <= 0.75 * rounded
+
+
+def test_more_bits_and_smaller_groups_hurt_less(held_out):
+    per_row = [added(RTN(bits=bits, group_size=-1), held_out) for bits in (2, 3, 4)]
+    assert per_row[0] > per_row[1] > per_row[2] > 0
+    assert added(RTN(bits=3, group_size=4), held_out) < per_row[1]
+
+
+def test_mixed_bits_lie_between(held_out, calibration):
+    settings = dict(group_size=4, widths=(2, 4))
+    low, high = added(RTN(bits=2, group_size=4), held_out), added(RTN(bits=4, group_size=4), held_out)
+    for how in ("lim", "zd", "sensitivity"):
+        assert high < added(RTN(bits=3, allocate=how, **settings), held_out, calibration) < low

@@ -1,0 +1,204 @@
+"""The classes behind AutoModel: stock for stock configs, exact for per-layer shapes, refused by stock transformers."""
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from llmopt import modeling
+from llmopt.blocks import attention_modules
+from llmopt.modeling import FAMILIES, SkippedAttn, register_models, remote_files, saved_config
+from llmopt.prune.surgery import LayerPlan, apply_plan
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
+SHAPED = (*HEADS, "olmo2", "gpt_neox", "gpt2", "opt")
+
+
+def pick(total, *gone):
+    return torch.tensor([i for i in range(total) if i not in gone])
+
+
+def plans():
+    """name -> (family, plan): different widths and heads, a skipped part alone (the silent case), uniform shapes."""
+    cases = {}
+    for family in SHAPED:
+        first = LayerPlan(ffn=pick(96, 0, 7), kv_groups=pick(4, 2) if family in HEADS and family != "phi3" else None)
+        cases[f"layers-{family}"] = (family, [first, LayerPlan(), LayerPlan(ffn=pick(96, 1))])
+        cases[f"skip_attention-{family}"] = (family, [LayerPlan(skip=("attention",)), LayerPlan(), LayerPlan()])
+        if family != "opt":
+            cases[f"skip_mlp-{family}"] = (family, [LayerPlan(), LayerPlan(skip=("mlp",)), LayerPlan()])
+        cases[f"uniform-{family}"] = (family, [LayerPlan(ffn=pick(96, i)) for i in range(3)])
+    for family in HEADS:
+        cases[f"six_of_eight-{family}"] = (family, [LayerPlan(kv_groups=pick(4, i)) for i in range(3)])
+    for family in ("llama", "gemma3_text"):     # head counts that the config class refuses, beside a skipped part
+        cases[f"six_of_eight_skip-{family}"] = (
+            family, [LayerPlan(kv_groups=pick(4, i), skip=("mlp",) if i else ()) for i in range(3)])
+    return cases
+
+
+def needs_code(name):
+    return not name.startswith("uniform") and name not in {
+        f"six_of_eight-{f}" for f in ("llama", "mistral", "qwen2", "qwen3", "phi3")}
+
+
+def pruned(family, plan):
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8} if family in HEADS else {}
+    model = tiny.make(family, **changes)
+    apply_plan(model, plan, {})
+    return model
+
+
+def write(model, folder):
+    folder.mkdir()
+    tied = set(model.all_tied_weights_keys)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items() if k not in tied},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    config, code = saved_config(model)
+    if code:
+        files, config["auto_map"] = remote_files(model)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (folder / "config.json").write_text(json.dumps(config))
+    return code
+
+
+def behaviour(model):
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(ids).logits, model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0,
+                                                 eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """folder and in-memory behaviour of every case, and what strangers make of the folders."""
+    root, memory, code = tmp_path_factory.mktemp("made"), {}, {}
+    for name, (family, plan) in plans().items():
+        model = pruned(family, plan)
+        code[name] = write(model, root / name)
+        memory[name] = behaviour(model)
+    seen = {}
+    for how in ("plain", "trust"):
+        command = [sys.executable, str(ROOT / "tests/load_many.py"), how, str(root / f"{how}.pt")]
+        subprocess.run([*command, *(str(root / name) for name in memory)], check=True, capture_output=True, cwd=root)
+        seen[how] = {Path(k).name: v for k, v in torch.load(root / f"{how}.pt").items()}
+    return root, memory, code, seen
+
+
+@pytest.mark.parametrize("name", plans())
+def test_stock_transformers_loads_it_exactly_or_refuses_it(made, name):
+    _, memory, code, seen = made
+    assert code[name] == needs_code(name)
+    plain = seen["plain"][name]
+    if code[name]:
+        assert "Ambiguous" in plain.get("error", "") or "size" in plain.get("error", ""), plain
+    else:
+        assert torch.equal(plain["logits"], memory[name][0])
+        assert torch.equal(plain["tokens"], memory[name][1])
+
+
+@pytest.mark.parametrize("name", plans())
+def test_trusting_the_remote_file_loads_it_exactly_without_llmopt(made, name):
+    _, memory, _, seen = made
+    assert "error" not in seen["trust"][name], seen["trust"][name]
+    assert torch.equal(seen["trust"][name]["logits"], memory[name][0])
+    assert torch.equal(seen["trust"][name]["tokens"], memory[name][1])
+
+
+@pytest.mark.parametrize("name", plans())
+def test_registered_it_loads_exactly_and_again_after_save_pretrained(made, name, tmp_path):
+    root, memory, _, _ = made
+    register_models()
+    model, info = AutoModelForCausalLM.from_pretrained(root / name, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits, tokens = behaviour(model.eval())
+    assert torch.equal(logits, memory[name][0])
+    assert torch.equal(tokens, memory[name][1])
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(behaviour(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval())[0], logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ordinary_config_gives_the_stock_model(family, tmp_path):
+    register_models()
+    if family not in tiny.CONFIGS:
+        pytest.skip("no tiny config")
+    ours = tiny.make(family)
+    stock = type(ours).__mro__[2]
+    assert type(ours).__name__ == stock.__name__ and stock.__module__.startswith("transformers.")
+    ours.save_pretrained(tmp_path)
+    theirs = stock.from_pretrained(tmp_path).eval()
+    assert theirs.config.architectures == [stock.__name__]
+    assert set(theirs.state_dict()) == set(ours.state_dict())
+    assert torch.equal(theirs(tiny.ids()).logits, ours(tiny.ids()).logits)
+
+
+def test_attention_implementations_reach_every_layer(made):
+    register_models()
+    model = AutoModelForCausalLM.from_pretrained(made[0] / "layers-llama").eval()
+    before = model(tiny.ids()).logits
+    model.set_attn_implementation("eager")
+    assert [m.config._attn_implementation for m in attention_modules(model)] == ["eager"] * 3
+    assert all(m.config is model.config for m in attention_modules(model))
+    torch.testing.assert_close(model(tiny.ids()).logits, before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_a_skipped_first_attention_still_counts_tokens(made, family):
+    register_models()
+    model = AutoModelForCausalLM.from_pretrained(made[0] / f"skip_attention-{family}").eval()
+    assert isinstance(next(m for m in model.modules() if isinstance(m, SkippedAttn)), SkippedAttn)
+    ids = tiny.ids(2, 30)
+    with torch.no_grad():
+        first = model(ids[:, :20], use_cache=True)
+        assert first.past_key_values.get_seq_length() == 20
+        rest = model(ids[:, 20:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(rest, model(ids).logits[:, 20:], atol=1e-4, rtol=0)
+
+
+def test_building_one_leaves_the_stock_classes_alone(made):
+    before = LlamaForCausalLM, vars(modeling._stock(FAMILIES["llama"], "LlamaDecoderLayer"))["__init__"]
+    register_models()
+    AutoModelForCausalLM.from_pretrained(made[0] / "layers-llama")
+    assert vars(modeling._stock(FAMILIES["llama"], "LlamaDecoderLayer"))["__init__"] is before[1]
+    with pytest.raises(RuntimeError):
+        LlamaForCausalLM.from_pretrained(made[0] / "layers-llama")
+
+
+def test_biased_llama_with_odd_heads_is_written_layer_by_layer(tmp_path):
+    register_models()
+    model = tiny.make("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True)
+    apply_plan(model, [LayerPlan(kv_groups=pick(4, 1))] * 3, {})
+    assert write(model, tmp_path / "m")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert fresh.config.model_type == "llama"
+    assert torch.equal(behaviour(fresh)[0], behaviour(model)[0])
+
+
+def test_without_llmopt_runtime_parts_are_announced(tmp_path, monkeypatch):
+    register_models()
+    model = tiny.make("llama")
+    write(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["llmopt"] = {"steps": [], "tensors": {"kv.x.weight": {"shape": [3], "dtype": "float32"}}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(modeling.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="llmopt is not installed"):
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert fresh.get_buffer("llmopt.kv.x.weight").shape == (3,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "m"))
+
+
+def test_the_remote_file_needs_only_torch_and_transformers():
+    from transformers.dynamic_module_utils import get_imports
+
+    assert set(get_imports(modeling.__file__)) <= set(sys.stdlib_module_names) | {"torch", "transformers"}
