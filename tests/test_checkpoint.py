@@ -27,13 +27,13 @@ CASES = {
     "quant-phi3": ("phi3", [RTN(bits=5, group_size=-1)]),
     "quant-gpt_neox": ("gpt_neox", [RTN(bits=4, group_size=32)]),
     "uniform-qwen3": ("qwen3", [PRUNE(ratio=0.3, scope="local", units=["ffn"])]),
-    "uniform-heads-llama": ("llama", [PRUNE(ratio=0.4, scope="local", units=["kv_groups"])]),
+    "uniform-heads-llama": ("llama", [PRUNE(ratio=0.5, scope="local", units=["kv_groups"])]),
     "blocks-mistral": ("mistral", [PRUNE(ratio=0.34, scope="global", units=["blocks"])]),
     "per_layer-llama": ("llama", [PRUNE(ratio=0.3, scope="global", units=["ffn", "kv_groups"])]),
     "per_layer-qwen3-quant": ("qwen3", [PRUNE(ratio=0.3, scope="global", units=["ffn"]), RTN(bits=4, group_size=16)]),
     "kv-llama": ("llama", [SNAPKV(ratio=0.5, window=8)]),
     "attention-mistral": ("mistral", [A_SHAPE(sinks=2, window=8, min_length=0)]),
-    "everything-llama": ("llama", [PRUNE(ratio=0.2, scope="global", units=["ffn"]), RTN(bits=4, group_size=16),
+    "everything-llama": ("llama", [PRUNE(ratio=0.12, scope="global", units=["ffn"]), RTN(bits=4, group_size=16),
                                    A_SHAPE(sinks=2, window=8, min_length=0), SNAPKV(ratio=0.5, window=8)]),
 }
 PER_LAYER = {name for name in CASES if name.startswith(("per_layer", "everything"))}
@@ -116,7 +116,8 @@ def test_plain_transformers_gives_the_exact_weights(name, made, plain):
 
 
 @pytest.mark.parametrize("name", sorted(PER_LAYER))
-def test_plain_transformers_refuses_per_layer_shapes_loudly(name, plain):
+def test_plain_transformers_refuses_per_layer_shapes_loudly(name, made, plain):
+    assert "per_layer_config" in json.loads((made.folders[name] / "config.json").read_text())
     assert "error" in plain[name]
 
 

@@ -100,7 +100,8 @@ def _chunks(units: list[Units]) -> list[tuple[float, int, int]]:
 def locally(units: list[Units], ratio: float) -> list[int]:
     """Units to remove from each entry, at most `ratio` of every layer's parameters.
 
-    The kinds with large units are rounded down first, the kind with the smallest takes what is left of the layer.
+    Kinds with large units come first and take what is nearest to their share, the kind with the smallest units takes
+    what is then left of the layer, rounded down.
     """
     removed = [0] * len(units)
     for layer in sorted({u.layer for u in units}):
@@ -108,7 +109,8 @@ def locally(units: list[Units], ratio: float) -> list[int]:
         left = ratio * sum(units[i].total for i in mine)
         for i in mine:
             share = left if i == mine[-1] else ratio * units[i].total
-            removed[i] = max(len(units[i].scores) - n for n in units[i].counts
-                             if (len(units[i].scores) - n) * units[i].cost <= share)
-            left -= removed[i] * units[i].cost
+            steps = [(len(units[i].scores) - n) * units[i].cost for n in units[i].counts]       # ascending, from 0
+            freed = min((step for step in steps if step <= left), key=lambda step: abs(step - share))
+            removed[i] = freed // units[i].cost
+            left -= freed
     return removed

@@ -35,7 +35,7 @@ class Pruner(Method):
     ratio: float = 0.2
     scope: Literal["local", "global"] = "local"
     units: tuple[Unit, ...] = ("ffn", "kv_groups")
-    normalize: Literal["layer", "lamp", "none"] = "layer"
+    normalize: Literal["lamp", "layer", "none"] = "lamp"
     minimum: float = 0.05
     refit: bool = False
 

@@ -6,10 +6,11 @@ over the whole dependency group (a KV group: its k, v rows, the q rows and o col
 gate, up and down weights). The root mean square, not the sum: units of different size compare.
 
 Gupta et al., 2022 (arXiv:2209.14624) rank all weights of a network by one threshold and protect small layers with a
-minimum threshold ("MT"), here `minimum` channels and one KV group. Raw global ranking is a bad default for language
-models: norms rescale whole layers at will, so layers of small weights lose most. `normalize: layer` divides by the
-layer's mean and `lamp` (Lee et al., 2021, arXiv:2010.07611; DIMAP) by the sum of all stronger units; neither changes
-when a layer is rescaled. `none` is the raw rule. Left out: gradual schedules, which without training change nothing.
+minimum threshold ("MT"), here `minimum` channels and one KV group. Raw global ranking (`normalize: none`) is a bad
+default for language models: norms rescale whole layers at will, and layers of small weights lose most. `layer` divides
+by the layer's mean; `lamp` (Lee et al., 2021, arXiv:2010.07611; DIMAP) by the sum of all stronger units. Neither
+changes when a layer is rescaled. lamp is the default: on stories260K, ffn + kv_groups at 0.35, it adds 2.29 nats,
+layer 2.55, none 2.80 (local 2.32; lamp with `refit` 1.38). Left out: gradual schedules, no-ops without training.
 """
 from dataclasses import dataclass
 
