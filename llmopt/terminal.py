@@ -24,13 +24,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not ERR.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")      # lm-eval's bars; read when tqdm is imported
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
+    if not ERR.is_terminal:
+        _without_bars()
+
+
+def _without_bars() -> None:
+    """Turn off the tqdm bars of every library: TQDM_DISABLE would be read too late, and is overruled by lm-eval."""
+    import tqdm
+
+    start = tqdm.tqdm.__init__
+    tqdm.tqdm.__init__ = lambda self, *args, **kwargs: start(self, *args, **kwargs | {"disable": True})
 
 
 def say(text: str) -> None:

@@ -34,7 +34,8 @@ def plans():
         cases[f"skip_attention-{family}"] = (family, [LayerPlan(skip=("attention",)), LayerPlan(), LayerPlan()])
         if family != "opt":
             cases[f"skip_mlp-{family}"] = (family, [LayerPlan(), LayerPlan(skip=("mlp",)), LayerPlan()])
-        cases[f"uniform-{family}"] = (family, [LayerPlan(ffn=pick(96, i)) for i in range(3)])
+        if family in ("llama", "phi3", "gpt2", "opt"):       # one of each name for the width
+            cases[f"uniform-{family}"] = (family, [LayerPlan(ffn=pick(96, i)) for i in range(3)])
     for family in HEADS:
         cases[f"six_of_eight-{family}"] = (family, [LayerPlan(kv_groups=pick(4, i)) for i in range(3)])
     for family in ("llama", "gemma3_text"):     # head counts that the config class refuses, beside a skipped part

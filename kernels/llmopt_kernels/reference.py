@@ -12,6 +12,13 @@ from torch import Tensor
 NONE = -1
 
 
+def product(rows: Tensor, shared: Tensor) -> Tensor:
+    """[..., g, R, K] x [..., 1, K, C] -> [..., g, R, C]: one product for the g heads of a group, without copying."""
+    if rows.ndim != shared.ndim or shared.shape[-3] != 1:
+        return torch.matmul(rows, shared)
+    return torch.matmul(rows.flatten(-3, -2), shared.squeeze(-3)).unflatten(-2, rows.shape[-3:-1])
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one layer turns queries and keys into logits, and how far back it looks."""
@@ -22,7 +29,7 @@ class Rule:
 
     def logits(self, query: Tensor, keys: Tensor) -> Tensor:
         """query [..., R, D], keys [..., S, D] -> [..., R, S], fp32."""
-        logits = torch.matmul(query.float() * self.scaling, keys.float().transpose(-1, -2))
+        logits = product(query.float() * self.scaling, keys.float().transpose(-1, -2))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | Non
         part = slice(start, start + 256)
         seen = None if visible is None else visible.expand(batch, 1, tokens, -1).unsqueeze(2)[..., part, :]
         weights = softmax(rule.logits(rows[:, :, :, part], keys.unsqueeze(2)), seen)
-        out[:, :, :, part] = torch.matmul(weights, values.float().unsqueeze(2)).to(out.dtype)
+        out[:, :, :, part] = product(weights, values.float().unsqueeze(2)).to(out.dtype)
     return out.view(batch, heads, tokens, -1)
 
 
@@ -160,7 +167,7 @@ def _two_parts(query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor,
         parts.append(logits if seen is None else logits.masked_fill(~seen, -torch.inf))
     weights = torch.cat(parts, -1).softmax(-1).nan_to_num(0.0)
     old, new = weights.split([parts[0].shape[-1], parts[1].shape[-1]], -1)
-    out = torch.matmul(old, values[0].float()) + torch.matmul(new, values[1].float())
+    out = product(old, values[0].float()) + product(new, values[1].float())
     return out.to(query.dtype)
 
 
@@ -216,7 +223,7 @@ def _tile(query: Tensor, keys: Tensor, values: Tensor, place: tuple[Stripes, int
     lists = k.shape[0]
     q = query.view(lists, heads // lists, rows, dim)                                 # [X, h, R, D]
     weights = softmax(rule.logits(q, k.unsqueeze(1)), seen.unsqueeze(1))
-    result = torch.matmul(weights, v.float().unsqueeze(1)).to(query.dtype)
+    result = product(weights, v.float().unsqueeze(1)).to(query.dtype)
     count = seen.sum((-1, -2)).expand(lists).repeat_interleave(heads // lists)
     return result.reshape(heads, rows, -1), count
 

@@ -16,6 +16,7 @@ from llmopt.blocks import Block, blocks, walk
 from llmopt.method import Progress, silent
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
+TOKENS = 8192       # and of at most this many tokens: every entry of the table costs one forward pass over them
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], widths: Iter
                 progress: Progress = silent) -> dict[int, dict[int, float]]:
     """{block: {bits: mean KL per token}} with that block alone rounded; `rounded` gives its weights [out, in] by name.
 
-    Measured on calibration rows drawn by `seed`, as many as keep the dense log-probabilities within LOGITS.
+    Measured on calibration rows drawn by `seed`, as many as TOKENS and LOGITS allow.
     """
     rows = _sample(batches, seed, model.get_output_embeddings().weight.shape[0])
     dense = [_log_probs(model, row) for row in rows]
@@ -87,14 +88,14 @@ def _fill(block: Block, weights: dict[str, Tensor]) -> None:
 
 
 def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Single rows of the calibration set, in an order drawn by `seed`, up to LOGITS (at least one)."""
+    """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS and LOGITS (at least one)."""
     rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
             for b in batches for i in range(len(b["input_ids"]))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept, total = [], 0
+    kept, total, most = [], 0, min(TOKENS, LOGITS // vocabulary)
     for index in order:
-        total += rows[index]["input_ids"].shape[1] * vocabulary
-        if kept and total > LOGITS:
+        total += rows[index]["input_ids"].shape[1]
+        if kept and total > most:
             break
         kept.append(rows[index])
     return kept

@@ -13,9 +13,10 @@ HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
 ALL = (*HEADS, "olmo2", "gpt_neox", "gpt2", "opt")
 
 
-def model_of(family):
+def model_of(family, **changes):
     """Eight query heads in four KV groups, where heads can be pruned at all."""
-    changes = {} if family not in HEADS else {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    if family in HEADS:
+        changes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     return tiny.make(family, **changes)
 
 
@@ -44,14 +45,14 @@ def pick(total, *gone):
 
 
 @torch.no_grad()
-def assert_sliced_equals_masked(family, plan):
-    sliced, masked = model_of(family), model_of(family)
+def assert_sliced_equals_masked(family, plan, **changes):
+    sliced, masked = model_of(family, **changes), model_of(family, **changes)
     apply_plan(sliced, plan, {})
     mask(masked, plan)
     ids = tiny.ids()
     expected, found = masked(ids).logits, sliced(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
-    assert not torch.allclose(expected, model_of(family)(ids).logits, atol=1e-2), "the plan did not matter"
+    assert not torch.allclose(expected, model_of(family, **changes)(ids).logits, atol=1e-2), "the plan did not matter"
     left = torch.ones_like(ids)
     left[1, :7] = 0
     texts = [m.generate(ids, attention_mask=left, max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -83,6 +84,22 @@ def test_skipped_attention_of_the_first_layer(family):
 @pytest.mark.parametrize("family", [f for f in ALL if f != "opt"])
 def test_skipped_feed_forward(family):
     assert_sliced_equals_masked(family, [LayerPlan(), LayerPlan(skip=("mlp",)), LayerPlan()])
+
+
+@pytest.mark.parametrize(("family", "changes"), [("opt", {"do_layer_norm_before": False}),
+                                                 ("gpt_neox", {"use_parallel_residual": False})])
+def test_the_other_residual_forms(family, changes):
+    plan = [LayerPlan(skip=("attention",)), LayerPlan(ffn=pick(96, 9)), LayerPlan(ffn=pick(96, 2))]
+    assert_sliced_equals_masked(family, plan, **changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_skipped_parts_with_a_static_cache(family):
+    model = model_of(family)
+    apply_plan(model, [LayerPlan(skip=("attention",)), LayerPlan(skip=("mlp",)), LayerPlan(ffn=pick(96, 9))], {})
+    texts = [model.generate(tiny.ids(2, 20), max_new_tokens=8, do_sample=False, eos_token_id=None, **kind)
+             for kind in ({}, {"cache_implementation": "static"})]
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("family", ALL)
