@@ -1,6 +1,7 @@
 """Calibration batches and logits for the tests of this folder."""
 import torch
-from tiny import ids
+
+from tests.tiny import ids
 
 
 def batches(rows: int = 6, length: int = 24) -> list[dict]:

@@ -2,8 +2,6 @@ import itertools
 
 import pytest
 import torch
-from quant_data import batches, logits
-from tiny import make
 from torch import tensor
 
 from llmopt.method import BudgetError, FieldError, LlmoptError, Run
@@ -11,6 +9,8 @@ from llmopt.quant import GPTQ, RTN
 from llmopt.quant.allocate import around, exact, two_level
 from llmopt.quant.plan import average_bits
 from llmopt.quant.scores import lim, modification, share_above
+from tests.quant.quant_data import batches, logits
+from tests.tiny import make
 
 
 def mean(bits, params):

@@ -3,9 +3,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from quant_data import batches, logits
 from safetensors.torch import save_file
-from tiny import make
 from transformers import AutoModelForCausalLM
 
 from llmopt.blocks import blocks
@@ -14,6 +12,8 @@ from llmopt.quant import GPTQ, RTN
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import check_consistent, export, predicted_bytes
 from llmopt.quant.grid import Spec, round_to_nearest
+from tests.quant.quant_data import batches, logits
+from tests.tiny import make
 
 MIXED = {"0": {"bits": 8, "group_size": -1}, "1": {"bits": 3}, "2": {"bits": 2}}
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from quant_data import batches, logits
-from tiny import make
 
 from llmopt.method import FieldError, LlmoptError, Run
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.base import Stats
 from llmopt.quant.gptq import inverse_factor
 from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
+from tests.quant.quant_data import batches, logits
+from tests.tiny import make
 
 
 def correlated(out=12, columns=24, tokens=400, seed=0):

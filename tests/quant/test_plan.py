@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from tiny import make
 
 from llmopt.method import FieldError, LlmoptError, Run
 from llmopt.quant import RTN
 from llmopt.quant.base import quantized_modules
+from tests.tiny import make
 
 
 def test_names_globs_and_parents():
