@@ -21,7 +21,8 @@ eval: {tasks: [world_copy], limit: 4}
 
 def command(*words: str) -> tuple[list[str], dict[str, str]]:
     path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
-    return [sys.executable, "-m", "llmopt", *words], os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    start = "from llmopt_evals.start import main; main()"       # the body of the installed script
+    return [sys.executable, "-c", start, *words], os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def llmopt(*words: str) -> subprocess.CompletedProcess:
@@ -100,7 +101,7 @@ def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, wait):
     time.sleep(wait)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=120)
-    assert run.returncode in (130, 0), errors
+    assert run.returncode in (130, 0, -signal.SIGINT), errors      # the last: Python itself was starting or ending
     left = [p.name for p in tmp_path.iterdir()]
     assert left in ([], ["out"])
     if left:

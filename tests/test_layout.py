@@ -19,7 +19,7 @@ LEVELS = {
 }
 LAZY_BACK_EDGES = {("llmopt.data", "llmopt_evals"), ("llmopt.loading", "llmopt_evals"),   # world, llmopt/reference
                    ("llmopt.modeling", "llmopt"),                                # attach where llmopt is installed
-                   ("llmopt.loading", "llmopt.blocks")}
+                   ("llmopt.loading", "llmopt.blocks"), ("llmopt_evals", "llmopt.cli")}
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,12 @@
+"""What the `llmopt` script calls: outside the package `llmopt`, so that Ctrl-C is understood even while torch loads."""
+import sys
+
+
+def main() -> None:
+    """Run the command; an interruption at any moment ends in exit code 130 without a traceback."""
+    try:
+        from llmopt.cli import main as command
+
+        command()
+    except KeyboardInterrupt:
+        sys.exit(130)
