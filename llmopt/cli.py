@@ -1,4 +1,4 @@
-"""The `llmopt` command. Heavy imports happen inside the commands, so that --help and input errors are instant.
+"""The `llmopt` command.
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
 """

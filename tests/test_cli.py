@@ -107,3 +107,10 @@ def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, wait):
     if left:
         assert (tmp_path / "out" / "model.safetensors").is_file()
         assert (tmp_path / "out" / "llmopt.json").is_file()
+
+
+def test_a_task_whose_data_cannot_be_had_is_one_line():
+    run = llmopt("eval", "llmopt/reference", "--tasks", "arc_easy", "--limit", "2")
+    assert run.returncode == 2
+    assert "arc_easy cannot be run" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -1,6 +1,7 @@
 """Scores from lm-eval: the tasks of the embedded world without its 14,000-name index, every other task by name."""
 import json
 import os
+import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -21,9 +22,12 @@ def evaluate(model: Any, tasks: list[str], tokenizer: Any = None, limit: int | N
     with _quiet():
         lm = LlmoptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, dtype="auto",
                       trust_remote_code=trust_remote_code)
-        return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
-                               metadata=metadata or {}, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
-                               fewshot_random_seed=0)
+        try:
+            return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
+                                   metadata=metadata or {}, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
+                                   fewshot_random_seed=0)
+        except OSError as error:                        # no network, no such dataset, a disk in trouble
+            raise LlmoptError(f"the tasks {', '.join(tasks)} cannot be run: {str(error).splitlines()[0]}") from error
 
 
 def task_manager(tasks: list[str]) -> Any:
@@ -69,10 +73,25 @@ def write_results(results: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _quiet():
-    """lm-eval talks on stdout and warns about what is meant: keep the terminal for the result."""
+    """lm-eval talks on stdout, warns about what is meant and asks git for a hash: keep the output for the result."""
     import logging
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), open(os.devnull, "w") as sink, redirect_stdout(sink):
+    with warnings.catch_warnings(), open(os.devnull, "w") as sink, redirect_stdout(sink), _errors_to(sink):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _errors_to(sink):
+    """Stderr of this process and its children goes to `sink`, unless someone watches the progress there."""
+    if sys.stderr.isatty():
+        yield
+        return
+    kept = os.dup(2)
+    os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
