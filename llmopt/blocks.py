@@ -1,4 +1,4 @@
-"""The only file that knows Hugging Face architectures: blocks, projections, norms, geometry, and the calibration walk.
+"""Models of every supported architecture in one view: blocks, projections, norms, geometry, and the calibration walk.
 
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
@@ -10,70 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmopt.architectures import SPECS, UNITS, Form, Spec
 from llmopt.method import LlmoptError, Progress, silent
-from llmopt.modeling import SkippedAttn, SkippedFFN
-
-Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
-HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
-EXPERTS = "expert weights are fused 3-D tensors; only the attention of Mixture-of-Experts models is supported"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Where one architecture keeps its parts; module names are relative to the decoder layer."""
-
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    attention: str = "self_attn"
-    ffn: str | None = "mlp"
-    head_dim: str = "head_dim"                    # attribute of the attention module
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")   # one name: fused
-    interleaved: bool = False                     # fused rows run head by head (q, k, v of head 0, then of head 1)
-    out: str = "o_proj"
-    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    ffn_gated: bool = True                        # with one name: rows are [gate | up]
-    ffn_out: str = "mlp.down_proj"
-    norms: tuple[tuple[str, str], ...] = (("attn_in", "input_layernorm"), ("ffn_in", "post_attention_layernorm"))
-    norm_offset: float = 0.0                      # 1.0 where the norm multiplies by (1 + weight)
-    head_norms: tuple[str, ...] = ()              # per-head norms on queries and keys
-    width_key: str = "intermediate_size"          # the config's name for F
-    form: Form = "pre"
-    refuse: dict[str, str] = field(default_factory=dict)    # unit of pruning -> why not
-
-
-_SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
-             ("ffn_in", "pre_feedforward_layernorm"), ("ffn_out", "post_feedforward_layernorm"))
-_NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
-_NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS}
-_QK = ("q_norm", "k_norm")
-
-SPECS: dict[str, Spec] = {
-    "llama": Spec(),
-    "mistral": Spec(),
-    "qwen2": Spec(),
-    "qwen3": Spec(head_norms=_QK),
-    "phi3": Spec(qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), refuse={
-        "per_layer_heads": "its forward reads num_attention_heads from the model-wide config"}),
-    "gemma2": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich"),
-    "gemma3_text": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", head_norms=_QK),
-    "olmo2": Spec(norms=(("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm")),
-                  form="branch_post", head_norms=_QK, refuse={
-        "kv_groups": "its query and key norms span all heads", "q_heads": "its query and key norms span all heads"}),
-    "gpt_neox": Spec(layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
-                     head_dim="head_size", qkv=("query_key_value",), interleaved=True, out="dense",
-                     ffn_in=("mlp.dense_h_to_4h",), ffn_gated=False, ffn_out="mlp.dense_4h_to_h",
-                     form="parallel", refuse=_NO_HEADS),
-    "gpt2": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
-                 out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
-                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), width_key="n_inner", refuse=_NO_HEADS),
-    "opt": Spec(layers="model.decoder.layers", final_norm="model.decoder.final_layer_norm", ffn=None,
-                out="out_proj", ffn_in=("fc1",), ffn_gated=False, ffn_out="fc2",
-                norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")),
-                width_key="ffn_dim", refuse=_NO_HEADS | {"mlp": "its feed-forward is not a module of its own"}),
-    "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", refuse=_NO_EXPERTS),
-    "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", refuse=_NO_EXPERTS),
-    "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", head_norms=_QK, refuse=_NO_EXPERTS),
-}
+from llmopt.modeling import is_skipped
 
 
 def spec_of(model: nn.Module) -> Spec:
@@ -85,10 +24,13 @@ def spec_of(model: nn.Module) -> Spec:
 
 
 def refuse_units(model: nn.Module, unit: str) -> None:
-    """Raise LlmoptError if this architecture cannot lose `unit` (kv_groups, q_heads, ffn, per_layer_heads, ...)."""
-    why = spec_of(model).refuse.get(unit)
-    if why:
-        raise LlmoptError(f"{model.config.model_type}: {unit} cannot be pruned: {why}")
+    """Raise LlmoptError if this architecture cannot lose `unit` (of UNITS), or store per_layer_shapes or _heads."""
+    refused = spec_of(model).refuse
+    if unit in refused:
+        verb, left = "pruned", ", ".join(u for u in UNITS if u not in refused)
+        if unit not in UNITS:
+            verb, left = "stored", "scope: local, which keeps the layers alike"
+        raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
 
 
 @dataclass
@@ -112,12 +54,12 @@ class Projection:
         return self.module.weight.data.T if self.transposed else self.module.weight.data
 
     @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
+    def out_features(self) -> int:          # as the module tells it: a packed weight has no such shape
+        return self.module.nf if self.transposed else self.module.out_features
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self.module.nx if self.transposed else self.module.in_features
 
     @property
     def bias(self) -> Tensor | None:
@@ -154,6 +96,12 @@ class Norm:
     module: nn.Module
     kind: Literal["rms", "layer"]
     offset: float = 0.0
+
+    @property
+    def gain(self) -> Tensor | float:              # [E] float32
+        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
+        weight = self.module.weight
+        return 1.0 if weight is None else self.offset + weight.data.float()
 
 
 @dataclass
@@ -223,7 +171,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module | None]:
     """The attention module of every layer; None where attention is skipped."""
     spec = spec_of(model)
     found = [layer.get_submodule(spec.attention) for layer in layer_list(model)]
-    return [None if isinstance(m, SkippedAttn) else m for m in found]
+    return [None if is_skipped(m) else m for m in found]
 
 
 def final_norm(model: nn.Module) -> Norm:
@@ -241,9 +189,9 @@ def blocks(model: nn.Module) -> list[Block]:
 def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     name = f"{spec.layers}.{index}"
     attention = layer.get_submodule(spec.attention)
-    ffn_skipped = not spec.ffn_out or (spec.ffn is not None and isinstance(layer.get_submodule(spec.ffn), SkippedFFN))
+    ffn_skipped = not spec.ffn_out or (spec.ffn is not None and is_skipped(layer.get_submodule(spec.ffn)))
     shape = dict(heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
-    if isinstance(attention, SkippedAttn):
+    if is_skipped(attention):
         attention = None
     else:
         shape = _attention_view(spec, f"{name}.{spec.attention}", attention)

@@ -1,217 +1,41 @@
-"""A key-value cache whose layers may hold different entries per batch row and KV head, and free what they drop.
-
-A layer keeps old entries flat (`Ragged`) and new tokens in a dense tail, folded in at the next compression. Whatever it
-holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
-"""
-from dataclasses import dataclass
-
+"""A key-value cache whose layers may hold different entries per batch row and KV head, and free what they drop."""
 import torch
-from llmopt_kernels import NONE, Ragged
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from llmopt.layer import Entries, RaggedLayer
+from llmopt.method import LlmoptError
 
-@dataclass
-class Entries:
-    """All entries of one batch row in one layer, heads padded at the end to equal length.
-
-    keys, values: [G, T, D]; positions: [G, T], NONE at holes; bias: [G, T] or None.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    bias: Tensor | None = None
-
-    @property
-    def counts(self) -> Tensor:
-        """[G] entries per KV head."""
-        return (self.positions != NONE).sum(-1)
-
-
-class RaggedLayer(CacheLayerMixin):
-    """One layer: `kept` (flat, or None before the first compression) and the dense tail [B, G, S, D].
-
-    skipped: this layer has lost its attention; it counts tokens and holds nothing.
-    """
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, skipped: bool = False):
-        super().__init__()
-        self.skipped = skipped
-        self.seen = 0
-        self.kept: Ragged | None = None
-        self.window: int | None = None              # of a sliding-window layer; told by the attention function
-        self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
-        self.query_positions: Tensor | None = None  # [B, W], NONE at holes
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append [B, G, T, D] to the tail and return the tail; kept entries are read by the attention function."""
-        self.seen += key_states.shape[2]
-        if self.skipped:
-            return key_states, value_states
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        drop = self._unreachable(key_states.shape[2])
-        self.keys = torch.cat([self.keys[:, :, drop:], key_states], dim=2)
-        self.values = torch.cat([self.values[:, :, drop:], value_states], dim=2)
-        return self.keys, self.values
-
-    def _unreachable(self, new: int) -> int:
-        """How many tail tokens no query from now on can see; dropped in lots of `window` to copy seldom."""
-        if self.window is None:
-            return 0
-        late = self.keys.shape[2] - (self.window - 1)
-        return late if late >= self.window else 0
-
-    @property
-    def tail_start(self) -> int:
-        """Position of the first token of the tail."""
-        return self.seen - (self.keys.shape[2] if self.is_initialized else 0)
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        return self.keys.shape[0] if self.is_initialized else -1
-
-    def reset(self) -> None:
-        self.__init__(self.skipped)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Make the batch consist of `rows` [B'] of the present one."""
-        if not self.is_initialized:
-            return
-        place = rows.to(self.device)
-        self.keys, self.values = self.keys[place], self.values[place]
-        if self.kept is not None:
-            self.kept = self.kept.select_rows(rows)
-        if self.queries is not None:
-            self.queries, self.query_positions = self.queries[place], self.query_positions[place]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def fork(self) -> "RaggedLayer":
-        """A layer that holds the same tensors; none is ever written in place, so the two can part ways."""
-        twin = RaggedLayer(self.skipped)
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def record(self, query: Tensor, positions: Tensor, last: int | None) -> None:
-        """Keep the `last` real queries of every row (all, if None): query [B, H, T, D], positions [B, T]."""
-        if self.queries is not None:
-            query = torch.cat([self.queries, query], 2)
-            positions = torch.cat([self.query_positions, positions], 1)
-        order = positions.argsort(dim=1, stable=True)
-        order = order if last is None else order[:, max(0, order.shape[1] - last):]
-        self.query_positions = positions.gather(1, order)
-        index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        self.queries = query.gather(2, index)
-
-    def forget_queries(self) -> None:
-        self.queries = self.query_positions = None
-
-    def row(self, index: int, real: Tensor | None) -> Entries:
-        """The entries of one batch row: real tokens [seen] only, and none that slid out of this layer's window."""
-        columns = torch.arange(self.tail_start, self.seen, device=self.device)
-        keys, values = self.keys[index], self.values[index]                              # [G, S, D]
-        wanted = columns >= 0 if real is None else real[self.tail_start:]
-        if self.window is not None:
-            wanted = wanted & (columns > self.seen - self.window)
-        if not bool(wanted.all()):
-            keys, values, columns = keys[:, wanted], values[:, wanted], columns[wanted]
-        tail = Entries(keys, values, columns.expand(keys.shape[0], -1))
-        return tail if self.kept is None else self._joined(index, tail)
-
-    def _joined(self, index: int, tail: Entries) -> Entries:
-        """Kept entries of a row, then its tail, head by head."""
-        parts = []
-        for row, head, where in self.kept.heads():
-            if row != index:
-                continue
-            old = self.kept.positions[where].long()
-            bias = self.kept.bias[where] if self.kept.bias is not None else self.kept.keys.new_zeros(len(old)).float()
-            live = old > (NONE if self.window is None else self.seen - self.window)
-            parts.append((torch.cat([self.kept.keys[where][live], tail.keys[head]]),
-                          torch.cat([self.kept.values[where][live], tail.values[head]]),
-                          torch.cat([old[live], tail.positions[head]]),
-                          torch.cat([bias[live], bias.new_zeros(tail.positions.shape[1])])))
-        fills = (0.0, 0.0, NONE, 0.0)
-        stacked = [torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
-                   for column, fill in zip(zip(*parts, strict=True), fills, strict=True)]
-        return Entries(stacked[0], stacked[1], stacked[2], stacked[3] if self.kept.bias is not None else None)
-
-    def fold(self, rows: list[Entries]) -> None:
-        """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
-        masks = [entry.positions != NONE for entry in rows]
-
-        def flat(name: str) -> Tensor:
-            return torch.cat([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
-
-        bias = None
-        if any(entry.bias is not None for entry in rows):
-            bias = torch.cat([entry.bias[mask] if entry.bias is not None else mask[mask].float() * 0
-                              for entry, mask in zip(rows, masks, strict=True)])
-        counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
-        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, bias)
-        self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
-        self.forget_queries()
-
-    def counts(self) -> Tensor:
-        """[B, G] entries held, padding in the tail included."""
-        if not self.is_initialized:
-            return torch.zeros(0, 0, dtype=torch.long)
-        tail = torch.full(self.keys.shape[:2], self.keys.shape[2])
-        return tail if self.kept is None else tail + self.kept.counts
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor this layer holds."""
-        held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
-        return held if self.kept is None else held + self.kept.tensors()
+__all__ = ["Entries", "LlmoptCache", "RaggedLayer"]
 
 
 class LlmoptCache(Cache):
-    """The cache of a whole model.
+    """The cache of a whole model, whose layers have `groups` KV heads (0: no attention) and maybe sliding windows.
 
-    mask: bool [B, seen], False at padding, or None while there is none. pending: tokens since the last compression.
+    mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
+    them, or None while they count the columns. pending: tokens since the last compression.
     """
 
-    def __init__(self, skipped: list[bool]):
-        super().__init__(layers=[RaggedLayer(s) for s in skipped])
+    def __init__(self, groups: list[int], windows: list[int | None]):
+        super().__init__(layers=[RaggedLayer(*shape) for shape in zip(groups, windows, strict=True)])
         self.mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
         self.pending = 0
 
     def fork(self) -> "LlmoptCache":
         """A copy to continue from, at no cost in memory until it grows; this one stays as it is."""
-        twin = LlmoptCache([layer.skipped for layer in self.layers])
-        twin.layers = [layer.fork() for layer in self.layers]
-        twin.mask, twin.pending = self.mask, self.pending
+        twin = LlmoptCache([], [])
+        twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers])
         return twin
 
     def reset(self) -> None:
         super().reset()
-        self.mask, self.pending = None, 0
+        self.mask = self.position_ids = None
+        self.pending = 0
+
+    def crop(self, *args, **kwargs) -> None:
+        raise LlmoptError("assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back, and what "
+                          "was evicted cannot be brought back: not with attached llmopt methods")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -227,16 +51,16 @@ class LlmoptCache(Cache):
             return
         for layer in self.layers:
             layer.select_rows(rows)
-        if self.mask is not None:
-            self.mask = self.mask[rows.to(self.mask.device)]
+        self.mask, self.position_ids = (None if x is None else x[rows.to(x.device)]
+                                        for x in (self.mask, self.position_ids))
 
     @property
     def batch_size(self) -> int:
         return max(layer.batch_size for layer in self.layers)
 
     def attending(self) -> list[int]:
-        """Indices of the layers that hold entries."""
-        return [i for i, layer in enumerate(self.layers) if layer.is_initialized]
+        """Indices of the layers that have attention."""
+        return [i for i, layer in enumerate(self.layers) if layer.groups > 0]
 
     def lengths(self) -> list[int]:
         """Real tokens seen by each row."""
@@ -255,13 +79,13 @@ class LlmoptCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors held: keys, values, positions, and queries waiting for the next compression."""
         tensors = [t for layer in self.layers for t in layer.tensors()]
-        tensors += [] if self.mask is None else [self.mask]
+        tensors += [x for x in (self.mask, self.position_ids) if x is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def dense_nbytes(self) -> int:
         """Bytes of keys and values that an uncompressed cache would hold now (a sliding layer: its window)."""
         total = 0
-        for layer in (self.layers[i] for i in self.attending()):
+        for layer in (layer for layer in self.layers if layer.is_initialized):
             length = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
             for held in (layer.keys, layer.values):
                 total += held.shape[0] * held.shape[1] * length * held.shape[3] * held.element_size()

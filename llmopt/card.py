@@ -1,8 +1,14 @@
 """The README.md of a checkpoint: a model card made from llmopt.json alone, so it can be written again at any time."""
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
+
+from llmopt.architectures import SPECS
+from llmopt.method import LlmoptError
+from llmopt.shards import write_text
 
 TEMPLATE = """---
 base_model: {{ base_model }}
@@ -12,10 +18,13 @@ license: {{ base_licence }}
 library_name: transformers
 tags: [llmopt, compressed]
 ---
-# {{ name }}
+# {{ repo or base_model.split("/")[-1] + ", compressed" }}
 
 {{ base_model }}, compressed with [llmopt](https://pypi.org/project/llmopt/) {{ versions["llmopt"] }}.
-{% if per_layer %}
+{% if note %}
+Compressed are the {{ note }}.
+{% endif %}
+{%- if per_layer %}
 **This checkpoint has per-layer shapes.** Plain transformers refuses it: `import llmopt` first, or load it with
 `trust_remote_code=True`.
 {% endif %}
@@ -29,13 +38,13 @@ tags: [llmopt, compressed]
 
 ```python
 {{ "import llmopt\n" if needs_import }}from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{{ name }}")
+model = AutoModelForCausalLM.from_pretrained("{{ repo or "." }}"){{ "      # this folder" if not repo }}
 ```
 
 ## Made by
 
 ```
-llmopt compress --recipe recipe.yaml --output {{ name }}
+llmopt compress --recipe recipe.yaml {{ changes }}--output out
 ```
 
 Steps: {{ steps | join(" -> ") }}.
@@ -52,13 +61,41 @@ Versions: {% for k, v in versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.l
 {% endif %}"""
 
 
-def write_card(folder: Path, name: str) -> None:
-    """Write README.md from the folder's llmopt.json."""
-    facts = json.loads((folder / "llmopt.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON mapping; raises LlmoptError for a file that is missing or holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LlmoptError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:       # the first also stands for text that is not UTF-8
+        raise LlmoptError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LlmoptError(f"{file}: not a JSON mapping")
+    return content
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md from the folder's llmopt.json; the folder's own name stays out, so that runs repeat."""
+    write_text(folder / "README.md", render(folder))
+
+
+def card_for(folder: Path, repo: str) -> str | None:
+    """The card under the name `repo`; None for a folder whose README.md is not ours, or was edited."""
+    mine = folder / "README.md"
+    if not mine.is_file() or not (folder / "llmopt.json").is_file():
+        return None
+    text = mine.read_text(encoding="utf-8", errors="replace")
+    return render(folder, repo) if text == render(folder) else None
+
+
+def render(folder: Path, repo: str | None = None) -> str:
+    """The text of the card of the checkpoint in `folder`, or under the hub name `repo`."""
+    facts, config = read_json(folder / "llmopt.json"), read_json(folder / "config.json")
+    note = SPECS[config["model_type"]].note
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
-        name=name, per_layer="per_layer_config" in config, table=facts.get("table", []),
+        repo=repo, note=note, per_layer="per_layer_config" in config, table=facts.get("table", []),
         needs_import=facts["loads_with"]["transformers"] != "exact",
+        changes="".join(f"{shlex.quote(word)} " for word in facts.get("changes", [])),
         steps=[record["method"] for record in facts.get("records", [])] or ["none"],
         **{key: facts[key] for key in ("base_model", "base_licence", "versions", "loads_with")})
-    (folder / "README.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    return text.rstrip("\n") + "\n"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime, shards
 from llmopt.card import write_card
+from llmopt.hub import companion
 from llmopt.loading import load_tokenizer, resolve
 from llmopt.method import LlmoptError
 from llmopt.modeling import remote_files, saved_config
@@ -30,12 +31,15 @@ LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 
 
 class VerificationError(LlmoptError):
-    """The written folder does not give the model in memory back; commands exit with 3."""
+    """The written folder does not give the model in memory back."""
+
+    exit_code = 3
 
 
 def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
     """`output`, absolute; refused when it is in use, or inside the model's own folder."""
     output = Path(output).expanduser().resolve()
+    _check_place(output)
     if source and Path(source).is_dir() and output.is_relative_to(Path(source).resolve()):
         raise LlmoptError(f"{output}: lies inside the model's folder {source}; choose another output")
     if output.is_file():
@@ -45,6 +49,15 @@ def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise LlmoptError(f"{output}: is not empty and not a checkpoint; it is not replaced")
     return output
+
+
+def _check_place(output: Path) -> None:
+    """Raise LlmoptError for a place where no folder can be made, before any work is done."""
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir():
+        raise LlmoptError(f"{output}: {above} is a file; an output is a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise LlmoptError(f"{output}: {above} may not be written to")
 
 
 @contextmanager
@@ -92,12 +105,12 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
         _write_json(stage / "config.json", config)
         for name, text in remote.items():
             (stage / name).write_text(text)
-        _copy_companions(stage, model, tokenizer, source)
+        _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
         _write_provenance(stage, model, report, source, recipe, format)
         verify(stage, model)
         if finish:
             finish(stage)
-        write_card(stage, output.name)
+        write_card(stage)
     return output
 
 
@@ -114,13 +127,14 @@ def _write_weights(stage: Path, tensors: dict[str, Tensor], max_shard_size: str)
 
 def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """(tensors, config.json, code files) of the checkpoint that `model` would make; works on the meta device too."""
-    tensors = plain_state(model)
+    packing = format != "dense" and bool(quantized_modules(model))
+    tensors = plain_state(model, renamed=not packing)
     config, needs_code = saved_config(model)
     config = dict(config)
     config.pop("llmopt", None)
     if format == "dense":
         check_consistent(model)
-    elif quantized_modules(model):
+    elif packing:
         packed, config["quantization_config"] = export(model)
         tensors = {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
     attached = runtime.runtime_config(model)
@@ -132,24 +146,28 @@ def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str
     return tensors, config, remote
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the names of the files, without the copies that tied weights make."""
+def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
+    """The state dict under the names of the files, without the copies that tied weights make.
+
+    renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = set(model.all_tied_weights_keys)
-    return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    return revert_weight_conversion(model, state) if renamed else state
 
 
-def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None) -> None:
+def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None, revision: str | None) -> None:
     """Tokenizer with its chat template, generation config, and the base model's licence."""
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
-    if source and Path(source).is_dir():
-        for name in LICENCES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, stage / name)
+    for name in LICENCES if source else ():
+        file = companion(source, name, revision)
+        if file:
+            shutil.copyfile(file, stage / name)
 
 
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:
@@ -163,8 +181,9 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in VERSIONS},
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
-        "base_licence": _licence(source),
+        "base_licence": _licence(source, recipe.model.revision if recipe is not None else None),
         "recipe": recipe.resolved() if recipe is not None else None,
+        "changes": list(recipe.changes) if recipe is not None else [],
         "format": format,
         "loads_with": how_to_load(json.loads((stage / "config.json").read_text())),
         "bytes": shards.written_bytes(stage),
@@ -172,10 +191,10 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
     })
 
 
-def _licence(source: str | None) -> str | None:
+def _licence(source: str | None, revision: str | None) -> str | None:
     """The `license:` entry of the base model's card."""
-    card = Path(source) / "README.md" if source else None
-    if card is None or not card.is_file():
+    card = companion(source, "README.md", revision) if source else None
+    if card is None:
         return None
     head = card.read_text(encoding="utf-8", errors="replace").split("---")
     lines = head[1].splitlines() if len(head) > 2 else []

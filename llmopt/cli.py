@@ -2,7 +2,6 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,23 @@ from llmopt.method import LlmoptError
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
-DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+COUNT = click.IntRange(min=1)
+FILE = click.Path(path_type=Path)
+
+
+def model_options(command):
+    """How a MODEL argument is to be loaded: the keys of a recipe's `model` section as options."""
+    for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
+                   click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
+        command = option(command)
+    return command
+
+
+def check_target(file: Path | None) -> None:
+    """Raise LlmoptError, before any work, for a result file that could not be written after it."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +38,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--recipe", "recipe_name", required=True, help="A recipe file, or the name of a packaged one.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the compressed checkpoint.")
+@click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print every step's plan and the predicted sizes; write nothing.")
@@ -40,11 +55,12 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import pipeline, recipe
 
-    plan = recipe.load(recipe_name, sets, model)
+    trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
+    plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
         from llmopt.predict import dry_run as predict
 
-        terminal.show_plan(predict(plan, trust_remote_code), as_json)
+        terminal.show_plan(predict(plan), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
@@ -55,7 +71,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
     if not (resume and pipeline.is_finished(output, plan)):
         with terminal.progress() as progress:
-            pipeline.run(plan, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)
+            pipeline.run(plan, output, overwrite=overwrite, progress=progress)
     from llmopt_evals.report import complete
 
     terminal.show_result(complete(output, plan, tasks, terminal.say), output, as_json)
@@ -65,80 +81,93 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
 @click.argument("model")
 @click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.")
 @click.option("--compare", help="A second model, scored beside the first.")
-@click.option("--limit", type=int, help="Only the first N documents of each task.")
-@click.option("--batch-size", type=int, default=16, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Also write lm-eval's results to this JSON file.")
-@DEVICE
-@TRUST
+@click.option("--limit", type=COUNT, help="Only the first N documents of each task.")
+@click.option("--batch-size", type=COUNT, default=16, show_default=True)
+@click.option("--text", help="The file that the task text_ppl reads.")
+@click.option("--output", type=FILE, help="Also write lm-eval's results to this JSON file.")
+@model_options
 @JSON
-def evaluate(model, tasks, compare, limit, batch_size, output, device, trust_remote_code, as_json) -> None:
+def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **loading) -> None:
     """Score a model with lm-eval, its cache methods really in force."""
     from llmopt import terminal
 
     terminal.quiet_libraries()
     from llmopt_evals import evaluate as scores
 
-    from llmopt.loading import resolve
+    from llmopt.loading import read_config
+    from llmopt.recipe import ModelSpec
 
+    chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not chosen:
+        raise LlmoptError("--tasks names no task")
+    check_target(output)
+    models = [ModelSpec(id=model, **loading)]
+    if compare is not None:
+        models.append(ModelSpec(id=compare, **loading | {"revision": None}))
+    for spec in models:
+        read_config(spec)                            # both must be there before the first is scored
     columns = {}
-    for name in [m for m in (model, compare) if m]:
-        terminal.say(f"scoring {name}")
-        results = scores.evaluate(resolve(name), tasks.split(","), None, limit, batch_size, device,
-                                  trust_remote_code=trust_remote_code)
-        columns[name] = {(task, metric): value for task, metric, value in scores.figures(results)}
-        if output and name == model:
-            scores.write_results(results, output)
+    for spec in models:
+        terminal.say(f"scoring {spec.id}")
+        results = scores.evaluate(spec, chosen, None, limit, batch_size, text)
+        columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
+        if output and spec is models[0]:
+            scores.write_results(results, output, model)
     terminal.show_scores(columns, as_json)
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--method", default="heads.span", show_default=True, help="A heads.* method.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the scores to this JSON file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a heat map to this PNG file.")
+@click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="A field of the method; repeatable.")
+@click.option("--output", type=FILE, help="Write the scores to this JSON file.")
+@click.option("--plot", type=FILE, help="Write a heat map to this .png, .pdf or .svg file.")
 @click.option("--data", "data_path", help="Calibration text; default: the embedded world.")
-@click.option("--samples", type=int, default=64, show_default=True)
+@click.option("--samples", type=COUNT, default=64, show_default=True)
+@model_options
 @JSON
-def heads(model, method, output, plot, data_path, samples, as_json) -> None:
+def heads(model, method, sets, output, plot, data_path, samples, as_json, **loading) -> None:
     """Score every attention head of a model."""
     from llmopt import terminal
 
     terminal.quiet_libraries()
     import llmopt
-    from llmopt import data
     from llmopt.heads.base import plot as draw
     from llmopt.heads.base import save_scores
-    from llmopt.loading import load_dense
-    from llmopt.method import Run, build
-    from llmopt.recipe import DataSpec, ModelSpec
+    from llmopt.method import build, nearest
+    from llmopt.pipeline import score_heads
+    from llmopt.recipe import DataSpec, ModelSpec, Recipe, values
 
-    step = build(method, {})
+    step = build(method, values(sets))
     if step.stage != "score":
-        raise LlmoptError(f"{method} is not a head score; choose one of "
-                          + ", ".join(n for n in llmopt.names() if n.startswith("heads.")))
-    spec = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
-    network, tokenizer = load_dense(ModelSpec(id=model))
+        raise LlmoptError(f"{method} is not a head score"
+                          f"{nearest(method, [n for n in llmopt.names() if n.startswith('heads.')])}")
+    if plot and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise LlmoptError(f"{plot}: a plot is a .png, .pdf or .svg file")
+    for target in (output, plot):
+        check_target(target)
+    data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
     with terminal.progress() as progress:
-        run = Run(batches=data.load(spec, network.config, tokenizer), progress=progress)
-        record = step.apply(network, run)
+        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress)
     if output:
-        save_scores(output, step.name, run.scores[step.name], record.meta)
+        save_scores(output, step.name, scores, meta)
     if plot:
-        draw(run.scores[step.name], plot)
-    terminal.show_heads(step.name, run.scores[step.name], as_json)
+        draw(scores, plot)
+    terminal.show_heads(step.name, scores, as_json)
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FILE)
 @JSON
 def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
+    import llmopt  # noqa: F401  fills the registry: a step's defaults
     from llmopt import terminal
+    from llmopt.card import read_json
 
-    facts = folder / "llmopt.json"
-    if not facts.is_file():
+    if folder.is_dir() and not (folder / "llmopt.json").exists():
         raise LlmoptError(f"{folder}: no llmopt.json; this is not a checkpoint written by llmopt")
-    terminal.show_folder(json.loads(facts.read_text()), json.loads((folder / "config.json").read_text()), as_json)
+    terminal.show_folder(read_json(folder / "llmopt.json"), read_json(folder / "config.json"), as_json)
 
 
 @cli.command()
@@ -160,19 +189,14 @@ def methods(name, as_json) -> None:
 @click.option("--private", is_flag=True)
 def push(folder, repo, private) -> None:
     """Upload a checkpoint to a repository of the Hugging Face hub."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from llmopt.card import card_for
+    from llmopt.folder import check_folder
+    from llmopt.hub import upload
+    from llmopt.terminal import quiet_libraries
 
-    from llmopt.loading import check_folder
-
+    quiet_libraries()
     check_folder(folder)
-    try:
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise LlmoptError(f"{repo}: {str(error).splitlines()[0]}") from error
-    click.echo(f"https://huggingface.co/{repo}")
+    click.echo(upload(folder, repo, private, card_for(folder, repo)))
 
 
 def main() -> None:
@@ -184,10 +208,16 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing half-written was left", err=True)
         code = 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = 2
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
         code = 2
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
-        code = 3 if type(error).__name__ == "VerificationError" else 2
+        code = error.exit_code
+    except OSError as error:             # no permission, a disk in trouble: a fact about the machine
+        click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)

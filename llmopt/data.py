@@ -4,6 +4,7 @@ A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; paddin
 """
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmopt.recipe import DataSpec
 
 END_OF_DOCUMENT = "<|endoftext|>"
 DEFAULT_LENGTH = 512
+MIN_TOKENS = 32                 # fewer say nothing about a model
 Batch = dict[str, Tensor]
 
 
@@ -27,22 +29,47 @@ def load(spec: DataSpec, config: Any, tokenizer: Any) -> list[Batch]:
     with naming(f"data ({spec.name}{': ' + spec.path if spec.path else ''})"):
         rows = SOURCES[spec.name](spec, length, tokenizer)
         rows = [row for row in rows if len(row) > 1][:spec.samples]
-        return as_batches(rows, config.vocab_size, spec.batch_size)
+        batches = as_batches(rows, config.vocab_size, spec.batch_size)
+        _check_lengths([len(row) for row in rows], limit)
+        return batches
+
+
+def _check_lengths(lengths: list[int], limit: int) -> None:
+    """Raise LlmoptError for a row too long for the model, or too few tokens altogether to calibrate on."""
+    if max(lengths) > limit:
+        raise LlmoptError(f"a row has {max(lengths)} tokens, but the model reads at most {limit}; set data.length")
+    if sum(lengths) < MIN_TOKENS:
+        raise LlmoptError(f"too short: {sum(lengths)} tokens in all; at least {MIN_TOKENS} are needed")
 
 
 def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
     """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
     if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-        return [{"input_ids": (ids := batch["input_ids"]),
-                 "attention_mask": batch.get("attention_mask", torch.ones_like(ids))} for batch in rows]
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    if not rows:
+        return [_ready(batch, vocab_size) for batch in rows]
+    if isinstance(rows, str) or any(isinstance(row, (int, str)) or isinstance(row, Tensor) and row.ndim != 1
+                                    for row in rows):
+        raise LlmoptError("token ids [N, T], a list of lists of ids, or batches {input_ids, attention_mask} expected")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    if not rows or min(map(len, rows)) == 0:
         raise LlmoptError("no document of at least 2 tokens was found")
-    top = max(int(row.max()) for row in rows)
-    if top >= vocab_size or min(int(row.min()) for row in rows) < 0:
-        raise LlmoptError(f"token id {top} does not fit the model's vocabulary of {vocab_size}: "
-                          "the tokenizer or the ids belong to another model")
+    _check_ids(((min(row), max(row)) for row in rows), vocab_size)
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return [_pad(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def _ready(batch: Batch, vocab_size: int) -> Batch:
+    if "input_ids" not in batch:
+        raise LlmoptError(f"a batch needs input_ids; this one has {', '.join(map(str, batch)) or 'nothing'}")
+    ids = batch["input_ids"]
+    _check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
+    return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
+
+
+def _check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
+    """Raise LlmoptError for a token that the model does not have; ranges: least and greatest id of each row."""
+    for foreign in (token for both in ranges for token in both if not 0 <= token < vocab_size):
+        raise LlmoptError(f"token id {foreign} does not fit the model's vocabulary of {vocab_size}: "
+                          "the tokenizer or the ids belong to another model")
 
 
 def fingerprint(batches: list[Batch]) -> str:
@@ -73,9 +100,8 @@ def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
 
 
 def _text(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    path = _file(spec.path)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
+    text = _read(spec.path)
+    if spec.path.endswith(".jsonl"):
         documents = [_column(record, spec, f"line {i + 1}") for i, record in enumerate(_json_lines(text))]
     else:
         documents = [part.strip() for part in text.split(END_OF_DOCUMENT)]
@@ -83,7 +109,7 @@ def _text(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
 
 
 def _ids(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    rows = _json_lines(_file(spec.path).read_text(encoding="utf-8"))
+    rows = _json_lines(_read(spec.path))
     for i, row in enumerate(rows):
         if not isinstance(row, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in row):
             raise LlmoptError(f"line {i + 1} is not a list of token ids")
@@ -95,8 +121,8 @@ def _hub(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
 
     try:
         dataset = datasets.load_dataset(spec.path, spec.config, split=spec.split)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise LlmoptError(f"the dataset cannot be loaded: {error}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise LlmoptError(f"the dataset cannot be loaded: {str(error).splitlines()[0]}") from error
     chosen = dataset.shuffle(seed=spec.seed).select(range(min(len(dataset), spec.samples * 4)))
     return _tokenise([_column(r, spec, f"row {i}") for i, r in enumerate(chosen)], spec, length, tokenizer)
 
@@ -119,24 +145,34 @@ def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> l
 
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:
+    """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
     messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    return tokenizer.apply_chat_template(messages)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages)["input_ids"]
+    except (TemplateError, TypeError, ValueError) as error:
+        raise LlmoptError(f"the chat template refuses {str(messages)[:60]}: {error}") from error
 
 
-def _file(path: str) -> Path:
+def _read(path: str) -> str:
+    """The text of a file, a byte order mark left out."""
     file = Path(path)
     if not file.is_file():
-        raise LlmoptError("there is no such file")
+        raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
     if file.stat().st_size == 0:
         raise LlmoptError("the file is empty")
-    return file
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LlmoptError(f"not UTF-8 text (byte {error.start})") from error
 
 
 def _json_lines(text: str) -> list:
     rows = []
-    for i, line in enumerate(text.splitlines()):
+    for i, line in enumerate(text.split("\n")):          # splitlines() also cuts inside JSON strings
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -149,4 +185,13 @@ def _column(record: Any, spec: DataSpec, where: str) -> Any:
     if not isinstance(record, dict) or spec.column not in record:
         known = ", ".join(record) if isinstance(record, dict) else repr(record)[:60]
         raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known})")
-    return record[spec.column]
+    value = record[spec.column]
+    turns = spec.template == "chat" and isinstance(value, list)
+    if value is not None and not isinstance(value, str) and not (turns and all(map(_is_message, value))):
+        expected = "text, or a list of {role, content}" if spec.template == "chat" else "text"
+        raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected")
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)

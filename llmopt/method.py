@@ -4,6 +4,7 @@ A method is a frozen dataclass whose fields ARE the keys of its recipe entry. `a
 returns a `Record`; `restore` redoes the edit on a model that was loaded from disk.
 """
 import difflib
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -19,7 +20,9 @@ STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the ste
 
 
 class LlmoptError(Exception):
-    """Something the user can mend; its text is the whole message. Commands print it and exit with 2."""
+    """Something the user can mend; its text is the whole message. Commands print it and exit with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class FieldError(LlmoptError):
@@ -54,6 +57,8 @@ def naming(where: str) -> Iterator[None]:
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A tail for error messages: the closest valid choice, then all of them."""
     choices = sorted(choices)
+    if not choices:
+        return "; there are none"
     close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{hint}. Choices: {', '.join(choices)}"
@@ -150,6 +155,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FieldError(key, value, "a finite number")
     plain = origin or hint
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise FieldError(key, value, f"a value of type {plain.__name__}")

@@ -47,6 +47,11 @@ class SkippedFFN(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+def is_skipped(module: nn.Module) -> bool:
+    """Whether `module` stands for a lost part; by name, for a trusted checkpoint brings its own copy of this file."""
+    return type(module).__name__ in (SkippedAttn.__name__, SkippedFFN.__name__)
+
+
 class Family(NamedTuple):
     """Where transformers keeps the causal LM of one model_type, and what a skipped part takes with it."""
 
@@ -156,13 +161,34 @@ def declare_tensors(model: nn.Module) -> None:
     """
     declared = (getattr(model.config, "llmopt", None) or {}).get("tensors") or {}
     for name, layout in declared.items():
-        *path, leaf = f"llmopt.{name}".split(".")
-        holder = model
-        for part in path:
-            if part not in dict(holder.named_children()):
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        holder.register_buffer(leaf, torch.zeros(layout["shape"], dtype=getattr(torch, layout["dtype"])))
+        put_tensor(model, name, torch.zeros(layout["shape"], dtype=getattr(torch, layout["dtype"])))
+
+
+def put_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the buffer `llmopt.<name>` of the model, moved to the model's device; name: "<step>.<name>"."""
+    *path, leaf = f"llmopt.{name}".split(".")
+    holder = model
+    for part in path:
+        if part not in dict(holder.named_children()):
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    holder.register_buffer(leaf, tensor.to(next(model.parameters()).device))
+
+
+def tensors_below(model: nn.Module, step: str | None = None) -> dict[str, torch.Tensor]:
+    """The runtime tensors of the model, or of one step, by their names from there on."""
+    holder = model._modules.get("llmopt")
+    if holder is not None and step is not None:
+        holder = holder._modules.get(step)
+    return {} if holder is None else dict(holder.named_buffers())
+
+
+def drop_tensors(model: nn.Module, step: str | None = None) -> None:
+    """Take the runtime tensors of the model, or of one step, off it."""
+    if step is None:
+        model._modules.pop("llmopt", None)
+    elif "llmopt" in model._modules:
+        model._modules["llmopt"]._modules.pop(step, None)
 
 
 def _attach(model: nn.Module) -> None:

@@ -1,5 +1,4 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
-import json
 import platform
 import time
 from dataclasses import dataclass, field
@@ -7,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt import checkpoint, data, runtime, shards
+from llmopt.card import read_json
 from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
+from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
 
 
@@ -53,14 +54,23 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
     run = Run(batches=batches, seed=seed, progress=progress, multiple=group_multiple(steps), tokenizer=tokenizer)
-    report = Report(seed=seed, calibration=data.fingerprint(batches) if batches else None,
+    training = model.training
+    model.eval()                            # dropout would make statistics and sizes a matter of chance
+    try:
+        return _apply(model, steps, run)
+    finally:
+        model.train(training)
+
+
+def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     for i, step in enumerate(steps):
         start = time.perf_counter()
         with naming(f"steps.{i} {step.name}"):
-            if step.needs_data and not batches:
+            if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
         report.records.append(describe(step, record))
@@ -78,7 +88,7 @@ def describe(step: Method, record: Record) -> dict[str, Any]:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None:
+    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
@@ -97,13 +107,12 @@ def cache_bytes_per_token(model: nn.Module) -> float:
     return sum(t.numel() * t.element_size() for t in held) / length
 
 
-def run(recipe: Recipe, output: Path, *, overwrite: bool = False, trust_remote_code: bool = False,
-        progress: Progress = silent) -> Report:
+def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> Report:
     """Carry out `recipe` into the folder `output`; raises LlmoptError with nothing written."""
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     checkpoint.prepare_output(output, source, overwrite)
-    model, tokenizer = load_dense(recipe.model, trust_remote_code)
+    model, tokenizer = load_dense(recipe.model)
     batches = None
     if any(step.needs_data for step in recipe.steps):
         batches = data.load(recipe.data, model.config, tokenizer)
@@ -119,10 +128,21 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, trust_remote_c
     return report
 
 
+def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
+    """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
+    step, = recipe.steps
+    model, tokenizer = load_dense(recipe.model)
+    batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
+    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
+    with naming(step.name):
+        record = step.apply(model, run)
+    return run.scores[step.name], record.meta
+
+
 def is_finished(output: Path, recipe: Recipe) -> bool:
     """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
     facts = Path(output) / "llmopt.json"
-    return facts.is_file() and json.loads(facts.read_text()).get("recipe") == recipe.resolved()
+    return facts.is_file() and read_json(facts).get("recipe") == recipe.resolved()
 
 
 def _write_log(stage: Path, report: Report) -> None:

@@ -1,7 +1,7 @@
 """What a recipe will do and how large its checkpoint will be, before anything is computed: `compress --dry-run`.
 
 Pruning plans are made for real (on a skeleton without weights), quantized sizes follow from names and shapes. Exact
-where the bits are uniform; with an allocator every block is counted at the average.
+where these decide the bits; with `allocate: sensitivity` every weight is counted at the average.
 """
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt import checkpoint, shards
-from llmopt.blocks import blocks
+from llmopt.blocks import spec_of
 from llmopt.loading import load_dense
 from llmopt.method import LlmoptError, Method, Run, naming
 from llmopt.prune.surgery import apply_plan
@@ -19,9 +19,9 @@ from llmopt.quant.plan import DENSE, Target
 from llmopt.recipe import Recipe
 
 
-def dry_run(recipe: Recipe, trust_remote_code: bool = False) -> dict[str, Any]:
+def dry_run(recipe: Recipe) -> dict[str, Any]:
     """{"steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe on its model; nothing is written."""
-    model, _ = load_dense(recipe.model, trust_remote_code)
+    model, _ = load_dense(recipe.model)
     size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed)
     return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
@@ -31,25 +31,26 @@ def dry_run(recipe: Recipe, trust_remote_code: bool = False) -> dict[str, Any]:
 def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0) -> tuple[int, list]:
     """(bytes of the checkpoint's safetensors, [[step, what it will do]]); `model` is left as it is.
 
-    A plan that needs calibration data is counted by the ratio it was asked for.
+    A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
+    many units as it will remove, whichever they are: exact where its scope is local.
     """
     skeleton, told, packed = _skeleton(model), [], {}
     run = Run(seed=seed, multiple=group_multiple(steps))
-    pruned, share = 0, 0.0
+    pruned = False
     for i, step in enumerate(steps):
         with naming(f"steps.{i} {step.name}"):
             if step.stage == "prune":
-                share, text = _prune(model, skeleton, step, run, pruned, share)
-                pruned += 1
+                text = _prune(skeleton, step, run, None if pruned or step.uses_inputs else model)
+                pruned = True
             elif step.stage == "quant":
                 text = _quantize(skeleton, step, packed)
             else:
                 text = ", ".join(f"{k} {v}" for k, v in step.to_dict()[step.name].items() if v is not None)
         told.append([step.name, text])
-    tensors = checkpoint.plain_state(skeleton)
+    tensors = checkpoint.plain_state(skeleton, renamed=format != "portable" or not packed)
     if format == "portable":
         tensors = {k: t for key, dense in tensors.items() for k, t in packed.get(key, {key: dense}).items()}
-    return int(shards.file_bytes(tensors) - share), told
+    return shards.file_bytes(tensors), told
 
 
 def group_multiple(steps: list[Method]) -> int:
@@ -64,20 +65,18 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _prune(model: nn.Module, skeleton: nn.Module, step: Method, run: Run, earlier: int, share: float) -> tuple:
-    """(bytes to subtract, text); the first plan that needs no data is cut out of the skeleton itself."""
-    if earlier or step.uses_inputs:
-        size = shards.tensor_bytes({p.name: p.weight for b in blocks(skeleton) for p in b.projections()})
-        return share + step.ratio * size, f"about {step.ratio:.0%} of {', '.join(step.units)}"
-    plan, meta = step.plan(model, run)
+def _prune(skeleton: nn.Module, step: Method, run: Run, model: nn.Module | None) -> str:
+    """Cut the step's plan out of the skeleton; model: where its scores can be read already, else None."""
+    step.refuse(skeleton)
+    plan, meta = step.guess(skeleton, run) if model is None else step.plan(model, run)
     apply_plan(skeleton, plan, {})
     gone = ", ".join(f"{n} {kind}" for kind, n in meta["removed_units"].items() if n)
-    return share, f"removes {meta['removed_share']:.1%} of {', '.join(step.units)}: {gone}"
+    return f"removes {'about ' * (model is None)}{meta['removed_share']:.1%} of {', '.join(step.units)}: {gone}"
 
 
 def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Tensor]]) -> str:
     scale = DTYPES[step.scale_dtype] if step.scale_dtype else skeleton.dtype
-    found = [t if t.bits else t.at(step.bits) for t in step.targets(skeleton)]
+    found = step.planned(skeleton)
     if not found:
         raise LlmoptError("nothing is left to quantize")
     for t in found:
@@ -85,7 +84,8 @@ def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Ten
             packed[f"{t.name}.weight"] = _packed(t, scale)
     return (f"{len(found)} weights at {step.bits:g} bits, "
             + ("one scale per channel" if step.group_size == -1 else f"groups of {step.group_size}")
-            + (f", bits by {step.allocate}" if step.allocate != "uniform" else ""))
+            + (f", bits by {step.allocate}" if step.allocate != "uniform" else "")
+            + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
 
 
 def _packed(t: Target, scale: torch.dtype) -> dict[str, Tensor]:

@@ -22,6 +22,10 @@ class ModelSpec(Checked):
     device: str = "cpu"
     trust_remote_code: bool = False
 
+    def check(self) -> None:
+        if not self.id:
+            raise FieldError("id", self.id, "a folder or a hub name")
+
 
 @dataclass(frozen=True)
 class DataSpec(Checked):
@@ -42,6 +46,8 @@ class DataSpec(Checked):
         for key in ("samples", "batch_size"):
             if getattr(self, key) < 1:
                 raise FieldError(key, getattr(self, key), "at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise FieldError("seed", self.seed, f"a number from 0 to {2**32 - 1}")
         if self.length is not None and self.length < 2:
             raise FieldError("length", self.length, "at least 2 tokens")
         if self.name != "world" and self.path is None:
@@ -55,6 +61,13 @@ class EvalSpec(Checked):
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 16
+    text: str | None = None              # the file that the task text_ppl reads
+
+    def check(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise FieldError("limit", self.limit, "at least 1 document, or null for all")
+        if self.batch_size < 1:
+            raise FieldError("batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Recipe:
     seed: int = 0
     max_shard_size: str = "2GB"
     text: str = ""                       # the file, verbatim
+    changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out."""
@@ -114,16 +128,22 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     for assignment in sets:
         _assign(data, assignment)
     if model is not None:
-        if not isinstance(data.setdefault("model", {}), dict):
+        given = data.get("model") or {}
+        if not isinstance(given, dict):
             raise where.error(("model",), "a mapping such as {id: NAME} expected")
-        data["model"]["id"] = model
+        data["model"] = given | {"id": model}
     for key in data:
         if key not in KEYS:
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
     steps = _steps(where, data.get("steps"))
-    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_plain(where, data, "seed", 0, int),
-                  max_shard_size=_shard_size(where, data), text=text)
+    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_seed(where, data),
+                  max_shard_size=_shard_size(where, data), text=text, changes=_changes(sets, model))
+
+
+def _changes(sets: tuple[str, ...], model: str | None) -> tuple[str, ...]:
+    words = ("--model", model) if model is not None else ()
+    return (*words, *(word for given in sets for word in ("--set", given)))
 
 
 @dataclass(frozen=True)
@@ -208,7 +228,7 @@ def _format(where: Where, data: dict) -> str:
 
 def _shard_size(where: Where, data: dict) -> str:
     value = data.get("max_shard_size", "2GB")
-    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", str(value)):
+    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", str(value)):
         raise where.error(("max_shard_size",), f"max_shard_size: {value!r} given, a size such as 2GB expected")
     return str(value)
 
@@ -217,6 +237,13 @@ def _plain(where: Where, data: dict, key: str, default: Any, kind: type) -> Any:
     value = data.get(key, default)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise where.error((key,), f"{key}: {value!r} given, a value of type {kind.__name__} expected")
+    return value
+
+
+def _seed(where: Where, data: dict) -> int:
+    value = _plain(where, data, "seed", 0, int)
+    if not 0 <= value < 2**32:
+        raise where.error(("seed",), f"seed: {value} given, a number from 0 to {2**32 - 1} expected")
     return value
 
 
@@ -236,10 +263,23 @@ def _assign(data: dict, assignment: str) -> None:
             target[name] = target = fields_given if fields_given is not None else {}
     if not isinstance(target, dict):
         raise LlmoptError(f"--set {assignment}: {'.'.join(parents)} has no keys")
+    target[last] = _value(value, assignment)
+
+
+def values(sets: tuple[str, ...]) -> dict[str, Any]:
+    """{"window": 8} from ("window=8",), for the commands that take one method."""
+    pairs = [(given.partition("="), given) for given in sets]
+    for (_, sign, _), given in pairs:
+        if not sign:
+            raise LlmoptError(f"--set {given}: FIELD=VALUE expected")
+    return {field: _value(value, given) for (field, _, value), given in pairs}
+
+
+def _value(text: str, assignment: str) -> Any:
     try:
-        target[last] = yaml.safe_load(value)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise LlmoptError(f"--set {assignment}: the value is not YAML ({error})") from error
+        raise LlmoptError(f"--set {assignment}: the value is not YAML: {_fact(error)}") from error
 
 
 def _descend(target: Any, word: str, assignment: str) -> Any:
@@ -263,7 +303,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[Path_, int]]:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         tab = " (tabs may not indent YAML: use spaces)" if "\\t" in str(error) else ""
-        raise LlmoptError(f"{source}:{line}: not valid YAML: {getattr(error, 'problem', error)}{tab}") from error
+        raise LlmoptError(f"{source}:{line}: not valid YAML: {_fact(error)}{tab}") from error
     except RecursionError as error:
         raise LlmoptError(f"{source}: nested deeper than {MAX_DEPTH} levels") from error
     if node is None:
@@ -292,4 +332,9 @@ def _construct(node: yaml.Node, path: Path_, lines: dict, source: str, loader: y
     try:
         return loader.construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise LlmoptError(f"{source}:{line}: {node.value!r} cannot be read: {error}") from error
+        raise LlmoptError(f"{source}:{line}: {node.value!r} cannot be read: {_fact(error)}") from error
+
+
+def _fact(error: Exception) -> str:
+    """What a YAML error says, without the copy of the text that it carries along."""
+    return getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -11,9 +11,10 @@ from llmopt.method import LlmoptError
 
 METADATA = {"format": "pt"}
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-          "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
-          "torch.bool": "BOOL"}
+DTYPES = {"torch.int64": "I64", "torch.float64": "F64", "torch.float32": "F32", "torch.int32": "I32",
+          "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int16": "I16", "torch.int8": "I8",
+          "torch.uint8": "U8", "torch.bool": "BOOL"}      # in the order in which the library lays tensors down
+PLACE = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
 def size_of(text: str) -> int:
@@ -30,7 +31,7 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> int:
 def file_bytes(tensors: dict[str, Tensor]) -> int:
     """Bytes of one safetensors file that holds `tensors`: values and header; works on meta tensors."""
     header, offset = {"__metadata__": METADATA}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (PLACE[str(item[1].dtype)], item[0])):
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -38,33 +39,65 @@ def file_bytes(tensors: dict[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + offset
 
 
-def split(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
-    """Shards of at most `max_shard_size` bytes that never cut a decoder layer, unless one layer alone is larger."""
+def by_block(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of each decoder layer together, every other tensor by itself, in their order."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         block = re.match(r".*?\.(?:layers|h)\.\d+(?=\.)", name)
         groups.setdefault(block.group() if block else name, {})[name] = tensor
-    shards: list[dict[str, Tensor]] = [{}]
-    for group in groups.values():
-        if shards[-1] and tensor_bytes(shards[-1]) + tensor_bytes(group) > max_shard_size:
-            shards.append({})
-        shards[-1].update(group)
-    return shards
+    return list(groups.values())
 
 
 def write(folder: Path, tensors: dict[str, Tensor], max_shard_size: str) -> None:
     """Write model.safetensors, or numbered shards and their index, into `folder`."""
-    shards = split(tensors, size_of(max_shard_size))
-    if len(shards) == 1:
-        _save(shards[0], folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / name)
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": tensor_bytes(tensors)}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    writer = Writer(folder, max_shard_size)
+    for group in by_block(tensors):
+        writer.add(group)
+    writer.close()
+
+
+class Writer:
+    """Takes a checkpoint group by group and holds one shard at a time.
+
+    A shard is closed when the next group would carry it over `max_shard_size`; no group is ever cut, so a decoder layer
+    handed over as one group lies in one file.
+    """
+
+    def __init__(self, folder: Path, max_shard_size: str):
+        self.folder, self.limit = folder, size_of(max_shard_size)
+        self.open: dict[str, Tensor] = {}
+        self.closed: list[list[str]] = []         # names of the tensors of each file
+        self.total = 0
+
+    def add(self, group: dict[str, Tensor]) -> None:
+        """Take one group; its tensors may be dropped by the caller, not changed."""
+        if self.open and tensor_bytes(self.open) + tensor_bytes(group) > self.limit:
+            self._flush()
+        self.open |= group
+        self.total += tensor_bytes(group)
+
+    def close(self) -> None:
+        """Write what is left; number the files and index them, if there are several."""
+        self._flush()
+        count = len(self.closed)
+        if count == 1:
+            self._part(1).rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(self.closed, start=1):
+            final = f"model-{i:05d}-of-{count:05d}.safetensors"
+            self._part(i).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        self.closed.append(list(self.open))
+        _save(self.open, self._part(len(self.closed)))
+        self.open = {}
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}"
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
@@ -72,6 +105,16 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     mode = file.stat().st_mode              # what the user's umask gives; safetensors would make it private
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, metadata=METADATA)
     file.chmod(mode)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` beside `file` and rename it: a full disk or Ctrl-C leaves what was there before."""
+    beside = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sync(folder: Path) -> None:

@@ -1,7 +1,12 @@
 """What the commands print: rich tables and progress on a terminal, plain lines or JSON elsewhere."""
 import dataclasses
+import inspect
 import json
+import logging
 import os
+import re
+import types
+import typing
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +17,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tqdm import tqdm
 
-from llmopt.method import silent
+from llmopt.method import get, silent
 
 ERR = Console(stderr=True)
+_TQDM_START = tqdm.__init__
 
 
 def quiet_libraries() -> None:
@@ -24,21 +31,20 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
-    if not ERR.is_terminal:
-        _without_bars()
+    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else {"disable": True})
 
 
-def _without_bars() -> None:
-    """Turn off the tqdm bars of every library: TQDM_DISABLE would be read too late, and is overruled by lm-eval."""
-    import tqdm
-
-    start = tqdm.tqdm.__init__
-    tqdm.tqdm.__init__ = lambda self, *args, **kwargs: start(self, *args, **kwargs | {"disable": True})
+def _tame_bars(settings: dict[str, Any]) -> None:
+    """Every library's tqdm bar: only while it takes long, only on a terminal. TQDM_* would be read too late."""
+    tqdm.__init__ = lambda self, *args, **kwargs: _TQDM_START(self, *args, **kwargs | settings)
 
 
 def say(text: str) -> None:
@@ -63,12 +69,14 @@ def progress() -> Iterator[Any]:
 
 
 def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table on stdout; the first column left, the others right."""
+    """A table on stdout; columns that begin with a figure to the right, words to the left."""
     table = Table(title=title, title_justify="left")
+    rows = [[str(cell) for cell in row] for row in rows]
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        figures = i > 0 and all(row[i][:1] in "0123456789-." for row in rows)
+        table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*row)
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)
 
@@ -115,9 +123,14 @@ def show_heads(name: str, scores: list, as_json: bool) -> None:
     if as_json:
         print_json({name: [layer.tolist() for layer in scores]})
         return
-    width = max((len(layer) for layer in scores), default=0)
-    rows = [(i, *(f"{v:.3f}" for v in layer.tolist())) for i, layer in enumerate(scores)]
-    print_table(name, ["layer", *(f"head {h}" for h in range(width))], rows)
+    _print_heads(name, [layer.tolist() for layer in scores])
+
+
+def _print_heads(title: str, layers: list[list[float]]) -> None:
+    """One row per layer, a cell for each head; layers of fewer heads end early."""
+    width = max((len(layer) for layer in layers), default=0)
+    rows = [(i, *(f"{v:.3f}" for v in layer), *[""] * (width - len(layer))) for i, layer in enumerate(layers)]
+    print_table(title, ["layer", *(f"{h}" for h in range(width))], rows)
 
 
 def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
@@ -129,15 +142,46 @@ def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) ->
             ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
     rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
     rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
-    rows += [(record["method"], _brief(record["meta"])) for record in facts.get("records", [])]
     print_table("checkpoint", ["", "value"], rows)
+    print_table("steps", ["step", "asked for", "what came of it"],
+                [(r["method"], _brief(_changed(r)), _brief(r["meta"])) for r in facts.get("records", [])])
+    for record in facts.get("records", []):
+        show_bits(record["method"], record["meta"].get("modules", {}))
+        show_shares(record["method"], record["meta"].get("shares", []))
     layers = config.get("per_layer_config", {})
     if layers:
-        print_table("layers with shapes of their own", ["layer", "config"], [(i, c) for i, c in layers.items()])
+        print_table("layers with shapes of their own", ["layer", "config"], [(i, _brief(c)) for i, c in layers.items()])
+
+
+def show_bits(step: str, modules: dict[str, dict]) -> None:
+    """Bits of every weight, a row for each layer, where they differ; `modules` is a quantization step's record."""
+    found = [(re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", name), entry["bits"]) for name, entry in modules.items()]
+    layers: dict[str, dict[str, int]] = {}
+    for place, bits in found:
+        if place:
+            layers.setdefault(place[1], {})[place[2].removesuffix("_proj")] = bits
+    if len({bits for _, bits in found}) > 1:
+        names = list(dict.fromkeys(name for row in layers.values() for name in row))
+        print_table(f"bits of {step}", ["layer", *names],
+                    [(layer, *(row.get(name, "") for name in names)) for layer, row in layers.items()])
+
+
+def show_shares(step: str, shares: list[list[float]]) -> None:
+    """How a kv step divides the cache over the KV heads of every layer."""
+    if shares:
+        _print_heads(f"weights of the KV heads in the budget of {step}", shares)
+
+
+def _changed(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a step that differ from their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(get(record["method"]))}
+    return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
 
 
 def _brief(meta: dict[str, Any]) -> str:
-    plain = {k: v for k, v in meta.items() if isinstance(v, (int, float, str, bool))}
+    lists = {k: " ".join(map(str, v)) for k, v in meta.items()
+             if isinstance(v, list) and v and len(v) < 9 and isinstance(v[0], (int, str))}
+    plain = {k: v for k, v in meta.items() if isinstance(v, (int, float, str, bool))} | lists
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())
 
 
@@ -160,12 +204,22 @@ def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
         return
     cls, = classes
-    import inspect
-
     click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
-    rows = [(f.name, f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)), _default(f))
-            for f in dataclasses.fields(cls)]
+    hints = typing.get_type_hints(cls)
+    rows = [(f.name, _kind(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
     print_table("fields", ["field", "type", "default"], rows)
+
+
+def _kind(hint: Any) -> str:
+    """A field's type as its user writes values: `uniform | lim`, `int | float`, `list of int`."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _kind(part) for part in parts)
+    if origin in (list, tuple):
+        return f"list of {_kind(parts[0])}"
+    return (origin or hint).__name__
 
 
 def _default(item: dataclasses.Field) -> str:
@@ -175,6 +229,4 @@ def _default(item: dataclasses.Field) -> str:
 
 
 def _first_line(cls: type) -> str:
-    import inspect
-
     return inspect.getmodule(cls).__doc__.strip().splitlines()[0]

@@ -1,6 +1,6 @@
 """Loads folders the way a stranger would and keeps what came of it.
 
-python load_many.py plain|trust|import RESULTS.pt FOLDER...
+python load_many.py plain|trust|plain,trust|import RESULTS.pt FOLDER...      RESULTS: {how: {folder: what came of it}}
 """
 import sys
 import warnings
@@ -20,10 +20,10 @@ logging.set_verbosity_error()
 warnings.simplefilter("ignore")
 
 
-def look(folder: str) -> dict:
+def look(folder: str, trust: bool) -> dict:
     """Logits and 32 greedy tokens of a loaded folder, or the error that loading raised."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=HOW == "trust").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
     except Exception as error:  # noqa: BLE001  any refusal is a result here
         return {"error": f"{type(error).__name__}: {error}"}
     ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -33,4 +33,5 @@ def look(folder: str) -> dict:
     return {"logits": logits, "tokens": tokens}
 
 
-torch.save({folder: look(folder) for folder in FOLDERS}, RESULTS)
+# plain first: a trusted folder's classes stay behind AutoModelForCausalLM
+torch.save({how: {folder: look(folder, how == "trust") for folder in FOLDERS} for how in HOW.split(",")}, RESULTS)

@@ -75,7 +75,7 @@ def loaded(how: str, made: Made, tmp_path_factory) -> dict[str, dict]:
                     *map(str, made.folders.values())], check=True, timeout=300,
                    env={"PATH": "", "PYTHONPATH": ":".join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                         "HF_HOME": str(tmp_path_factory.mktemp("hf"))})
-    results = torch.load(out)
+    results = torch.load(out)[how]
     return {name: results[str(folder)] for name, folder in made.folders.items()}
 
 

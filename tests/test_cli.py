@@ -1,15 +1,18 @@
 """The command as a user runs it: exit codes, one-line errors, nothing left behind, what it prints."""
 import json
 import os
+import pty
+import re
+import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
+from time import sleep
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.command import call, command, llmopt
+
 RECIPE = """# round to nearest
 model: {id: llmopt/reference}
 steps:
@@ -17,17 +20,6 @@ steps:
   - kv.snapkv: {ratio: 0.5}
 eval: {tasks: [world_copy], limit: 4}
 """
-
-
-def command(*words: str) -> tuple[list[str], dict[str, str]]:
-    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
-    start = "from llmopt_evals.start import main; main()"       # the body of the installed script
-    return [sys.executable, "-c", start, *words], os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def llmopt(*words: str) -> subprocess.CompletedProcess:
-    line, environment = command(*words)
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -55,58 +47,138 @@ def test_compress_ends_in_a_table(done):
     assert "--- resolved" in (output / "recipe.yaml").read_text()
 
 
-def test_resume_on_a_finished_output_is_done_at_once(done, recipe):
-    output, _ = done
-    before = (output / "model.safetensors").stat().st_mtime_ns
-    assert llmopt("compress", "--recipe", recipe, "--output", str(output), "--resume").returncode == 0
-    assert (output / "model.safetensors").stat().st_mtime_ns == before
-    again = llmopt("compress", "--recipe", recipe, "--output", str(output))
-    assert again.returncode == 2
-    assert "--overwrite" in again.stderr
+@pytest.fixture
+def said(monkeypatch, capfd):
+    """What the command prints when it ends well."""
+
+    def run(*words) -> str:
+        capfd.readouterr()
+        code = call(monkeypatch, *words)
+        out, errors = capfd.readouterr()
+        assert (code, errors) == (0, "")
+        return out
+
+    return run
 
 
-def test_show_and_methods_speak_json(done):
-    output, _ = done
-    assert json.loads(llmopt("show", str(output), "--json").stdout)["format_version"] == 1
-    assert "bits" in json.loads(llmopt("methods", "quant.rtn", "--json").stdout)["quant.rtn"]["fields"]
-    assert "group_size" in llmopt("methods", "quant.rtn").stdout
+def test_resume_on_a_finished_output_is_done_at_once(done, recipe, monkeypatch, capfd):
+    words = ("compress", "--recipe", recipe, "--output", done[0])
+    before = (done[0] / "model.safetensors").stat().st_mtime_ns
+    assert call(monkeypatch, *words, "--resume") == 0
+    assert (done[0] / "model.safetensors").stat().st_mtime_ns == before
+    assert call(monkeypatch, *words) == 2
+    assert "--overwrite" in capfd.readouterr().err
 
 
-def test_dry_run_writes_nothing(recipe, tmp_path):
-    run = llmopt("compress", "--recipe", recipe, "--dry-run", "--output", str(tmp_path / "out"))
-    assert run.returncode == 0, run.stderr
-    assert "42 weights at 4 bits" in run.stdout
+def test_show_and_methods_speak_json(done, said):
+    assert json.loads(said("show", done[0], "--json"))["format_version"] == 1
+    assert "bits" in json.loads(said("methods", "quant.rtn", "--json"))["quant.rtn"]["fields"]
+    assert "group_size" in said("methods", "quant.rtn")
+
+
+def test_show_tells_what_each_step_was_asked_and_did(done, said):
+    text = said("show", done[0])
+    for part in ("quant.rtn", "group_size 32", "effective_bits 4.5", "kv.snapkv", "ratio 0.5"):
+        assert part in text
+    assert "minimum" not in text                # its default
+
+
+def test_on_a_terminal_nothing_but_what_happens_now(tmp_path):
+    terminal, end = pty.openpty()
+    line, environment = command("eval", "llmopt/reference", "--tasks", "world_copy", "--limit", "2")
+    run = subprocess.Popen(line, env=environment | {"TERM": "xterm"}, stderr=end, stdout=subprocess.PIPE, text=True,
+                           cwd=tmp_path)                # no git repository, which lm-eval would complain about
+    out, _ = run.communicate(timeout=120)
+    os.close(end)
+    assert run.returncode == 0
+    assert "world_copy" in out
+    assert re.sub(rb"\x1b\[[0-9;]*m", b"", os.read(terminal, 100_000)).split() == [b"scoring", b"llmopt/reference"]
+    os.close(terminal)
+
+
+def test_heads_take_the_fields_of_their_method_and_how_to_load(said, tmp_path):
+    words = ("heads", "llmopt/reference", "--samples", "2", "--json", "--dtype", "float32")
+    spans = json.loads(said(*words, "--output", tmp_path / "h.json"))["heads.span"]
+    assert [len(layer) for layer in spans] == [8] * 6
+    assert json.loads((tmp_path / "h.json").read_text())["scores"] == spans
+
+
+def test_dry_run_writes_nothing(recipe, tmp_path, said):
+    assert "42 weights at 4 bits" in said("compress", "--recipe", recipe, "--dry-run", "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (["--set", "steps.0.bit=3"], "'bit'"),
-    (["--set", "steps.0.bits=0"], "bits"),
-    (["--set", "steps.0.group_size=48"], "group_size 48"),
-    (["--set", "eval.tasks=[world_pbl]"], "did you mean 'world_ppl'"),
-    (["--model", "./nowhere"], "nowhere"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, words, expected):
-    run = llmopt("compress", "--recipe", recipe, "--output", str(tmp_path / "out"), *words)
-    assert run.returncode == 2
-    assert expected in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+MOMENTS = {
+    "starting": lambda folder: True,
+    "loading": lambda folder: sleep(5) is None,
+    "saving": lambda folder: any(folder.glob(".out.llmopt-partial*")),
+    "scoring": lambda folder: (folder / "out").exists(),
+}
 
 
-@pytest.mark.parametrize("wait", [4.0, 6.0, 8.0])
-def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, wait):
-    line, environment = command("compress", "--recipe", recipe, "--output", str(tmp_path / "out"))
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, moment):
+    line, environment = command("compress", "--recipe", recipe, "--output", tmp_path / "out")
     run = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    time.sleep(wait)
+    while not MOMENTS[moment](tmp_path) and run.poll() is None:
+        sleep(0.01)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=120)
     assert run.returncode in (130, 0, -signal.SIGINT), errors      # the last: Python itself was starting or ending
+    assert "Traceback" not in errors or run.returncode == -signal.SIGINT
     left = [p.name for p in tmp_path.iterdir()]
     assert left in ([], ["out"])
-    if left:
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-        assert (tmp_path / "out" / "llmopt.json").is_file()
+    if moment == "scoring":
+        again = llmopt("compress", "--recipe", recipe, "--output", tmp_path / "out", "--resume")
+        assert again.returncode == 0, again.stderr
+        assert "world_copy" in again.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of one mebibyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True,
+                             text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting is forbidden here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)       # weights read from it may still be mapped
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
+def test_a_full_disk_while_saving_leaves_nothing(recipe, small_disk, monkeypatch, capfd):
+    code = call(monkeypatch, "compress", "--recipe", recipe, "--output", small_disk / "out", "--set",
+                "steps.0.bits=8", "--set", "format=dense", "--no-eval")
+    out, errors = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert errors == f"error: {small_disk}/out: the disk is full; nothing was written\n"
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
+def test_a_disk_that_fills_up_while_scoring_keeps_the_checkpoint(recipe, small_disk, monkeypatch, capfd):
+    words = ("compress", "--recipe", recipe, "--output", small_disk / "out")
+    assert call(monkeypatch, *words, "--no-eval") == 0
+    before = {p.name: p.read_bytes() for p in (small_disk / "out").iterdir()}
+    with pytest.raises(OSError, match="No space"), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    capfd.readouterr()
+    assert call(monkeypatch, *words, "--resume") == 2
+    errors = capfd.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert "No space left on device" in errors
+    assert {p.name: p.read_bytes() for p in (small_disk / "out").iterdir()} == before
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(recipe, tmp_path):
+    nowhere = dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"), "/proc/nowhere")
+    run = llmopt("heads", "llmopt/reference", "--samples", "2", "--plot", tmp_path / "h.png", **nowhere)
+    assert run.returncode == 0
+    assert run.stderr == ""
+    assert (tmp_path / "h.png").stat().st_size > 1000
 
 
 def test_a_task_whose_data_cannot_be_had_is_one_line():

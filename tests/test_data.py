@@ -9,6 +9,7 @@ from llmopt import data
 from llmopt.method import LlmoptError
 from llmopt.recipe import DataSpec
 from tests import tiny
+from tests.command import call
 
 
 class Config:
@@ -22,12 +23,22 @@ def load(spec: DataSpec, tokenizer=None):
 
 def test_text_is_cut_into_documents_behind_bos(tmp_path):
     file = tmp_path / "t.txt"
-    file.write_text("the fox runs .<|endoftext|>the bird sings in the forest .\n")
-    batch, = load(DataSpec(name="text", path=str(file), length=6))
+    file.write_text("the fox runs .<|endoftext|>" + "the bird sings in the forest .\n" * 9)
+    batch, = load(DataSpec(name="text", path=str(file), length=30))
     bos = build_tokenizer().bos_token_id
     assert batch["input_ids"][:, 0].tolist() == [bos, bos]
-    assert batch["attention_mask"].sum(1).tolist() == [5, 6]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 30]
     assert batch["input_ids"][0, 5] == 0
+
+
+def test_a_byte_order_mark_and_odd_line_ends_are_no_part_of_the_text(tmp_path):
+    plain, odd = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    lines = [json.dumps({"text": "the fox runs . " * n + "\u2028"}, ensure_ascii=False) for n in (4, 5)]
+    plain.write_text("\n".join(lines), encoding="utf-8")
+    odd.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    first, second = (load(DataSpec(name="text", path=str(file))) for file in (plain, odd))
+    assert data.fingerprint(first) == data.fingerprint(second)
+    assert first[0]["attention_mask"].sum(1).tolist() == [17, 21]
 
 
 def test_ids_come_whole_by_default_and_cut_when_asked(tmp_path):
@@ -35,8 +46,8 @@ def test_ids_come_whole_by_default_and_cut_when_asked(tmp_path):
     file.write_text("".join(json.dumps([5] * n) + "\n" for n in (3, 100, 7)))
     whole, = load(DataSpec(name="ids", path=str(file)))
     assert whole["attention_mask"].sum(1).tolist() == [3, 100, 7]
-    cut, = load(DataSpec(name="ids", path=str(file), length=5))
-    assert cut["attention_mask"].sum(1).tolist() == [3, 5, 5]
+    cut, = load(DataSpec(name="ids", path=str(file), length=25))
+    assert cut["attention_mask"].sum(1).tolist() == [3, 25, 7]
 
 
 def test_the_world_is_deterministic_and_seeded():
@@ -86,3 +97,61 @@ def test_another_models_vocabulary_cannot_read_the_world():
 def test_ids_above_the_vocabulary_are_refused():
     with pytest.raises(LlmoptError, match="vocabulary of 96"):
         data.as_batches(torch.full((1, 4), 96), 96)
+
+
+ROLES = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|endoftext|> {% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TALK = [{"role": "system", "content": "the fox"}, {"role": "user", "content": "runs near the river"},
+        {"role": "assistant", "content": "the king sings ."}]
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A model folder whose tokenizer puts BOS before text by itself, and has a template with roles and its own BOS."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = ROLES
+    tokenizer.save_pretrained(tmp_path / "m")
+    tiny.make("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m")
+    return tmp_path / "m", tokenizer
+
+
+def by_hand(tokenizer, turns: list[dict]) -> list[int]:
+    """BOS once, then for each turn its role, its words, the end."""
+    ids = [tokenizer.bos_token_id]
+    for turn in turns:
+        words = [f"<|{turn['role']}|>", *turn["content"].split(), "<|endoftext|>"]
+        ids += [tokenizer.get_vocab()[word] for word in words]
+    return ids
+
+
+def calibrated(monkeypatch, folder, output, text: str) -> str:
+    """The fingerprint of the calibration data that `llmopt compress` really used."""
+    recipe = output.with_suffix(".yaml")
+    recipe.write_text(f"data: {text}\nsteps:\n  - quant.gptq: {{bits: 4, group_size: 16}}\n")
+    assert call(monkeypatch, "compress", "--recipe", recipe, "--model", folder, "--output", output) == 0
+    return json.loads((output / "llmopt.json").read_text())["calibration_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["messages", "plain"])
+def test_calibration_through_the_chat_template(monkeypatch, tmp_path, talker, kind):
+    folder, tokenizer = talker
+    turns = TALK if kind == "messages" else [{"role": "user", "content": "the fox runs near the river . " * 2}]
+    ids = by_hand(tokenizer, turns)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    chats, rows = tmp_path / "chats.jsonl", tmp_path / "ids.jsonl"
+    column = turns if kind == "messages" else turns[0]["content"]
+    chats.write_text(3 * (json.dumps({"talk": column}) + "\n"))
+    rows.write_text(3 * (json.dumps(ids) + "\n"))
+    found = calibrated(monkeypatch, folder, tmp_path / "a",
+                       f"{{name: text, path: {chats}, column: talk, template: chat}}")
+    assert found == calibrated(monkeypatch, folder, tmp_path / "b", f"{{name: ids, path: {rows}}}")
+
+
+def test_a_template_that_refuses_its_messages_is_one_line(tmp_path, talker):
+    folder, tokenizer = talker
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"text": TALK}) + "\n")
+    with pytest.raises(LlmoptError, match="the chat template refuses .* roles must alternate"):
+        load(DataSpec(name="text", path=str(file), template="chat"), tokenizer)

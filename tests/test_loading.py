@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmopt.loading import check_folder, load_dense
+from llmopt.folder import check_folder
+from llmopt.loading import load_dense
 from llmopt.method import LlmoptError
 from llmopt.recipe import ModelSpec
 from tests import tiny

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmopt import kv, runtime
+from llmopt import kv, live, runtime
 from llmopt.method import LlmoptError, Record, Run
 from llmopt.modeling import SkippedAttn
 from tests.tiny import ids, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt",
-            "mixtral"]
+            "mixtral", "qwen2_moe", "qwen3_moe"]
 LENGTH = 40
 SMALL = dict(budget=10, window=4, sinks=2)
 
@@ -152,7 +152,7 @@ def test_evicted_equals_a_dense_run_masked_the_same_way(model, allocate, monkeyp
         return logits.softmax(-1) @ values.repeat_interleave(group, 1)
 
     masked.calls = 0
-    monkeypatch.setattr(runtime, "dense_attention", masked)
+    monkeypatch.setattr(live, "dense_attention", masked)
     with runtime.attached(model, kv.SnapKV(budget=1000)):
         want = model(tokens, use_cache=False).logits
     assert_close(got, want[:, prompt:], atol=1e-5, rtol=1e-5)

@@ -15,29 +15,35 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 96
-_BASE = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+BASE = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-_GATED = dict(**_BASE, num_key_value_heads=2, intermediate_size=96)
-_WIDE = dict(**_GATED, head_dim=16)
+GATED = dict(**BASE, num_key_value_heads=2, intermediate_size=96)
+WIDE = dict(**GATED, head_dim=16)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 CONFIGS = {
-    "llama": LlamaConfig(**_GATED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**_WIDE, sliding_window=None),
-    "qwen2": Qwen2Config(**_GATED),
-    "qwen3": Qwen3Config(**_WIDE),
-    "phi3": Phi3Config(**_GATED),
-    "gemma2": Gemma2Config(**_WIDE, sliding_window=16, query_pre_attn_scalar=16),
-    "gemma3_text": Gemma3TextConfig(**_WIDE, sliding_window=16, query_pre_attn_scalar=16),
-    "olmo2": Olmo2Config(**_GATED),
-    "gpt_neox": GPTNeoXConfig(**_BASE, intermediate_size=96),
+    "llama": LlamaConfig(**GATED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**WIDE, sliding_window=None),
+    "qwen2": Qwen2Config(**GATED),
+    "qwen3": Qwen3Config(**WIDE),
+    "phi3": Phi3Config(**GATED),
+    "gemma2": Gemma2Config(**WIDE, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma3_text": Gemma3TextConfig(**WIDE, sliding_window=16, query_pre_attn_scalar=16, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"]),
+    "olmo2": Olmo2Config(**GATED),
+    "gpt_neox": GPTNeoXConfig(**BASE, intermediate_size=96),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=256, n_inner=96,
                        bos_token_id=1, eos_token_id=2, pad_token_id=0),
-    "opt": OPTConfig(**_BASE, ffn_dim=96, word_embed_proj_dim=64),
-    "mixtral": MixtralConfig(**_GATED, num_local_experts=2, num_experts_per_tok=1),
+    "opt": OPTConfig(**BASE, ffn_dim=96, word_embed_proj_dim=64),
+    "mixtral": MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1),
+    "qwen2_moe": Qwen2MoeConfig(**GATED, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": Qwen3MoeConfig(**WIDE, **EXPERTS),
 }
 
 

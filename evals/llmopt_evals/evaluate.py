@@ -3,30 +3,44 @@ import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from llmopt.loading import load_model
 from llmopt.method import LlmoptError, nearest
+from llmopt.recipe import ModelSpec
+from llmopt.shards import write_text
 from llmopt_evals.world import tasks_path
 
+PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")     # of lm-eval's results: not written
 
-def evaluate(model: Any, tasks: list[str], tokenizer: Any = None, limit: int | None = None, batch_size: int = 16,
-             device: str = "cpu", metadata: dict | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """lm-eval's results for a model folder, hub name or loaded model; raises LlmoptError for an unknown task."""
+
+def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
+             batch_size: int = 16, text: str | None = None) -> dict[str, Any]:
+    """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
+
+    text: the file of the task `text_ppl`.
+    Raises LlmoptError for an unknown task, a task whose data cannot be had, and a model that cannot be loaded.
+    """
     from lm_eval import simple_evaluate
 
     from llmopt_evals.lm import LlmoptLM
 
     manager = task_manager(tasks)
+    if isinstance(model, ModelSpec):
+        name, (model, tokenizer) = model.id, load_model(model)
+        if tokenizer is None:
+            raise LlmoptError(f"{name}: there is no tokenizer, and lm-eval needs one")
     with _quiet():
-        lm = LlmoptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, dtype="auto",
-                      trust_remote_code=trust_remote_code)
+        lm = LlmoptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
-                                   metadata=metadata or {}, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
-                                   fewshot_random_seed=0)
-        except OSError as error:                        # no network, no such dataset, a disk in trouble
+                                   metadata={"text": text} if text else {}, random_seed=0, numpy_random_seed=0,
+                                   torch_random_seed=0, fewshot_random_seed=0)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:     # no network, no such dataset or package
             raise LlmoptError(f"the tasks {', '.join(tasks)} cannot be run: {str(error).splitlines()[0]}") from error
 
 
@@ -38,16 +52,15 @@ def task_manager(tasks: list[str]) -> Any:
         ours = TaskManager(include_path=str(tasks_path()), include_defaults=False)
         if set(tasks) <= set(ours.all_tasks):
             return ours
+        for task in tasks:
+            if task.startswith("world") and task not in ours.all_tasks:
+                raise LlmoptError(f"there is no task {task!r}{nearest(task, ours.all_tasks)}")
         manager = TaskManager(include_path=str(tasks_path()))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        names = ours.all_tasks if "world" in unknown[0] else manager.all_tasks
-        raise LlmoptError(f"there is no task {unknown[0]!r}{_close(unknown[0], names)}")
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            hint = nearest(task, manager.all_tasks).split(". Choices")[0]       # 14,000 names are no choice
+            raise LlmoptError(f"there is no task {task!r}{hint}")
     return manager
-
-
-def _close(word: str, names: list[str]) -> str:
-    return nearest(word, names) if len(names) < 50 else nearest(word, names).split(". Choices")[0]
 
 
 def figures(results: dict[str, Any]) -> list[tuple[str, str, float]]:
@@ -61,14 +74,13 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     return rows
 
 
-def write_results(results: dict[str, Any], path: Path) -> None:
-    """The results as JSON, written beside and renamed."""
+def write_results(results: dict[str, Any], path: Path, model: str) -> None:
+    """The results of `model` as JSON, without what differs from run to run."""
     from lm_eval.utils import handle_non_serializable
 
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=2,
-                                 default=handle_non_serializable) + "\n")
-    os.replace(beside, path)
+    kept = {k: v for k, v in results.items() if k not in PASSING}
+    kept["config"] = kept["config"] | {"model": model}
+    write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable) + "\n")
 
 
 @contextmanager
@@ -84,14 +96,11 @@ def _quiet():
 
 @contextmanager
 def _errors_to(sink):
-    """Stderr of this process and its children goes to `sink`, unless someone watches the progress there."""
-    if sys.stderr.isatty():
-        yield
-        return
-    kept = os.dup(2)
-    os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """Stderr of this process and its children goes to `sink`; on a terminal the progress bars still arrive."""
+    watched = sys.stderr.isatty()
+    with os.fdopen(os.dup(2), "w") as kept, redirect_stderr(kept if watched else sink):
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)

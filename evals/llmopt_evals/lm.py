@@ -57,6 +57,8 @@ class LlmoptLM(HFLM):
             return whole[:half], whole[half:]
         context = whole[:-len(continuation)]
         prefix, asked = split_context(context, ID["ask"]) if self._speaks_world() else (context, [])
+        if not prefix:                                  # cut off on the left up to the question itself
+            prefix, asked = context, []
         return prefix, asked + continuation
 
     def _speaks_world(self) -> bool:

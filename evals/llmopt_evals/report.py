@@ -1,33 +1,30 @@
 """The figures at the end of a run: sizes, cache and scores, before and after, kept in the checkpoint's llmopt.json."""
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmopt.card import write_card
-from llmopt.loading import resolve
-from llmopt.recipe import Recipe
+from llmopt.card import read_json, write_card
+from llmopt.recipe import ModelSpec, Recipe
+from llmopt.shards import write_text
 from llmopt.terminal import human
 from llmopt_evals import evaluate as scores
 
 
 def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Score the dense and the compressed model where that is missing, write the table, return the folder's facts."""
-    facts = json.loads((output / "llmopt.json").read_text())
+    facts = read_json(output / "llmopt.json")
     if tasks and "scores" not in facts:
         facts["scores"] = {}
-        for which, model in (("before", resolve(recipe.model.id)), ("after", str(output))):
+        after = ModelSpec(id=str(output), device=recipe.model.device)      # its dtype is the computed one
+        for which, model in (("before", recipe.model), ("after", after)):
             say(f"scoring the model {which} compression")
-            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size,
-                                      recipe.model.device, trust_remote_code=recipe.model.trust_remote_code)
-            scores.write_results(results, output / f"eval-{which}.json")
+            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text)
+            scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
             facts["scores"][which] = [list(row) for row in scores.figures(results)]
     facts["table"] = table(facts)
-    beside = output / "llmopt.json.tmp"
-    beside.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(beside, output / "llmopt.json")
-    write_card(output, output.name)
+    write_text(output / "llmopt.json", json.dumps(facts, indent=2) + "\n")
+    write_card(output)
     return facts
 
 

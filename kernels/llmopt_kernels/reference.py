@@ -53,6 +53,11 @@ class Ragged:
         held = [self.keys, self.values, self.positions, self.counts]
         return held if self.bias is None else [*held, self.bias]
 
+    @property
+    def even(self) -> bool:
+        """Whether all heads of all rows hold equally many entries."""
+        return bool((self.counts == self.counts[0, 0]).all())
+
     def heads(self) -> Iterator[tuple[int, int, slice]]:
         """(row, KV head, where its entries lie)."""
         start = 0
@@ -130,7 +135,7 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
     rows = query.view(batch, -1, group, tokens, dim)                                 # [B, G, g, T, D]
     i = torch.arange(first, first + tokens, device=query.device)
     visible = None if tail_visible is None else tail_visible.expand(batch, -1, -1)
-    if bool((kept.counts == kept.counts[0, 0]).all()):
+    if kept.even:
         return _even_attention(rows, kept, tail, visible, i, rule).reshape(batch, heads, tokens, -1)
     out = query.new_empty(batch, rows.shape[1], group, tokens, tail[1].shape[-1])
     for row, head, where in kept.heads():
@@ -169,78 +174,3 @@ def _two_parts(query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor,
     old, new = weights.split([parts[0].shape[-1], parts[1].shape[-1]], -1)
     out = product(old, values[0].float()) + product(new, values[1].float())
     return out.to(query.dtype)
-
-
-@dataclass(frozen=True)
-class Stripes:
-    """Which keys each row tile reads: `sinks` first keys, `window` last keys, and chosen columns.
-
-    columns: int64 [X, tiles, C] with X = G or H, sorted or not, without repeats, NONE as filler; None: no columns.
-    tile: number of query rows that share one list of columns.
-    """
-
-    sinks: int
-    window: int
-    columns: Tensor | None = None
-    tile: int = 128
-
-
-def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
-                     rule: Rule) -> tuple[Tensor, Tensor]:
-    """Attention over the listed keys only, gathered tile by tile: [H, T, D] and computed pairs [H].
-
-    query [H, T, D], keys and values [G, S, D]; the queries are the last T of the S tokens.
-    """
-    heads, tokens, dim = query.shape
-    offset = keys.shape[1] - tokens
-    out = query.new_empty(heads, tokens, values.shape[-1])
-    pairs = torch.zeros(heads, dtype=torch.int64, device=query.device)
-    for start in range(0, tokens, stripes.tile):
-        part = slice(start, min(start + stripes.tile, tokens))
-        i = torch.arange(part.start + offset, part.stop + offset, device=query.device)
-        out[:, part], count = _tile(query[:, part], keys, values, (stripes, start // stripes.tile, i), rule)
-        pairs += count
-    return out, pairs
-
-
-def _tile(query: Tensor, keys: Tensor, values: Tensor, place: tuple[Stripes, int, Tensor],
-          rule: Rule) -> tuple[Tensor, Tensor]:
-    """One row tile; place = (stripes, number of the tile, positions [R] of its rows)."""
-    stripes, number, i = place
-    heads, rows, dim = query.shape
-    groups = keys.shape[0]
-    base = _base_columns(stripes, i, rule)
-    near = _base_visible(stripes, i, base, rule).unsqueeze(0)                        # [1, R, C]
-    if stripes.columns is None:
-        k, v, seen = keys[:, base], values[:, base], near
-    else:
-        extra = stripes.columns[:, number]                                           # [X, C']
-        share = extra.shape[0] // groups                                             # 1, or g if chosen per query head
-        owner = torch.arange(extra.shape[0], device=keys.device) // share
-        k, v = (torch.cat([x[owner][:, base], x[owner.unsqueeze(1), extra.clamp(min=0)]], 1) for x in (keys, values))
-        far = rule.visible(i, extra) & ~_in_base(stripes, i, extra)                  # [X, R, C']
-        seen = torch.cat([near.expand(extra.shape[0], -1, -1), far], -1)
-    lists = k.shape[0]
-    q = query.view(lists, heads // lists, rows, dim)                                 # [X, h, R, D]
-    weights = softmax(rule.logits(q, k.unsqueeze(1)), seen.unsqueeze(1))
-    result = product(weights, v.float().unsqueeze(1)).to(query.dtype)
-    count = seen.sum((-1, -2)).expand(lists).repeat_interleave(heads // lists)
-    return result.reshape(heads, rows, -1), count
-
-
-def _base_columns(stripes: Stripes, i: Tensor, rule: Rule) -> Tensor:
-    """Sorted key indices that the dense base of this tile can touch."""
-    first, last = int(i[0]), int(i[-1])
-    reach = 0 if rule.window is None else max(0, first - rule.window + 1)
-    local = max(reach, first - stripes.window + 1, 0)
-    sinks = torch.arange(min(reach, stripes.sinks), min(stripes.sinks, local), device=i.device)
-    return torch.cat([sinks, torch.arange(local, last + 1, device=i.device)])
-
-
-def _in_base(stripes: Stripes, i: Tensor, j: Tensor) -> Tensor:
-    """Is key j [..., C] part of the dense base of row i [R]? bool [..., R, C]."""
-    return (j < stripes.sinks).unsqueeze(-2) | (i.unsqueeze(-1) - j.unsqueeze(-2) < stripes.window)
-
-
-def _base_visible(stripes: Stripes, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
-    return rule.visible(i, j) & _in_base(stripes, i, j)

@@ -62,7 +62,8 @@ class Selector(PrefillMethod):
         if self.min_length and (length < self.min_length or self.predict(length) > GAIN):
             return None
         out = query.new_zeros(*query.shape[:3], values.shape[-1])
-        counter = live.stats.setdefault(layer, Counter(torch.zeros(query.shape[1], dtype=torch.int64)))
+        fresh = Counter(torch.zeros(query.shape[1], dtype=torch.int64, device=query.device))
+        counter = live.stats.setdefault(layer, fresh)
         gone = length - keys.shape[2]
         for row in range(query.shape[0]):
             there, asked = real[row, gone:], real[row, length - query.shape[2]:]
@@ -78,7 +79,7 @@ class Selector(PrefillMethod):
         stripes = self.select(q, k, state)
         stripes = replace(stripes, sinks=max(0, stripes.sinks - state.dropped))
         out, pairs = sparse_attention(q, k, v, stripes, state.rule)
-        counter.computed += pairs.cpu()
+        counter.computed += pairs
         counter.causal += causal_pairs(state.offset, k.shape[1], state.rule.window)
         return out
 

@@ -1,7 +1,7 @@
 """Head scores: one number per query head, kept in run.scores for the steps that follow, in JSON, and as a heat map."""
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import attention_modules, blocks
+from llmopt.blocks import blocks
 from llmopt.method import LlmoptError, Method, Record, Run
 
 Batch = dict[str, Tensor]
@@ -66,27 +66,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def attention_maps(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While it is open, every forward hands `see(layer, weights [B, H, T, S])` each layer's map and lets go of it.
-
-    The model runs with eager attention meanwhile, so masks, sliding windows, soft-capping and GQA are the model's own.
-    """
-    before = model.config._attn_implementation
-    handles = []
-    try:
-        model.set_attn_implementation("eager")
-        for layer, module in enumerate(attention_modules(model)):
-            if module is not None:
-                handles.append(module.register_forward_hook(
-                    lambda module, args, output, layer=layer: see(layer, output[1])))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.set_attn_implementation(before)
 
 
 def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def gates(views: list[Block], values: list[Tensor]) -> Iterator[None]:
     def hook(block: Block, gate: Tensor):
         def pre(module, args):
             z = args[0].unflatten(-1, (block.heads, block.head_dim))        # [B, T, H, D]
-            return ((z * gate[:, None, :, None]).flatten(-2),)
+            return ((z * gate[:, None, :, None]).flatten(-2).to(z.dtype),)
         return pre
 
     try:
@@ -75,7 +75,8 @@ class Gradient(HeadScore):
     def _slopes(self, model: nn.Module, views: list[Block], batch: Batch) -> list[Tensor]:
         """dL/dxi per sample: L tensors [B, H_l]."""
         ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
-        like = dict(dtype=model.dtype, device=model.device, requires_grad=True)
+        wide = torch.promote_types(model.dtype, torch.float32)      # slopes of a bf16 model are summed in fp32
+        like = dict(dtype=wide, device=model.device, requires_grad=True)
         open_ = [torch.ones(len(ids), block.heads, **like) for block in views]
         with torch.enable_grad(), gates(views, open_):
             total = losses(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).sum()

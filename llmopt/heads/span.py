@@ -14,32 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.blocks import blocks
-from llmopt.heads.base import Batch, HeadScore, attention_maps
+from llmopt.heads.base import Batch, HeadScore
+from llmopt.heads.rows import Rows, attention_rows
 from llmopt.method import register
 
 
-def distance(weights: Tensor, real: Tensor) -> Tensor:    # [B, H, T, T], [B, T] -> [H]
+def distance(rows: Rows, real: Tensor) -> Tensor:         # real: [B, T] -> [H]
     """Sum over the real queries of the mean attended distance."""
-    position = torch.arange(weights.shape[-1], device=weights.device, dtype=torch.float32)
-    center = weights.float() @ position                   # [B, H, T]: mean attended position
-    spans = (position - center) * real[:, None]
+    center = rows.weights @ rows.keys.float()             # [B, H, t]: mean attended position
+    spans = (rows.queries - center) * real[:, None, rows.queries]
     return spans.sum(dim=(0, 2))
 
 
 @register("heads.span")
 @dataclass(frozen=True)
 class Span(HeadScore):
-    """Mean attended distance in tokens; one sample at a time, one layer's map in memory."""
+    """Mean attended distance in tokens; one sample at a time, a tile of one layer's map in memory."""
 
     @torch.no_grad()
     def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
         totals = [torch.zeros(block.heads, dtype=torch.float64) for block in blocks(model)]
         tokens, real = 0, torch.ones(1, 1, device=model.device)
 
-        def see(layer: int, weights: Tensor) -> None:
-            totals[layer] += distance(weights, real).cpu()
+        def see(rows: Rows) -> None:
+            totals[rows.layer] += distance(rows, real).cpu()
 
-        with attention_maps(model, see):
+        with attention_rows(model, see):
             for batch in batches:
                 for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                     real = mask[None].to(model.device)

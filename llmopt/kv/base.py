@@ -3,20 +3,44 @@ import json
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmopt.blocks import blocks
-from llmopt.cache import Entries, LlmoptCache, RaggedLayer
+from llmopt.cache import Entries, LlmoptCache
 from llmopt.kv import allocate
-from llmopt.kv.reduce import evict
-from llmopt.kv.view import LayerKV, index_of_real
-from llmopt.method import FieldError, LlmoptError, Run, nearest
+from llmopt.kv.reduce import REDUCERS
+from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
+from llmopt.method import FieldError, LlmoptError, Record, Run, nearest
 from llmopt.runtime import Attachment, CacheMethod
 
-Scored = tuple[Entries, Tensor]      # the entries of a layer, their scores [G, T]
+
+class Scored(NamedTuple):
+    """One layer of one row: what its entries are worth [G, T], -inf at holes, and where they are [G, T]."""
+
+    scores: Tensor
+    positions: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """[G] entries per KV head."""
+        return (self.positions >= 0).sum(-1)
+
+
+class Turn(NamedTuple):
+    """One compression of one batch row: the cache, what is attached, what the method has recorded, which row."""
+
+    cache: LlmoptCache
+    live: Attachment
+    record: Record
+    row: int
+
+    @property
+    def length(self) -> int:
+        """Real tokens seen."""
+        return self.cache.lengths()[self.row]
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class Scorer(CacheMethod):
     allocate: Literal["uniform", "ada", "global", "pyramid", "prefix", "heads"] = "uniform"
     heads: str | None = None         # head scores: name of a score step, or a .json file
     every: int | None = None         # compress again after so many tokens of decoding
-    reduce: Literal["evict"] = "evict"
+    reduce: Literal["evict", "merge"] = "evict"       # what becomes of the others
 
     def check(self) -> None:
         if (self.ratio is None) == (self.budget is None):
@@ -56,6 +80,11 @@ class Scorer(CacheMethod):
     def score(self, kv: LayerKV) -> Tensor:
         """The worth of every entry: [B, G, T], higher is better. Holes may hold anything."""
 
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether a layer's entries can be chosen without the scores of later layers."""
+        return self.allocate not in ("global", "prefix")
+
     def share(self, length: int) -> int:
         """Mean entries per KV head after `length` real tokens."""
         if self.budget is not None:
@@ -64,102 +93,131 @@ class Scorer(CacheMethod):
 
     # ------------------------------------------------------------------------------------------ once, at apply
 
-    def plan(self, model: nn.Module, run: Run) -> dict[str, Any]:
-        """{"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
+    def plan(self, model: nn.Module, run: Run) -> Record:
+        """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
         if self.allocate != "heads":
-            return {}
+            return Record()
         scores = _head_scores(self.heads, run)
         views = blocks(model)
         if len(scores) != len(views) or any(len(s) != v.heads for s, v in zip(scores, views, strict=False)):
             raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
-        return {"shares": [[max(s[i:i + v.heads // v.kv_heads]) for i in range(0, v.heads, v.heads // v.kv_heads)]
-                           if v.heads else [] for s, v in zip(scores, views, strict=True)]}
+        return Record({"shares": [[max(group) for group in zip(*[iter(s)] * (v.heads // v.kv_heads), strict=True)]
+                                  if v.heads else [] for s, v in zip(scores, views, strict=True)]})
 
-    # ------------------------------------------------------------------------------------- after a forward
+    # --------------------------------------------------------------------- after a forward, or a layer's attention
 
     @torch.no_grad()
-    def compress(self, cache: LlmoptCache, live: Attachment, meta: dict[str, Any]) -> None:
-        masks = [self._plan_row(cache, live, meta, row) for row in range(cache.batch_size)]
-        if all(mask is None for mask in masks):
-            return
-        for place, index in enumerate(cache.attending()):
-            layer, rows = cache.layers[index], []
-            for row, mask in enumerate(masks):
-                entries = layer.row(row, cache.real(row))
-                rows.append(entries if mask is None else evict(entries, mask[place]))
-            layer.fold(rows)
+    def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
+        chosen = [self._choose(Turn(cache, live, record, row), layers) for row in range(cache.batch_size)]
+        if all(row is None for row in chosen):
+            return                                       # the queries stay too: they vote when there is a choice
+        for place, index in enumerate(layers):
+            layer = cache.layers[index]
+            entries = [layer.row(row, cache.real(row)) for row in range(cache.batch_size)]
+            layer.fold([e if row is None else self.reduced(e, *row[place])
+                        for e, row in zip(entries, chosen, strict=True)])
+            layer.forget_queries(self._retained)
 
-    def _plan_row(self, cache: LlmoptCache, live: Attachment, meta: dict[str, Any], row: int) -> list[Tensor] | None:
-        """Which entries of one row stay, per layer bool [G, T]; None: all of them."""
-        length = cache.lengths()[row]
-        real, share = cache.real(row), self.share(length)
-        layers = [(i, cache.layers[i]) for i in cache.attending()]
-        entries = [layer.row(row, real) for _, layer in layers]
-        if all(bool((e.counts <= share).all()) for e in entries):
+    @property
+    def _retained(self) -> int:
+        """Queries that must outlive a compression so that the next one, `every` tokens later, sees enough of them."""
+        return 0 if self.every is None or self.queries() is None else max(0, self.queries() - self.every)
+
+    def reduced(self, entries: Entries, keep: Tensor, scores: Tensor) -> Entries:
+        """What is left of one layer's entries: keep bool [G, T], scores [G, T]."""
+        return REDUCERS[self.reduce](entries, keep)
+
+    def _choose(self, turn: Turn, layers: list[int]) -> list[tuple[Tensor, Tensor]] | None:
+        """Which entries of a row stay, per layer bool [G, T], and the scores [G, T]; None: all of them stay."""
+        share = self.share(turn.length)
+        caps = self._coming(turn)
+        if all(bool((caps[i] <= share).all()) for i in (layers if self._alone else caps)):
             return None
-        views = [_view(e, layer, real, row, (i, length, live)) for e, (i, layer) in zip(entries, layers, strict=True)]
-        scores = [self._scores(view) for view in views]
-        counts = self._counts(scores, views, share, [meta["shares"][i] for i, _ in layers] if meta else None)
-        return [self._keep(score, view, count[:score.shape[0]])
-                for score, view, count in zip(scores, views, counts, strict=True)]
+        scored = [self._scored(turn, index) for index in layers]
+        counts = self._counts(scored, turn, share, layers)
+        return [(self._keep(layer, count[:len(layer.scores)], turn.length), layer.scores)
+                for layer, count in zip(scored, counts, strict=True)]
 
-    def _scores(self, view: LayerKV) -> Tensor:
-        """[G, T], -inf at holes; raises LlmoptError if the method gave NaN."""
+    @property
+    def _alone(self) -> bool:
+        """Whether a layer's budget depends on nothing in other layers."""
+        return self.allocate in ("uniform", "ada")
+
+    def _coming(self, turn: Turn) -> dict[int, Tensor]:
+        """Entries of every layer at the end of this forward if nothing were dropped, by layer: [G]."""
+        if turn.row not in turn.live.now.plan:
+            cache, real = turn.cache, turn.cache.real(turn.row)
+            total = cache.get_seq_length(cache.attending()[0])
+            turn.live.now.plan[turn.row] = {i: cache.layers[i].coming(real, turn.row, total) for i in cache.attending()}
+        return turn.live.now.plan[turn.row]
+
+    def _scored(self, turn: Turn, index: int) -> Scored:
+        """One layer's scores; raises LlmoptError if the method gave NaN."""
+        view = _view(turn, index)
         scores = self.score(view)[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):
-            raise LlmoptError(f"{self.name}: NaN scores in layer {view.layer}")
-        return scores
+            raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
+        return Scored(scores, view.positions[0])
 
-    def _counts(self, scores: list[Tensor], views: list[LayerKV], share: int, weights: list | None) -> Tensor:
-        """[L, G] entries that each head keeps."""
-        cap = _stack([(~view.holes[0]).sum(-1) for view in views], 0).cpu()
-        total = allocate.total_of(cap, share)
-        floor = cap.clamp(max=min(share, self.minimum))
+    def _counts(self, scored: list[Scored], turn: Turn, share: int, layers: list[int]) -> Tensor:
+        """[layers, G] entries that each head keeps."""
+        if self.allocate in ("pyramid", "heads"):
+            return self._fixed(turn, share)[[turn.cache.attending().index(i) for i in layers]]
+        cap = _stack([layer.counts for layer in scored], 0).cpu()
         if self.allocate == "uniform":
             return allocate.uniform(cap, share)
-        if self.allocate == "pyramid":
-            return allocate.pyramid(share, self.sinks + self.window, floor, cap)
-        if self.allocate == "heads":
-            return allocate.water_fill(_stack([torch.tensor(w) for w in weights], 0.0), total, floor, cap)
+        total = allocate.total_of(cap, share)
         floor = cap.clamp(max=min(share, max(self.minimum, self.sinks + self.window)))
         if self.allocate == "prefix":
-            return allocate.prefix(_stack(scores, -torch.inf), total, floor, cap)
-        sure = _stack([s.masked_fill(self._protected(v, torch.tensor(share)), torch.inf)
-                       for s, v in zip(scores, views, strict=True)], -torch.inf)
+            return allocate.prefix(_stack([layer.scores for layer in scored], -torch.inf), total, floor, cap)
+        even = torch.tensor(share)
+        sure = _stack([layer.scores.masked_fill(self._protected(layer, even, turn.length), torch.inf)
+                       for layer in scored], -torch.inf)
         return allocate.ada(sure, share, floor, cap) if self.allocate == "ada" else \
             allocate.by_threshold(sure, total, floor)
 
-    def _keep(self, scores: Tensor, view: LayerKV, counts: Tensor) -> Tensor:
+    def _fixed(self, turn: Turn, share: int) -> Tensor:
+        """[attending layers, G]: budgets that no score changes, from what all layers are going to hold."""
+        caps = self._coming(turn)
+        cap = _stack(list(caps.values()), 0)
+        floor = cap.clamp(max=min(share, self.minimum))
+        if self.allocate == "pyramid":
+            return allocate.pyramid(share, self.sinks + self.window, floor, cap)
+        weights = _stack([torch.tensor(turn.record.meta["shares"][i]) for i in caps], 0.0)
+        return allocate.water_fill(weights, allocate.total_of(cap, share), floor, cap)
+
+    def _keep(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: sinks and window first, then the best."""
-        counts = counts.to(scores.device)
-        sure = scores.masked_fill(self._protected(view, counts), torch.inf)
+        counts = counts.to(layer.scores.device)
+        sure = layer.scores.masked_fill(self._protected(layer, counts, length), torch.inf)
         return allocate.ranks(sure) < counts.unsqueeze(-1)
 
-    def _protected(self, view: LayerKV, counts: Tensor) -> Tensor:
+    def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
-        counts = counts.to(view.positions.device)
+        counts = counts.to(layer.positions.device)
         sinks = counts.clamp(max=self.sinks)
         sinks = torch.where(counts < self.sinks + self.window, torch.minimum(sinks, counts // 2), sinks)
         window = (counts - sinks).clamp(max=self.window)
-        positions = view.positions[0]
-        first = positions < sinks.unsqueeze(-1)
-        last = positions >= view.lengths[0] - window.unsqueeze(-1)
-        return (first | last) & ~view.holes[0]
+        first = layer.positions < sinks.unsqueeze(-1)
+        last = layer.positions >= length - window.unsqueeze(-1)
+        return (first | last) & (layer.positions >= 0)
 
 
-def _view(entries: Entries, layer: RaggedLayer, real: Tensor | None, row: int,
-          place: tuple[int, int, Attachment]) -> LayerKV:
-    """The scorer's view of one row; place = (layer index, real tokens seen, attachment)."""
-    index, length, live = place
-    if layer.queries is None:
-        queries = query_positions = None
-    else:
+def _view(turn: Turn, index: int) -> LayerKV:
+    """The scorer's view of one layer of one row."""
+    layer, row, real = turn.cache.layers[index], turn.row, turn.cache.real(turn.row)
+    entries, ids = layer.row(row, real), turn.cache.position_ids
+    table = None if ids is None else ids[row]
+    queries = query_positions = asked = None
+    if layer.queries is not None:
         there = layer.query_positions[row] >= 0
-        queries = layer.queries[row, :, there].unsqueeze(0)
-        query_positions = index_of_real(real, layer.query_positions[row, there]).unsqueeze(0)
+        queries, columns = layer.queries[row, :, there].unsqueeze(0), layer.query_positions[row, there]
+        query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
+    furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
+    source = Source(turn.live.model, turn.record, look_up(table, entries.positions).unsqueeze(0), asked, furthest)
     return LayerKV(entries.keys.unsqueeze(0), entries.values.unsqueeze(0), queries, query_positions,
-                   index_of_real(real, entries.positions).unsqueeze(0),
-                   torch.tensor([length], device=layer.device), index, live.rules[index])
+                   index_of_real(real, entries.positions).unsqueeze(0), torch.tensor([turn.length]), index,
+                   turn.live.rules[index], source)
 
 
 def _stack(rows: list[Tensor], fill: float) -> Tensor:

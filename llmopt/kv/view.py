@@ -1,9 +1,28 @@
 """What a scorer sees of one layer."""
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from llmopt_kernels import NONE, Rule, attention_weights, column_sums
-from torch import Tensor
+from llmopt_kernels import NONE, Rule, attention_weights, column_sums, rotate, unrotate
+from torch import Tensor, nn
+
+from llmopt.blocks import blocks
+from llmopt.geometry import rotary_tables
+from llmopt.method import Record
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a view comes from: the model, what the method has recorded, and the position ids of entries and queries.
+
+    entries: [B, G, T], queries: [B, W], as the rotary embedding saw them; length: one more than the largest seen.
+    """
+
+    model: nn.Module
+    record: Record
+    entries: Tensor
+    queries: Tensor | None
+    length: int
 
 
 @dataclass(frozen=True)
@@ -22,11 +41,19 @@ class LayerKV:
     lengths: Tensor
     layer: int
     rule: Rule
+    source: Source | None = field(default=None, repr=False)
 
     @property
     def holes(self) -> Tensor:
         """bool [B, G, T]: no entry here."""
         return self.positions == NONE
+
+    @property
+    def record(self) -> Record:
+        """What the method's `plan` has recorded: meta and tensors."""
+        return self.source.record
+
+    # ------------------------------------------------------------------------------------------------- attention
 
     def attention(self, last: int | None = None) -> Tensor:
         """Probabilities [B, H, W, T] of the last queries over all entries; each query sees its past only."""
@@ -54,6 +81,32 @@ class LayerKV:
         start = 0 if last is None else max(0, self.queries.shape[2] - last)
         return self.queries[:, :, start:], self.query_positions[:, start:]
 
+    # ------------------------------------------------------------------------------------- positions and projections
+
+    def unrotated_keys(self) -> Tensor:
+        """[B, G, T, D]: the keys before RoPE; as they are where the architecture has none."""
+        return self._turned(unrotate, self.keys, self.source.entries)
+
+    def unrotated_queries(self) -> Tensor:
+        """[B, H, W, D]: the queries before RoPE."""
+        return self._turned(unrotate, self.queries, self.source.queries.unsqueeze(1))
+
+    def rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """x [..., D] turned as this layer turns keys at `position_ids` [...], none beyond what the model has seen."""
+        return self._turned(rotate, x, position_ids)
+
+    def _turned(self, turn: Callable, x: Tensor, position_ids: Tensor) -> Tensor:
+        tables = rotary_tables(self.source.model, self.layer, self.source.length, x)
+        if tables is None:
+            return x
+        at = position_ids.clamp(min=0).long()
+        return turn(x, tables[0][at], tables[1][at])
+
+    def output_weight(self) -> Tensor:
+        """[H, D, E]: what each query head's result is multiplied by on its way into the residual stream."""
+        block = blocks(self.source.model)[self.layer]
+        return block.attn_out.weight.T.unflatten(0, (block.heads, block.head_dim))         # from [E, H D]
+
 
 def index_of_real(real: Tensor | None, positions: Tensor) -> Tensor:
     """Columns of a padded row -> count of real tokens before each; NONE stays NONE."""
@@ -61,3 +114,10 @@ def index_of_real(real: Tensor | None, positions: Tensor) -> Tensor:
         return positions
     table = torch.cumsum(real.long(), 0) - 1
     return torch.where(positions == NONE, NONE, table[positions.clamp(min=0)])
+
+
+def look_up(table: Tensor | None, columns: Tensor) -> Tensor:
+    """The position ids of columns, from [seen] or, where there is no table, the columns themselves; NONE stays NONE."""
+    if table is None:
+        return columns
+    return torch.where(columns == NONE, NONE, table[columns.clamp(min=0)])

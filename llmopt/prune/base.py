@@ -62,9 +62,13 @@ class Pruner(Method):
     def score(self, block: Block, visit: Visit | None) -> Scores:
         """For each of `self.units` that the block has, a float tensor [number of units]; see prune/groups.py."""
 
-    def apply(self, model: nn.Module, run: Run) -> Record:
+    def refuse(self, model: nn.Module) -> None:
+        """Raise LlmoptError if this architecture cannot lose one of the units."""
         for unit in self.units:
             refuse_units(model, unit)
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        self.refuse(model)
         before, shape = model.num_parameters(), shapes(model)
         plan, meta = self.plan(model, run)
         views = blocks(model)
@@ -79,9 +83,20 @@ class Pruner(Method):
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """What stays of each layer, and figures for the record. A method that searches overrides this."""
+        return self._chosen(blocks(model), self._rate(model, run), run.multiple)
+
+    def guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
+        """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
+
+        Exact in its counts where scope is local.
+        """
         views = blocks(model)
-        units = [u for block, scores in zip(views, self._rate(model, run), strict=True)
-                 for u in self._units(block, scores, run.multiple)]
+        alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
+                  if (found := members(block, kind))} for block in views]
+        return self._chosen(views, alike, run.multiple)
+
+    def _chosen(self, views: list[Block], rated: list[Scores], multiple: int) -> tuple[list[LayerPlan], dict[str, Any]]:
+        units = [u for block, scores in zip(views, rated, strict=True) for u in self._units(block, scores, multiple)]
         if not units:
             raise LlmoptError(f"the model has none of the units {', '.join(self.units)} left")
         removed = self._allocate(units)

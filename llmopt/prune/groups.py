@@ -67,5 +67,19 @@ def cost(block: Block, unit: str) -> int:
 def mean_square(block: Block, unit: str) -> Tensor:       # [units]
     """Mean of the squared weights over everything that leaves with each unit, float32."""
     found = members(block, unit)
-    total = sum(m.sums(m.projection.weight.float().square()) for m in found)
+    total = sum(m.sums(_weight(block, unit, m.projection).square()) for m in found)
     return total / sum(m.weights for m in found)
+
+
+def _weight(block: Block, unit: str, projection: Projection) -> Tensor:      # [out, in]
+    """Inside a layer, a reader's columns count with the gain of the norm in front of it, as the stream feels them.
+
+    Whole sub-blocks are compared between layers, where gains tell of the depth of a layer and not of its worth.
+    """
+    weight = projection.weight.float()
+    for role, readers in (("attn_in", block.attn_in), ("ffn_in", block.ffn_in)):
+        ahead = unit in FINE and role in block.norms and block.form != "residual_post"
+        if ahead and any(p is projection for p in readers):
+            norm = block.norms[role]
+            weight = weight * (norm.offset + norm.module.weight.data.float())
+    return weight

@@ -2,13 +2,16 @@
 
     W_P += (H_PP + 1% mean(diag H_PP) I)^-1 H_PR W_R        H = sum of x x^T over the writer's inputs, P kept, R removed
 
-The solution of min_W sum |W x_P - W_old x|^2, damped towards the old weights; the error can only fall.
+The solution of min_W sum |W x_P - W_old x|^2, damped towards the old weights; the error can only fall. A bias takes
+part as the weight of an input that is always 1. Left out: a target that also carries the error of the blocks before it
+(on stories260K, ffn + kv_groups, perplexity 10.6 -> 10.6 at 25 %, 41.5 -> 35.5 at 50 %, for twice the forwards).
 """
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from llmopt.blocks import Block, Projection, Visit, walk
-from llmopt.method import Run
+from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
 
 DAMPING = 0.01
@@ -54,9 +57,17 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor) -> None:
-    gram = Gram()
-    visit.observe({projection.name: gram.add})
-    kept = kept.to(projection.weight.device)
-    fresh = torch.zeros_like(projection.weight)
-    fresh[:, kept] = solve(projection.weight, gram.total, kept).to(fresh.dtype)
+    gram, weight = Gram(), projection.weight
+    constant = 0 if projection.bias is None else 1        # a bias is the weight of one more input, which is always 1
+    visit.observe({projection.name: lambda x: gram.add(pad(x, (0, constant), value=1.0))})
+    kept = kept.to(weight.device)
+    inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
+    old = torch.cat([weight, projection.bias[:, None]], 1) if constant else weight
+    found = solve(old, gram.total, inputs).to(weight.dtype)
+    if not bool(found.isfinite().all()):
+        raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")
+    fresh = torch.zeros_like(weight)
+    fresh[:, kept] = found[:, :len(kept)]
     projection.write(fresh)
+    if constant:
+        projection.bias.copy_(found[:, -1])

@@ -1,6 +1,8 @@
 """From the shapes of the layers to a config that describes them, or a reason why none can."""
+import copy
 from typing import NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llmopt.blocks import Block, blocks, refuse_units, spec_of
@@ -43,10 +45,24 @@ def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
 
 def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
     """Raise LlmoptError if no config of this architecture can describe `layers`."""
-    if not uniform(layers) and not spec_of(model).ffn_out:
-        raise LlmoptError(f"{model.config.model_type}: its layers can only be stored if they stay alike")
-    if len(head_counts(layers)) > 1 or not heads_fit(model.config, next(iter(head_counts(layers)))[0]):
+    if not uniform(layers):
+        refuse_units(model, "per_layer_shapes")
+    counts = head_counts(layers)
+    if len(counts) > 1 or not heads_fit(model.config, next(iter(counts))[0]):
         refuse_units(model, "per_layer_heads")
+    else:
+        _check_heads(model.config, *next(iter(counts)))
+
+
+def _check_heads(config, heads: int, kv_heads: int) -> None:
+    """Raise LlmoptError where the config's own checks refuse these counts, as Phi-3's do with longrope."""
+    trial = copy.deepcopy(config)
+    trial.per_layer_config = None
+    trial.num_attention_heads, trial.num_key_value_heads = heads, kv_heads
+    try:
+        trial.validate()
+    except StrictDataclassError as error:
+        raise LlmoptError(f"{config.model_type}: its config refuses {heads} query heads: {error.__cause__}") from error
 
 
 def check_droppable(model: nn.Module) -> None:

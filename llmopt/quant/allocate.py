@@ -80,12 +80,19 @@ def _fits(bits: Sequence[int], params: Sequence[int], target: float) -> bool:
     return _mean(bits, params) <= target + SLACK
 
 
+def at_most(widths: Sequence[int], target: float) -> int:
+    """The largest width that keeps the target; raises BudgetError where none does."""
+    fitting = [w for w in widths if w <= target + SLACK]
+    if not fitting:
+        raise BudgetError(f"an average of {target:.4g} bits cannot be met with widths {sorted(widths)}")
+    return max(fitting)
+
+
 def around(widths: Sequence[int], target: float) -> tuple[int, int]:
     """The two widths (hi, lo) next to the target, for `two_level`; a target that is a width lies between them."""
-    if not min(widths) <= target + SLACK:
-        raise BudgetError(f"an average of {target:.4g} bits cannot be met with widths {sorted(widths)}")
-    lo = max((w for w in widths if w < target - SLACK), default=min(widths))
-    hi = min((w for w in widths if w > target + SLACK), default=max(widths))
+    fits = at_most(widths, target)
+    lo = max((w for w in widths if w < target - SLACK), default=fits)
+    hi = min((w for w in widths if w > target + SLACK), default=fits)
     if target <= min(widths) + SLACK:
         return lo, lo
     return (hi, hi) if target >= max(widths) - SLACK else (hi, lo)

@@ -1,17 +1,19 @@
 """The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
 from abc import abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Projection, Visit, blocks, walk
+from llmopt.blocks import Projection, Visit, blocks, walk
 from llmopt.method import FieldError, LlmoptError, Method, Record, Run, naming
 from llmopt.quant import scores
-from llmopt.quant.allocate import around, exact, two_level
-from llmopt.quant.grid import DTYPES, Quantized, Spec, round_to_nearest
-from llmopt.quant.plan import DENSE, Target, average_bits, effective_bits, targets, undecided
+from llmopt.quant.allocate import around, at_most, exact, two_level
+from llmopt.quant.grid import DTYPES, Quantized, Spec
+from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
@@ -94,72 +96,105 @@ class Quantizer(Method):
         found = targets(model, self.ignore, self.overrides, self.group_size)
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
 
+    def planned(self, model: nn.Module) -> list[Target]:
+        """The targets with bits as far as names and shapes tell, fractions where only data will.
+
+        lim and zd: two widths, as many blocks of each as there will be, if not the same ones.
+        """
+        found = self.targets(model)
+        if self.allocate == "uniform" or all(t.fixed for t in found):
+            return found
+        share = undecided(found, self.bits, attrgetter("block"))
+        if self.allocate == "sensitivity":
+            return [t.at(share.target) for t in found]
+        bits = self._two_level(share, [0.0] * len(share.units))
+        return [t.at(bits[t.block]) if not t.fixed else t for t in found]
+
+    def _two_level(self, share: Share, importance: list[float]) -> dict[str, int]:
+        bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
+        return dict(zip(share.units, bits, strict=True))
+
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        if self.uses_inputs:
-            for visit in walk(model, run.batches, run.progress, self.name):
-                self._visit(visit, todo)
-        else:
-            for block in run.progress(blocks(model), self.name):
-                for projection in block.projections():
-                    self._write(projection, None, todo)
+        for projection, stats in self._visits(model, run, todo, self.name):
+            self._write(projection, stats, todo[projection.name])
         return Record(meta=self._meta(model, decided) | allocation)
 
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
         """The targets with their bits, and what the allocation was based on."""
         if self.allocate == "uniform":
             return found, {}
-        share = undecided(found, self.bits)
+        unit = attrgetter("group" if self.allocate == "sensitivity" else "block")
+        share = undecided(found, self.bits, unit)
+        if not share.units:
+            return found, {}
         if self.allocate == "sensitivity":
-            table = self._damage(model, run, found)
-            bits = exact([table[i] for i in share.blocks], share.params, share.target)
-            ranked = {i: table[i] for i in share.blocks}
+            ranked, chosen = self._measure(model, run, found, share)
         else:
             score = scores.lim(model, run.batches, run.progress) if self.allocate == "lim" else scores.zd(model)
-            ranked = {i: score[i] for i in share.blocks}
-            importance = [ranked[i] if self.allocate == "lim" else -ranked[i] for i in share.blocks]
-            bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
-        chosen = dict(zip(share.blocks, bits, strict=True))
-        return [t if t.fixed else t.at(chosen[t.block]) for t in found], {
-            "allocation": {"by": self.allocate, "scores": _texts(ranked), "bits": _texts(chosen)}}
-
-    def _damage(self, model: nn.Module, run: Run, found: list[Target]) -> dict[int, dict[int, float]]:
-        """{block: {bits: KL}}, each block alone rounded to nearest on this step's grid."""
-        free = {t.name: t for t in found if not t.fixed}
-
-        def rounded(block: Block, bits: int) -> dict[str, Tensor]:
-            if bits == DENSE:
-                return {}
-            return {p.name: round_to_nearest(p.weight.float(), self.spec(free[p.name].at(bits), p.weight.dtype))
-                    .dequantize(p.weight.dtype) for p in block.projections() if p.name in free}
-
-        return scores.sensitivity(model, run.batches, self.widths, rounded, self.seed, run.progress)
+            names = [block.name for block in blocks(model)]
+            ranked = {name: value for name, value in zip(names, score, strict=True) if name in share.units}
+            chosen = self._two_level(share, [s if self.allocate == "lim" else -s for s in ranked.values()])
+        return [t if t.fixed else t.at(chosen[unit(t)]) for t in found], {
+            "allocation": {"by": self.allocate, "scores": _texts(ranked), "bits": chosen}}
 
     @torch.no_grad()
-    def _visit(self, visit: Visit, todo: dict[str, Target]) -> None:
-        weights = self.token_weights(visit)
-        for group in visit.block.groups():        # each group sees what the groups before it have changed
-            if not any(p.name in todo for p in group):
-                continue
-            stats, shares = Stats(), iter(weights or ())
-            visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
-            for projection in group:
-                self._write(projection, stats, todo)
+    def _measure(self, model: nn.Module, run: Run, found: list[Target], share: Share) -> tuple[dict, dict]:
+        """({unit: {bits: KL}}, {unit: bits}) with weights that this very method made from the dense model's inputs.
 
-    @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, todo: dict[str, Target]) -> None:
-        if projection.name not in todo:
+        The least damage by the table, unless the widest uniform choice that fits does less in fact.
+        """
+        free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
+        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths"):
+            units[free[p.name].group].append(p)
+            made |= {(p.name, w): self._solve(p, stats, free[p.name].at(w)) for w in self.widths if w != DENSE}
+
+        def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
+            return weight if bits == DENSE else made[name, bits].dequantize(weight.dtype)
+
+        company, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
+        trial = scores.Trial(model, run.batches, units, rounded, self.seed)
+        try:
+            table = scores.sensitivity(trial, self.widths, company, run.progress)
+            least = exact(list(table.values()), share.params, share.target)
+            plans = [dict(zip(units, least, strict=True)), dict.fromkeys(units, level)]
+            return table, min(plans, key=trial.of)
+        finally:
+            trial.restore()
+
+    def _visits(self, model: nn.Module, run: Run, names: Collection[str],
+                label: str) -> Iterator[tuple[Projection, Stats | None]]:
+        """The projections in `names`, with the statistics of their inputs if this method uses them.
+
+        Each group of a block sees what the caller has made of the groups and blocks before it.
+        """
+        if not self.uses_inputs:
+            for block in run.progress(blocks(model), label):
+                yield from ((p, None) for p in block.projections() if p.name in names)
             return
+        for visit in walk(model, run.batches, run.progress, label):
+            weights = self.token_weights(visit)
+            for group in visit.block.groups():
+                if chosen := [p for p in group if p.name in names]:
+                    stats, shares = Stats(), iter(weights or ())
+                    visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
+                    yield from ((p, stats) for p in chosen)
+
+    @torch.no_grad()
+    def _solve(self, projection: Projection, stats: Stats | None, target: Target) -> Quantized:
         weight = projection.weight
         with naming(projection.name):
             if not weight.isfinite().all():
                 raise LlmoptError("the weight holds NaN or infinite values")
-            dense = weight.float().clone()          # a float32 weight is about to be overwritten
-            result = self.quantize(dense.clone(), stats, self.spec(todo[projection.name], weight.dtype))
-        projection.write(result.dequantize(weight.dtype))
+            return self.quantize(weight.float().clone(), stats, self.spec(target, weight.dtype))
+
+    @torch.no_grad()
+    def _write(self, projection: Projection, stats: Stats | None, target: Target) -> None:
+        result, dense = self._solve(projection, stats, target), projection.weight.float().clone()
+        projection.write(result.dequantize(projection.weight.dtype))
         change = projection.weight.float() - dense
         result.figures["weight_error"] = float(change.square().sum() / dense.square().sum().clamp(min=1e-30))
         if stats is not None:
@@ -180,10 +215,14 @@ def _texts(table: dict) -> dict:
     return {str(k): _texts(v) if isinstance(v, dict) else v for k, v in table.items()}
 
 
+def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
+    """diag(D H D^T) [out]: the output energy (over the tokens behind `hessian`) of each row of `change` [out, in]."""
+    return ((change @ hessian) * change).sum(1)
+
+
 def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T): the share of a projection's output energy that `change` [out, in] disturbs."""
-    before = ((weight @ hessian) * weight).sum()
-    return float(((change @ hessian) * change).sum() / before.clamp(min=1e-30))
+    return float(row_errors(change, hessian).sum() / row_errors(weight, hessian).sum().clamp(min=1e-30))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:

@@ -81,8 +81,7 @@ def check_consistent(model: nn.Module) -> None:
 def predicted_bytes(model: nn.Module, step: Quantizer) -> int:
     """Bytes `export` will write for the modules that `step` quantizes, from shapes alone.
 
-    Exact where names decide the bits (allocate: uniform); with an allocator each block is counted at the average.
+    Exact where names and shapes decide the bits; `allocate: sensitivity` is counted at the average.
     """
     scale = (DTYPES[step.scale_dtype] if step.scale_dtype else model.dtype).itemsize
-    decided = [t if t.bits else t.at(step.bits) for t in step.targets(model)]
-    return int(sum(packed_bytes(t, scale) for t in decided if t.bits != DENSE))
+    return int(sum(packed_bytes(t, scale) for t in step.planned(model) if t.bits != DENSE))

@@ -2,12 +2,13 @@
 
     H = (2/N) sum_t x_t x_t^T + damping mean(diag H) I,      U^T U = H^-1  (U upper triangular)
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
-    loss = sum_i |e_i|^2 / 2 = tr((W - Q) H (W - Q)^T) / 2
+    loss = tr((W - Q) H (W - Q)^T) / 2                      (of the undamped H; without damping it is sum_i |e_i|^2 / 2)
 
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
-when the sweep reaches it. Columns whose input is always 0 are set to 0. A matrix that no damping up to 1 makes
-invertible is rounded to nearest, which `figures` then says. Frantar et al., 2022 (arXiv:2210.17323).
+when the sweep reaches it. Columns whose input is always 0 are set to 0. Rounded to nearest instead, and counted in
+`figures`: rows that the sweep, being greedy, makes worse, and a matrix that no damping up to 1 makes invertible.
+Frantar et al., 2022 (arXiv:2210.17323).
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llmopt.method import FieldError, LlmoptError, register
-from llmopt.quant.base import Quantizer, Stats
-from llmopt.quant.grid import Quantized, Spec, as_codes, decode, encode, fit, fit_groups, round_to_nearest
+from llmopt.quant.base import Quantizer, Stats, row_errors
+from llmopt.quant.grid import Quantized, Spec, as_codes, decode, encode, fit, round_to_nearest
 
 MAX_DAMPING = 1.0
 
@@ -47,81 +48,110 @@ class GPTQ(Quantizer):
         if not stats.hessian.isfinite().all():
             raise LlmoptError("its calibration inputs overflow (NaN or infinite Hessian): load the model in bfloat16 "
                               "or float32")
-        hessian = stats.hessian.clone()
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
+        diagonal = stats.hessian.diagonal()
+        dead = diagonal == 0
         weight[:, dead] = 0
-        falling = hessian.diagonal().argsort(descending=True, stable=True)
-        order = falling if self.act_order else torch.arange(len(hessian), device=hessian.device)
-        factor, damping = inverse_factor(hessian[order][:, order], self.damping)
+        falling = diagonal.argsort(descending=True, stable=True)
+        order = falling if self.act_order else torch.arange(len(diagonal), device=diagonal.device)
+        hessian = stats.hessian[order][:, order]
+        hessian.diagonal()[dead[order]] = 1
+        factor, damping = inverse_factor(hessian, self.damping)
+        rounded = round_to_nearest(weight, spec)
         if factor is None:
-            result = round_to_nearest(weight, spec)
-            result.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
-            return result
-        result = Sweep(weight, factor, order, spec, self.static_groups or spec.group_size == -1).run(self.block)
+            rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
+            return rounded
+        sweep = Sweep(weight[:, order], factor, order, rounded, spec)
+        result = sweep.run(self.block, self.static_groups or spec.group_size == -1)
         result.figures |= {"dead_columns": int(dead.sum()), "damping": damping}
-        return result
+        return best_rows(result, rounded, weight, stats.hessian, spec)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """(U, damping used) with U^T U = (H + damping mean(diag H) I)^-1; more damping until it exists, or (None, last)."""
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+        damped = hessian.flip(0, 1)                 # a copy; L L^T of it, flipped back, is R R^T = H with R upper
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
+            upper = triangular_inverse(lower.flip(0, 1))            # R^-T R^-1 = H^-1: U is the inverse of R
+            if upper.isfinite().all():
                 return upper, damping
         if damping >= MAX_DAMPING:
             return None, damping
         damping = min(MAX_DAMPING, max(10 * damping, 1e-3))
 
 
+def triangular_inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: a third of the work of solving for the identity."""
+    half = len(upper) // 2
+    if half < 128:
+        return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    inverse = torch.zeros_like(upper)
+    first = inverse[:half, :half].copy_(triangular_inverse(upper[:half, :half]))
+    second = inverse[half:, half:].copy_(triangular_inverse(upper[half:, half:]))
+    inverse[:half, half:] = -(first @ upper[:half, half:]) @ second
+    return inverse
+
+
+def best_rows(solved: Quantized, rounded: Quantized, weight: Tensor, hessian: Tensor, spec: Spec) -> Quantized:
+    """`solved`, with the rows of `rounded` where those disturb the outputs less (the sweep is greedy: a few rows)."""
+    figures, loss = solved.figures, row_errors(solved.dequantize(spec.dtype).float() - weight, hessian)
+    if solved.groups is None:                                        # else the two do not share their groups
+        other = row_errors(rounded.dequantize(spec.dtype).float() - weight, hessian)
+        better = other < loss
+        for mine, theirs in ((solved.codes, rounded.codes), (solved.scales, rounded.scales),
+                             (solved.zeros, rounded.zeros)):
+            if mine is not None:
+                mine[better] = theirs[better]
+        figures["rounded_rows"], loss = int(better.sum()), torch.minimum(loss, other)
+    figures["loss"] = float(loss.sum() / 2)
+    return solved
+
+
 class Sweep:
-    """One pass over the columns of `weight` [out, in], taken in `order`."""
+    """One pass over the columns of `weight` [out, in], already in `order`; kept transposed: a column is a row."""
 
-    def __init__(self, weight: Tensor, factor: Tensor, order: Tensor, spec: Spec, fixed: bool):
-        self.width = spec.width(weight.shape[1])
-        self.spec, self.factor, self.order, self.fixed = spec, factor, order, fixed
-        self.scales, self.zeros = fit_groups(weight, spec)           # refitted on the way, unless fixed
-        self.weight = weight[:, order]
-        place = torch.arange(len(order), device=order.device)
-        self.groups = (order if fixed else place) // self.width      # of each column in the order of the sweep
+    def __init__(self, weight: Tensor, factor: Tensor, order: Tensor, start: Quantized, spec: Spec):
+        self.factor, self.order, self.spec = factor, order, spec
+        self.width = spec.width(len(order))
+        self.weight = weight.T.contiguous()                                          # [in, out]
         self.codes = torch.empty_like(self.weight)
-        self.loss = 0.0
+        self.scales = start.scales.T.contiguous()                                    # [groups, out]
+        self.zeros = None if start.zeros is None else start.zeros.T.contiguous()
 
-    def run(self, block: int) -> Quantized:
-        if not self.fixed:                                           # a group must not straddle two blocks
+    def run(self, block: int, fixed: bool) -> Quantized:
+        """Solve; fixed: keep the scales of the original column groups, else fit them on the way."""
+        place = torch.arange(len(self.order), device=self.order.device)
+        groups = (self.order if fixed else place) // self.width      # of each column in the order of the sweep
+        if not fixed:                                                # a group must not straddle two blocks
             block = max(1, block // self.width) * self.width
-        for start in range(0, len(self.order), block):
-            stop = min(start + block, len(self.order))
-            errors = self._columns(start, stop)
-            self.weight[:, stop:] -= errors @ self.factor[start:stop, stop:]
+        for start in range(0, len(place), block):
+            stop = min(start + block, len(place))
+            errors = self._columns(start, groups[start:stop].tolist(), fixed)
+            self.weight[stop:].addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
         back = self.order.argsort()
-        groups = self.groups[back]
-        plain = torch.equal(groups, torch.arange(len(back), device=back.device) // self.width)
-        return Quantized(as_codes(self.codes[:, back], self.spec.bits), self.scales, self.spec.bits,
-                         self.spec.group_size, self.zeros, None if plain else groups, {"loss": float(self.loss)})
+        codes, zeros = as_codes(self.codes[back].T.contiguous(), self.spec.bits), self.zeros
+        return Quantized(codes, self.scales.T.contiguous(), self.spec.bits, self.spec.group_size,
+                         None if zeros is None else zeros.T.contiguous(),
+                         None if torch.equal(groups[back], place // self.width) else groups[back])
 
-    def _columns(self, start: int, stop: int) -> Tensor:
-        """Round the columns of one block; their errors [out, block], each over its diagonal entry of U."""
-        now = self.weight[:, start:stop].clone()
-        errors = torch.empty_like(now)
-        for i, column in enumerate(range(start, stop)):
-            if not self.fixed and column % self.width == 0:
-                self._refit(column // self.width, now[:, i:i + self.width])
-            group, row = int(self.groups[column]), self.factor[column, column:stop]
-            scale, zero = self.scales[:, group], None if self.zeros is None else self.zeros[:, group]
-            code = encode(now[:, i], scale, zero, self.spec)
-            errors[:, i] = (now[:, i] - decode(code, scale, zero, self.spec.dtype).float()) / row[0]
-            now[:, i:] -= errors[:, i, None] * row
-            self.codes[:, column] = code
-        self.loss += errors.square().sum() / 2
+    def _columns(self, start: int, groups: list[int], fixed: bool) -> Tensor:
+        """Round the columns of one block; their errors [block, out], each over its diagonal entry of U."""
+        stop = start + len(groups)
+        now, factor = self.weight[start:stop], self.factor[start:stop, start:stop]
+        errors, diagonal = torch.empty_like(now), factor.diagonal().tolist()
+        for i, group in enumerate(groups):
+            if not fixed and (start + i) % self.width == 0:
+                self._refit(group, now[i:i + self.width])
+            scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
+            code = self.codes[start + i] = encode(now[i], scale, zero, self.spec)
+            errors[i] = (now[i] - decode(code, scale, zero, self.spec.dtype).float()) / diagonal[i]
+            now[i + 1:].addcmul_(factor[i, i + 1:, None], errors[i], value=-1)
         return errors
 
     def _refit(self, group: int, columns: Tensor) -> None:
-        scale, zero = fit(columns, self.spec)
-        self.scales[:, group] = scale[:, 0]
+        scale, zero = fit(columns.T, self.spec)
+        self.scales[group] = scale[:, 0]
         if zero is not None:
-            self.zeros[:, group] = zero[:, 0]
+            self.zeros[group] = zero[:, 0]

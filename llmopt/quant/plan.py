@@ -1,5 +1,5 @@
 """Which weights are quantized, at how many bits and in what groups: decided by name and shape, before data is read."""
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -13,10 +13,14 @@ DENSE = 16    # this many bits: the weight is left as it is
 
 @dataclass(frozen=True)
 class Target:
-    """One weight matrix to be quantized; bits None: not decided yet; fixed: by `overrides`."""
+    """One weight matrix to be quantized; bits None: not decided yet; fixed: by `overrides`.
+
+    block, group: names of the block and of the first projection that reads the same input.
+    """
 
     name: str
-    block: int
+    block: str
+    group: str
     out: int
     columns: int
     group_size: int
@@ -40,26 +44,26 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     """The projections of all blocks that are not ignored, with the settings that names decide.
 
     A name matches a module when it is its full name, a glob, or the end of its name; a parent stands for its children.
-    Of several overrides that match, the last one holds.
+    Of several overrides that match, the last one holds; at 16 bits it leaves a weight dense, as `ignore` does.
     """
     names = [name for name, _ in model.named_modules() if name]
     skipped = _matching(ignore, names, "ignore")
     special = {pattern: _matching([pattern], names, "overrides") for pattern in overrides}
-    found = []
-    for block in blocks(model):
-        for p in block.projections():
-            if _within(p.name, skipped):
-                continue
-            given = {k: v for pattern, v in overrides.items() if _within(p.name, special[pattern])
-                     for k, v in v.items()}
-            width = given.get("group_size", group_size)
-            target = Target(p.name, block.index, p.out_features, p.in_features, width)
-            check_divides(target)
-            found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
+    found, known = [], []
+    for block, group, p in [(b, g, p) for b in blocks(model) for g in b.groups() for p in g]:
+        if _within(p.name, skipped):
+            continue
+        given = {k: v for pattern, v in overrides.items() if _within(p.name, special[pattern]) for k, v in v.items()}
+        known.append(p.name)
+        if given.get("bits") == DENSE:
+            continue
+        width = given.get("group_size", group_size)
+        target = Target(p.name, block.name, group[0].name, p.out_features, p.in_features, width)
+        check_divides(target)
+        found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
-        if not any(_within(t.name, matched) for t in found):
-            raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized"
-                              f"{nearest(pattern, {t.name for t in found})}")
+        if not any(_within(name, matched) for name in known):
+            raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized{nearest(pattern, known)}")
     return found
 
 
@@ -115,19 +119,19 @@ def packed_bytes(target: Target, scale_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """What is left to decide: the blocks with undecided weights, how many each has, and the average they must keep."""
+    """What is left to decide: the units with undecided weights, how many each has, and the average they must keep."""
 
-    blocks: list[int]
+    units: list[str]
     params: list[int]
     target: float
 
 
-def undecided(found: list[Target], bits: float) -> Share:
-    """The blocks whose bits are open, and the average that brings all of `found` to `bits` (overrides counted in)."""
-    sizes: dict[int, int] = {}
+def undecided(found: list[Target], bits: float, unit: Callable[[Target], str]) -> Share:
+    """The units whose bits are open, and the average that brings all of `found` to `bits`, overrides counted in."""
+    sizes: dict[str, int] = {}
     for t in found:
         if not t.fixed:
-            sizes[t.block] = sizes.get(t.block, 0) + t.size
+            sizes[unit(t)] = sizes.get(unit(t), 0) + t.size
     spent = sum(t.size * t.bits for t in found if t.fixed)
     left = bits * sum(t.size for t in found) - spent
     return Share(list(sizes), list(sizes.values()), left / max(1, sum(sizes.values())))

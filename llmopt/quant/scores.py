@@ -2,21 +2,23 @@
 
     LIM_l = - mean over tokens of cos(x_l, x_{l+1})     a block that turns the residual stream more matters more
     ZD_l  = |{w : (w - mean w) / std w > 1}| / N_l      over all weights of the block; SMALLER matters more
-    D_l,b = mean over tokens of KL(dense || block l alone rounded to b bits)          the exact damage of each choice
+    D_u,b = mean over tokens of KL(dense || unit u rounded to b bits, the others to the width above the target)
 
 The paper's official code is not public: cosine per token (not of the flattened sequence) is our reading of LIM, "z > 1"
-(not |z| > 1) that of ZD. On small models LIM can be worse than chance; sensitivity is the one that holds.
+(not |z| > 1) that of ZD. On small models LIM can be worse than chance; sensitivity is the one that holds. Its units are
+the projections that read one input (q k v | o | gate up | down). Damage grows faster than its parts add up, so a unit
+measured in a dense model looks more robust than it is among others that are rounded too.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, blocks, walk
+from llmopt.blocks import Projection, blocks, walk
 from llmopt.method import Progress, silent
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
-TOKENS = 8192       # and of at most this many tokens: every entry of the table costs one forward pass over them
+TOKENS = 2048       # and of at most this many tokens: every entry of the table costs one forward pass over them
 
 
 @torch.no_grad()
@@ -58,33 +60,53 @@ def share_above(weights: Iterable[Tensor]) -> float:
     return sum(int((w.double() - mean > variance ** 0.5).sum()) for w in weights) / count
 
 
-@torch.no_grad()
-def sensitivity(model: nn.Module, batches: list[dict[str, Tensor]], widths: Iterable[int],
-                rounded: Callable[[Block, int], dict[str, Tensor]], seed: int = 0,
-                progress: Progress = silent) -> dict[int, dict[int, float]]:
-    """{block: {bits: mean KL per token}} with that block alone rounded; `rounded` gives its weights [out, in] by name.
+class Trial:
+    """The KL of a model to its dense self with the weights of each unit at bits of choice; ends with `restore`.
 
-    Measured on calibration rows drawn by `seed`, as many as TOKENS and LOGITS allow.
+    units: {name: projections that share their bits}; `rounded(name, weight, bits)` gives a weight [out, in]. Keeps a
+    copy of the units' weights, and logits of as many calibration rows, drawn by `seed`, as TOKENS and LOGITS allow.
     """
-    rows = _sample(batches, seed, model.get_output_embeddings().weight.shape[0])
-    dense = [_log_probs(model, row) for row in rows]
-    table: dict[int, dict[int, float]] = {}
-    for block in progress(blocks(model), "sensitivity"):
-        kept = {p.name: p.weight.clone() for p in block.projections()}
-        table[block.index] = {}
-        for bits in widths:
-            try:
-                _fill(block, rounded(block, bits))
-                table[block.index][bits] = _divergence(model, rows, dense)
-            finally:
-                _fill(block, kept)
+
+    def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]], units: dict[str, list[Projection]],
+                 rounded: Callable[[str, Tensor, int], Tensor], seed: int = 0):
+        self.model, self.units, self.rounded = model, units, rounded
+        self.rows = _sample(batches, seed, model.get_output_embeddings().weight.shape[0])
+        self.dense = [_log_probs(model, row) for row in self.rows]
+        self.kept = {p.name: p.weight.clone() for unit in units.values() for p in unit}
+
+    def of(self, bits: Mapping[str, int]) -> float:
+        """Mean KL(dense || these units at these bits, the rest as it is) per token, in nats."""
+        self.set(bits)
+        total, count = 0.0, 0
+        for row, p in zip(self.rows, self.dense, strict=True):
+            q = _log_probs(self.model, row)
+            total += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+            count += len(p)
+        return total / count
+
+    def restore(self) -> None:
+        """Write the dense weights back."""
+        for unit in self.units.values():
+            for projection in unit:
+                projection.write(self.kept[projection.name])
+
+    def set(self, bits: Mapping[str, int]) -> None:
+        """Write the weights of these units, rounded."""
+        for unit, width in bits.items():
+            for projection in self.units[unit]:
+                projection.write(self.rounded(projection.name, self.kept[projection.name], width))
+
+
+@torch.no_grad()
+def sensitivity(trial: Trial, widths: Iterable[int], company: int,
+                progress: Progress = silent) -> dict[str, dict[int, float]]:
+    """{unit: {bits: KL}}, each unit in turn at each width, all the others at `company` bits."""
+    level, table = trial.of(dict.fromkeys(trial.units, company)), {}
+    for unit in progress(list(trial.units), "sensitivity"):
+        others = [bits for bits in widths if bits != company]
+        table[unit] = {bits: trial.of({unit: bits}) for bits in others} | {company: level}
+        trial.set({unit: company})
     return table
-
-
-def _fill(block: Block, weights: dict[str, Tensor]) -> None:
-    for projection in block.projections():
-        if projection.name in weights:
-            projection.write(weights[projection.name])
 
 
 def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
@@ -104,12 +126,3 @@ def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> lis
 def _log_probs(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
     logits = model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
     return logits[0].float().log_softmax(-1)                                           # [T, vocabulary]
-
-
-def _divergence(model: nn.Module, rows: list[dict[str, Tensor]], dense: list[Tensor]) -> float:
-    total, count = 0.0, 0
-    for row, p in zip(rows, dense, strict=True):
-        q = _log_probs(model, row)
-        total += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
-        count += len(p)
-    return total / count

@@ -1,11 +1,19 @@
 """The lm-eval model class: equal to `hf` where nothing is dropped, and really under compression where something is."""
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from llmopt_evals.evaluate import evaluate, figures, task_manager
 from llmopt_evals.lm import LlmoptLM
+from llmopt_evals.world import calibration_text, reference_path, tasks_path
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import llmopt
+from tests.command import ROOT
 
 TASKS = ["world_ppl", "world_facts", "world_copy", "world_recall_40_agnostic"]
 
@@ -65,3 +73,64 @@ def test_multi_token_continuations_are_scored_token_by_token(reference):
                 parts.append(last.log_softmax(-1)[token].item())
                 last = model(torch.tensor([[token]]), past_key_values=cache.past_key_values).logits[0, -1]
     assert total == pytest.approx(sum(parts), rel=1e-4)
+
+
+STORY = calibration_text(3, 200, seed=3)
+AWKWARD = [("", " the fox runs"), (STORY[0], " the fox runs near the river ."), (STORY[1], " lamp"),
+           (STORY[1], " lamp and stone"), ("the fox", " " + STORY[2]), ("", " <s> the fox")]
+GREEDY = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+
+
+def requests(kind: str, arguments: list) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+def made(cls, reference, **more):
+    model, tokenizer = reference
+    return cls(pretrained=model, tokenizer=tokenizer, batch_size=3, **more)
+
+
+def loglikelihoods(lm) -> list:
+    return lm.loglikelihood(requests("loglikelihood", AWKWARD), disable_tqdm=True)
+
+
+def texts(lm, contexts: list[str]) -> list[str]:
+    return lm.generate_until(requests("generate_until", [(c, dict(GREEDY)) for c in contexts]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("limit", [None, 201], ids=["whole", "truncated"])
+@pytest.mark.parametrize("method", [None, llmopt.kv.SnapKV(budget=4096)], ids=["dense", "budget for all"])
+def test_awkward_requests_equal_hf(reference, method, limit):
+    more = {"max_length": limit} if limit else {}
+    expected = loglikelihoods(made(HFLM, reference, **more))
+    with llmopt.attached(reference[0], *([method] if method else [])):
+        found = loglikelihoods(made(LlmoptLM, reference, **more))
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5, abs=1e-5)
+
+
+def test_generation_equals_hf_and_really_compresses(reference):
+    contexts = ["copy rope bell knife lamp stone again", STORY[0], "the fox"]
+    expected = texts(made(HFLM, reference), contexts)
+    assert texts(made(LlmoptLM, reference), contexts) == expected
+    with llmopt.attached(reference[0], llmopt.kv.SnapKV(budget=4096)):
+        assert texts(made(LlmoptLM, reference), contexts) == expected
+    with llmopt.attached(reference[0], llmopt.kv.Streaming(budget=6, sinks=2)):
+        evicted = texts(made(LlmoptLM, reference), contexts)
+        assert evicted == [texts(made(LlmoptLM, reference), [c])[0] for c in contexts]      # padding changes nothing
+    assert expected[0].strip() == "rope bell knife lamp stone"
+    assert evicted[0].split()[0] == "rope"                          # the prefill still saw everything
+    assert evicted[0] != expected[0]
+    assert evicted[2] == expected[2]                    # two words fit the budget
+
+
+def test_lm_evals_own_command_knows_the_class(tmp_path):
+    line = [sys.executable, "-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={reference_path()}",
+            "--tasks", "world_copy", "--include_path", str(tasks_path()), "--limit", "3", "--device", "cpu",
+            "--output_path", str(tmp_path)]
+    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
+    run = subprocess.run(line, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                         text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    results, = tmp_path.rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["llmopt"] == {"steps": []}

@@ -147,6 +147,9 @@ def test_kinds_mark_what_can_be_known():
     assert len(story_row(generator("train", 8), 77).ids) == 77
 
 
-def test_copy_questions_repeat_their_span():
+def test_copy_questions_repeat_their_span_behind_other_copies():
     q = copy_questions(1)[0]
-    assert q.context[2:-1] == q.asked + q.answer and len(q.answer) == 14
+    start = len(q.context) - 17
+    assert q.context[start:-1] == q.asked + q.answer and len(q.answer) == 14
+    assert start == 2 + 6 * 35 and q.context[1] == q.context[start - 1] == ID["copy"]
+    assert q.context[2:18] == q.context[19:35] != q.context[start:-1]

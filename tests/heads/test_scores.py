@@ -6,14 +6,17 @@ import torch
 
 from llmopt.blocks import blocks
 from llmopt.heads import Gradient, Span, load_scores, plot, save_scores
-from llmopt.heads.base import attention_maps, check_scores, undisturbed
+from llmopt.heads import rows as rows_of
+from llmopt.heads.base import check_scores, undisturbed
 from llmopt.heads.gradient import gates, losses
+from llmopt.heads.rows import Rows, attention_rows
 from llmopt.heads.span import distance
 from llmopt.method import FieldError, LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 
-FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt", "mixtral")
+FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt", "mixtral",
+            "qwen2_moe", "qwen3_moe")
 METHODS = (Span(), Gradient())
 
 
@@ -28,14 +31,38 @@ def scores(method, model, batches):
 
 
 def test_identity_has_no_span_and_uniform_rows_half_their_index():
-    identity = torch.eye(6).expand(1, 2, 6, 6)
+    def spans(weights, real):
+        return distance(Rows(0, weights.expand(1, 2, 6, 6), torch.arange(6), torch.arange(6)), real)
+
     uniform = torch.tril(torch.ones(6, 6))
-    uniform = (uniform / uniform.sum(1, keepdim=True)).expand(1, 2, 6, 6)
+    uniform = uniform / uniform.sum(1, keepdim=True)
     real = torch.ones(1, 6)
-    assert distance(identity, real).tolist() == [0, 0]
-    torch.testing.assert_close(distance(uniform, real), torch.full((2,), sum(t / 2 for t in range(6))))
+    assert spans(torch.eye(6), real).tolist() == [0, 0]
+    torch.testing.assert_close(spans(uniform, real), torch.full((2,), sum(t / 2 for t in range(6))))
     only_last = torch.tensor([[0., 0, 0, 0, 0, 1]])
-    torch.testing.assert_close(distance(uniform, only_last), torch.full((2,), 2.5))
+    torch.testing.assert_close(spans(uniform, only_last), torch.full((2,), 2.5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_tiles_are_the_rows_of_the_models_own_maps(family, monkeypatch):
+    monkeypatch.setattr(rows_of, "ENTRIES", 2 * 4 * 40 * 7)      # seven queries a tile
+    model, given = tiny.make(family), batch(tiny.ids(2, 40))
+    given["attention_mask"][0, :9] = 0                           # padding on the left
+    model.set_attn_implementation("eager")
+    expected = model(**given, use_cache=False, output_attentions=True)
+    maps = expected.attentions
+    found = [torch.zeros_like(m) for m in maps]
+
+    def see(rows):
+        found[rows.layer][:, :, rows.queries[:, None], rows.keys] = rows.weights
+
+    with attention_rows(model, see):
+        logits = model(**given, use_cache=False).logits
+    real = given["attention_mask"].bool()
+    for mine, theirs in zip(found, maps, strict=True):
+        torch.testing.assert_close(mine.transpose(1, 2)[real], theirs.transpose(1, 2)[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[real], expected.logits[real], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -90,7 +117,7 @@ def test_the_model_comes_out_as_it_went_in(method):
 
 def test_undisturbed_restores_after_an_error():
     model = tiny.make("llama").train()
-    with pytest.raises(ZeroDivisionError), undisturbed(model), attention_maps(model, lambda layer, weights: 1 / 0):
+    with pytest.raises(ZeroDivisionError), undisturbed(model), attention_rows(model, lambda rows: 1 / 0):
         model(tiny.ids())
     assert model.training
     assert model.config._attn_implementation == "sdpa"
@@ -146,6 +173,23 @@ def test_absolute_values_are_taken_per_sample():
     torch.testing.assert_close(raw[0], slopes[0].abs().mean(0))
     for layer in scores(Gradient(), model, [batch(ids)]):
         torch.testing.assert_close(layer.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_scores_of_a_bfloat16_model_are_those_of_its_weights(method):
+    half = tiny.make("llama", dtype=torch.bfloat16)
+    wide = tiny.make("llama").float()
+    wide.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    given = [batch(tiny.ids(8, 32))]
+    for a, b in zip(scores(method, half, given), scores(method, wide, given), strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_slopes_of_a_bfloat16_model_are_not_rounded():
+    model = tiny.make("llama", dtype=torch.bfloat16)
+    for slope in Gradient()._slopes(model, blocks(model), batch(tiny.ids())):
+        assert slope.dtype == torch.float32
+        assert not torch.equal(slope, slope.bfloat16().float())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -11,13 +11,15 @@ from llmopt.prune import Magnitude
 from llmopt.prune.groups import COARSE, FINE, mean_square
 from llmopt.prune.refit import Gram, refit, solve
 from llmopt.prune.shapes import shapes
-from llmopt.prune.surgery import LayerPlan
+from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 
-HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", *EXPERTS)
 REFUSED = {("olmo2", "kv_groups"): "norms", ("olmo2", "q_heads"): "norms", ("opt", "mlp"): "module of its own",
            **{(f, u): "head_dim" for f in ("gpt_neox", "gpt2", "opt") for u in ("kv_groups", "q_heads")},
-           ("mixtral", "ffn"): "expert", ("mixtral", "mlp"): "expert", ("mixtral", "attention"): "alike"}
+           **{(f, u): "experts" for f in EXPERTS for u in ("ffn", "mlp")},
+           **{(f, "attention"): "alike" for f in EXPERTS}}
 
 
 def model_of(family, **changes):
@@ -51,7 +53,7 @@ def test_every_family_loses_every_unit_or_says_why_not(family, unit):
     json.dumps(record.meta)
 
 
-@pytest.mark.parametrize("family", [f for f in HEADS if f not in ("phi3", "mixtral")])
+@pytest.mark.parametrize("family", [f for f in HEADS if f not in ("phi3", *EXPERTS)])
 def test_global_scope_lets_layers_differ(family):
     model = model_of(family)
     for block in blocks(model)[:1]:
@@ -101,6 +103,34 @@ def test_rescaling_a_layer_moves_nothing_unless_raw():
         assert widths(normalize, 0.5) == widths(normalize, 1.0)
     assert widths("none", 0.5)[1] == 5                      # the floor of 5 % is all that stays
     assert widths("none", 0.5)[0] > 80
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2"])
+@torch.no_grad()
+def test_a_scale_moved_between_norm_and_readers_changes_no_score(family):
+    def scores(block):
+        return [mean_square(block, unit) for unit in ("ffn", "kv_groups")]
+
+    model = tiny.make(family)
+    block = blocks(model)[1]
+    before = scores(block)
+    gain = torch.linspace(0.25, 4, 64)
+    for role, readers in (("attn_in", block.attn_in), ("ffn_in", block.ffn_in)):
+        norm = block.norms[role]
+        norm.module.weight.copy_((norm.module.weight + norm.offset) * gain - norm.offset)
+        for projection in readers:
+            projection.write(projection.weight / gain)
+    for mine, theirs in zip(scores(block), before, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@torch.no_grad()
+def test_gains_have_no_say_in_which_block_leaves():
+    model = tiny.make("llama")
+    before = mean_square(blocks(model)[1], "blocks")
+    for norm in blocks(model)[1].norms.values():
+        norm.module.weight.mul_(0.1)
+    assert torch.equal(mean_square(blocks(model)[1], "blocks"), before)
 
 
 def test_widths_are_rounded_to_the_multiple_and_the_record_says_so():
@@ -173,6 +203,30 @@ def test_refit_never_increases_the_local_error():
         error = [((x[:, kept] @ w.float().T - x @ weight.T) ** 2).sum()
                  for w in (solve(weight, x.T @ x, kept), weight[:, kept])]
         assert error[0] <= error[1]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@torch.no_grad()
+def test_the_bias_takes_over_what_a_constant_input_wrote(family):
+    """Channel 5 fires alike for every token: its writer's column can leave without a trace."""
+    model, ids = tiny.make(family), tiny.ids(8, 24)
+    block = blocks(model)[0]
+    for projection in block.ffn_in:
+        projection.weight[5] = 0
+        projection.bias[5] = 2.0
+    block.ffn_out.weight[:, 5] = torch.linspace(-1, 1, 64)
+    before = model(ids).logits
+    plan = [LayerPlan(ffn=torch.tensor([i for i in range(96) if i != 5])), LayerPlan(), LayerPlan()]
+    refit(model, Run(batches=data()), plan, "refit")
+    apply_plan(model, plan, {})
+    assert (model(ids).logits - before).norm() < 0.02 * before.norm()
+
+
+def test_a_refit_on_inputs_that_overflow_is_refused():
+    model = tiny.make("llama")
+    blocks(model)[0].ffn_in[1].weight[3] = torch.inf
+    with pytest.raises(LlmoptError, match="layers.0.mlp.down_proj: cannot be refitted"):
+        refit(model, Run(batches=data()), [LayerPlan(ffn=torch.arange(90))] + [LayerPlan()] * 2, "refit")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

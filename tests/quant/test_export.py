@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import check_consistent, export, predicted_bytes
 from llmopt.quant.grid import Spec, round_to_nearest
 from tests.quant.quant_data import batches, logits
-from tests.tiny import make
+from tests.tiny import ids, make
+
+ROOT = Path(__file__).parents[2]
 
 MIXED = {"0": {"bits": 8, "group_size": -1}, "1": {"bits": 3}, "2": {"bits": 2}}
 
@@ -48,6 +53,43 @@ def test_plain_load_gives_equal_logits(kind, dtype, tmp_path):
     assert loaded.dtype == dtype
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+def every_setting(model, turn: int) -> dict:
+    """Overrides that run through bits 2..8 and, out of step, four kinds of groups, odd ones included."""
+    found = RTN(group_size=-1).targets(model)
+    return {t.name: {"bits": 2 + (i + turn) % 7, "group_size": (-1, 16, 32, 3 if t.columns % 3 == 0 else 1)[i % 4]}
+            for i, t in enumerate(found)}
+
+
+@pytest.mark.parametrize("shifts", [(0,), pytest.param((0, 1, 2), marks=pytest.mark.full)])
+def test_every_width_and_group_loads_in_plain_transformers(shifts, tmp_path):
+    """Five layouts (split, fused, interleaved with bias, bias on q k v, post-norm) and three types, one subprocess."""
+    saved, dtypes = {}, (torch.float32, torch.bfloat16, torch.float16)
+    kinds = ("llama", "phi3", "gpt_neox", "qwen2", "olmo2")
+    for turn, kind, shift in ((t, k, s) for s in shifts for t, k in enumerate(kinds)):
+        model, folder = make(kind, dtypes[(turn + shift) % 3]), tmp_path / f"{kind}-{shift}"
+        folder.mkdir()
+        RTN(group_size=-1, overrides=every_setting(model, turn + 2 * shift)).apply(model, Run())
+        write(model, folder)
+        saved[str(folder)] = model
+    subprocess.run([sys.executable, str(ROOT / "tests" / "load_many.py"), "plain", str(tmp_path / "seen.pt"), *saved],
+                   check=True, timeout=300, env={"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
+        assert "error" not in seen, (folder, seen)
+        with torch.no_grad():
+            assert torch.equal(seen["logits"], saved[folder](ids(2, 40)).logits), folder
+
+
+def test_a_cast_while_loading_casts_the_scales_first(tmp_path):
+    """bf16 -> fp32 keeps every scale, but multiplies in fp32: the dense weight is not rounded to bf16 any more."""
+    model = make("llama", torch.bfloat16)
+    RTN(bits=4, group_size=16).apply(model, Run())
+    write(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded(ids(1, 4))                                                # unpacks
+    for name, (_, result) in quantized_modules(model).items():
+        assert torch.equal(loaded.get_submodule(name).weight, result.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
@@ -118,6 +160,19 @@ def test_predicted_bytes_are_those_written():
     step.apply(model, Run())
     packed, _ = export(model)
     assert predicted == sum(t.nbytes for tensors in packed.values() for t in tensors.values())
+
+
+@pytest.mark.parametrize("fields", [
+    dict(bits=3.5, allocate="sensitivity"), dict(bits=3, allocate="lim"), dict(bits=2.6, allocate="zd", group_size=-1),
+    dict(bits=3.5, allocate="sensitivity", overrides={"q_proj": {"bits": 8}, "o_proj": {"bits": 16}}, ignore=["0.mlp"]),
+    dict(bits=7, overrides={"mlp": {"bits": 5, "group_size": -1}, "model.layers.0": {"bits": 16}})])
+def test_predicted_bytes_with_allocators_are_close(fields):
+    model = make("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=4)
+    step = RTN(**{"group_size": 16, **fields})
+    predicted = predicted_bytes(model, step)
+    step.apply(model, Run(batches(2, 12)))
+    written = sum(t.nbytes for tensors in export(model)[0].values() for t in tensors.values())
+    assert predicted == pytest.approx(written, rel=0.02 if step.allocate == "sensitivity" else 0)
 
 
 def test_dense_model_exports_nothing():

@@ -22,6 +22,17 @@ def test_names_globs_and_parents():
     assert found["model.layers.1.self_attn.q_proj"].bits == 4
 
 
+def test_sixteen_bits_leave_a_weight_dense_and_uncounted():
+    model, dense = make("llama"), make("llama")
+    meta = RTN(bits=3, group_size=16, overrides={"mlp": {"bits": 16}}).apply(model, Run()).meta
+    assert meta["bits"] == 3 and not any("mlp" in name for name in meta["modules"])
+    for now, before in zip(model.model.layers, dense.model.layers, strict=True):
+        assert torch.equal(now.mlp.up_proj.weight, before.mlp.up_proj.weight)
+        assert not torch.equal(now.self_attn.q_proj.weight, before.self_attn.q_proj.weight)
+    free = RTN(bits=3.5, group_size=16, allocate="zd", overrides={"mlp": {"bits": 16}}).apply(make("llama"), Run()).meta
+    assert 3 <= free["bits"] <= 3.5
+
+
 def test_unknown_names_show_the_nearest():
     with pytest.raises(LlmoptError, match="no module.*'dwn_proj'.*down_proj"):
         RTN(group_size=16, ignore=["dwn_proj"]).apply(make("llama"), Run())

@@ -71,13 +71,19 @@ def story_row(random: Random, length: int) -> Row:
     return row
 
 
+def copied(span: list[int]) -> tuple[list[int], list[int]]:
+    """`copy SPAN again` and `SPAN .`"""
+    return [COPY, *span, AGAIN], [*span, STOP]
+
+
 def copy_row(random: Random, length: int) -> Row:
     """`copy SPAN again SPAN .` with spans of 4 to 40 random words."""
     row = Row()
     while len(row.ids) < length:
         span = random.choices(CONTENT_IDS, k=random.randint(4, min(40, max(4, length // 3))))
-        row.add([COPY, *span, AGAIN], OTHER)
-        row.add([*span, STOP], SPAN)
+        first, second = copied(span)
+        row.add(first, OTHER)
+        row.add(second, SPAN)
     return row.cut(length)
 
 

@@ -7,9 +7,9 @@ part of the context; text without `ask` is all context.
 from dataclasses import dataclass
 from random import Random
 
-from .documents import fillers, statement
+from .documents import copied, fillers, statement
 from .seeds import generator
-from .words import AGAIN, ASK, BOS, CONTENT_IDS, COPY, HAS, NAME_IDS, RELATION_IDS, TELL, VALUE_IDS, WORDS, fact_value
+from .words import ASK, BOS, CONTENT_IDS, HAS, NAME_IDS, RELATION_IDS, TELL, VALUE_IDS, WORDS, fact_value
 
 MARKS = {"aware": TELL, "agnostic": ASK}
 ROOM = {40: 80, 160: 160}  # tokens of filler among the statements of a document
@@ -74,13 +74,14 @@ def fact_questions(count: int | None = None, seed: int = 0) -> list[Question]:
     return [Question((BOS,), pair, (fact_value(*pair),), 0, index) for index, pair in enumerate(pairs)]
 
 
-def copy_questions(count: int, span: int = 16, seed: int = 0) -> list[Question]:
-    """Spans to be written again: `copy SPAN again` and its first two words -> the other words."""
+def copy_questions(count: int, span: int = 16, before: int = 6, seed: int = 0) -> list[Question]:
+    """Spans to be written again, behind `before` other copies: `copy SPAN again` and two words -> its other words."""
     found = []
     for index in range(count):
-        words = generator("eval", "copy", seed, index).choices(CONTENT_IDS, k=span)
-        context = (BOS, COPY, *words, AGAIN)
-        found.append(Question(context, tuple(words[:2]), tuple(words[2:]), span + 1, index))
+        random = generator("eval", "copy", seed, index)
+        *earlier, words = [random.choices(CONTENT_IDS, k=span) for _ in range(before + 1)]
+        context = [BOS, *(token for other in earlier for part in copied(other) for token in part), *copied(words)[0]]
+        found.append(Question(tuple(context), tuple(words[:2]), tuple(words[2:]), span + 1, index))
     return found
 
 

@@ -1,0 +1,35 @@
+"""Attention over ragged kept entries without fp32 copies: one fused SDPA call per KV head."""
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from llmopt_kernels import reference
+from llmopt_kernels.reference import Ragged, Rule
+
+
+def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
+                     first: int, rule: Rule) -> Tensor:
+    """As `reference.ragged_attention`: [B, H, T, D] -> [B, H, T, D].
+
+    The g query heads of a group are rows of one call. Even fp32 entries are faster in the batched definition.
+    """
+    if rule.softcap is not None or kept.bias is not None or (kept.even and query.dtype == torch.float32):
+        return reference.ragged_attention(query, kept, tail, tail_visible, first, rule)
+    batch, heads, tokens, dim = query.shape
+    group = heads // kept.counts.shape[1]
+    rows = query.reshape(batch, -1, group * tokens, dim)                             # [B, G, g T, D]
+    out = query.new_empty(*rows.shape[:3], tail[1].shape[-1])
+    i = torch.arange(first, first + tokens, device=query.device)
+    plain = rule.window is None and tail_visible is None
+    visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
+    visible = visible.expand(batch, tokens, tail[0].shape[2])
+    for row, head, where in kept.heads():
+        keys, values = (torch.cat([old[where], new[row, head]])[None]
+                        for old, new in zip((kept.keys, kept.values), tail, strict=True))
+        if plain:
+            out[row, head] = scaled_dot_product_attention(rows[row, head][None], keys, values, scale=rule.scaling)[0]
+            continue
+        seen = torch.cat([rule.visible(i, kept.positions[where]), visible[row]], -1).repeat(group, 1)
+        part = scaled_dot_product_attention(rows[row, head][None], keys, values, seen, scale=rule.scaling)[0]
+        out[row, head] = part.nan_to_num(0.0)
+    return out.view(batch, heads, tokens, -1)

@@ -1,0 +1,70 @@
+"""The architectures: where each keeps its parts in transformers, and what it refuses to lose. A table, no logic.
+
+Supporting another one is an entry here and one in modeling.FAMILIES.
+"""
+from dataclasses import dataclass, field
+from typing import Literal
+
+Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
+UNITS = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks")      # what pruning may take away
+HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
+EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
+ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where one architecture keeps its parts; module names are relative to the decoder layer."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention: str = "self_attn"
+    ffn: str | None = "mlp"
+    head_dim: str = "head_dim"                    # attribute of the attention module
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")   # one name: fused
+    interleaved: bool = False                     # fused rows run head by head (q, k, v of head 0, then of head 1)
+    out: str = "o_proj"
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_gated: bool = True                        # with one name: rows are [gate | up]
+    ffn_out: str = "mlp.down_proj"
+    norms: tuple[tuple[str, str], ...] = (("attn_in", "input_layernorm"), ("ffn_in", "post_attention_layernorm"))
+    norm_offset: float = 0.0                      # 1.0 where the norm multiplies by (1 + weight)
+    form: Form = "pre"
+    sliding: Literal["", "all", "typed"] = ""     # layers that sliding_window holds for; typed: see layer_types
+    rotary: str | None = "model.rotary_emb"       # module that makes the tables of cosines and sines
+    note: str = ""                                # what every plan and card of such a model says
+    refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads: why not
+
+
+_SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
+             ("ffn_in", "pre_feedforward_layernorm"), ("ffn_out", "post_feedforward_layernorm"))
+_NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
+_NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS, "attention": ALIKE, "per_layer_shapes": ALIKE}
+
+SPECS: dict[str, Spec] = {
+    "llama": Spec(),
+    "mistral": Spec(sliding="all"),
+    "qwen2": Spec(sliding="typed"),
+    "qwen3": Spec(sliding="typed"),
+    "phi3": Spec(qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), sliding="all", refuse={
+        "per_layer_heads": "its forward reads num_attention_heads from the model-wide config"}),
+    "gemma2": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
+    "gemma3_text": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
+    "olmo2": Spec(norms=(("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm")),
+                  form="branch_post", refuse={
+        "kv_groups": "its query and key norms span all heads", "q_heads": "its query and key norms span all heads"}),
+    "gpt_neox": Spec(layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
+                     head_dim="head_size", qkv=("query_key_value",), interleaved=True, out="dense",
+                     ffn_in=("mlp.dense_h_to_4h",), ffn_gated=False, ffn_out="mlp.dense_4h_to_h",
+                     form="parallel", rotary="gpt_neox.rotary_emb", refuse=_NO_HEADS),
+    "gpt2": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
+                 out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
+                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), rotary=None, refuse=_NO_HEADS),
+    "opt": Spec(layers="model.decoder.layers", final_norm="model.decoder.final_layer_norm", ffn=None,
+                out="out_proj", ffn_in=("fc1",), ffn_gated=False, ffn_out="fc2",
+                norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")), rotary=None,
+                refuse=_NO_HEADS | {"mlp": "its feed-forward is not a module of its own"}),
+    "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
+    "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=EXPERTS, refuse=_NO_EXPERTS),
+    "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
+}

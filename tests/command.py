@@ -1,0 +1,33 @@
+"""The `llmopt` command for tests: as a process of its own, or in this one where only its words matter."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from llmopt.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """(command line, environment) of the installed script's body."""
+    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
+    start = "from llmopt_evals.start import main; main()"
+    return ([sys.executable, "-c", start, *map(str, words)],
+            os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment)
+
+
+def llmopt(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command in a fresh process."""
+    line, variables = command(*words, **environment)
+    return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def call(monkeypatch, *words: str) -> int:
+    """Run the command in this process, six seconds of imports cheaper; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["llmopt", *map(str, words)])
+    try:
+        main()
+    except SystemExit as leave:
+        return leave.code
+    raise AssertionError("the command came back without an exit code")

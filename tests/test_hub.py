@@ -1,0 +1,114 @@
+"""The hub, for real: transformers and huggingface_hub against a small server on this machine."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from llmopt_evals.world import reference_path
+
+from tests import hub
+from tests.command import ROOT
+
+RECIPE = "steps:\n  - quant.rtn: {bits: 4, group_size: 32}\n"
+UPLOADED = ["LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "llmopt.json",
+            "llmopt.log", "model.safetensors", "recipe.yaml", "tokenizer.json", "tokenizer_config.json"]
+
+
+def run(folder: Path, calls: list, **environment: str) -> list[dict]:
+    """Results of tests/call_many.py, with an empty cache and without the rest of the network."""
+    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
+    variables = {"PYTHONPATH": path, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+                 "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.TOKEN}
+    subprocess.run([sys.executable, str(ROOT / "tests" / "call_many.py"), str(folder / "results.json")], check=True,
+                   input=json.dumps(calls), text=True, timeout=300, cwd=folder,
+                   env=os.environ | variables | environment)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """One process that downloads, compresses, uploads, downloads what it uploaded, and is refused."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "r.yaml").write_text(RECIPE)
+    files = {p.name: p.read_bytes() for p in reference_path().iterdir()} | {"LICENSE": b"as you like it"}
+    compress = ["compress", "--recipe", "r.yaml", "--no-eval", "--output", "out", "--model"]
+    with hub.running() as server:
+        server.repos["user/model"] = {"main": {"README.md": b"not this one"}, "v1": files}
+        server.repos["user/gated"] = {"main": files}
+        server.gated.add("user/gated")
+        results = run(folder, [
+            [*compress, "user/model", "--set", "model.revision=v1"],
+            ["show", "out", "--json"],
+            "out/.netrc",
+            ["push", "out", "user/small", "--private"],
+            ["eval", "user/small", "--tasks", "world_copy", "--limit", "2", "--json"],
+            ["push", "out", "stranger/small"],
+            [*compress, "user/gated", "--overwrite"],
+            [*compress, "user/missing", "--overwrite"],
+            [*compress, "user/model", "--overwrite", "--set", "model.revision=v9"],
+            {"HF_TOKEN": "hf_bad"},
+            ["push", "out", "user/small"],
+        ], HF_ENDPOINT=server.url)
+        yield folder, server.repos, results
+
+
+def test_a_hub_model_at_a_revision_is_compressed(session):
+    _, _, (compressed, shown, *_) = session
+    assert compressed["code"] == 0, compressed["err"]
+    assert compressed["err"] == ""
+    facts = json.loads(shown["out"])
+    assert (facts["base_model"], facts["base_licence"]) == ("user/model", "apache-2.0")
+    assert facts["recipe"]["model"]["revision"] == "v1"
+
+
+def test_push_uploads_everything_and_nothing_hidden(session):
+    folder, repos, results = session
+    assert results[2]["code"] == 0, results[2]["err"]
+    assert results[2]["out"].strip().endswith("/user/small")
+    files = repos["user/small"]["main"]
+    assert sorted(files) == UPLOADED
+    assert files["LICENSE"] == b"as you like it"
+    assert files["model.safetensors"] == (folder / "out" / "model.safetensors").read_bytes()
+
+
+def test_the_uploaded_card_names_the_repository_and_the_command(session):
+    card = session[1]["user/small"]["main"]["README.md"].decode()
+    assert 'from_pretrained("user/small")' in card
+    assert "llmopt compress --recipe recipe.yaml --model user/model --set model.revision=v1 --output out" in card
+
+
+def test_what_was_uploaded_can_be_evaluated_by_its_name(session):
+    result = session[2][3]
+    assert result["code"] == 0, result["err"]
+    assert "world_copy/acc" in json.loads(result["out"])["user/small"]
+
+
+@pytest.mark.parametrize(("index", "expected"), [
+    (4, "stranger/small: You don't have the rights"),
+    (5, "user/gated: not a folder, and not to be had from the hub: Access to model user/gated is restricted"),
+    (6, "user/missing: not a folder, and not to be had from the hub: Repository not found"),
+    (7, "user/model: not a folder, and not to be had from the hub: Invalid rev id: v9"),
+    (8, "user/small: not to be had with this token"),
+])
+def test_a_refusal_is_one_line(session, index, expected):
+    result = session[2][index]
+    assert result["code"] == 2
+    assert len(result["err"].strip().splitlines()) == 1
+    assert expected in result["err"]
+
+
+def test_without_a_network_the_answer_comes_within_seconds(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "out" / name).write_bytes((reference_path() / name).read_bytes())
+    results = run(tmp_path, [["compress", "--recipe", "r.yaml", "--model", "user/model", "--output", "o2"],
+                             ["push", "out", "user/model"]], HF_ENDPOINT="http://127.0.0.1:9")
+    for result in results:
+        assert result["code"] == 2
+        assert len(result["err"].strip().splitlines()) == 1, result["err"]
+        assert "user/model" in result["err"]
+        assert "Connection refused" in result["err"]
+        assert result["seconds"] < 10

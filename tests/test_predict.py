@@ -1,0 +1,61 @@
+"""What `--dry-run` says of a size is what is written."""
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import llmopt
+from llmopt import shards
+from llmopt.blocks import blocks
+from llmopt.method import LlmoptError
+from llmopt.predict import predict
+from llmopt.prune import Magnitude
+from llmopt.quant import RTN
+from tests import tiny
+
+BLOCKS = Magnitude(ratio=0.34, units=["blocks"])
+NARROW = Magnitude(ratio=0.3, units=["ffn"])
+
+
+@pytest.mark.parametrize(("family", "steps", "format"), [
+    ("qwen3", [BLOCKS, NARROW, RTN(bits=3, group_size=16)], "portable"),
+    ("phi3", [NARROW, Magnitude(ratio=0.5, units=["kv_groups"]), RTN(bits=4, group_size=-1)], "portable"),
+    ("mixtral", [RTN(bits=2, group_size=1)], "portable"),
+    ("gpt2", [NARROW, BLOCKS, RTN(bits=2, group_size=4)], "dense"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_predicted_bytes_are_the_written_ones(family, steps, format, tmp_path):
+    model = tiny.make(family)
+    size, told = predict(model, steps, format)
+    assert len(told) == len(steps)
+    llmopt.compress(model, steps)
+    llmopt.save(model, tmp_path / "out", format=format)
+    assert size == shards.written_bytes(tmp_path / "out")
+
+
+def test_a_second_global_step_is_predicted_within_a_few_percent(tmp_path):
+    steps = [BLOCKS, Magnitude(ratio=0.3, scope="global"), RTN(bits=4, group_size=16)]
+    model = tiny.make("llama")
+    size, told = predict(model, steps)
+    assert "removes about" in told[1][1]
+    llmopt.compress(model, steps)
+    llmopt.save(model, tmp_path / "out")
+    assert size == pytest.approx(shards.written_bytes(tmp_path / "out"), rel=0.05)
+
+
+def test_what_the_architecture_cannot_lose_is_refused_before_the_work():
+    model = tiny.make("opt")
+    for projection in blocks(model)[0].ffn_in:
+        projection.write(projection.weight * 0.01)              # its first choice would be a part that cannot leave
+    with pytest.raises(LlmoptError, match="steps.0 prune.magnitude: opt: mlp cannot be pruned"):
+        predict(model, [Magnitude(ratio=0.25, units=["attention", "mlp"])])
+
+
+def test_the_size_of_a_file_is_known_for_every_dtype(tmp_path):
+    dtypes = [getattr(torch, name.removeprefix("torch.")) for name in shards.DTYPES]
+    pick, file = random.Random(0), tmp_path / "t.safetensors"
+    for _ in range(40):                                     # the header's length depends on the order of the tensors
+        tensors = {f"{'x' * pick.randrange(9)}{i}": torch.zeros(pick.randrange(200), dtype=pick.choice(dtypes))
+                   for i in range(20)}
+        save_file(tensors, file, metadata=shards.METADATA)
+        assert shards.file_bytes(tensors) == file.stat().st_size
