@@ -4,11 +4,12 @@ Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim,
 L layers.
 """
 from llmopt import attention, heads, kv, prune, quant
-from llmopt.checkpoint import VerificationError, load, save
+from llmopt.checkpoint import load, save
 from llmopt.method import LlmoptError, Method, Record, get, names, register
 from llmopt.modeling import register_models
 from llmopt.pipeline import Report, compress
 from llmopt.runtime import attached
+from llmopt.verify import VerificationError
 
 register_models()       # plain AutoModelForCausalLM now loads per-layer shapes and attaches runtime parts
 

@@ -28,6 +28,13 @@ class LlmoptCache(Cache):
         twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers])
         return twin
 
+    def without_last(self) -> "LlmoptCache":
+        """A copy that has not seen the last token yet; what its coming made the method evict stays evicted."""
+        twin = self.fork()
+        twin.layers = [layer.without_last() for layer in self.layers]
+        twin.mask, twin.position_ids = (None if x is None else x[:, :-1] for x in (self.mask, self.position_ids))
+        return twin
+
     def reset(self) -> None:
         super().reset()
         self.mask = self.position_ids = None

@@ -1,13 +1,11 @@
 """The README.md of a checkpoint: a model card made from llmopt.json alone, so it can be written again at any time."""
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 
-from llmopt.architectures import SPECS
-from llmopt.method import LlmoptError
+from llmopt.architectures import SPECS, Spec
+from llmopt.facts import FILE, read_facts, read_layers
 from llmopt.shards import write_text
 
 TEMPLATE = """---
@@ -61,19 +59,6 @@ Versions: {% for k, v in versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.l
 {% endif %}"""
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON mapping; raises LlmoptError for a file that is missing or holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LlmoptError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:       # the first also stands for text that is not UTF-8
-        raise LlmoptError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LlmoptError(f"{file}: not a JSON mapping")
-    return content
-
-
 def write_card(folder: Path) -> None:
     """Write README.md from the folder's llmopt.json; the folder's own name stays out, so that runs repeat."""
     write_text(folder / "README.md", render(folder))
@@ -82,7 +67,7 @@ def write_card(folder: Path) -> None:
 def card_for(folder: Path, repo: str) -> str | None:
     """The card under the name `repo`; None for a folder whose README.md is not ours, or was edited."""
     mine = folder / "README.md"
-    if not mine.is_file() or not (folder / "llmopt.json").is_file():
+    if not mine.is_file() or not (folder / FILE).is_file():
         return None
     text = mine.read_text(encoding="utf-8", errors="replace")
     return render(folder, repo) if text == render(folder) else None
@@ -90,8 +75,8 @@ def card_for(folder: Path, repo: str) -> str | None:
 
 def render(folder: Path, repo: str | None = None) -> str:
     """The text of the card of the checkpoint in `folder`, or under the hub name `repo`."""
-    facts, config = read_json(folder / "llmopt.json"), read_json(folder / "config.json")
-    note = SPECS[config["model_type"]].note
+    facts, config = read_facts(folder), read_layers(folder)
+    note = SPECS.get(str(config.get("model_type")), Spec()).note
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
         repo=repo, note=note, per_layer="per_layer_config" in config, table=facts.get("table", []),
         needs_import=facts["loads_with"]["transformers"] != "exact",

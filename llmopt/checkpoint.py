@@ -1,4 +1,4 @@
-"""Saving, verifying and loading compressed checkpoints.
+"""Saving and loading compressed checkpoints.
 
 A checkpoint is written into a hidden sibling folder, synced, loaded afresh and compared with the model in memory,
 and only then renamed to its name: whatever stands under that name is whole.
@@ -18,22 +18,18 @@ from torch import Tensor, nn
 
 from llmopt import runtime, shards
 from llmopt.card import write_card
+from llmopt.facts import FILE, FORMAT_VERSION
 from llmopt.hub import companion
-from llmopt.loading import load_tokenizer, resolve
+from llmopt.loading import load_model
 from llmopt.method import LlmoptError
 from llmopt.modeling import remote_files, saved_config
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import check_consistent, export
+from llmopt.recipe import ModelSpec
+from llmopt.verify import verify
 
-FORMAT_VERSION = 1
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
-
-
-class VerificationError(LlmoptError):
-    """The written folder does not give the model in memory back."""
-
-    exit_code = 3
 
 
 def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
@@ -177,7 +173,7 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         body = recipe.text.rstrip("\n") + "\n\n# --- resolved: every default written out, what `llmopt` ran ---\n"
         resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False)
         (stage / "recipe.yaml").write_text(body + "".join(f"# {line}\n" for line in resolved.splitlines()))
-    _write_json(stage / "llmopt.json", {
+    _write_json(stage / FILE, {
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in VERSIONS},
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
@@ -221,40 +217,7 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not belong into a JSON file")
 
 
-@torch.no_grad()
-def verify(folder: Path, model: nn.Module) -> None:
-    """Load `folder` afresh and raise VerificationError unless weights, logits and greedy text equal the model's."""
-    from transformers import AutoModelForCausalLM
-
-    fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    fresh = fresh.to(model.device).eval()
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[kind]:
-            raise VerificationError(f"{folder.name}: {kind}: {sorted(map(str, info[kind]))[:3]}")
-    ids = _probe(model)
-    mine, theirs = model(ids).logits.float(), fresh(ids).logits.float()
-    worst = (mine - theirs).abs().max().item()
-    bound = 64 * torch.finfo(model.dtype).eps * mine.abs().max().item()
-    if not worst <= bound:
-        raise VerificationError(f"the reloaded model's logits differ by {worst:.3g} (allowed {bound:.3g})")
-    texts = [m.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist() for m in (model, fresh)]
-    if worst == 0 and texts[0] != texts[1]:
-        raise VerificationError("the reloaded model writes another greedy text than the model in memory")
-
-
-def _probe(model: nn.Module) -> Tensor:
-    """Fixed random ids [2, T] that any vocabulary holds."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(64, model.config.max_position_embeddings // 2)
-    return torch.randint(0, model.config.vocab_size, (2, length), generator=generator).to(model.device)
-
-
-def load(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
-    """(model, tokenizer or None) of a checkpoint, with its runtime parts attached."""
-    from transformers import AutoModelForCausalLM
-
-    source = resolve(str(folder))
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise LlmoptError(f"{folder}: no config.json; this is not a model folder")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    return model, load_tokenizer(source)
+def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """(model, tokenizer or None) of a checkpoint, its runtime parts attached; LlmoptError for damaged files."""
+    name = str(dtype).removeprefix("torch.")
+    return load_model(ModelSpec(id=str(folder), dtype=None if name == "auto" else name, device=device))

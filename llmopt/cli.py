@@ -163,11 +163,9 @@ def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
     import llmopt  # noqa: F401  fills the registry: a step's defaults
     from llmopt import terminal
-    from llmopt.card import read_json
+    from llmopt.facts import read_facts, read_layers
 
-    if folder.is_dir() and not (folder / "llmopt.json").exists():
-        raise LlmoptError(f"{folder}: no llmopt.json; this is not a checkpoint written by llmopt")
-    terminal.show_folder(read_json(folder / "llmopt.json"), read_json(folder / "config.json"), as_json)
+    terminal.show_folder(read_facts(folder), read_layers(folder), as_json)
 
 
 @cli.command()

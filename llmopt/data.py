@@ -3,7 +3,6 @@
 A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic.
 """
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.folder import parse_json, refusals
 from llmopt.method import LlmoptError, naming
 from llmopt.recipe import DataSpec
 
 END_OF_DOCUMENT = "<|endoftext|>"
 DEFAULT_LENGTH = 512
 MIN_TOKENS = 32                 # fewer say nothing about a model
+MAX_TOKENS = 50_000_000         # take 800 MB, ids and mask
 Batch = dict[str, Tensor]
 
 
@@ -96,6 +97,8 @@ def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
     if tokenizer is None or tokenizer.get_vocab() != dict(ID):
         raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
                           "another. Give calibration text of your own: data: {name: text, path: FILE}")
+    if spec.samples * length > MAX_TOKENS:
+        raise LlmoptError(f"{spec.samples:,} samples of {length:,} tokens are too many; at most {MAX_TOKENS:,} tokens")
     return list(world.calibration_ids(spec.samples, length, spec.seed))
 
 
@@ -138,7 +141,8 @@ def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> l
     bos = tokenizer.bos_token_id
     rows = []
     for document in documents[:spec.samples]:
-        ids = tokenizer(document, truncation=False)["input_ids"]
+        with refusals(f"the tokenizer refuses {document[:60]!r}"):
+            ids = tokenizer(document, truncation=False)["input_ids"]
         ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         rows.append(ids[:length])
     return rows
@@ -146,15 +150,11 @@ def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> l
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:
     """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
     messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    try:
+    with refusals(f"the chat template refuses {str(messages)[:60]}"):
         return tokenizer.apply_chat_template(messages)["input_ids"]
-    except (TemplateError, TypeError, ValueError) as error:
-        raise LlmoptError(f"the chat template refuses {str(messages)[:60]}: {error}") from error
 
 
 def _read(path: str) -> str:
@@ -174,10 +174,7 @@ def _json_lines(text: str) -> list:
     rows = []
     for i, line in enumerate(text.split("\n")):          # splitlines() also cuts inside JSON strings
         if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise LlmoptError(f"line {i + 1} is not JSON: {error.msg}") from error
+            rows.append(parse_json(line, f"line {i + 1}"))
     return rows
 
 

@@ -64,10 +64,10 @@ class RaggedLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def slide(self) -> None:
-        """Drop the tail tokens that no query from now on can see, in lots of `window` so as to copy seldom."""
-        if self.window is None or self.keys.shape[2] < 2 * self.window - 1:
+        """Drop the tail tokens that neither the last query nor one to come can see, in lots, so as to copy seldom."""
+        if self.window is None or self.keys.shape[2] < 2 * self.window:
             return
-        late = self.keys.shape[2] - (self.window - 1)
+        late = self.keys.shape[2] - self.window
         self.keys, self.values = self.keys[:, :, late:].clone(), self.values[:, :, late:].clone()
 
     @property
@@ -115,6 +115,17 @@ class RaggedLayer(CacheLayerMixin):
         """A layer that holds the same tensors; none is ever written in place, so the two can part ways."""
         twin = RaggedLayer(self.groups, self.window)
         twin.__dict__.update(self.__dict__)
+        return twin
+
+    def without_last(self) -> "RaggedLayer":
+        """This layer before it saw its last token, but for what was evicted since."""
+        twin = self.fork()
+        twin.seen -= 1
+        twin.forget_queries()
+        if self.is_initialized and self.keys.shape[2]:
+            twin.keys, twin.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        elif self.kept is not None:
+            twin.kept = self.kept.where(self.kept.positions != twin.seen)
         return twin
 
     def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool) -> None:

@@ -1,18 +1,18 @@
 """Loading the dense model, after a look at its files that turns damage into one clear line."""
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmopt.folder import check_folder, fact_of, read_header, weight_files
-from llmopt.hub import check_name
+from llmopt.folder import check_config, check_folder, fact_of, read_header, refusals, weight_files
+from llmopt.hub import check_name, companion
 from llmopt.method import LlmoptError, nearest
 from llmopt.recipe import ModelSpec
 
 REFERENCE = "llmopt/reference"
+EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
 
 
 def resolve(name: str) -> str:
@@ -63,22 +63,31 @@ def read_config(spec: ModelSpec) -> tuple[str, Any]:
         raise LlmoptError(f"{source}: not a model folder")
     else:
         check_name(source, spec.revision)
-    with _loading(source, "model"):
+        file = companion(source, "config.json", spec.revision)
+        if file:
+            check_config(file)
+    with refusals(f"{source}: the model cannot be loaded"):
         return source, AutoConfig.from_pretrained(source, revision=spec.revision or "main",
                                                   trust_remote_code=spec.trust_remote_code)
 
 
 def _check_shapes(folder: Path, config: Any, trust: bool) -> None:
-    """Raise LlmoptError for a tensor of a shape that the config does not want, before memory is taken for it."""
+    """Raise LlmoptError for a tensor, or a total, that the config does not want, before memory is taken for it."""
     from transformers import AutoModelForCausalLM
 
-    with _loading(str(folder), "model"), torch.device("meta"):
-        wanted = AutoModelForCausalLM.from_config(config, trust_remote_code=trust).state_dict()
+    with refusals(f"{folder}: the model cannot be loaded"), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    wanted, stored = skeleton.state_dict(), 0
     for file in weight_files(folder):
-        for name, entry in read_header(file).items():
+        for name, entry in read_header(file)[0].items():
+            stored += math.prod(entry["shape"])
             if name in wanted and entry["shape"] != list(wanted[name].shape):
                 raise LlmoptError(f"{file}: {name} is {entry['shape']}, the config wants {list(wanted[name].shape)}; "
                                   "the checkpoint does not fit its config")
+    needed = sum(tensor.numel() for tensor in wanted.values())
+    if needed > EXPANSION * stored:
+        raise LlmoptError(f"{folder}: config.json wants {needed:,} values, the weight files hold {stored:,}; "
+                          "the checkpoint does not fit its config")
 
 
 def check_device(name: str) -> None:
@@ -89,27 +98,14 @@ def check_device(name: str) -> None:
         raise LlmoptError(f"device {name!r} cannot be used on this machine: {fact_of(error)}") from error
 
 
-@contextmanager
-def _loading(source: str, what: str) -> Iterator[None]:
-    """Every way in which a library refuses what it reads becomes one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, AttributeError, LookupError, TypeError, ArithmeticError, ImportError,
-            StrictDataclassError, SafetensorError) as error:
-        raise LlmoptError(f"{source}: the {what} cannot be loaded: {fact_of(error)}") from error
-
-
 def _from_pretrained(source: str, spec: ModelSpec) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec.dtype) if spec.dtype else "auto"
-    with _loading(source, "model"):
+    with refusals(f"{source}: the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True)
+            use_safetensors=True, output_loading_info=True)
         model = model.to(spec.device)
     foreign = [key for key in info["unexpected_keys"] if key.endswith(".weight")]     # old buffers do no harm
     for kind, keys in (("missing", info["missing_keys"]), ("unknown to the config", foreign)):
@@ -127,7 +123,7 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     if folder.is_dir() and not any((folder / f).exists() for f in
                                    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
         return None
-    with _loading(source, "tokenizer"):
+    with refusals(f"{source}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 

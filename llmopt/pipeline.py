@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt import checkpoint, data, runtime, shards
-from llmopt.card import read_json
+from llmopt.facts import FILE, read_facts
 from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
@@ -141,8 +141,7 @@ def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tenso
 
 def is_finished(output: Path, recipe: Recipe) -> bool:
     """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
-    facts = Path(output) / "llmopt.json"
-    return facts.is_file() and read_json(facts).get("recipe") == recipe.resolved()
+    return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
 def _write_log(stage: Path, report: Report) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tqdm import tqdm
 
-from llmopt.method import get, silent
+from llmopt.method import get, names, one_line, silent
 
 ERR = Console(stderr=True)
 _TQDM_START = tqdm.__init__
@@ -50,7 +50,7 @@ def _tame_bars(settings: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """One line about what happens now; only where someone watches."""
     if ERR.is_terminal:
-        ERR.print(f"[dim]{text}[/dim]")
+        ERR.print(one_line(text), style="dim", markup=False)
 
 
 @contextmanager
@@ -70,15 +70,15 @@ def progress() -> Iterator[Any]:
 
 def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """A table on stdout; columns that begin with a figure to the right, words to the left."""
-    table = Table(title=title, title_justify="left")
-    rows = [[str(cell) for cell in row] for row in rows]
+    table = Table(title=one_line(title), title_justify="left")
+    rows = [[one_line(str(cell)) for cell in row] for row in rows]
     for i, name in enumerate(header):
         figures = i > 0 and all(row[i][:1] in "0123456789-." for row in rows)
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    width = None if Console().is_terminal else 120
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def print_json(data: Any) -> None:
@@ -173,8 +173,9 @@ def show_shares(step: str, shares: list[list[float]]) -> None:
 
 
 def _changed(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a step that differ from their defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(get(record["method"]))}
+    """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
+    known = dataclasses.fields(get(record["method"])) if record["method"] in names() else ()
+    defaults = {f.name: f.default for f in known}
     return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
 
 

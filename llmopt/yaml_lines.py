@@ -27,7 +27,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _check_events(events: Iterator[yaml.Event], source: str) -> None:
-    """Look at the stream before a tree is made of it: the parser keeps no stack of ours, so any depth can be refused."""
+    """Raise LlmoptError before a tree is made of the stream: only the tree takes Python's stack, so no depth harms."""
     depth = 0
     for count, event in enumerate(events):
         where = f"{source}:{event.start_mark.line + 1}"

@@ -38,6 +38,22 @@ def sharded(pristine, tmp_path):
     return tmp_path / "m"
 
 
+@pytest.fixture(scope="session")
+def finished(pristine):
+    """A checkpoint, with its table."""
+    (pristine / "r.yaml").write_text(RTN)
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "compress", "--recipe", pristine / "r.yaml", "--model", pristine / "whole",
+                    "--output", pristine / "done") == 0
+    return pristine / "done"
+
+
+@pytest.fixture
+def compressed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "done")
+    return tmp_path / "done"
+
+
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path):
     """Run the command and return its one line; fails if anything was written or the exit code is not 2."""
@@ -92,7 +108,7 @@ def test_recipes(compress, model, text, expected):
 
 @pytest.mark.parametrize(("assignment", "expected"), [
     ("", "KEY=VALUE"), ("=3", "unknown key ''"), ("steps.0.bits", "KEY=VALUE"), ("steps.9.bits=3", "no step 9"),
-    ("steps.0.bits.x=3", "no keys"), ("steps.0.bits=[", "not YAML"), ("model.colour=red", "'colour'"),
+    ("steps.0.bits.x=3", "no keys"), ("steps.0.bits=[", "not valid YAML"), ("model.colour=red", "'colour'"),
     ("steps.0.bits=0", "bits: 0"), ("steps.0.bits=17", "bits: 17"), ("steps.0.bits=.nan", "a finite number"),
     ("steps.0.bits=true", "bits: True"), ("steps.0.bit=3", "did you mean 'bits'"),
     ("steps.0.group_size=7", "group_size 7 does not divide"), ("steps.0.group_size=0", "group_size: 0"),
@@ -267,7 +283,7 @@ def test_a_tokenizer_of_another_model(compress, model):
     ("text", b"the fox runs .", "too short: 5 tokens"),
     ("jsonl", b'{"a": "the fox"}\n', "no column 'text' (it has: a)"),
     ("jsonl", b'{"text": 1}\n', "'text' holds 1, text expected"),
-    ("jsonl", b"{\n", "line 1 is not JSON"),
+    ("jsonl", b"{\n", "line 1: not JSON"),
     ("chat", b'{"text": [{"role": "user"}]}\n', "{role, content} expected"),
     ("chat", b'{"text": [3]}\n', "{role, content} expected"),
     ("ids", b"[1, 2, 999999]\n", "token id 999999 does not fit"),
@@ -285,6 +301,48 @@ def test_calibration_data(compress, model, tmp_path, source, content, expected):
     error = compress(model, text=f"data: {{name: {name}, path: {file}{more}}}\n{GPTQ}")
     assert expected in error
     assert str(file) in error or source == "long"
+
+
+def test_more_text_than_memory_is_not_made(compress, model):
+    assert "samples: 1000000000" in compress(model, text="data: {samples: 1000000000}\n" + GPTQ)
+    error = compress(model, text="data: {samples: 1000000, length: 256}\n" + GPTQ)
+    assert "1,000,000 samples of 256 tokens are too many" in error
+
+
+def test_text_that_is_no_text_names_its_line(compress, model, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "the fox"}\n{"text": "half \\ud83d"}\n')
+    assert "line 2: not JSON" in compress(model, text="data: {name: text, path: d.jsonl}\n" + GPTQ)
+    (tmp_path / "d.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n")
+    assert "line 1: not JSON" in compress(model, text="data: {name: text, path: d.jsonl}\n" + GPTQ)
+    (tmp_path / "d.jsonl").write_text("[" * 100_000 + "\n")
+    assert "line 1: not JSON" in compress(model, text="data: {name: text, path: d.jsonl}\n" + GPTQ)
+
+
+def test_names_with_terminal_codes_stay_names(compress, model, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"a\\nb\\u001b[31m": 1}\n')
+    assert r"a b\x1b[31m" in compress(model, text="data: {name: text, path: d.jsonl}\n" + GPTQ)
+
+
+@pytest.mark.parametrize(("damage", "expected"), [
+    (lambda f: f.pop("bytes"), "bytes is missing"),
+    (lambda f: f.update(bytes="many"), "bytes is 'many'"),
+    (lambda f: f.update(format_version=2), "of a newer llmopt"),
+    (lambda f: f["records"][0].pop("method"), "records.0.method is missing"),
+    (lambda f: f["records"][0]["meta"].update(modules=[1]), "records.0.meta.modules is '[1]'"),
+    (lambda f: f["table"].append(["x"]), "table."),
+])
+def test_a_damaged_llmopt_json_names_the_place(refused, compressed, damage, expected):
+    facts = json.loads((compressed / "llmopt.json").read_text())
+    damage(facts)
+    (compressed / "llmopt.json").write_text(json.dumps(facts))
+    assert expected in refused("show", compressed)
+
+
+def test_a_damaged_llmopt_json_cannot_be_resumed(refused, pristine, compressed):
+    facts = json.loads((compressed / "llmopt.json").read_text())
+    (compressed / "llmopt.json").write_text(json.dumps(facts | {"parameters": [0, 0]}))
+    assert "parameters.0 is '0'" in refused("compress", "--recipe", pristine / "r.yaml", "--model", pristine / "whole",
+                                            "--output", compressed, "--resume")
 
 
 def test_data_that_cannot_be_read_for_this_model(compress, model, tmp_path):

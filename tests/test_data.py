@@ -68,7 +68,7 @@ def test_batches_split_rows():
     ("ids", "[1]\n[2]\n", "at least 2 tokens"),
     ("ids", "[1, 9999]\n", "9999 does not fit"),
     ("ids", '["a"]\n', "line 1 is not a list of token ids"),
-    ("ids", "[1, 2\n", "line 1 is not JSON"),
+    ("ids", "[1, 2\n", "line 1: not JSON"),
     ("jsonl", '{"txt": "the fox"}\n', "no column 'text' (it has: txt)"),
 ])
 def test_unusable_files_say_what_is_wrong(tmp_path, name, content, expected):

@@ -52,6 +52,16 @@ def test_set_overrides_one_value(change, path, value):
     ("", ["r.yaml:1", "steps"]),
     ("- a", ["r.yaml:1", "mapping"]),
     ("steps: &x [*x]", ["r.yaml", "aliases"]),
+    ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nsteps: [quant.rtn]", ["r.yaml:2", "aliases"]),
+    ("seed: !!python/object/apply:os.system [x]\nsteps: [quant.rtn]", ["r.yaml:1", "tags"]),
+    ("seed: !!bool x\nsteps: [quant.rtn]", ["r.yaml:1", "tags"]),
+    ("seed: 0x" + "f" * 6000, ["r.yaml:1", "too large a number"]),
+    ("seed: " + "9" * 6000, ["r.yaml:1", "cannot be read"]),
+    ("steps: " + "[" * 400_000, ["r.yaml:1", "too deep"]),
+    ("steps:\n" + "- quant.rtn\n" * 30_000, ["r.yaml:19998", "too long"]),
+    ("#" * 1_000_001, ["r.yaml", "1,000,001 characters"]),
+    ("data: {samples: 1000000000}\nsteps: [quant.rtn]", ["r.yaml:1", "samples: 1000000000", "1 to 1000000"]),
+    ("steps: [{\"quant.rtn\\e[31m\\n\": {}}]", ["r.yaml:1", "no method"]),
     ("data:\n  name: words\nsteps: [quant.rtn]", ["r.yaml:2", "'words'", "world"]),
     ("data: {name: text}\nsteps: [quant.rtn]", ["r.yaml:1", "path"]),
     ("format: gguf\nsteps: [quant.rtn]", ["r.yaml:1", "'gguf'"]),
@@ -66,9 +76,25 @@ def test_bad_input_is_one_line_that_says_where(text, expected):
         assert part in message
 
 
-@pytest.mark.parametrize("assignment", ["steps.9.bits=3", "steps.1.bits", "steps.x.bits=3", "steps.1.bit=3"])
+def test_set_replaces_a_whole_step_and_fills_a_section_written_as_null():
+    made = recipe.parse("data:\nsteps: [heads.span, quant.rtn: ]", "r.yaml",
+                        ("steps.0={heads.gradient: {}}", "steps.1.bits=3", "data.samples=9"))
+    assert [step.name for step in made.steps] == ["heads.gradient", "quant.rtn"]
+    assert (made.steps[1].bits, made.data.samples) == (3, 9)
+
+
+def test_a_file_too_large_for_a_recipe_is_not_read(tmp_path):
+    with (tmp_path / "r.yaml").open("wb") as file:
+        file.truncate(10**11)
+    with pytest.raises(LlmoptError, match="too many for a recipe"):
+        recipe.load(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("assignment", ["steps.\u00b2.bits=3", "steps.-1.bits=3", "steps.1.bits.x=3", "steps.1.bits=*x",
+                                        "steps.1.bits=!!python/name:os.system", "seed.x=1", "steps.1=3", "x.y.z=3",
+                                        "steps.9.bits=3", "steps.1.bits", "steps.x.bits=3", "steps.1.bit=3"])
 def test_a_bad_override_names_itself(assignment):
-    with pytest.raises(LlmoptError, match="steps|bit"):
+    with pytest.raises(LlmoptError, match="steps|bit|seed|'x'"):
         recipe.parse(GOOD, "r.yaml", (assignment,))
 
 

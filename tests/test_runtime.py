@@ -332,3 +332,19 @@ def test_a_mask_may_be_left_out_once_known():
             results.append(model(tokens[:, 30:], attention_mask=given, position_ids=positions_of(mask)[:, 30:],
                                  past_key_values=cache).logits)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("sizes", [[LENGTH], [15, 1, 24]])
+def test_the_last_token_can_be_read_again(model, sizes):
+    tokens, mask = padded()
+    position = {} if model.config.model_type == "opt" else {"position_ids": positions_of(mask)[:, -1:]}
+    for method, exact in ((kv.SnapKV(budget=LENGTH), True), (kv.SnapKV(**SMALL), False)):
+        with runtime.attached(model, method):
+            logits, cache = steps(model, tokens, mask, sizes)
+            before = [counts.clone() for counts in cache.kept()]
+            with runtime.frozen(model), torch.no_grad():
+                again = model(tokens[:, -1:], attention_mask=mask, past_key_values=cache.without_last(), **position)
+        assert again.past_key_values.get_seq_length() == LENGTH
+        assert all(torch.equal(a, b) for a, b in zip(cache.kept(), before, strict=True))
+        same = torch.allclose(again.logits[:, 0], logits[:, -1], atol=1e-5, rtol=1e-5)
+        assert same == exact

@@ -1,9 +1,10 @@
 """The lm-eval model class `llmopt`: `hf`, with the cache methods of a checkpoint really in force.
 
-A request's context is prefilled, compressed by the attached methods, and the continuation is scored on what was
-kept. The first `ask` of a world text ends the context, so that agnostic questions are asked of one finished cache. A
-rolling window (perplexity) scores its first half while prefilling it, compresses, then scores the second half: every
-token counts once, and without a method all figures equal those of `hf`.
+A request's context is prefilled and compressed by the attached methods; its last token is then read once more, and the
+continuation after it, on what was kept: otherwise one-word answers would come out of the prefill and suffer nothing.
+The first `ask` of a world text ends the context, so that agnostic questions are asked of one finished cache. A rolling
+window (perplexity) scores its first half while prefilling it, compresses, then scores the second half: every token
+counts once, and without a method all figures equal those of `hf`.
 """
 from collections import defaultdict
 
@@ -69,15 +70,14 @@ class LlmoptLM(HFLM):
     @torch.no_grad()
     def _score_group(self, prefix: list[int], members: list[tuple[int, list[int], int]]):
         """(index, score) of every tail asked after one prefix, each from the same compressed cache."""
-        ids = torch.tensor([prefix], device=self.device)
-        filled = self.model(ids, use_cache=True)
+        filled = self.model(torch.tensor([prefix], device=self.device), use_cache=True)
         inside = log_softmax(filled.logits[0].float(), -1)              # [T, vocabulary]
+        cache, again = filled.past_key_values, []
+        if not self._rolling and runtime.has_eviction(self.model):
+            cache, again = cache.without_last(), prefix[-1:]
         for index, tail, count in members:
-            table = torch.cat([inside[-1:], self._continue(filled.past_key_values, tail[:-1])])
-            if self._rolling:                                           # the window's own tokens count too
-                table = torch.cat([inside[:-1], table])
-                tail = [*prefix[1:], *tail]
-            yield index, _score(table, tail, count)
+            table = torch.cat([inside, self._continue(cache, [*again, *tail[:-1]])])
+            yield index, _score(table, [*prefix[1:], *tail], count)
 
     def _continue(self, cache, ids: list[int]) -> Tensor:
         """Log-probabilities [len(ids), vocabulary] after each of `ids`, on a frozen copy of the cache."""

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmopt.card import read_json, write_card
+from llmopt.card import write_card
+from llmopt.facts import FILE, RUN, check_shape, read_facts
 from llmopt.recipe import ModelSpec, Recipe
 from llmopt.shards import write_text
 from llmopt.terminal import human
@@ -13,7 +14,8 @@ from llmopt_evals import evaluate as scores
 
 def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Score the dense and the compressed model where that is missing, write the table, return the folder's facts."""
-    facts = read_json(output / "llmopt.json")
+    facts = read_facts(output)
+    check_shape(facts, RUN, str(output / FILE))
     if tasks and "scores" not in facts:
         facts["scores"] = {}
         after = ModelSpec(id=str(output), device=recipe.model.device)      # its dtype is the computed one
@@ -23,7 +25,7 @@ def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str]
             scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
             facts["scores"][which] = [list(row) for row in scores.figures(results)]
     facts["table"] = table(facts)
-    write_text(output / "llmopt.json", json.dumps(facts, indent=2) + "\n")
+    write_text(output / FILE, json.dumps(facts, indent=2) + "\n")
     write_card(output)
     return facts
 

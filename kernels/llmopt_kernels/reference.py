@@ -66,6 +66,12 @@ class Ragged:
                 yield row, head, slice(start, start + count)
                 start += count
 
+    def where(self, stay: Tensor) -> "Ragged":
+        """The entries for which `stay` [N] holds."""
+        counts = torch.tensor([int(stay[place].sum()) for _, _, place in self.heads()]).view_as(self.counts)
+        bias = None if self.bias is None else self.bias[stay]
+        return Ragged(self.keys[stay], self.values[stay], self.positions[stay], counts, bias)
+
     def select_rows(self, rows: Tensor) -> "Ragged":
         """The same entries for a batch made of `rows` [B'], in that order."""
         ends = self.counts.sum(1).cumsum(0).tolist()

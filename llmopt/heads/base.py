@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.blocks import blocks
+from llmopt.facts import read_scores
 from llmopt.method import LlmoptError, Method, Record, Run
 
 Batch = dict[str, Tensor]
@@ -76,14 +77,7 @@ def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[st
 
 def load_scores(path: str | Path) -> list[Tensor]:
     """Scores from a JSON file: {"scores": [L][H]} or the bare list; raises LlmoptError for anything else."""
-    try:
-        data = json.loads(Path(path).read_text())
-        rows = data["scores"] if isinstance(data, dict) else data
-        return [torch.tensor(row, dtype=torch.float32) for row in rows]
-    except OSError as error:
-        raise LlmoptError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmoptError(f'{path}: holds no head scores; expected {{"scores": [[...], ...]}}') from error
+    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path))]
 
 
 def plot(scores: list[Tensor], path: str | Path) -> None:

@@ -1,5 +1,4 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
-import json
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from llmopt.blocks import blocks
 from llmopt.cache import Entries, LlmoptCache
+from llmopt.facts import read_scores
 from llmopt.kv import allocate
 from llmopt.kv.reduce import REDUCERS
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
@@ -237,5 +237,4 @@ def _head_scores(name: str, run: Run) -> list[list[float]]:
         raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
     if not Path(name).is_file():
         raise LlmoptError(f"heads: there is no file {name}")
-    data = json.loads(Path(name).read_text())
-    return data["scores"] if isinstance(data, dict) else data
+    return read_scores(Path(name))

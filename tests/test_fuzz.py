@@ -1,0 +1,373 @@
+"""Damaged and hostile files: it works, or it is one line and exit code 2; no traceback, no hang, nothing half-written.
+
+Every target is a file that a stranger may have made. It is damaged as a tree (keys deleted, renamed, swapped, numbers
+and types that nobody expects) or as bytes (cut, flipped, repeated, made up), then the command is run on it in this
+process. Beside each model lies code that nobody may run. `--full`: 20 times as many cases, and whole runs.
+"""
+import contextlib
+import copy
+import io
+import json
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llmopt_evals.world.tokenizer import save_tokenizer
+
+from llmopt import data, recipe
+from llmopt.cli import main
+from llmopt.loading import load_model, load_tokenizer
+from llmopt.method import LlmoptError
+from llmopt.recipe import DataSpec, ModelSpec
+from tests import tiny
+
+SECONDS, MEMORY = 20, 2**30                 # for one case; growth of this process over all cases of a target
+RECIPE = """# every section
+model: {id: m, dtype: float32}
+data: {name: world, samples: 4, length: 64, seed: 0}
+steps:
+  - heads.span: {}
+  - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn, kv_groups]}
+  - quant.rtn: {bits: 3.5, group_size: 16, allocate: lim, overrides: {model.layers.0.mlp.down_proj: {bits: 8}}}
+  - attention.a_shape: {sinks: 4, window: 8, min_length: 0}
+  - kv.snapkv: {ratio: 0.5, allocate: prefix}
+eval: {tasks: [world_ppl], limit: 4}
+format: portable
+max_shard_size: 2GB
+"""
+RTN = "steps:\n  - quant.rtn: {bits: 4, group_size: 16}\n"
+EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({here!r}, 'ran').touch()\n"
+DEEP = 300
+
+
+def nested(depth: int, kind: Any = list) -> Any:
+    made: Any = 1
+    for _ in range(depth):
+        made = [made] if kind is list else {"a": made}
+    return made
+
+
+WEIRD = [None, True, 0, -1, 1, 7, 2**31, 2**63, 10**7, 10**9, 10**18, -10**30, 10**400, 0.5, -0.0, 1e300, float("nan"),
+         float("inf"), "", "x", " ", "auto", "null", "3", "*", "\ud800", "\x00", "a\nb", "\x1b[31mred\x07", "[/red]",
+         ":smile:", "../x", "/etc/passwd", "é" * 3, "x" * 5000, "evil.Evil", "float32", "llama", "bert", [], {}, [None],
+         [1] * 300, ["x", 1], {"": ""}, {"x": {"y": []}}, {"bits": -1}, nested(30), nested(DEEP), nested(DEEP, dict),
+         "@DIGITS@"]
+TOKENS = [
+    b"\x00", b"\t", b"\n", b"'", b'"', b"{", b"}", b"- ", b": ", b"#", b"=", b"~", b"|\n  x", b"? a\n: b", b"\\ud800",
+    b"[" * 2000, b"{a: " * 500, b"&a [*a]", b"*a", b"<<: *a", b"---\n", b"...", b"%YAML 9.9\n", b"null", b"2020-99-99",
+    b"!!python/object/apply:os.system [x]", b"!!int x", b"!!bool x", b"!!timestamp x", b"!!set {a}", b".nan", b"-.inf",
+    b"1:1:1", b"0x", b"0x" + b"f" * 6000, b"9" * 5000, b"1e999", b"\xff\xfe", b"\xef\xbb\xbf", b"\xf0\x9f\x92\xa9"]
+
+
+def paths(tree: Any, here: tuple = ()) -> list[tuple]:
+    """The path of every part of a tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [here, *(path for key, value in items for path in paths(value, (*here, key)))]
+
+
+def at(tree: Any, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+@st.composite
+def damaged_trees(draw, tree: Any) -> Any:
+    """A tree with one to three parts deleted, renamed, repeated, swapped, wrapped or made weird."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(paths(tree)))
+        weird = copy.deepcopy(draw(st.sampled_from(WEIRD)))
+        if not path:
+            tree = draw(st.sampled_from([tree] * 9 + [weird]))
+            continue
+        above, key = at(tree, path[:-1]), path[-1]
+        match draw(st.sampled_from(["weird", "weird", "weird", "delete", "rename", "repeat", "swap", "wrap"])):
+            case "weird":
+                above[key] = weird
+            case "delete":
+                del above[key]
+            case "rename" if isinstance(above, dict):
+                name = draw(st.sampled_from(["x", "", f"{key}s", "__class__", "auto_map", "a\nb", "\ud800"]))
+                above[name] = above.pop(key)
+            case "repeat" if isinstance(above, list):
+                above[:] = above + [above[key]] * draw(st.sampled_from([1, 2, 100]))
+            case "swap":
+                above[key] = copy.deepcopy(at(tree, draw(st.sampled_from(paths(tree)))))
+            case _:
+                above[key] = [above[key]]
+        if not isinstance(tree, (dict, list)):
+            break
+    return tree
+
+
+@st.composite
+def damaged_bytes(draw, content: bytes, tokens: list[bytes] = TOKENS) -> bytes:
+    """Bytes cut, flipped, repeated, enriched by a token, or all made up."""
+    place = draw(st.integers(0, len(content)))
+    match draw(st.sampled_from(["cut", "flip", "insert", "insert", "insert", "delete", "repeat", "random"])):
+        case "cut":
+            return content[:place]
+        case "flip":
+            made = bytearray(content)
+            for spot in draw(st.lists(st.integers(0, max(len(made) - 1, 0)), max_size=8)):
+                made[spot] ^= 1 << draw(st.integers(0, 7))
+            return bytes(made)
+        case "insert":
+            return content[:place] + draw(st.sampled_from(tokens)) + content[place:]
+        case "delete":
+            return content[:place] + content[place + draw(st.integers(1, 40)):]
+        case "repeat":
+            times = draw(st.sampled_from([1, 2, 50]))
+            return content[:place] + content[max(place - 30, 0):place] * times + content[place:]
+    return draw(st.binary(max_size=200))
+
+
+def dumped(tree: Any) -> bytes:
+    """JSON with what Python's writer would not write: a number of 5,000 digits."""
+    return json.dumps(tree).replace('"@DIGITS@"', "9" * 5000).encode()
+
+
+def damaged_json(content: bytes) -> st.SearchStrategy[bytes]:
+    return damaged_trees(json.loads(content)).map(dumped) | damaged_bytes(content)
+
+
+def _yaml(tree: Any) -> bytes:
+    return yaml.safe_dump(tree).encode("utf-8", "surrogatepass")
+
+
+def damaged_yaml(text: str) -> st.SearchStrategy[bytes]:
+    trees = damaged_trees(yaml.safe_load(text))
+    return trees.map(dumped) | damaged_bytes(text.encode()) | trees.map(_yaml)
+
+
+def damaged_figures(content: bytes) -> st.SearchStrategy[bytes]:
+    """All of llmopt.json but its recipe: with another one, there is nothing to resume."""
+    facts = json.loads(content)
+    recipe = {"recipe": facts.pop("recipe")}
+    return damaged_trees(facts).map(lambda made: dumped(made | recipe if isinstance(made, dict) else made))
+
+
+def damaged_lines(content: bytes) -> st.SearchStrategy[bytes]:
+    first, rest = content.split(b"\n", 1)
+    return damaged_trees(json.loads(first)).map(lambda row: dumped(row) + b"\n" + rest) | damaged_bytes(content)
+
+
+def damaged_safetensors(content: bytes) -> st.SearchStrategy[bytes]:
+    size = int.from_bytes(content[:8], "little")
+    header, values = content[8:8 + size], content[8 + size:]
+    lengths = st.sampled_from([0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1])
+    return st.one_of(
+        damaged_json(header).map(lambda made: len(made).to_bytes(8, "little") + made + values),
+        lengths.map(lambda length: length.to_bytes(8, "little") + content[8:]),
+        damaged_bytes(content[:8 + size]).map(lambda made: made + values), damaged_bytes(content))
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def command(*words: Any) -> Outcome:
+    """The command's end in this process; anything but an exit code comes through."""
+    out, err = io.StringIO(), io.StringIO()
+    kept, sys.argv = sys.argv, ["llmopt", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as leave:
+        return Outcome(leave.code, out.getvalue(), err.getvalue())
+    finally:
+        sys.argv = kept
+    raise AssertionError("no exit code")
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(p), p.stat().st_size) for p in folder.rglob("*") if "__pycache__" not in p.parts)
+
+
+def holds(folder: Path, *words: Any) -> None:
+    """The property: done, or refused by one line; a refused case leaves `folder` as it was."""
+    before = listing(folder)
+    end = command(*words)
+    assert end.code in (0, 2), end
+    if end.code:
+        assert end.err.startswith("error: "), end
+        assert len(end.err.splitlines()) == 1, end
+        assert end.out == "", end
+        assert listing(folder) == before, end
+
+
+class Arena:
+    """Whole files to damage, and the place where a case is laid out."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model, self.done = folder, folder / "m", folder / "done"
+        model = tiny.make("llama", vocab_size=512, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+        for place, size in ((self.model, "1GB"), (folder / "shards", "50KB")):
+            model.save_pretrained(place, max_shard_size=size)
+            save_tokenizer(place)
+            self._plant(place)
+        self.write("r.yaml", RECIPE.encode())
+        self.write("rtn.yaml", RTN.encode())
+        self.write("d.txt", b"the fox runs .\n<|endoftext|>\n" * 20)
+        turns = [{"role": "user", "content": "the fox runs ."}, {"role": "assistant", "content": "it hides ."}]
+        for name, row in (("text", {"text": "the fox runs ."}), ("chat", {"text": turns}), ("ids", [5, 6, 7, 8])):
+            self.write(f"{name}.jsonl", dumped(row) + b"\n" + (dumped(row) + b"\n") * 8)
+        self.write("set.txt", b"steps.2.bits=3")
+        self.config, self.tokenizer = model.config, load_tokenizer(str(self.model))
+        self.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        end = command("compress", "--recipe", folder / "r.yaml", "--model", self.model, "--output", self.done,
+                      "--no-eval")
+        assert end.code == 0, end
+
+    def _plant(self, model: Path) -> None:
+        """Code beside the weights, and configs that ask for it."""
+        for name in ("evil.py", "modeling_evil.py", "custom_generate/generate.py"):
+            (model / name).parent.mkdir(exist_ok=True)
+            (model / name).write_text(EVIL.format(here=str(self.folder)))
+        for name, parts in (("config.json", ("AutoConfig", "AutoModelForCausalLM")),
+                            ("tokenizer_config.json", ("AutoTokenizer",))):
+            content = json.loads((model / name).read_text())
+            content["auto_map"] = dict.fromkeys(parts, "evil.Evil")
+            (model / name).write_text(json.dumps(content))
+
+    def write(self, name: str, content: bytes) -> Path:
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    @contextlib.contextmanager
+    def replaced(self, name: str, content: bytes):
+        """The file with other content, for as long as the block runs."""
+        kept = self.read(name)
+        self.write(name, content)
+        try:
+            yield
+        finally:
+            self.write(name, kept)
+
+    def plan(self, recipe: str, model: str = "m") -> None:
+        holds(self.folder, "compress", "--recipe", self.folder / recipe, "--model", self.folder / model, "--dry-run")
+
+    def run(self, recipe: str, model: str = "m") -> None:
+        output = self.folder / "out"
+        holds(self.folder, "compress", "--recipe", self.folder / recipe, "--model", self.folder / model,
+              "--output", output, "--no-eval", "--json")
+        shutil.rmtree(output, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    return Arena(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.fixture(autouse=True)
+def bounded(arena):
+    """A case that takes too long is interrupted; memory, and the code that nobody may run, are looked at afterwards."""
+    def late(*_):
+        raise TimeoutError(f"a case took more than {SECONDS} s")
+
+    before, handler = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, late)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
+    assert not list(arena.folder.rglob("ran")), "code of a checkpoint was run"
+
+
+@dataclass
+class Target:
+    """A file to damage: how, how many times, and what is run on it."""
+
+    file: str
+    damage: Callable[[bytes], st.SearchStrategy[bytes]]
+    run: Callable[[Arena], None]
+    count: int
+
+
+def show(arena: Arena) -> None:
+    holds(arena.folder, "show", arena.done)
+    holds(arena.folder, "show", arena.done, "--json")
+
+
+def resume(arena: Arena) -> None:
+    holds(arena.folder, "compress", "--recipe", arena.folder / "r.yaml", "--model", arena.model, "--output", arena.done,
+          "--no-eval", "--resume", "--json")
+
+
+def calibrate(file: str, **keys: Any) -> Callable[[Arena], None]:
+    def run(arena: Arena) -> None:
+        spec = DataSpec(path=str(arena.folder / file), **keys)
+        with contextlib.suppress(LlmoptError):
+            data.load(spec, arena.config, arena.tokenizer)
+
+    return run
+
+
+def override(arena: Arena) -> None:
+    with contextlib.suppress(LlmoptError):
+        recipe.parse(RECIPE, "r.yaml", (arena.read("set.txt").decode(errors="surrogateescape"),))
+
+
+def load(arena: Arena) -> None:
+    with contextlib.suppress(LlmoptError):
+        load_model(ModelSpec(id=str(arena.done)))
+
+
+TARGETS = {
+    "recipe": Target("r.yaml", lambda c: damaged_yaml(c.decode()), lambda a: a.plan("r.yaml"), 400),
+    "config": Target("m/config.json", damaged_json, lambda a: a.plan("rtn.yaml"), 300),
+    "index": Target("shards/model.safetensors.index.json", damaged_json, lambda a: a.plan("rtn.yaml", "shards"), 150),
+    "safetensors": Target("m/model.safetensors", damaged_safetensors, lambda a: a.plan("rtn.yaml"), 250),
+    "tokenizer": Target("m/tokenizer.json", damaged_json, lambda a: a.plan("rtn.yaml"), 80),
+    "tokenizer_config": Target("m/tokenizer_config.json", damaged_json, lambda a: a.plan("rtn.yaml"), 120),
+    "generation_config": Target("m/generation_config.json", damaged_json, lambda a: a.plan("rtn.yaml"), 50),
+    "show": Target("done/llmopt.json", damaged_json, show, 250),
+    "show_config": Target("done/config.json", damaged_json, show, 50),
+    "resume": Target("done/llmopt.json", damaged_figures, resume, 100),
+    "load": Target("done/config.json", damaged_json, load, 100),
+    "text": Target("d.txt", damaged_bytes, calibrate("d.txt", name="text"), 100),
+    "jsonl": Target("text.jsonl", damaged_lines, calibrate("text.jsonl", name="text"), 150),
+    "chat": Target("chat.jsonl", damaged_lines, calibrate("chat.jsonl", name="text", template="chat"), 150),
+    "ids": Target("ids.jsonl", damaged_lines, calibrate("ids.jsonl", name="ids"), 150),
+    "set": Target("set.txt", damaged_bytes, override, 150),
+    "run_recipe": Target("r.yaml", lambda c: damaged_yaml(c.decode()), lambda a: a.run("r.yaml"), 10),
+    "run_config": Target("m/config.json", damaged_json, lambda a: a.run("rtn.yaml"), 20),
+    "run_generation": Target("m/generation_config.json", damaged_json, lambda a: a.run("rtn.yaml"), 20),
+    "run_tokenizer": Target("m/tokenizer_config.json", damaged_json, lambda a: a.run("rtn.yaml"), 10),
+}
+TIERS = [pytest.param(1, id="quick"), pytest.param(20, id="long", marks=pytest.mark.full)]
+
+
+def cases(count: int, tier: int):
+    return settings(max_examples=count * tier, derandomize=tier == 1, database=None, deadline=None,
+                    suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_damaged_file_is_one_line(arena, name, tier):
+    target = TARGETS[name]
+
+    @cases(target.count, tier)
+    @given(target.damage(arena.read(target.file)))
+    def check(content: bytes) -> None:
+        signal.alarm(SECONDS)
+        with arena.replaced(target.file, content):
+            target.run(arena)
+
+    check()
