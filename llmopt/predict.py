@@ -69,7 +69,7 @@ def _prune(skeleton: nn.Module, step: Method, run: Run, model: nn.Module | None)
     """Cut the step's plan out of the skeleton; model: where its scores can be read already, else None."""
     step.refuse(skeleton)
     plan, meta = step.guess(skeleton, run) if model is None else step.plan(model, run)
-    apply_plan(skeleton, plan, {})
+    apply_plan(skeleton, plan, Run())
     gone = ", ".join(f"{n} {kind}" for kind, n in meta["removed_units"].items() if n)
     return f"removes {'about ' * (model is None)}{meta['removed_share']:.1%} of {', '.join(step.units)}: {gone}"
 
