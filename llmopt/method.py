@@ -19,10 +19,23 @@ Stage = Literal["score", "prune", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
 
 
+LONGEST = 2000                 # characters of a message, a value or a list of choices included
+
+
+def one_line(text: str) -> str:
+    """`text` without line ends or terminal codes: names and values from foreign files may hold either."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST * 3 // 4]} ... {line[-LONGEST // 4:]}"
+
+
 class LlmoptError(Exception):
     """Something the user can mend; its text is the whole message. Commands print it and exit with `exit_code`."""
 
     exit_code: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class FieldError(LlmoptError):

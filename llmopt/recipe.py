@@ -1,15 +1,14 @@
-"""YAML -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
+"""The text of a recipe -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from llmopt.method import STAGES, Checked, FieldError, KeyUnknown, LlmoptError, Method, build, fill, nearest
+from llmopt.method import STAGES, Checked, FieldError, KeyUnknown, LlmoptError, Method, build, fill, naming, nearest
+from llmopt.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 
 PACKAGED = (Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")  # the checkout's, the wheel's
-MAX_DEPTH, MAX_NODES = 20, 10_000
+MAX_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class DataSpec(Checked):
 
     def check(self) -> None:
         for key in ("samples", "batch_size"):
-            if getattr(self, key) < 1:
-                raise FieldError(key, getattr(self, key), "at least 1")
+            if not 1 <= getattr(self, key) <= MAX_SAMPLES:
+                raise FieldError(key, getattr(self, key), f"a number from 1 to {MAX_SAMPLES}")
         if not 0 <= self.seed < 2**32:
             raise FieldError("seed", self.seed, f"a number from 0 to {2**32 - 1}")
         if self.length is not None and self.length < 2:
@@ -93,12 +92,13 @@ class Recipe:
 
 SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
 KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
-Path_ = tuple[str | int, ...]
 
 
 def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
     """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id."""
     path = find(name)
+    if path.stat().st_size > 4 * MAX_BYTES:            # a character takes up to 4
+        raise LlmoptError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -122,7 +122,7 @@ def find(name: str) -> Path:
 def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
     """Build a Recipe from YAML text; `source` names it in errors."""
     data, lines = read_yaml(text, source)
-    where = Where(source, lines)
+    data, where = {} if data is None else data, Where(source, lines)
     if not isinstance(data, dict):
         raise LlmoptError(f"{source}:1: a recipe is a mapping with the keys {', '.join(KEYS)}")
     for assignment in sets:
@@ -151,9 +151,9 @@ class Where:
     """Turns a key path into FILE:LINE for messages."""
 
     source: str
-    lines: dict[Path_, int]
+    lines: dict[KeyPath, int]
 
-    def error(self, path: Path_, fact: str) -> LlmoptError:
+    def error(self, path: KeyPath, fact: str) -> LlmoptError:
         probe = path
         while probe and probe not in self.lines:
             probe = probe[:-1]
@@ -188,7 +188,7 @@ def _steps(where: Where, given: Any) -> tuple[Method, ...]:
     return tuple(steps)
 
 
-def _filled(where: Where, path: Path_, label: str, make) -> Any:
+def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
     prefix = f"{label}: " if label else ""
     try:
         return make()
@@ -257,13 +257,15 @@ def _assign(data: dict, assignment: str) -> None:
     for i, word in enumerate(parents):
         target = _descend(target, word, assignment)
         if i == 1 and parents[0] == "steps":
-            if isinstance(target, str) or len(target) != 1:
+            if not isinstance(target, dict) or len(target) != 1:
                 raise LlmoptError(f"--set {assignment}: step {word} is not written as {{family.method: {{fields}}}}")
-            (name, fields_given), = target.items()
-            target[name] = target = fields_given if fields_given is not None else {}
-    if not isinstance(target, dict):
+            name, = target
+            target = _descend(target, name, assignment)
+    if not isinstance(target, (dict, list)):
         raise LlmoptError(f"--set {assignment}: {'.'.join(parents)} has no keys")
-    target[last] = _value(value, assignment)
+    if isinstance(target, list):
+        _descend(target, last, assignment)
+    target[int(last) if isinstance(target, list) else last] = _value(value, assignment)
 
 
 def values(sets: tuple[str, ...]) -> dict[str, Any]:
@@ -276,65 +278,18 @@ def values(sets: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _value(text: str, assignment: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LlmoptError(f"--set {assignment}: the value is not YAML: {_fact(error)}") from error
+    with naming(f"--set {assignment}"):
+        return read_yaml(text, "value")[0]
 
 
 def _descend(target: Any, word: str, assignment: str) -> Any:
+    """What lies under `word`; a mapping that is missing, or written as null, is made."""
     if isinstance(target, list):
-        if not word.isdigit() or int(word) >= len(target):
+        if word not in map(str, range(len(target))):
             raise LlmoptError(f"--set {assignment}: there is no step {word}; steps run from 0 to {len(target) - 1}")
         return target[int(word)]
     if not isinstance(target, dict):
         raise LlmoptError(f"--set {assignment}: nothing below {word!r}")
-    return target.setdefault(word, {})
-
-
-def read_yaml(text: str, source: str) -> tuple[Any, dict[Path_, int]]:
-    """Plain data and the line of every key path; tabs, duplicate keys, anchors and deep nesting are refused."""
-    lines: dict[Path_, int] = {}
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise LlmoptError(f"{source}: aliases (*name) are not allowed in a recipe")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        tab = " (tabs may not indent YAML: use spaces)" if "\\t" in str(error) else ""
-        raise LlmoptError(f"{source}:{line}: not valid YAML: {_fact(error)}{tab}") from error
-    except RecursionError as error:
-        raise LlmoptError(f"{source}: nested deeper than {MAX_DEPTH} levels") from error
-    if node is None:
-        return {}, lines
-    return _construct(node, (), lines, source, yaml.SafeLoader("")), lines
-
-
-def _construct(node: yaml.Node, path: Path_, lines: dict, source: str, loader: yaml.SafeLoader) -> Any:
-    line = node.start_mark.line + 1
-    lines.setdefault(path, line)
-    if len(path) > MAX_DEPTH or len(lines) > MAX_NODES:
-        raise LlmoptError(f"{source}:{line}: too deep or too long for a recipe")
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*path, i), lines, source, loader) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        made: dict[str, Any] = {}
-        for key_node, child in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise LlmoptError(f"{source}:{line}: a key must be a word")
-            if key in made:
-                raise LlmoptError(f"{source}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            lines[(*path, key)] = key_node.start_mark.line + 1
-            made[key] = _construct(child, (*path, key), lines, source, loader)
-        return made
-    try:
-        return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
-        raise LlmoptError(f"{source}:{line}: {node.value!r} cannot be read: {_fact(error)}") from error
-
-
-def _fact(error: Exception) -> str:
-    """What a YAML error says, without the copy of the text that it carries along."""
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+    if target.get(word) is None:
+        target[word] = {}
+    return target[word]

@@ -80,6 +80,5 @@ def _weight(block: Block, unit: str, projection: Projection) -> Tensor:      # [
     for role, readers in (("attn_in", block.attn_in), ("ffn_in", block.ffn_in)):
         ahead = unit in FINE and role in block.norms and block.form != "residual_post"
         if ahead and any(p is projection for p in readers):
-            norm = block.norms[role]
-            weight = weight * (norm.offset + norm.module.weight.data.float())
+            weight = weight * block.norms[role].gain
     return weight

@@ -8,10 +8,10 @@ from llmopt_evals.world.questions import copy_questions, fact_questions, recall_
 from llmopt_evals.world.text import eval_stories, perplexity_text
 
 WORLD_V1 = {
-    "weights": "",
-    "tokenizer": "",
-    "questions": "",
-    "texts": "",
+    "weights": "8bd19f2cb2d244c7",
+    "tokenizer": "14487e756c17ba26",
+    "questions": "c31289bad30985ff",
+    "texts": "017dd8d646b30873",
 }
 
 
