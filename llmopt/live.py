@@ -170,6 +170,20 @@ class Attachment:
                 method.compress(cache, self, self.record(EVICTOR), cache.attending())
             cache.pending = 0
 
+    @torch.no_grad()
+    def rehearse(self, shapes: list[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
+        """The cache after a prompt of these queries, keys and values, layer by layer: no weight is read."""
+        cache, tokens = self.new_cache(), shapes[0][1].shape[2]
+        self.now.cache, self.now.tokens, self.now.plan = cache, tokens, {}
+        self.now.due = self._is_due()
+        for index, (query, keys, values) in enumerate(shapes):
+            keys, values = cache.update(keys, values, index)
+            if self.modules[index] is not None:
+                rule = Rule(query.shape[-1] ** -0.5, None, cache.layers[index].window)
+                self.attend(index, query, keys, values, None, rule)
+        self._leave(self.model, (), {}, cache)
+        return cache
+
     # --------------------------------------------------------------------------------------------- inside a layer
 
     def attend(self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,

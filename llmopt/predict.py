@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmopt import checkpoint, shards
 from llmopt.blocks import spec_of
 from llmopt.loading import load_dense
-from llmopt.method import LlmoptError, Method, Run, naming
+from llmopt.method import LlmoptError, Memory, Method, Run, naming
 from llmopt.prune.surgery import apply_plan
 from llmopt.quant.grid import DTYPES
 from llmopt.quant.plan import DENSE, Target
@@ -28,14 +28,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0) -> tuple[int, list]:
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0,
+            memory: Memory = Memory()) -> tuple[int, list]:       # noqa: B008  it holds nothing
     """(bytes of the checkpoint's safetensors, [[step, what it will do]]); `model` is left as it is.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local.
     """
     skeleton, told, packed = _skeleton(model), [], {}
-    run = Run(seed=seed, multiple=group_multiple(steps))
+    run = Run(seed=seed, multiple=group_multiple(steps), memory=memory)
     pruned = False
     for i, step in enumerate(steps):
         with naming(f"steps.{i} {step.name}"):

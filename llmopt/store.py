@@ -1,4 +1,5 @@
 """A checkpoint's tensors one by one: which file holds which, and the model's shapes without its weights."""
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,24 @@ from torch import Tensor, nn
 
 from llmopt.blocks import layer_list, spec_of
 from llmopt.folder import fact_of, read_header, weight_files
-from llmopt.loading import check_reads, check_shapes, loading, read_dense
+from llmopt.loading import check_dense, examine
 from llmopt.method import LlmoptError
 from llmopt.recipe import ModelSpec
 from llmopt.shards import DTYPES
 
 Places = dict[str, tuple[Path, str]]        # name -> (file, the tensor's name in there)
-SIZES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in DTYPES.items()}
+TYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in DTYPES.items()}
 
 
 def places(folder: Path) -> Places:
     """Every tensor of a folder."""
-    return {name: (file, name) for file in weight_files(folder) for name in read_header(file)
-            if name not in ("__metadata__", "__size__")}
+    return {name: (file, name) for file in weight_files(folder) for name in header(file)}
+
+
+def header(file: Path) -> dict[str, Any]:
+    """{name: {dtype, shape, data_offsets}} of a safetensors file."""
+    found = read_header(file)
+    return {name: entry for name, entry in found.items() if name not in ("__metadata__", "__size__")}
 
 
 def read(wanted: Places) -> dict[str, Tensor]:
@@ -35,26 +41,11 @@ def read(wanted: Places) -> dict[str, Tensor]:
     return {name: found[name] for name in wanted}
 
 
-def local_folder(spec: ModelSpec, source: str) -> Path:
-    """The folder of a model; one with a hub name is fetched first, its weights and configs alone."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    with loading(source, "model"):
-        return Path(snapshot_download(source, revision=spec.revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def dense_bytes(spec: ModelSpec, folder: Path) -> int:
-    """Bytes of the weights in memory, as a model of the type that `spec` asks for."""
-    total = 0
-    for file in weight_files(folder):
-        for name, entry in read_header(file).items():
-            if name not in ("__metadata__", "__size__"):
-                start, end = entry["data_offsets"]
-                stored = SIZES.get(entry["dtype"], torch.float32).itemsize
-                total += (end - start) * (getattr(torch, spec.dtype).itemsize if spec.dtype else stored) // stored
-    return total
+def dense_bytes(folder: Path, dtype: str | None = None) -> int:
+    """Bytes of a folder's weights in memory, as `dtype` or in the types of the files."""
+    entries = [entry for file in weight_files(folder) for entry in header(file).values()]
+    return sum(math.prod(entry["shape"]) * (getattr(torch, dtype) if dtype else TYPES[entry["dtype"]]).itemsize
+               for entry in entries)
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
@@ -62,24 +53,22 @@ def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with loading(config._name_or_path, "model"):
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-        model.tie_weights()             # each weight was moved by itself, which has cut the ties
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    model.tie_weights()             # each weight was moved by itself, which has cut the ties
     return model.eval()
 
 
 def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
-    """(skeleton, where its weights lie) of a model that can be compressed; the checks of `load_dense`.
+    """(skeleton, where its weights lie) of a model in a folder; the checks of `load_dense`.
 
     What can be known of single values, NaN and Inf, is found when they are read.
     """
     from transformers import GenerationConfig
 
-    source, config = read_dense(spec)
-    check_reads(config, source)
-    folder = local_folder(spec, source)
-    check_shapes(folder, config, spec.trust_remote_code)
+    check_dense(spec)
+    source, config = examine(spec)
+    folder = Path(source)
     found = places(folder)
     model = skeleton(config, getattr(torch, spec.dtype) if spec.dtype else config.dtype or _first_dtype(found),
                      spec.trust_remote_code)
@@ -96,7 +85,7 @@ def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
 def _first_dtype(found: Places) -> torch.dtype:
     """The type of the first floating-point tensor: what transformers takes where the config names none."""
     for file, name in found.values():
-        dtype = SIZES[read_header(file)[name]["dtype"]]
+        dtype = TYPES[header(file)[name]["dtype"]]
         if dtype.is_floating_point:
             return dtype
     return torch.float32
