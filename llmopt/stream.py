@@ -242,8 +242,6 @@ def streamed(recipe: Recipe, output: Path, streaming: Streaming) -> Iterator[tup
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
-    if streaming.blocks:
-        _cut_short(model, streaming.blocks)
     tokenizer = fitting_tokenizer(model, local, recipe.model)
     work = output.with_name(f"{output.name}.llmopt-work")
     try:
@@ -251,7 +249,10 @@ def streamed(recipe: Recipe, output: Path, streaming: Streaming) -> Iterator[tup
     except FileExistsError as error:
         raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
     try:
-        yield model, tokenizer, Stream(places, model, work, recipe.format, streaming.activations)
+        memory = Stream(places, model, work, recipe.format, streaming.activations)
+        if streaming.blocks:
+            _cut_short(model, streaming.blocks)
+        yield model, tokenizer, memory
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -274,5 +275,5 @@ def refuse_whole(recipe: Recipe, size: int) -> None:
     """Raise LlmoptError for a step that works on the whole model; size: bytes of the dense weights."""
     for i, step in enumerate(recipe.steps):
         if step.needs_whole:
-            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model at once and cannot be streamed: that takes "
+            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model and cannot be streamed; that takes "
                               f"{size / 1e9:.1f} GB for the weights alone, {available() / 1e9:.1f} GB are available")

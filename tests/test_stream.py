@@ -1,11 +1,20 @@
 """A streamed run writes the bytes of a run in memory, with one block's weights there at a time."""
+import gc
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from llmopt import checkpoint, pipeline, recipe
-from llmopt.stream import Streaming
+import llmopt
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream
+from llmopt.blocks import blocks
+from llmopt.method import LlmoptError, Run
+from llmopt.quant import GPTQ
+from llmopt.stream import Stream, StreamedWeights, Streaming
 from tests import tiny
+from tests.test_contract import FIELDS
 
 DATA = "data: {name: ids, path: %s, batch_size: 3}\n"
 TIMES = {"llmopt.log"}
@@ -61,3 +70,135 @@ def test_the_bytes_are_those_of_a_run_in_memory(family, steps, changes, tmp_path
     assert not [name for name in one if one[name] != two[name]]
     assert len([name for name in one if name.endswith(".safetensors")]) > 1
     assert not list(tmp_path.glob("*llmopt-work*"))
+
+
+def test_a_file_may_leave_out_the_prefix_of_the_base_model(tmp_path):
+    model = dense(tmp_path, "gpt2")
+    tensors = {name: t for file in store.weight_files(model) for name, t in load_file(file).items()}
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, model / "model.safetensors",
+              metadata={"format": "pt"})
+    made = plan(tmp_path, model, STEPS["narrow"])
+    for name, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / name, streaming=Streaming(force))
+    one, two = (checkpoint.load(tmp_path / name)[0].state_dict() for name in ("memory", "streamed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_one_block_at_a_time(tmp_path, monkeypatch):
+    """Counted whenever a quantizer looks at a weight: the weights there are those of one block and no embedding."""
+    seen, model = [], store.open_model(recipe.ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
+    block = sum(p.numel() for p in blocks(model)[0].module.parameters())
+    solve = GPTQ._solve
+
+    def real():
+        return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
+
+    def counted(self, projection, stats, target):
+        if projection.name.endswith("down_proj"):
+            seen.append(real())
+        return solve(self, projection, stats, target)
+
+    monkeypatch.setattr(GPTQ, "_solve", counted)
+    gc.collect()
+    there = real()
+    pipeline.run(plan(tmp_path, tmp_path / "dense", STEPS["gptq"]), tmp_path / "out", streaming=Streaming(True))
+    assert len(seen) == 6
+    assert max(seen) - there == block
+
+
+def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
+    memory = Stream.__new__(Stream)
+    memory.work, memory.room = tmp_path, 2 * 3 * 800
+    given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    kept = memory.keep(iter(given))
+    assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+    assert not list(tmp_path.iterdir())
+    assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("steps", ["heads.gradient: {}", "heads.span: {}",
+                                   "quant.rtn: {bits: 3.5, group_size: 32, allocate: sensitivity}"])
+def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(steps, tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), f"[{steps}]")
+    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* takes 0\.\d GB .* are available"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("name", llmopt.names())
+def test_every_method_streams_or_says_that_it_cannot(name, tmp_path):
+    fields = FIELDS.get(name, {})
+    made = plan(tmp_path, dense(tmp_path, "qwen3"), f"[{{{name}: {json.dumps(fields)}}}]")
+    if made.steps[0].needs_whole:
+        return
+    for folder, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / folder, streaming=Streaming(force))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(("kv", "family"), [(None, "gemma3_text"), ("kv.streaming: {budget: 20}", "mistral"),
+                                            ("kv.snapkv: {ratio: 0.5, window: 8, allocate: ada}", "qwen3"),
+                                            ("kv.snapkv: {ratio: 0.4, window: 8, allocate: prefix}", "gemma3_text")])
+def test_the_cache_is_measured_without_weights(kv, family):
+    model = tiny.make(family)
+    if kv:
+        recipe.parse(f"steps: [{kv}]", "t").steps[0].apply(model, Run())
+    length = min(512, model.config.max_position_embeddings // 2)
+    assert rehearsal.cache_bytes(model, length) == pipeline.cache_bytes_per_token(model) * length
+
+
+def test_experts_are_refused_before_any_work(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "mixtral"), STEPS["rtn"])
+    with pytest.raises(LlmoptError, match="Mixture-of-Experts model: it cannot be streamed"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):
+    model = dense(tmp_path, "llama")
+    file = sorted(model.glob("*.safetensors"))[2]
+    tensors = load_file(file)
+    next(t for name, t in tensors.items() if name.endswith("up_proj.weight"))[0, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LlmoptError, match="up_proj.weight holds 1 NaN"):
+        pipeline.run(plan(tmp_path, model, STEPS["rtn"]), tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_reads_back_otherwise_is_no_success(tmp_path, monkeypatch):
+    write = StreamedWeights.write
+
+    def damaged(self, stage, max_shard_size):
+        write(self, stage, max_shard_size)
+        file = sorted(stage.glob("*.safetensors"))[-2]
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(StreamedWeights, "write", damaged)
+    with pytest.raises(checkpoint.VerificationError, match="does not read back as it was written"):
+        pipeline.run(plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"]), tmp_path / "out",
+                     streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"])
+    size = store.dense_bytes(tmp_path / "dense")
+    assert size == sum(t.numel() * 4 for f in store.weight_files(tmp_path / "dense") for t in load_file(f).values())
+    for free, streamed in ((size, False), (size - 1, True)):
+        monkeypatch.setattr(stream, "available", lambda free=free: free)
+        assert Streaming().wanted(made) == streamed
+        assert not Streaming(force=False).wanted(made)
+
+
+def test_some_blocks_only_are_no_model(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["gptq"])
+    pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=2))
+    names = [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)]
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+    with pytest.raises(LlmoptError, match="no config.json"):
+        checkpoint.load(tmp_path / "out")
