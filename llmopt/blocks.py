@@ -268,7 +268,9 @@ class Visit:
     @torch.no_grad()
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
+        weight = next(self.block.module.parameters(), None)
         for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True):
+            x = x if weight is None else x.to(weight.device)        # it may wait in a file, on the CPU
             yield _first(self.block.module(x, *args, **kwargs))
 
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:

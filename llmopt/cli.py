@@ -65,9 +65,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        from llmopt.predict import dry_run as predict
-
-        terminal.show_plan(predict(plan), as_json)
+        terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")

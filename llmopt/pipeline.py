@@ -1,7 +1,7 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
 import platform
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, na
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
-from llmopt.stream import Stream, StreamedWeights, Streaming, save_partial, streamed
+from llmopt.stream import StreamedWeights, Streaming, open_streamed, save_partial, working
 
 
 @dataclass
@@ -123,13 +123,10 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
-    with ExitStack() as stack:
-        if streaming.wanted(recipe):
-            model, tokenizer, memory = stack.enter_context(streamed(recipe, output, streaming))
-            weights = StreamedWeights(model, memory)
-        else:
-            model, tokenizer = load_dense(recipe.model)
-            memory, weights = Memory(), checkpoint.Weights(model, recipe.format)
+    streamed = streaming.wanted(recipe)
+    work = output.with_name(f"{output.name}.llmopt-work")
+    model, tokenizer, memory = open_streamed(recipe, work, streaming) if streamed else _in_memory(recipe)
+    with working(work) if streamed else nullcontext():
         batches = None
         if any(step.needs_data for step in recipe.steps):
             batches = data.load(recipe.data, model.config, tokenizer)
@@ -137,7 +134,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
-        report.predicted_bytes, report.streamed = predicted, isinstance(memory, Stream)
+        report.predicted_bytes, report.streamed = predicted, streamed
+        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         if streaming.blocks:
             save_partial(weights, output, recipe.max_shard_size)
@@ -147,6 +145,19 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
                             finish=lambda stage: _write_log(stage, report), weights=weights)
     report.seconds["total"] = time.perf_counter() - clock
     return report
+
+
+def _in_memory(recipe: Recipe) -> tuple[nn.Module, Any, Memory]:
+    return *load_dense(recipe.model), Memory()
+
+
+def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
+    """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
+    opened = open_streamed(recipe, Path("nowhere"), streaming) if streaming.wanted(recipe) else _in_memory(recipe)
+    model, _, memory = opened
+    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
+    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
+            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:

@@ -4,27 +4,16 @@ Pruning plans are made for real (on a skeleton without weights), quantized sizes
 where these decide the bits; with `allocate: sensitivity` every weight is counted at the average.
 """
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt import checkpoint, shards
 from llmopt.blocks import spec_of
-from llmopt.loading import load_dense
 from llmopt.method import LlmoptError, Memory, Method, Run, naming
 from llmopt.prune.surgery import apply_plan
 from llmopt.quant.grid import DTYPES
 from llmopt.quant.plan import DENSE, Target
-from llmopt.recipe import Recipe
-
-
-def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """{"steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe on its model; nothing is written."""
-    model, _ = load_dense(recipe.model)
-    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed)
-    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
-            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
 @torch.no_grad()

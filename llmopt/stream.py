@@ -235,24 +235,27 @@ def _dense_bytes(folder: Path, recipe: Recipe) -> int:
     return store.dense_bytes(folder, recipe.model.dtype)
 
 
-@contextmanager
-def streamed(recipe: Recipe, output: Path, streaming: Streaming) -> Iterator[tuple[nn.Module, Any, Stream]]:
-    """(skeleton, tokenizer, memory) of a streamed run; its work folder OUTPUT.llmopt-work is gone afterwards."""
+def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
+    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
-    tokenizer = fitting_tokenizer(model, local, recipe.model)
-    work = output.with_name(f"{output.name}.llmopt-work")
+    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    if streaming.blocks:
+        _cut_short(model, streaming.blocks)
+    return model, fitting_tokenizer(model, local, recipe.model), memory
+
+
+@contextmanager
+def working(work: Path) -> Iterator[None]:
+    """The work folder, for as long as a run needs it; one that is there already is another run's."""
     try:
         work.mkdir(parents=True)
     except FileExistsError as error:
         raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
     try:
-        memory = Stream(places, model, work, recipe.format, streaming.activations)
-        if streaming.blocks:
-            _cut_short(model, streaming.blocks)
-        yield model, tokenizer, memory
+        yield
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
