@@ -59,7 +59,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import pipeline, recipe
     from llmopt.shards import size_of
-    from llmopt.stream import Streaming
+    from llmopt.streaming import Streaming
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()

@@ -16,7 +16,7 @@ from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, na
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
-from llmopt.stream import StreamedWeights, Streaming, open_streamed, save_partial, working
+from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial, working
 
 
 @dataclass

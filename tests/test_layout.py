@@ -20,8 +20,8 @@ LEVELS = {
     "llmopt.geometry": 3, "llmopt.interface": 2, "llmopt.live": 4, "llmopt.runtime": 5,
     **{f"llmopt.{family}": 6 for family in FAMILIES},
     "llmopt.rehearsal": 6, "llmopt.checkpoint": 7, "llmopt.stream": 8, "llmopt.predict": 8,
-    "llmopt.pipeline": 9, "llmopt": 10, "llmopt.terminal": 2,
-    "llmopt_evals": 11, "llmopt.cli": 12, "llmopt.__main__": 13,
+    "llmopt.streaming": 9, "llmopt.pipeline": 10, "llmopt": 11, "llmopt.terminal": 2,
+    "llmopt_evals": 12, "llmopt.cli": 13, "llmopt.__main__": 14,
 }
 LAZY_BACK_EDGES = {("llmopt.data", "llmopt_evals"), ("llmopt.loading", "llmopt_evals"),   # world, llmopt/reference
                    ("llmopt.modeling", "llmopt"),                                # attach where llmopt is installed

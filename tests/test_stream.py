@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, streaming
 from llmopt.blocks import blocks
 from llmopt.method import LlmoptError, Run
 from llmopt.quant import GPTQ
-from llmopt.stream import Stream, StreamedWeights, Streaming
+from llmopt.stream import Stream
+from llmopt.streaming import StreamedWeights, Streaming
 from tests import tiny
 from tests.test_contract import FIELDS
 
@@ -190,7 +191,7 @@ def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
     size = store.dense_bytes(tmp_path / "dense")
     assert size == sum(t.numel() * 4 for f in store.weight_files(tmp_path / "dense") for t in load_file(f).values())
     for free, streamed in ((size, False), (size - 1, True)):
-        monkeypatch.setattr(stream, "available", lambda free=free: free)
+        monkeypatch.setattr(streaming, "available", lambda free=free: free)
         assert Streaming().wanted(made) == streamed
         assert not Streaming(force=False).wanted(made)
 
