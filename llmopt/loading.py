@@ -13,6 +13,7 @@ from llmopt.method import LlmoptError, nearest
 from llmopt.recipe import ModelSpec
 
 REFERENCE = "llmopt/reference"
+PART = 1 << 22          # values
 
 
 def resolve(name: str) -> str:
@@ -150,10 +151,15 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
     return tokenizer
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or Inf; looked at in parts, since looking takes copies."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(PART))
+
+
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """Raise LlmoptError naming the first tensor that holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LlmoptError(f"{source}: tensor {name} holds {bad} NaN or Inf values; the weights are damaged")
 

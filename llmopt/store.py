@@ -43,9 +43,11 @@ def read(wanted: Places) -> dict[str, Tensor]:
 
 def dense_bytes(folder: Path, dtype: str | None = None) -> int:
     """Bytes of a folder's weights in memory, as `dtype` or in the types of the files."""
-    entries = [entry for file in weight_files(folder) for entry in header(file).values()]
-    return sum(math.prod(entry["shape"]) * (getattr(torch, dtype) if dtype else TYPES[entry["dtype"]]).itemsize
-               for entry in entries)
+    total = 0
+    for entry in (entry for file in weight_files(folder) for entry in header(file).values()):
+        start, end = entry["data_offsets"]
+        total += math.prod(entry["shape"]) * getattr(torch, dtype).itemsize if dtype else end - start
+    return total
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
@@ -85,8 +87,8 @@ def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
 def _first_dtype(found: Places) -> torch.dtype:
     """The type of the first floating-point tensor: what transformers takes where the config names none."""
     for file, name in found.values():
-        dtype = TYPES[header(file)[name]["dtype"]]
-        if dtype.is_floating_point:
+        dtype = TYPES.get(header(file)[name]["dtype"])
+        if dtype is not None and dtype.is_floating_point:
             return dtype
     return torch.float32
 

@@ -16,7 +16,7 @@ from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import VerificationError, plain_state
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
-from llmopt.loading import fitting_tokenizer, resolve
+from llmopt.loading import all_finite, fitting_tokenizer, resolve
 from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
 from llmopt.recipe import Recipe
@@ -126,7 +126,7 @@ class StreamedWeights(checkpoint.Weights):
                 raise VerificationError(f"{stage.name}: {min(absent)} was not written")
             back = store.read({name: written[name] for name in group})
             for name, tensor in group.items():
-                if not torch.equal(back[name], tensor.cpu()) or not bool(tensor.isfinite().all()):
+                if not torch.equal(back[name], tensor.cpu()) or not all_finite(tensor):
                     raise VerificationError(f"{stage.name}: {name} does not read back as it was written")
             expected |= group.keys()
         if foreign := written.keys() - expected:
