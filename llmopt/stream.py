@@ -5,6 +5,7 @@ ever. What a block became is a file of the work folder; the last walk over all o
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
 import copy
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class Stream(Memory):
                     self._commit(layer, index)
         finally:
             _empty(layer)
+            give_back_freed()
 
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
@@ -121,6 +123,15 @@ class Stream(Memory):
             cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
+            give_back_freed()
+
+
+def give_back_freed() -> None:
+    """Have the C library return freed memory: it keeps pieces below 32 MB, and scattered ones add up block by block."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):        # not glibc
+        return
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
