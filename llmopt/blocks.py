@@ -2,7 +2,7 @@
 
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.architectures import SPECS, UNITS, Form, Spec
-from llmopt.method import LlmoptError, Progress, silent
+from llmopt.method import LlmoptError, Memory, Progress, Run, silent
 from llmopt.modeling import is_skipped
 
 
@@ -255,24 +255,28 @@ def _ffn_view(spec: Spec, name: str, layer: nn.Module) -> dict[str, Any]:
 class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
 
-    inputs: hidden states [B, T, E] per batch. Padding never reaches an observer.
+    inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
+    never reaches an observer.
     """
 
     block: Block
     inputs: list[Tensor]
     calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
     masks: list[Tensor]                 # [B, T] bool, True at real tokens
+    left: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
-        return [_first(self.block.module(x, *args, **kwargs))
-                for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True)]
+        weight = next(self.block.module.parameters(), None)
+        for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True):
+            x = x if weight is None else x.to(weight.device)        # it may wait in a file, on the CPU
+            yield _first(self.block.module(x, *args, **kwargs))
 
-    def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> list[Tensor]:
+    def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Run the block; `readers[projection name]` is fed the real tokens' inputs [N, in_features]."""
-        mask: Tensor = self.masks[0]
-        handles = []
+        handles, masks = [], iter(self.masks)
+        mask = next(masks)
 
         def hook(see):
             def pre(module, args):
@@ -283,18 +287,32 @@ class Visit:
             for projection in self.block.projections():
                 if projection.name in readers:
                     handles.append(projection.module.register_forward_pre_hook(hook(readers[projection.name])))
-            results = []
-            with torch.no_grad():
-                for x, (args, kwargs), mask in zip(self.inputs, self.calls, self.masks, strict=True):  # noqa: B007  hook reads it
-                    results.append(_first(self.block.module(x, *args, **kwargs)))
-            return results
+            for _ in self.outputs():
+                mask = next(masks, None)        # of the batch to come; the hooks read it
         finally:
             for handle in handles:
                 handle.remove()
 
 
+def each(model: nn.Module, run: Run, label: str, edits: bool = True,
+         only: Collection[int] | None = None) -> Iterator[Block]:
+    """The blocks in order, each with its weights there; edits: False where the caller changes none of them.
+
+    only: the indices to go through; the other blocks are passed over.
+    """
+    memory = run.memory if edits else run.memory.reading
+    for index in run.progress([i for i in range(len(layer_list(model))) if only is None or i in only], label):
+        with memory.block(model, index):
+            yield blocks(model)[index]
+
+
+def visits(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Visit]:
+    """`walk` over the run's calibration data; edits: False where the caller changes no weight."""
+    return walk(model, run.batches, run.progress, label, run.memory if edits else run.memory.reading)
+
+
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
-         label: str = "blocks") -> Iterator[Visit]:
+         label: str = "blocks", memory: Memory = Memory()) -> Iterator[Visit]:    # noqa: B008  it holds nothing
     """Visit the blocks in order; each one's inputs are the outputs of the (edited) blocks before it.
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
@@ -302,32 +320,36 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     """
     if not batches:
         raise LlmoptError("this step needs calibration data and there is none")
-    inputs, calls = _record_calls(model, batches)
+    inputs, calls = _record_calls(model, batches, memory)
     masks = [batch["attention_mask"].bool() for batch in batches]
     for index in progress(range(len(calls)), label):
-        visit = Visit(blocks(model)[index], inputs, calls[index], masks)
-        yield visit
-        inputs = visit.outputs()
+        with memory.block(model, index):
+            visit = Visit(blocks(model)[index], inputs, calls[index], masks)
+            yield visit
+            inputs = visit.left = memory.keep(visit.outputs())
 
 
 @torch.no_grad()
-def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[list]]:
+def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Memory) -> tuple[list[Tensor], list]:
     """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
     calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
-    inputs: list[Tensor] = []
+    first: list[Tensor] = []
 
     def recorder(index):
         def forward(hidden, *args, **kwargs):
             if index == 0:
-                inputs.append(hidden)
+                first.append(hidden)
             calls[index].append((args, kwargs))
             return hidden
         return forward
 
-    with _forwards(layer_list(model), recorder):
+    def inputs() -> Iterator[Tensor]:
         for batch in batches:
             model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
-    return inputs, calls
+            yield first.pop()
+
+    with memory.outside(model), _forwards(layer_list(model), recorder):
+        return memory.keep(inputs()), calls
 
 
 @contextmanager

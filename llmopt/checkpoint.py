@@ -24,7 +24,7 @@ from llmopt.loading import load_model
 from llmopt.method import LlmoptError
 from llmopt.modeling import remote_files, saved_config
 from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import check_consistent, export
+from llmopt.quant.export import check_consistent, export, quantization_config
 from llmopt.recipe import ModelSpec
 from llmopt.verify import verify
 
@@ -84,37 +84,56 @@ def _replace(stage: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class Weights:
+    """What `save` writes and how that is checked: a model in memory. A streamed run has its own."""
+
+    def __init__(self, model: nn.Module, format: str):
+        self.model, self.format = model, format
+
+    def write(self, stage: Path, max_shard_size: str) -> None:
+        tensors = state(self.model, self.format)
+        with full_disks():
+            shards.write(stage, tensors, max_shard_size)
+
+    def verify(self, stage: Path) -> None:
+        verify(stage, self.model)
+
+
 def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
          recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
-         finish: Callable[[Path], None] | None = None) -> Path:
+         finish: Callable[[Path], None] | None = None, weights: Weights | None = None) -> Path:
     """Write `model` (weights, runtime parts, provenance) to the folder `output` and check it by a fresh load.
 
     format: "portable" (compressed-tensors, symmetric) or "dense" (rounded weights written dense).
     finish: called with the folder before it gets its name, for what must be inside (a log, evaluation figures).
+    weights: where they are, if not in the model.
     Raises LlmoptError for an output in use or content that the format cannot hold, VerificationError if the fresh
     load differs.
     """
     output = prepare_output(Path(output), source, overwrite)
-    tensors, config, remote = contents(model, format)
+    weights = weights or Weights(model, format)
+    config, remote = described(model, format)
     with staged(output) as stage:
-        _write_weights(stage, tensors, max_shard_size)
+        weights.write(stage, max_shard_size)
         _write_json(stage / "config.json", config)
         for name, text in remote.items():
             (stage / name).write_text(text)
         _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
         _write_provenance(stage, model, report, source, recipe, format)
-        verify(stage, model)
+        weights.verify(stage)
         if finish:
             finish(stage)
         write_card(stage)
     return output
 
 
-def _write_weights(stage: Path, tensors: dict[str, Tensor], max_shard_size: str) -> None:
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """A disk that fills up while weights are written raises OSError, as it does elsewhere."""
     from safetensors import SafetensorError
 
     try:
-        shards.write(stage, tensors, max_shard_size)
+        yield
     except SafetensorError as error:        # the library wraps the operating system's error in its own
         if "No space left" in str(error) or "os error 28" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
@@ -123,23 +142,41 @@ def _write_weights(stage: Path, tensors: dict[str, Tensor], max_shard_size: str)
 
 def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """(tensors, config.json, code files) of the checkpoint that `model` would make; works on the meta device too."""
-    packing = format != "dense" and bool(quantized_modules(model))
+    return state(model, format), *described(model, format)
+
+
+def state(model: nn.Module, format: str) -> dict[str, Tensor]:
+    """The tensors of the checkpoint that `model` would make."""
+    packing = _packs(model, format)
     tensors = plain_state(model, renamed=not packing)
+    if format == "dense":
+        check_consistent(model)
+    return packed_in_place(tensors, export(model)[0]) if packing else tensors
+
+
+def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A state dict with the tensors of each packed weight in its place."""
+    return {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
+
+
+def _packs(model: nn.Module, format: str) -> bool:
+    return format != "dense" and bool(quantized_modules(model))
+
+
+def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """(config.json, code files) of the checkpoint that `model` would make; its weights may be on the meta device."""
     config, needs_code = saved_config(model)
     config = dict(config)
     config.pop("llmopt", None)
-    if format == "dense":
-        check_consistent(model)
-    elif packing:
-        packed, config["quantization_config"] = export(model)
-        tensors = {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
+    if _packs(model, format):
+        config["quantization_config"] = quantization_config(model)
     attached = runtime.runtime_config(model)
     if attached and attached["steps"]:
         config["llmopt"] = attached
     remote = {}
     if needs_code or "llmopt" in config:
         remote, config["auto_map"] = remote_files(model)
-    return tensors, config, remote
+    return config, remote
 
 
 def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
@@ -151,7 +188,8 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
 
     tied = set(model.all_tied_weights_keys)
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
-    return revert_weight_conversion(model, state) if renamed else state
+    as_filed = revert_weight_conversion(model, state) if renamed else state
+    return state if as_filed.keys() == state.keys() else as_filed       # where no name changes, the order must not
 
 
 def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None, revision: str | None) -> None:

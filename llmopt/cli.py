@@ -45,22 +45,27 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
 @click.option("--resume", is_flag=True, help="Finish what is missing of an earlier run of the same recipe.")
 @click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
+@click.option("--stream/--no-stream", default=None, help="One block in memory at a time; default: if needed.")
+@click.option("--activation-memory", default="2GiB", show_default=True, help="Activations beyond it go to disk.")
+@click.option("--max-blocks", type=COUNT, help="Stream the first N blocks only, to measure; the output is no model.")
 @TRUST
 @JSON
-def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_eval, trust_remote_code, as_json) -> None:
+def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_eval, stream, activation_memory,
+             max_blocks, trust_remote_code, as_json) -> None:
     """Apply a recipe to a model, write the checkpoint, verify it, score it."""
     from llmopt import terminal
 
     terminal.quiet_libraries()
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import pipeline, recipe
+    from llmopt.shards import size_of
+    from llmopt.streaming import Streaming
 
+    streaming = Streaming(stream, size_of(activation_memory), max_blocks)
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        from llmopt.predict import dry_run as predict
-
-        terminal.show_plan(predict(plan), as_json)
+        terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
@@ -71,7 +76,12 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
     if not (resume and pipeline.is_finished(output, plan)):
         with terminal.progress() as progress:
-            pipeline.run(plan, output, overwrite=overwrite, progress=progress)
+            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming)
+        if max_blocks:
+            terminal.show_times(report.seconds, output, as_json)
+            return
+        if report.streamed:
+            terminal.say("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
     terminal.show_result(complete(output, plan, tasks, terminal.say), output, as_json)

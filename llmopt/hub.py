@@ -48,6 +48,15 @@ def companion(source: str, name: str, revision: str | None = None) -> Path | Non
         return None
 
 
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The local folder of a hub model's safetensors, configs and tokenizer."""
+    from huggingface_hub import snapshot_download
+
+    with _asking(name):
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
 def upload(folder: Path, repo: str, private: bool = False, card: str | None = None) -> str:
     """Put the folder's files, but hidden ones, into `repo` in one commit; the page's address.
 

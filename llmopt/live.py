@@ -1,6 +1,7 @@
 """What `attach` puts into a model: hooks around each forward, and what its layers then do instead of attention."""
 import inspect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -169,6 +170,20 @@ class Attachment:
             if not method.layer_by_layer:
                 method.compress(cache, self, self.record(EVICTOR), cache.attending())
             cache.pending = 0
+
+    @torch.no_grad()
+    def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
+        """The cache after a prompt with these queries, keys and values in its layers: no weight is read."""
+        cache = self.new_cache()
+        self.now.cache, self.now.tokens, self.now.plan = cache, length, {}
+        self.now.due = self._is_due()
+        for index, (query, keys, values) in enumerate(layers):
+            keys, values = cache.update(keys, values, index)
+            if self.modules[index] is not None:
+                rule = Rule(query.shape[-1] ** -0.5, None, cache.layers[index].window)
+                self.attend(index, query, keys, values, None, rule)
+        self._leave(self.model, (), {}, cache)
+        return cache
 
     # --------------------------------------------------------------------------------------------- inside a layer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt.folder import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.hub import check_name, companion
@@ -13,6 +13,7 @@ from llmopt.recipe import ModelSpec
 
 REFERENCE = "llmopt/reference"
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
+PART = 1 << 22          # values
 
 
 def resolve(name: str) -> str:
@@ -29,27 +30,36 @@ def load_dense(spec: ModelSpec) -> tuple[nn.Module, Any]:
 
     Raises LlmoptError for anything missing, truncated, unfit or not finite, before the weights are read if it can.
     """
+    check_dense(spec)
+    return load_model(spec)
+
+
+def check_dense(spec: ModelSpec) -> None:
+    """Raise LlmoptError for a model that cannot be compressed: not supported, or already quantized."""
     source, config = read_config(spec)
     _check_known(config.model_type, source)
     if getattr(config, "quantization_config", None) is not None:
         raise LlmoptError(f"{source}: the model is already quantized; start from the dense checkpoint")
-    return load_model(spec)
 
 
 def load_model(spec: ModelSpec) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer or None) of any causal language model, with the same errors as `load_dense`."""
+    source, _ = examine(spec)
+    model = _from_pretrained(source, spec)
+    tokenizer = fitting_tokenizer(model, source, spec)
+    check_finite(model.state_dict(), source)
+    return model.eval(), tokenizer
+
+
+def examine(spec: ModelSpec) -> tuple[str, Any]:
+    """(folder or hub name, config) of a model, after all that can be checked before a weight is read."""
     check_device(spec.device)
     source, config = read_config(spec)
     if config.get_text_config().max_position_embeddings < 2:
         raise LlmoptError(f"{source}: config.json says that the model reads fewer than 2 tokens")
     if Path(source).is_dir():
         _check_shapes(Path(source), config, spec.trust_remote_code)
-    model = _from_pretrained(source, spec)
-    tokenizer = load_tokenizer(source, spec.revision, spec.trust_remote_code)
-    check_finite(model, source)
-    if tokenizer is not None and len(tokenizer) > 0:
-        _check_vocabulary(model, tokenizer, source)
-    return model.eval(), tokenizer
+    return source, config
 
 
 def read_config(spec: ModelSpec) -> tuple[str, Any]:
@@ -127,17 +137,25 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
-def _check_vocabulary(model: nn.Module, tokenizer: Any, source: str) -> None:
+def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
+    """The tokenizer beside the model, or None; raises LlmoptError for one of another model."""
+    tokenizer = load_tokenizer(source, spec.revision, spec.trust_remote_code)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if tokenizer is not None and len(tokenizer) > rows:
         raise LlmoptError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; "
                           "they belong to different models")
+    return tokenizer
 
 
-def check_finite(model: nn.Module, source: str) -> None:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or Inf; looked at in parts, since looking takes copies."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(PART))
+
+
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """Raise LlmoptError naming the first tensor that holds NaN or Inf."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LlmoptError(f"{source}: tensor {name} holds {bad} NaN or Inf values; the weights are damaged")
 

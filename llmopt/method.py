@@ -93,6 +93,32 @@ class Record:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Memory:
+    """Where the weights are while steps run: all in memory. llmopt.stream brings in one block at a time instead."""
+
+    def begin(self, step: int) -> None:
+        """The step that is about to run."""
+
+    @property
+    def reading(self) -> "Memory":
+        """The same for a loop that changes no weight: what a block became is not kept."""
+        return self
+
+    @contextmanager
+    def outside(self, model) -> Iterator[None]:
+        """Inside, the weights of the decoder that belong to no block can be used."""
+        yield
+
+    @contextmanager
+    def block(self, model, index: int) -> Iterator[None]:
+        """Inside, the weights of one block can be used and changed."""
+        yield
+
+    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors, held until the list is dropped."""
+        return list(tensors)
+
+
 @dataclass
 class Run:
     """What a step may look at while it is applied.
@@ -100,6 +126,7 @@ class Run:
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
     scores: head scores by step name: L tensors of [H_l], float32.
     multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
+    memory: go through the blocks with blocks.each and blocks.visits, which bring in their weights.
     """
 
     batches: list[dict[str, Tensor]] | None = None
@@ -108,6 +135,7 @@ class Run:
     progress: Progress = silent
     multiple: int = 1
     tokenizer: Any = None
+    memory: Memory = field(default_factory=Memory)
 
 
 class Checked:
@@ -130,6 +158,7 @@ class Method(Checked, ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
+    needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
 
     @abstractmethod
     def apply(self, model, run: Run) -> Record:

@@ -172,7 +172,8 @@ def put_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         if part not in dict(holder.named_children()):
             holder.add_module(part, nn.Module())
         holder = holder.get_submodule(part)
-    holder.register_buffer(leaf, tensor.to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    holder.register_buffer(leaf, tensor if device.type == "meta" else tensor.to(device))    # meta: weights to come
 
 
 def tensors_below(model: nn.Module, step: str | None = None) -> dict[str, torch.Tensor]:

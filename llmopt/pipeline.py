@@ -1,6 +1,7 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt import checkpoint, data, runtime, shards
+from llmopt import checkpoint, data, rehearsal, runtime, shards
 from llmopt.facts import FILE, read_facts
 from llmopt.loading import load_dense, resolve
-from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
+from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
+from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial, working
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Report:
     cache_before: float = 0.0          # bytes per token of context
     cache_after: float = 0.0
     predicted_bytes: int | None = None
+    streamed: bool = False             # one block in memory at a time; the result is the same
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,11 +52,15 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
     Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
     """
-    check_order(tuple(steps))
-    refuse_compressed(model)
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
-    run = Run(batches=batches, seed=seed, progress=progress, multiple=group_multiple(steps), tokenizer=tokenizer)
+    return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
+
+
+def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    check_order(tuple(steps))
+    refuse_compressed(model)
+    run.multiple = group_multiple(steps)
     training = model.training
     model.eval()                            # dropout would make statistics and sizes a matter of chance
     try:
@@ -69,6 +76,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     torch.manual_seed(run.seed)
     for i, step in enumerate(steps):
         start = time.perf_counter()
+        run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
@@ -98,6 +106,8 @@ def refuse_compressed(model: nn.Module) -> None:
 def cache_bytes_per_token(model: nn.Module) -> float:
     """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
     length = min(512, model.config.max_position_embeddings // 2)
+    if next(model.parameters()).is_meta:
+        return rehearsal.cache_bytes(model, length) / length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(model.device)
     cache = model(ids, use_cache=True).past_key_values
@@ -107,25 +117,47 @@ def cache_bytes_per_token(model: nn.Module) -> float:
     return sum(t.numel() * t.element_size() for t in held) / length
 
 
-def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> Report:
-    """Carry out `recipe` into the folder `output`; raises LlmoptError with nothing written."""
+def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
+        streaming: Streaming = Streaming()) -> Report:      # noqa: B008  frozen
+    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written."""
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
-    checkpoint.prepare_output(output, source, overwrite)
-    model, tokenizer = load_dense(recipe.model)
-    batches = None
-    if any(step.needs_data for step in recipe.steps):
-        batches = data.load(recipe.data, model.config, tokenizer)
-    loaded = time.perf_counter() - clock
-    predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed)
-    report = compress(model, list(recipe.steps), batches, recipe.seed, progress, tokenizer)
-    report.predicted_bytes = predicted
-    report.seconds = {"load": loaded, **report.seconds}
-    checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe, format=recipe.format,
-                    max_shard_size=recipe.max_shard_size, overwrite=overwrite,
-                    finish=lambda stage: _write_log(stage, report))
+    output = checkpoint.prepare_output(output, source, overwrite)
+    streamed = streaming.wanted(recipe)
+    work = output.with_name(f"{output.name}.llmopt-work")
+    model, tokenizer, memory = open_streamed(recipe, work, streaming) if streamed else _in_memory(recipe)
+    with working(work) if streamed else nullcontext():
+        batches = None
+        if any(step.needs_data for step in recipe.steps):
+            batches = data.load(recipe.data, model.config, tokenizer)
+        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
+        loaded = time.perf_counter() - clock
+        predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
+        report = _compress(model, list(recipe.steps), run)
+        report.predicted_bytes, report.streamed = predicted, streamed
+        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
+        report.seconds = {"load": loaded, **report.seconds}
+        if streaming.blocks:
+            save_partial(weights, output, recipe.max_shard_size)
+        else:
+            checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
+                            format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
+                            finish=lambda stage: _write_log(stage, report), weights=weights)
     report.seconds["total"] = time.perf_counter() - clock
     return report
+
+
+def _in_memory(recipe: Recipe) -> tuple[nn.Module, Any, Memory]:
+    return *load_dense(recipe.model), Memory()
+
+
+def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
+    """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
+    opened = open_streamed(recipe, Path("nowhere"), streaming) if streaming.wanted(recipe) else _in_memory(recipe)
+    model, _, memory = opened
+    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
+    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
+            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
@@ -146,5 +178,7 @@ def is_finished(output: Path, recipe: Recipe) -> bool:
 
 def _write_log(stage: Path, report: Report) -> None:
     lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    if report.streamed:
+        lines.append("streamed: one block in memory at a time")
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
     (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

@@ -4,38 +4,28 @@ Pruning plans are made for real (on a skeleton without weights), quantized sizes
 where these decide the bits; with `allocate: sensitivity` every weight is counted at the average.
 """
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt import checkpoint, shards
 from llmopt.blocks import spec_of
-from llmopt.loading import load_dense
-from llmopt.method import LlmoptError, Method, Run, naming
+from llmopt.method import LlmoptError, Memory, Method, Run, naming
 from llmopt.prune.surgery import apply_plan
 from llmopt.quant.grid import DTYPES
 from llmopt.quant.plan import DENSE, Target
-from llmopt.recipe import Recipe
-
-
-def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """{"steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe on its model; nothing is written."""
-    model, _ = load_dense(recipe.model)
-    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed)
-    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
-            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
 @torch.no_grad()
-def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0) -> tuple[int, list]:
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0,
+            memory: Memory = Memory()) -> tuple[int, list]:       # noqa: B008  it holds nothing
     """(bytes of the checkpoint's safetensors, [[step, what it will do]]); `model` is left as it is.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local.
     """
     skeleton, told, packed = _skeleton(model), [], {}
-    run = Run(seed=seed, multiple=group_multiple(steps))
+    run = Run(seed=seed, multiple=group_multiple(steps), memory=memory)
     pruned = False
     for i, step in enumerate(steps):
         with naming(f"steps.{i} {step.name}"):
@@ -69,7 +59,7 @@ def _prune(skeleton: nn.Module, step: Method, run: Run, model: nn.Module | None)
     """Cut the step's plan out of the skeleton; model: where its scores can be read already, else None."""
     step.refuse(skeleton)
     plan, meta = step.guess(skeleton, run) if model is None else step.plan(model, run)
-    apply_plan(skeleton, plan, {})
+    apply_plan(skeleton, plan, Run())
     gone = ", ".join(f"{n} {kind}" for kind, n in meta["removed_units"].items() if n)
     return f"removes {'about ' * (model is None)}{meta['removed_share']:.1%} of {', '.join(step.units)}: {gone}"
 

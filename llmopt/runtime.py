@@ -26,6 +26,10 @@ class RuntimeMethod(Method):
     stage = "runtime"
     place: ClassVar[str]
 
+    @property
+    def needs_whole(self) -> bool:
+        return self.needs_data            # a plan made from data runs the model
+
     def plan(self, model: nn.Module, run: Run) -> Record:
         """What is decided once, from head scores or calibration data: plain JSON and small tensors."""
         return Record()

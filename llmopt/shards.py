@@ -19,8 +19,10 @@ PLACE = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 def size_of(text: str) -> int:
     """Bytes in "2GB", "500 MiB", ..."""
-    number, unit = re.fullmatch(r"([\d.]+)\s*(\w+)", text).groups()
-    return int(float(number) * UNITS[unit])
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w+)", text)
+    if not found or found[2] not in UNITS:
+        raise LlmoptError(f"{text!r} given, a size such as 2GB or 500MiB expected")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
@@ -93,14 +95,15 @@ class Writer:
 
     def _flush(self) -> None:
         self.closed.append(list(self.open))
-        _save(self.open, self._part(len(self.closed)))
+        save(self.open, self._part(len(self.closed)))
         self.open = {}
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}"
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one safetensors file."""
     file.touch()
     mode = file.stat().st_mode              # what the user's umask gives; safetensors would make it private
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, metadata=METADATA)

@@ -106,6 +106,15 @@ def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
     click.echo(f"written to {output}")
 
 
+def show_times(seconds: dict[str, float], output: Path, as_json: bool) -> None:
+    """How long each part of a run over some blocks took."""
+    if as_json:
+        print_json(seconds)
+        return
+    print_table("seconds", ["part", "seconds"], [(part, f"{value:.1f}") for part, value in seconds.items()])
+    click.echo(f"{output}: some blocks only, to measure; not a model")
+
+
 def show_scores(columns: dict[str, dict], as_json: bool) -> None:
     """Scores of one or two models side by side."""
     if as_json:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from llmopt import modeling
 from llmopt.blocks import attention_modules
 from llmopt.checkpoint import load
+from llmopt.method import Run
 from llmopt.modeling import FAMILIES, SkippedAttn, register_models, remote_files, saved_config
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
@@ -74,7 +75,7 @@ def needs_code(name):
 def pruned(family, plan):
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8} if family in HEADS else {}
     model = tiny.make(family, **changes)
-    apply_plan(model, plan, {})
+    apply_plan(model, plan, Run())
     return model
 
 
@@ -209,7 +210,7 @@ def test_building_one_leaves_the_stock_classes_alone(made):
 def test_biased_llama_with_odd_heads_is_written_layer_by_layer(tmp_path):
     register_models()
     model = tiny.make("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True)
-    apply_plan(model, [LayerPlan(kv_groups=pick(4, 1))] * 3, {})
+    apply_plan(model, [LayerPlan(kv_groups=pick(4, 1))] * 3, Run())
     assert write(model, tmp_path / "m")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert fresh.config.model_type == "llama"

@@ -23,6 +23,7 @@ class HeadScore(Method):
 
     stage: ClassVar = "score"
     needs_data: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:

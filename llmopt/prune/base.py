@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Visit, blocks, refuse_units, walk
+from llmopt.blocks import Block, Visit, blocks, each, refuse_units, visits
 from llmopt.method import FieldError, LlmoptError, Method, Record, Run
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
@@ -76,7 +76,7 @@ class Pruner(Method):
         if self.refit:
             refit(model, run, plan, f"{self.name} refit")
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
-        apply_plan(model, plan, run.scores)
+        apply_plan(model, plan, run)
         return Record(meta=meta | {
             "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
@@ -112,8 +112,8 @@ class Pruner(Method):
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
         with torch.no_grad():
             if self.uses_inputs:
-                return [self.score(v.block, v) for v in walk(model, run.batches, run.progress, self.name)]
-            return [self.score(block, None) for block in run.progress(blocks(model), self.name)]
+                return [self.score(v.block, v) for v in visits(model, run, self.name, edits=False)]
+            return [self.score(block, None) for block in each(model, run, self.name, edits=False)]
 
     def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
         found = []

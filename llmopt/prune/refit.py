@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from llmopt.blocks import Block, Projection, Visit, walk
+from llmopt.blocks import Block, Projection, Visit, visits
 from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
 
@@ -51,7 +51,7 @@ def writers(block: Block, layer: LayerPlan) -> list[tuple[Projection, Tensor]]:
 @torch.no_grad()
 def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None:
     """Refit every writer, block after block, and zero the columns that the plan will cut."""
-    for visit in walk(model, run.batches, run.progress, label):
+    for visit in visits(model, run, label):
         for projection, kept in writers(visit.block, plan[visit.block.index]):     # attention first: the FFN sees it
             _refit_one(visit, projection, kept)
 

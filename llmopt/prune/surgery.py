@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, tell_shapes
-from llmopt.method import LlmoptError
+from llmopt.blocks import Block, Projection, blocks, each, layer_list, replace_layers, tell_shapes
+from llmopt.method import LlmoptError, Run
 from llmopt.modeling import FAMILIES, skip_part
 from llmopt.prune.shapes import (
     LayerShape,
@@ -31,6 +31,11 @@ class LayerPlan:
     skip: tuple[str, ...] = ()          # "attention", "mlp"
     drop: bool = False                  # the whole layer
 
+    @property
+    def cuts(self) -> bool:
+        """Whether anything leaves a layer that stays."""
+        return bool(self.skip) or any(part is not None for part in (self.heads, self.kv_groups, self.ffn))
+
     def kept_heads(self, block: Block) -> Tensor:          # [kept H]
         """The query heads that stay."""
         if block.attention is None or "attention" in self.skip:
@@ -51,19 +56,20 @@ class LayerPlan:
 
 
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: list[LayerPlan], scores: dict[str, list[Tensor]]) -> None:
-    """Edit `model` and the head scores in place; what cannot be stored raises LlmoptError before anything changes."""
+def apply_plan(model: nn.Module, plan: list[LayerPlan], run: Run) -> None:
+    """Edit `model` and the run's head scores in place; what cannot be stored raises LlmoptError beforehand."""
     views = blocks(model)
     check_plan(model, views, plan)
-    for name, per_layer in scores.items():
-        scores[name] = reindex(per_layer, views, plan)
+    for name, per_layer in run.scores.items():
+        run.scores[name] = reindex(per_layer, views, plan)
+    kept = [i for i, layer in enumerate(plan) if not layer.drop]
     family = FAMILIES[model.config.model_type]
-    for block, layer in zip(views, plan, strict=True):
+    for block in each(model, run, "cutting", only=[i for i in kept if plan[i].cuts]):
+        layer = plan[block.index]
         cut_ffn(block, layer)
         cut_heads(block, layer)
         for part in layer.skip:
             skip_part(family, block.module, part, block.index)
-    kept = [i for i, layer in enumerate(plan) if not layer.drop]
     if len(kept) < len(plan):
         present = list(layer_list(model))
         replace_layers(model, [present[i] for i in kept])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Projection, Visit, blocks, walk
+from llmopt.blocks import Projection, Visit, blocks, each, visits
 from llmopt.method import FieldError, LlmoptError, Method, Record, Run, naming
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
@@ -78,6 +78,10 @@ class Quantizer(Method):
     def needs_data(self) -> bool:
         return self.uses_inputs or self.allocate in ("lim", "sensitivity")
 
+    @property
+    def needs_whole(self) -> bool:
+        return self.allocate == "sensitivity"
+
     @abstractmethod
     def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
         """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`."""
@@ -134,7 +138,7 @@ class Quantizer(Method):
         if self.allocate == "sensitivity":
             ranked, chosen = self._measure(model, run, found, share)
         else:
-            score = scores.lim(model, run.batches, run.progress) if self.allocate == "lim" else scores.zd(model)
+            score = scores.lim(model, run) if self.allocate == "lim" else scores.zd(model, run)
             names = [block.name for block in blocks(model)]
             ranked = {name: value for name, value in zip(names, score, strict=True) if name in share.units}
             chosen = self._two_level(share, [s if self.allocate == "lim" else -s for s in ranked.values()])
@@ -172,10 +176,10 @@ class Quantizer(Method):
         Each group of a block sees what the caller has made of the groups and blocks before it.
         """
         if not self.uses_inputs:
-            for block in run.progress(blocks(model), label):
+            for block in each(model, run, label):
                 yield from ((p, None) for p in block.projections() if p.name in names)
             return
-        for visit in walk(model, run.batches, run.progress, label):
+        for visit in visits(model, run, label):
             weights = self.token_weights(visit)
             for group in visit.block.groups():
                 if chosen := [p for p in group if p.name in names]:

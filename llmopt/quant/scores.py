@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Projection, blocks, walk
-from llmopt.method import Progress, silent
+from llmopt.blocks import Projection, each, visits
+from llmopt.method import Progress, Run, silent
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
 TOKENS = 2048       # and of at most this many tokens: every entry of the table costs one forward pass over them
 
 
 @torch.no_grad()
-def lim(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent) -> list[float]:
+def lim(model: nn.Module, run: Run) -> list[float]:
     """LIM of every block; one forward pass over the calibration set."""
-    found, before, masks = [], None, []
-    for visit in walk(model, batches, progress, "LIM"):
+    found, before = [], None
+    for visit in visits(model, run, "LIM", edits=False):
         if before is not None:
-            found.append(modification(before, visit.inputs, masks))
-        before, masks, last = visit.inputs, visit.masks, visit
-    return [*found, modification(before, last.outputs(), masks)]
+            found.append(modification(before.inputs, before.left, visit.masks))
+        before = visit
+    return [*found, modification(before.inputs, before.left, before.masks)]
 
 
 def modification(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> float:
@@ -41,9 +41,9 @@ def modification(before: list[Tensor], after: list[Tensor], masks: list[Tensor])
     return -total / count
 
 
-def zd(model: nn.Module) -> list[float]:
+def zd(model: nn.Module, run: Run) -> list[float]:
     """ZD of every block, over the weights of all its projections."""
-    return [share_above([p.weight for p in block.projections()]) for block in blocks(model)]
+    return [share_above([p.weight for p in block.projections()]) for block in each(model, run, "ZD", edits=False)]
 
 
 @torch.no_grad()

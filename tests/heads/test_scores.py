@@ -195,7 +195,7 @@ def test_slopes_of_a_bfloat16_model_are_not_rounded():
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_layer_without_attention_has_an_empty_score(method):
     model = tiny.make("llama")
-    apply_plan(model, [LayerPlan(), LayerPlan(skip=("attention",)), LayerPlan(kv_groups=torch.tensor([1]))], {})
+    apply_plan(model, [LayerPlan(), LayerPlan(skip=("attention",)), LayerPlan(kv_groups=torch.tensor([1]))], Run())
     run = Run(batches=[batch(tiny.ids())])
     record = method.apply(model, run)
     assert [len(s) for s in run.scores[method.name]] == [4, 0, 2]

@@ -218,7 +218,7 @@ def test_the_bias_takes_over_what_a_constant_input_wrote(family):
     before = model(ids).logits
     plan = [LayerPlan(ffn=torch.tensor([i for i in range(96) if i != 5])), LayerPlan(), LayerPlan()]
     refit(model, Run(batches=data()), plan, "refit")
-    apply_plan(model, plan, {})
+    apply_plan(model, plan, Run())
     assert (model(ids).logits - before).norm() < 0.02 * before.norm()
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from llmopt.blocks import blocks
-from llmopt.method import LlmoptError
+from llmopt.method import LlmoptError, Run
 from llmopt.prune.groups import cost, members
 from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan, head_columns
@@ -47,7 +47,7 @@ def pick(total, *gone):
 @torch.no_grad()
 def assert_sliced_equals_masked(family, plan, **changes):
     sliced, masked = model_of(family, **changes), model_of(family, **changes)
-    apply_plan(sliced, plan, {})
+    apply_plan(sliced, plan, Run())
     mask(masked, plan)
     ids = tiny.ids()
     expected, found = masked(ids).logits, sliced(ids).logits
@@ -96,7 +96,7 @@ def test_the_other_residual_forms(family, changes):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 def test_skipped_parts_with_a_static_cache(family):
     model = model_of(family)
-    apply_plan(model, [LayerPlan(skip=("attention",)), LayerPlan(skip=("mlp",)), LayerPlan(ffn=pick(96, 9))], {})
+    apply_plan(model, [LayerPlan(skip=("attention",)), LayerPlan(skip=("mlp",)), LayerPlan(ffn=pick(96, 9))], Run())
     texts = [model.generate(tiny.ids(2, 20), max_new_tokens=8, do_sample=False, eos_token_id=None, **kind)
              for kind in ({}, {"cache_implementation": "static"})]
     assert torch.equal(*texts)
@@ -110,7 +110,7 @@ def test_a_dropped_block_is_as_if_it_never_was(family):
     kept = [block.module for i, block in enumerate(blocks(model)) if i != 1]
     expected = model_of(family)
     mask(expected, [LayerPlan(), LayerPlan(skip=("attention", "mlp")), LayerPlan()])
-    apply_plan(model, [LayerPlan(), LayerPlan(drop=True), LayerPlan()], {})
+    apply_plan(model, [LayerPlan(), LayerPlan(drop=True), LayerPlan()], Run())
     assert [block.module for block in blocks(model)] == kept
     assert model.config.num_hidden_layers == 2
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
@@ -119,8 +119,8 @@ def test_a_dropped_block_is_as_if_it_never_was(family):
 
 def test_cuts_add_up_over_steps():
     model = model_of("llama")
-    apply_plan(model, [LayerPlan(kv_groups=pick(4, 0))] * 3, {})
-    apply_plan(model, [LayerPlan(kv_groups=pick(3, 2), ffn=pick(96, 1))] * 3, {})
+    apply_plan(model, [LayerPlan(kv_groups=pick(4, 0))] * 3, Run())
+    apply_plan(model, [LayerPlan(kv_groups=pick(3, 2), ffn=pick(96, 1))] * 3, Run())
     assert model.config.num_attention_heads == 4
     assert model.config.num_key_value_heads == 2
     assert model.config.intermediate_size == 95
@@ -129,10 +129,10 @@ def test_cuts_add_up_over_steps():
 
 def test_scores_follow_the_heads_that_remain():
     model = model_of("llama")
-    scores = {"heads.x": [torch.arange(8.) + 10 * layer for layer in range(3)]}
-    apply_plan(model, [LayerPlan(kv_groups=pick(4, 1)), LayerPlan(drop=True), LayerPlan(skip=("attention",))], scores)
-    assert [s.tolist() for s in scores["heads.x"]] == [[0, 1, 4, 5, 6, 7], []]
-    assert [len(s) for s in scores["heads.x"]] == [shape.heads for shape in shapes(model)]
+    run = Run(scores={"heads.x": [torch.arange(8.) + 10 * layer for layer in range(3)]})
+    apply_plan(model, [LayerPlan(kv_groups=pick(4, 1)), LayerPlan(drop=True), LayerPlan(skip=("attention",))], run)
+    assert [s.tolist() for s in run.scores["heads.x"]] == [[0, 1, 4, 5, 6, 7], []]
+    assert [len(s) for s in run.scores["heads.x"]] == [shape.heads for shape in shapes(model)]
 
 
 @pytest.mark.parametrize(("family", "plan", "fact"), [
@@ -144,14 +144,14 @@ def test_what_cannot_be_stored_is_refused_before_anything_changes(family, plan, 
     model = model_of(family)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(LlmoptError, match=fact):
-        apply_plan(model, plan, {})
+        apply_plan(model, plan, Run())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_blocks_that_know_their_number_stay():
     model = tiny.make("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(LlmoptError, match="layer's number"):
-        apply_plan(model, [LayerPlan(drop=True), LayerPlan(), LayerPlan()], {})
+        apply_plan(model, [LayerPlan(drop=True), LayerPlan(), LayerPlan()], Run())
 
 
 def test_costs_count_the_parameters_that_leave():
@@ -160,7 +160,7 @@ def test_costs_count_the_parameters_that_leave():
                                ("opt", "attention", LayerPlan(skip=("attention",)))):
         model = model_of(family)
         before, price = model.num_parameters(), cost(blocks(model)[0], unit)
-        apply_plan(model, [plan] * 2 + [plan if unit != "attention" else LayerPlan()], {})
+        apply_plan(model, [plan] * 2 + [plan if unit != "attention" else LayerPlan()], Run())
         assert before - model.num_parameters() == price * (3 if unit != "attention" else 2)
 
 

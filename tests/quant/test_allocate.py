@@ -93,7 +93,7 @@ def test_lim_follows_the_residual_stream():
     model = make("llama")
     for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
         projection.weight.data.zero_()
-    scores = lim(model, batches())
+    scores = lim(model, Run(batches=batches()))
     assert scores[1] == pytest.approx(-1, abs=1e-6) and scores[0] > -0.99 and scores[2] > -0.99
 
 

@@ -1,0 +1,157 @@
+"""A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llmopt import checkpoint, shards, store
+from llmopt.blocks import layer_list, replace_layers
+from llmopt.checkpoint import plain_state
+from llmopt.folder import check_folder
+from llmopt.hub import fetch
+from llmopt.loading import all_finite, fitting_tokenizer, resolve
+from llmopt.method import LlmoptError
+from llmopt.prune.shapes import slice_config
+from llmopt.recipe import Recipe
+from llmopt.stream import Stream
+from llmopt.verify import VerificationError
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Whether and how a run is streamed. force None: if the dense model would not fit into the available memory.
+
+    activations: bytes of calibration activations held in memory. blocks: only so many blocks, to measure; what is
+    written then is no model.
+    """
+
+    force: bool | None = None
+    activations: int = 2 << 30
+    blocks: int | None = None
+
+    def wanted(self, recipe: Recipe) -> bool:
+        """Whether this recipe is to be streamed."""
+        source = Path(resolve(recipe.model.id))
+        if self.force is not None or self.blocks:
+            return bool(self.force or self.blocks)
+        fits = recipe.model.device != "cpu" or not source.is_dir()
+        return not fits and _dense_bytes(source, recipe) > available()
+
+
+def available() -> int:
+    """Bytes of memory that this process may still take: the machine's, or its control group's."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def _dense_bytes(folder: Path, recipe: Recipe) -> int:
+    check_folder(folder)
+    return store.dense_bytes(folder, recipe.model.dtype)
+
+
+def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
+    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
+    source = resolve(recipe.model.id)
+    local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
+    refuse_whole(recipe, _dense_bytes(Path(local), recipe))
+    model, places = store.open_model(replace(recipe.model, id=local))
+    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    if streaming.blocks:
+        _cut_short(model, streaming.blocks)
+    return model, fitting_tokenizer(model, local, recipe.model), memory
+
+
+@contextmanager
+def working(work: Path) -> Iterator[None]:
+    """The work folder, for as long as a run needs it; one that is there already is another run's."""
+    try:
+        work.mkdir(parents=True)
+    except FileExistsError as error:
+        raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise LlmoptError(f"{work}: the disk is full; nothing was written") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _cut_short(model: nn.Module, count: int) -> None:
+    """Leave the first `count` blocks."""
+    kept = list(layer_list(model))[:count]
+    replace_layers(model, kept)
+    slice_config(model, list(range(len(kept))))
+
+
+def refuse_whole(recipe: Recipe, size: int) -> None:
+    """Raise LlmoptError for a step that works on the whole model; size: bytes of the dense weights."""
+    for i, step in enumerate(recipe.steps):
+        if step.needs_whole:
+            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model and cannot be streamed; that takes "
+                              f"{size / 1e9:.1f} GB for the weights alone, {available() / 1e9:.1f} GB are available")
+
+
+class StreamedWeights(checkpoint.Weights):
+    """A streamed model's weights for `checkpoint.save`: written block by block, and read back block by block."""
+
+    def __init__(self, model: nn.Module, memory: Stream):
+        super().__init__(model, memory.format)
+        self.memory = memory
+
+    def write(self, stage: Path, max_shard_size: str) -> None:
+        with checkpoint.full_disks():
+            writer = shards.Writer(stage, max_shard_size)
+            for group in self.memory.groups(self.model):
+                writer.add(group)
+            writer.close()
+
+    @torch.no_grad()
+    def verify(self, stage: Path) -> None:
+        """Raise VerificationError unless every tensor reads back as it was written and has the config's shape."""
+        written, expected = store.places(stage), set()
+        for group in self.memory.groups(self.model):
+            if absent := group.keys() - written.keys():
+                raise VerificationError(f"{stage.name}: {min(absent)} was not written")
+            back = store.read({name: written[name] for name in group})
+            for name, tensor in group.items():
+                if not torch.equal(back[name], tensor.cpu()) or not all_finite(tensor):
+                    raise VerificationError(f"{stage.name}: {name} does not read back as it was written")
+            expected |= group.keys()
+        if foreign := written.keys() - expected:
+            raise VerificationError(f"{stage.name}: {min(foreign)} belongs to no part of the model")
+        _verify_shapes(stage, written)
+
+
+def _verify_shapes(stage: Path, written: store.Places) -> None:
+    """Raise VerificationError unless the written config makes a model of the written shapes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(stage)
+    for name, like in plain_state(store.skeleton(config, config.dtype)).items():
+        told = f"{name.removesuffix('weight')}weight_shape"
+        if name not in written and told not in written:
+            raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
+        known = store.read({"it": written.get(name) or written[told]})["it"]
+        shape = list(known.shape) if name in written else known.tolist()
+        if shape != list(like.shape):
+            raise VerificationError(f"{stage.name}: {name} is {shape}, the config wants {list(like.shape)}")
+
+
+def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str) -> None:
+    """Write the weights of a model that was cut short; without a config, nothing loads them."""
+    with checkpoint.staged(output) as stage:
+        weights.write(stage, max_shard_size)
+        shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")

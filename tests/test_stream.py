@@ -1,0 +1,219 @@
+"""A streamed run writes the bytes of a run in memory, with one block's weights there at a time."""
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmopt
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, streaming
+from llmopt.blocks import blocks
+from llmopt.method import LlmoptError, Run
+from llmopt.quant import GPTQ
+from llmopt.stream import Stream
+from llmopt.streaming import StreamedWeights, Streaming
+from llmopt.verify import VerificationError
+from tests import tiny
+from tests.test_contract import FIELDS
+
+DATA = "data: {name: ids, path: %s, batch_size: 3}\n"
+TIMES = {"llmopt.log"}
+
+
+def dense(folder: Path, family: str, **changes) -> Path:
+    """A sharded dense checkpoint of a tiny model."""
+    model = tiny.make(family, **changes)
+    return checkpoint.save(model, folder / "dense", max_shard_size="60KB")
+
+
+def plan(folder: Path, model: Path, steps: str, extra: str = "") -> recipe.Recipe:
+    rows = tiny.ids(8, 24).tolist()
+    rows[3] = rows[3][:17]                                # padding in the second batch
+    (folder / "ids.jsonl").write_text("\n".join(map(str, rows)))
+    text = f"model: {{id: {model}}}\n{DATA % (folder / 'ids.jsonl')}max_shard_size: 30KB\n{extra}steps: {steps}\n"
+    return recipe.parse(text, "test.yaml")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in TIMES}
+
+
+STEPS = {
+    "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
+    "gptq": "[quant.gptq: {bits: 3, group_size: 32}]",
+    "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim}]",
+    "zd": "[quant.rtn: {bits: 3, group_size: 32, allocate: zd, overrides: {down_proj: {bits: 16}}}]",
+    "local": "[prune.magnitude: {ratio: 0.3}]",
+    "global": "[prune.magnitude: {ratio: 0.3, scope: global, refit: true}]",
+    "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32}]",
+    "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
+    "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn]}, quant.gptq: {bits: 4, group_size: 16}, "
+           "attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
+    "kv": "[kv.streaming: {budget: 16}]",
+    "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
+}
+CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
+         ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),
+         ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}), ("phi3", "gptq", {})]
+
+
+@pytest.mark.parametrize(("family", "steps", "changes"), CASES)
+def test_the_bytes_are_those_of_a_run_in_memory(family, steps, changes, tmp_path):
+    model = dense(tmp_path, family, **changes)
+    extra = "format: dense\n" if family == "gpt2" else ""
+    made = plan(tmp_path, model, STEPS[steps], extra)
+    for name, force in (("memory", False), ("streamed", True)):
+        report = pipeline.run(made, tmp_path / name, streaming=Streaming(force, activations=1 << 14))
+        assert report.streamed == force
+    one, two = contents(tmp_path / "memory"), contents(tmp_path / "streamed")
+    assert one.keys() == two.keys()
+    assert not [name for name in one if one[name] != two[name]]
+    assert len([name for name in one if name.endswith(".safetensors")]) > 1
+    assert not list(tmp_path.glob("*llmopt-work*"))
+
+
+def test_a_file_may_leave_out_the_prefix_of_the_base_model(tmp_path):
+    model = dense(tmp_path, "gpt2")
+    tensors = {name: t for file in store.weight_files(model) for name, t in load_file(file).items()}
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, model / "model.safetensors",
+              metadata={"format": "pt"})
+    made = plan(tmp_path, model, STEPS["narrow"])
+    for name, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / name, streaming=Streaming(force))
+    one, two = (checkpoint.load(tmp_path / name)[0].state_dict() for name in ("memory", "streamed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_one_block_at_a_time(tmp_path, monkeypatch):
+    """Counted whenever a quantizer looks at a weight: the weights there are those of one block and no embedding."""
+    seen, model = [], store.open_model(recipe.ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
+    block = sum(p.numel() for p in blocks(model)[0].module.parameters())
+    solve = GPTQ._solve
+
+    def real():
+        return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
+
+    def counted(self, projection, stats, target):
+        if projection.name.endswith("down_proj"):
+            seen.append(real())
+        return solve(self, projection, stats, target)
+
+    monkeypatch.setattr(GPTQ, "_solve", counted)
+    gc.collect()
+    there = real()
+    pipeline.run(plan(tmp_path, tmp_path / "dense", STEPS["gptq"]), tmp_path / "out", streaming=Streaming(True))
+    assert len(seen) == 6
+    assert max(seen) - there == block
+
+
+def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
+    memory = Stream.__new__(Stream)
+    memory.work, memory.room = tmp_path, 2 * 3 * 800
+    given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    kept = memory.keep(iter(given))
+    assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+    assert not list(tmp_path.iterdir())
+    assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("steps", ["heads.gradient: {}", "heads.span: {}",
+                                   "quant.rtn: {bits: 3.5, group_size: 32, allocate: sensitivity}"])
+def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(steps, tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), f"[{steps}]")
+    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* takes 0\.\d GB .* are available"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("name", llmopt.names())
+def test_every_method_streams_or_says_that_it_cannot(name, tmp_path):
+    fields = FIELDS.get(name, {})
+    made = plan(tmp_path, dense(tmp_path, "qwen3"), f"[{{{name}: {json.dumps(fields)}}}]")
+    if made.steps[0].needs_whole:
+        return
+    for folder, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / folder, streaming=Streaming(force))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(("kv", "family"), [(None, "gemma3_text"), ("kv.streaming: {budget: 20}", "mistral"),
+                                            ("kv.snapkv: {ratio: 0.5, window: 8, allocate: ada}", "qwen3"),
+                                            ("kv.snapkv: {ratio: 0.4, window: 8, allocate: prefix}", "gemma3_text")])
+def test_the_cache_is_measured_without_weights(kv, family):
+    model = tiny.make(family)
+    if kv:
+        recipe.parse(f"steps: [{kv}]", "t").steps[0].apply(model, Run())
+    length = min(512, model.config.max_position_embeddings // 2)
+    assert rehearsal.cache_bytes(model, length) == pipeline.cache_bytes_per_token(model) * length
+
+
+def test_experts_are_refused_before_any_work(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "mixtral"), STEPS["rtn"])
+    with pytest.raises(LlmoptError, match="Mixture-of-Experts model: it cannot be streamed"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):
+    model = dense(tmp_path, "llama")
+    file = sorted(model.glob("*.safetensors"))[2]
+    tensors = load_file(file)
+    next(t for name, t in tensors.items() if name.endswith("up_proj.weight"))[0, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LlmoptError, match="up_proj.weight holds 1 NaN"):
+        pipeline.run(plan(tmp_path, model, STEPS["rtn"]), tmp_path / "out", streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_reads_back_otherwise_is_no_success(tmp_path, monkeypatch):
+    write = StreamedWeights.write
+
+    def damaged(self, stage, max_shard_size):
+        write(self, stage, max_shard_size)
+        file = sorted(stage.glob("*.safetensors"))[-2]
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(StreamedWeights, "write", damaged)
+    with pytest.raises(VerificationError, match="does not read back as it was written"):
+        pipeline.run(plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"]), tmp_path / "out",
+                     streaming=Streaming(True))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"])
+    size = store.dense_bytes(tmp_path / "dense")
+    assert size == sum(t.numel() * 4 for f in store.weight_files(tmp_path / "dense") for t in load_file(f).values())
+    for free, streamed in ((size, False), (size - 1, True)):
+        monkeypatch.setattr(streaming, "available", lambda free=free: free)
+        assert Streaming().wanted(made) == streamed
+        assert not Streaming(force=False).wanted(made)
+
+
+def test_a_dry_run_says_the_same(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "qwen3"), STEPS["all"])
+    assert pipeline.dry_run(made, Streaming(True)) == pipeline.dry_run(made, Streaming(False))
+
+
+def test_a_work_folder_that_is_there_already_is_left_alone(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"])
+    (tmp_path / "out.llmopt-work").mkdir()
+    with pytest.raises(LlmoptError, match="out.llmopt-work: left by a run that was cut off"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert (tmp_path / "out.llmopt-work").is_dir() and not (tmp_path / "out").exists()
+
+
+def test_some_blocks_only_are_no_model(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["gptq"])
+    pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=2))
+    names = [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)]
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+    with pytest.raises(LlmoptError, match="no config.json"):
+        checkpoint.load(tmp_path / "out")
