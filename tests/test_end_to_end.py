@@ -12,7 +12,7 @@ from llmopt.loading import load_dense
 from llmopt.recipe import ModelSpec
 from tests.command import llmopt as command
 
-SMALL = ("data.samples=8", "data.length=128", "steps.3.widths=[4, 5]", "eval.limit=6",
+SMALL = ("data.samples=8", "data.length=128", "steps.2.widths=[4, 5]", "eval.limit=6",
          "eval.tasks=[world_ppl, world_facts, world_recall_40_agnostic]")
 TIMES = {"llmopt.log"}
 
