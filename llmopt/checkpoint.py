@@ -62,17 +62,24 @@ def staged(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.llmopt-partial-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
-    try:
+    with vanishing(stage, output):
         stage.mkdir()
         yield stage
         shards.sync(stage)
         _replace(stage, output)
+
+
+@contextmanager
+def vanishing(folder: Path, output: Path) -> Iterator[None]:
+    """Whatever happens, `folder` is gone afterwards; a full disk is one line about `output`."""
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise LlmoptError(f"{output}: the disk is full; nothing was written") from error
         raise
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(stage: Path, output: Path) -> None:

@@ -1,6 +1,4 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
-import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,14 +77,8 @@ def working(work: Path) -> Iterator[None]:
         work.mkdir(parents=True)
     except FileExistsError as error:
         raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
-    try:
+    with checkpoint.vanishing(work, work):
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise LlmoptError(f"{work}: the disk is full; nothing was written") from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _cut_short(model: nn.Module, count: int) -> None:
