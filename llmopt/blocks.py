@@ -294,21 +294,30 @@ class Visit:
                 handle.remove()
 
 
-def each(model: nn.Module, run: Run, label: str, edits: bool = True,
-         only: Collection[int] | None = None) -> Iterator[Block]:
+def each(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Block]:
     """The blocks in order, each with its weights there; edits: False where the caller changes none of them.
 
-    only: the indices to go through; the other blocks are passed over.
+    Of a run that was cut off, edited blocks that were done are passed over: what is learned of a block while it is
+    edited belongs into the block (Quantized.figures), not into a list of the caller's.
     """
-    memory = run.memory if edits else run.memory.reading
-    for index in run.progress([i for i in range(len(layer_list(model))) if only is None or i in only], label):
+    memory = run.memory.editing() if edits else run.memory.reading
+    for index in run.progress(range(len(layer_list(model))), label):
+        if not memory.restored(model, index):
+            with memory.block(model, index):
+                yield blocks(model)[index]
+
+
+def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> Iterator[Block]:
+    """The blocks at the indices `only`, for a caller who quickly changes their shapes."""
+    memory = run.memory.editing(again=True)
+    for index in run.progress(sorted(only), label):
         with memory.block(model, index):
             yield blocks(model)[index]
 
 
 def visits(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Visit]:
-    """`walk` over the run's calibration data; edits: False where the caller changes no weight."""
-    return walk(model, run.batches, run.progress, label, run.memory if edits else run.memory.reading)
+    """`walk` over the run's calibration data; `edits` and what a resumed run passes over: as in `each`."""
+    return walk(model, run.batches, run.progress, label, run.memory.editing() if edits else run.memory.reading)
 
 
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
@@ -320,12 +329,17 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     """
     if not batches:
         raise LlmoptError("this step needs calibration data and there is none")
+    done = {index for index in range(len(layer_list(model))) if memory.restored(model, index)}
+    ahead = [index for index in range(len(layer_list(model))) if index not in done]
+    if not ahead:
+        return
     inputs, calls = _record_calls(model, batches, memory)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    for index in progress(range(len(calls)), label):
-        with memory.block(model, index):
+    for index in progress(range(ahead[-1] + 1), label):
+        with (memory.reading if index in done else memory).block(model, index):
             visit = Visit(blocks(model)[index], inputs, calls[index], masks)
-            yield visit
+            if index not in done:
+                yield visit
             inputs = visit.left = memory.keep(visit.outputs())
 
 

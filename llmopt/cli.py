@@ -43,7 +43,7 @@ def cli() -> None:
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print every step's plan and the predicted sizes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
-@click.option("--resume", is_flag=True, help="Finish what is missing of an earlier run of the same recipe.")
+@click.option("--resume", is_flag=True, help="Go on with a run of the same recipe that was cut off.")
 @click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
 @click.option("--stream/--no-stream", default=None, help="One block in memory at a time; default: if needed.")
 @click.option("--activation-memory", default="2GiB", show_default=True, help="Activations beyond it go to disk.")
@@ -74,9 +74,14 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.evaluate import task_manager
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
-    if not (resume and pipeline.is_finished(output, plan)):
+    if resume and pipeline.is_finished(output, plan):
+        pipeline.journal_of(output).remove()         # its run may have been cut off at the very end
+    else:
         with terminal.progress() as progress:
-            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming)
+            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
+                                  resume=resume)
+        for line in report.told:
+            terminal.say(line)
         if max_blocks:
             terminal.show_times(report.seconds, output, as_json)
             return
@@ -213,8 +218,9 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written was left", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        told = str(error.__cause__ or error)          # click puts an Abort around it
+        click.echo(told or "interrupted; nothing half-written was left", err=True)
         code = 130
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

@@ -104,6 +104,18 @@ class Memory:
         """The same for a loop that changes no weight: what a block became is not kept."""
         return self
 
+    def editing(self, again: bool = False) -> "Memory":
+        """The same for one loop that changes blocks; again: so cheap that a resumed run does it again."""
+        return self
+
+    def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives, plain JSON data; computed once, even if the run is cut off and resumed."""
+        return compute()
+
+    def restored(self, model, index: int) -> bool:
+        """Whether a run that was cut off had done this loop's work on a block, which is then in place."""
+        return False
+
     @contextmanager
     def outside(self, model) -> Iterator[None]:
         """Inside, the weights of the decoder that belong to no block can be used."""

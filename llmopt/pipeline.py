@@ -1,7 +1,6 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
 import platform
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,15 @@ from torch import Tensor, nn
 
 from llmopt import checkpoint, data, rehearsal, runtime, shards
 from llmopt.facts import FILE, read_facts
+from llmopt.folder import WORK
+from llmopt.journal import Journal, checksum
+from llmopt.kept import Kept
 from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
-from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial, working
+from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Report:
     cache_after: float = 0.0
     predicted_bytes: int | None = None
     streamed: bool = False             # one block in memory at a time; the result is the same
+    told: list[str] = field(default_factory=list)     # of a resumed run: what was there, what was damaged
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,9 +76,9 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
-    torch.manual_seed(run.seed)
     for i, step in enumerate(steps):
         start = time.perf_counter()
+        torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
@@ -118,43 +121,55 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming()) -> Report:      # noqa: B008  frozen
-    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written."""
+        streaming: Streaming = Streaming(), resume: bool = False) -> Report:      # noqa: B008  frozen
+    """Carry out `recipe` into the folder `output`, in memory or streamed.
+
+    What is finished is kept in OUTPUT.llmopt-work until all is; resume: go on with what a run that was cut off has
+    left there. Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
+    """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
+    journal = journal_of(output)
+    if not resume:
+        journal.refuse_unfinished()
     streamed = streaming.wanted(recipe)
-    work = output.with_name(f"{output.name}.llmopt-work")
-    model, tokenizer, memory = open_streamed(recipe, work, streaming) if streamed else _in_memory(recipe)
-    with working(work) if streamed else nullcontext():
-        batches = None
-        if any(step.needs_data for step in recipe.steps):
-            batches = data.load(recipe.data, model.config, tokenizer)
+    model, tokenizer, memory = (open_streamed(recipe, journal, streaming) if streamed
+                                else (*load_dense(recipe.model), Kept(journal)))
+    batches = None
+    if any(step.needs_data for step in recipe.steps):
+        batches = data.load(recipe.data, model.config, tokenizer)
+    with journal.opened(marks(recipe, model, batches, streaming)):
         run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
-        report.predicted_bytes, report.streamed = predicted, streamed
+        report.predicted_bytes, report.streamed, report.told = predicted, streamed, journal.told
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
-        report.seconds = {"load": loaded, **report.seconds}
+        report.seconds = {"load": loaded, **report.seconds, "of which for the journal": journal.seconds}
         if streaming.blocks:
             save_partial(weights, output, recipe.max_shard_size)
         else:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
-                            finish=lambda stage: _write_log(stage, report), weights=weights)
+                            finish=lambda stage: _write_log(stage, report), weights=weights, work=journal.folder)
     report.seconds["total"] = time.perf_counter() - clock
     return report
 
 
-def _in_memory(recipe: Recipe) -> tuple[nn.Module, Any, Memory]:
-    return *load_dense(recipe.model), Memory()
+def marks(recipe: Recipe, model: nn.Module, batches: Any, streaming: Streaming) -> dict[str, Any]:
+    """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
+    folder = Path(resolve(recipe.model.id))
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")) if folder.is_dir() else []
+    return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
+            "revision": None if files else model.config._commit_hash, "blocks": streaming.blocks,
+            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions()}
 
 
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
-    opened = open_streamed(recipe, Path("nowhere"), streaming) if streaming.wanted(recipe) else _in_memory(recipe)
-    model, _, memory = opened
+    model, _, memory = (open_streamed(recipe, Journal(Path("nowhere")), streaming) if streaming.wanted(recipe)
+                        else (*load_dense(recipe.model), Memory()))
     size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
     return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
@@ -176,9 +191,15 @@ def is_finished(output: Path, recipe: Recipe) -> bool:
     return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
+def journal_of(output: Path) -> Journal:
+    """Where a run into `output` keeps what it has finished."""
+    return Journal(output.with_name(output.name + WORK))
+
+
 def _write_log(stage: Path, report: Report) -> None:
     lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     if report.streamed:
         lines.append("streamed: one block in memory at a time")
+    lines += report.told
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
     (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

@@ -20,7 +20,12 @@ TYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in D
 
 def places(folder: Path) -> Places:
     """Every tensor of a folder."""
-    return {name: (file, name) for file in weight_files(folder) for name in read_header(file)[0]}
+    return {name: place for file in weight_files(folder) for name, place in of_file(file).items()}
+
+
+def of_file(file: Path) -> Places:
+    """Every tensor of one file."""
+    return {name: (file, name) for name in read_header(file)[0]}
 
 
 def read(wanted: Places) -> dict[str, Tensor]:

@@ -4,46 +4,41 @@ The model is a skeleton whose weights are on the meta device, so that everything
 ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
-import copy
 import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmopt import checkpoint, shards, store
+from llmopt import shards, store
 from llmopt.blocks import layer_list, spec_of
-from llmopt.checkpoint import packed_in_place, plain_state
+from llmopt.checkpoint import plain_state
+from llmopt.journal import Journal
+from llmopt.kept import Kept
 from llmopt.loading import check_finite
-from llmopt.method import Memory, naming
+from llmopt.method import naming
 from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import check_consistent, export
+from llmopt.quant.export import rebuilt, refuse_unportable, stored, told
+
+SCRATCH = ".scratch"        # files of blocks that a resumed run makes anew
 
 
-class Stream(Memory):
+class Stream(Kept):
     """The weights of a skeleton, one block at a time; `places` say where they are at the beginning.
 
-    work: a folder for what blocks become. room: bytes of calibration activations held in memory.
+    journal: its folder holds what blocks become. room: bytes of calibration activations held in memory.
     """
 
-    def __init__(self, places: store.Places, model: nn.Module, work: Path, format: str, room: int):
+    def __init__(self, journal: Journal, places: store.Places, model: nn.Module, format: str, room: int):
+        super().__init__(journal)
         self.layers, self.rest = store.by_layer(model, places)
-        self.work, self.format, self.room = work, format, room
+        self.work, self.format, self.room = journal.folder, format, room
         self.device = next(model.buffers(), torch.empty(0)).device
-        self.step, self.commits = 0, True
-
-    def begin(self, step: int) -> None:
-        self.step = step
-
-    @property
-    def reading(self) -> "Stream":
-        twin = copy.copy(self)              # shares the places
-        twin.commits = False
-        return twin
 
     @contextmanager
     def outside(self, model: nn.Module) -> Iterator[None]:
@@ -62,7 +57,7 @@ class Stream(Memory):
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
         with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer])
+            self._fill(layer, self.layers[layer], told(layer))
         try:
             yield
             if self.commits:
@@ -80,10 +75,16 @@ class Stream(Memory):
             room -= min(size, room)
         return kept
 
-    def _fill(self, root: nn.Module, places: store.Places) -> None:
-        """Give the parameters of `root` their values, in the model's type."""
-        fresh = {}
-        for name, tensor in store.read(places).items():
+    def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
+        self.layers[layer] = store.of_file(file)
+        for name, result in rebuilt(layer, store.read(self.layers[layer]), record)[1].items():
+            layer.get_submodule(name).llmopt_quantized = result
+        _empty(layer)
+
+    def _fill(self, root: nn.Module, places: store.Places, record: dict[str, Any] | None = None) -> None:
+        """Give the parameters of `root` their values, in the model's type; record: of what is stored as codes."""
+        fresh, tensors = {}, store.read(places)
+        for name, tensor in (rebuilt(root, tensors, record)[0] if record else tensors).items():
             like = root.get_parameter(name)
             fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
         self._check(fresh, places)
@@ -98,28 +99,30 @@ class Stream(Memory):
 
     def _commit(self, layer: nn.Module, index: int) -> None:
         """Write what the layer has become; what it was before is then of no more use."""
-        tensors = layer.state_dict()
-        check_consistent(layer)
-        if self.format != "dense" and quantized_modules(layer):
-            tensors = packed_in_place(tensors, export(layer)[0])
-        file = self.work / f"step-{self.step}" / f"{index:05d}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.full_disks():
-            shards.save(tensors, beside := file.with_suffix(".partial"))
-        os.replace(beside, file)            # tensors of an older file of this name stay mapped
+        if self.format != "dense":
+            refuse_unportable(layer)
+        tensors, record = stored(layer)
+        if self.lasting:
+            file = self.journal.commit(self.key(index), tensors, record)
+        else:
+            self.journal.write(file := self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
         for old in {home for home, _ in self.layers[layer].values()} - {file}:
-            if old.is_relative_to(self.work):
+            if old.suffix == SCRATCH and old.is_relative_to(self.work):
                 old.unlink()
         self.layers[layer] = {name: (file, name) for name in tensors}
 
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
-        homes = {f"{spec_of(model).layers}.{i}.": self.layers[layer] for i, layer in enumerate(layer_list(model))}
+        homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
         for group in shards.by_block(plain_state(model)):
             first = next(iter(group))
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
-            places = homes.get(prefix) or {name: self.rest[name] for name in group if group[name].is_meta}
-            found = {prefix + name: tensor for name, tensor in store.read(places).items()}
+            layer = homes.get(prefix)
+            places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
+            tensors = store.read(places)
+            if layer is not None and self.format == "dense" and (record := told(layer)):
+                tensors = rebuilt(layer, tensors, record)[0]
+            found = {prefix + name: tensor for name, tensor in tensors.items()}
             cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}

@@ -1,6 +1,4 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import plain_state
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
+from llmopt.journal import Journal
 from llmopt.loading import all_finite, fitting_tokenizer, resolve
 from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
@@ -58,27 +57,16 @@ def _dense_bytes(folder: Path, recipe: Recipe) -> int:
     return store.dense_bytes(folder, recipe.model.dtype)
 
 
-def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
-    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
+def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
+    """(skeleton, tokenizer, memory) of a recipe's model; `journal` is written to by steps that change blocks."""
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
-    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    memory = Stream(journal, places, model, recipe.format, streaming.activations)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory
-
-
-@contextmanager
-def working(work: Path) -> Iterator[None]:
-    """The work folder, for as long as a run needs it; one that is there already is another run's."""
-    try:
-        work.mkdir(parents=True)
-    except FileExistsError as error:
-        raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
-    with checkpoint.vanishing(work, work):
-        yield
 
 
 def _cut_short(model: nn.Module, count: int) -> None:
@@ -104,7 +92,7 @@ class StreamedWeights(checkpoint.Weights):
         self.memory = memory
 
     def write(self, stage: Path, max_shard_size: str) -> None:
-        with checkpoint.full_disks():
+        with shards.full_disks():
             writer = shards.Writer(stage, max_shard_size)
             for group in self.memory.groups(self.model):
                 writer.add(group)
@@ -144,6 +132,6 @@ def _verify_shapes(stage: Path, written: store.Places) -> None:
 
 def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str) -> None:
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
-    with checkpoint.staged(output) as stage:
+    with checkpoint.staged(output, weights.memory.work) as stage:
         weights.write(stage, max_shard_size)
         shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")

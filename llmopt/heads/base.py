@@ -35,15 +35,18 @@ class HeadScore(Method):
     def apply(self, model: nn.Module, run: Run) -> Record:
         if not run.batches:
             raise LlmoptError("head scores need calibration data and there is none")
+        meta = run.memory.remember("scores", lambda: self._measured(model, run))
+        run.scores[self.name] = [torch.tensor(s, dtype=torch.float32) for s in meta["scores"]]
+        return Record(meta=meta)
+
+    def _measured(self, model: nn.Module, run: Run) -> dict[str, Any]:
         with undisturbed(model):
             found = self.score(model, run.progress(run.batches, self.name))
         scores = [s.detach().float().cpu() for s in found]
         check_scores(scores, [block.heads for block in blocks(model)])
-        run.scores[self.name] = scores
         samples = sum(len(batch["input_ids"]) for batch in run.batches)
         tokens = int(sum(batch["attention_mask"].sum() for batch in run.batches))
-        return Record(meta={"kind": self.name, "samples": samples, "tokens": tokens,
-                            "scores": [s.tolist() for s in scores]})
+        return {"kind": self.name, "samples": samples, "tokens": tokens, "scores": [s.tolist() for s in scores]}
 
 
 def check_scores(scores: list[Tensor], heads: list[int]) -> None:

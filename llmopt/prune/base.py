@@ -70,7 +70,8 @@ class Pruner(Method):
     def apply(self, model: nn.Module, run: Run) -> Record:
         self.refuse(model)
         before, shape = model.num_parameters(), shapes(model)
-        plan, meta = self.plan(model, run)
+        told = run.memory.remember("plan", lambda: self._told(model, run))
+        plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
         if self.refit:
@@ -108,6 +109,10 @@ class Pruner(Method):
             freed += n * u.cost
         return plan, {"ratio": self.ratio, "removed_share": freed / sum(u.total for u in units),
                       "removed_units": dict(gone)}
+
+    def _told(self, model: nn.Module, run: Run) -> dict[str, Any]:
+        plan, meta = self.plan(model, run)
+        return {"layers": [layer.to_dict() for layer in plan], "meta": meta}
 
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
         with torch.no_grad():

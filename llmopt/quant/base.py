@@ -123,7 +123,7 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        for projection, stats in self._visits(model, run, todo, self.name):
+        for projection, stats in self._visits(model, run, todo, self.name, edits=True):
             self._write(projection, stats, todo[projection.name])
         return Record(meta=self._meta(model, decided) | allocation)
 
@@ -135,6 +135,10 @@ class Quantizer(Method):
         share = undecided(found, self.bits, unit)
         if not share.units:
             return found, {}
+        made = run.memory.remember("allocation", lambda: self._allocation(model, run, found, share))
+        return [t if t.fixed else t.at(made["bits"][unit(t)]) for t in found], {"allocation": made}
+
+    def _allocation(self, model: nn.Module, run: Run, found: list[Target], share: Share) -> dict[str, Any]:
         if self.allocate == "sensitivity":
             ranked, chosen = self._measure(model, run, found, share)
         else:
@@ -142,8 +146,7 @@ class Quantizer(Method):
             names = [block.name for block in blocks(model)]
             ranked = {name: value for name, value in zip(names, score, strict=True) if name in share.units}
             chosen = self._two_level(share, [s if self.allocate == "lim" else -s for s in ranked.values()])
-        return [t if t.fixed else t.at(chosen[unit(t)]) for t in found], {
-            "allocation": {"by": self.allocate, "scores": _texts(ranked), "bits": chosen}}
+        return {"by": self.allocate, "scores": _texts(ranked), "bits": chosen}
 
     @torch.no_grad()
     def _measure(self, model: nn.Module, run: Run, found: list[Target], share: Share) -> tuple[dict, dict]:
@@ -152,7 +155,7 @@ class Quantizer(Method):
         The least damage by the table, unless the widest uniform choice that fits does less in fact.
         """
         free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
-        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths"):
+        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
             units[free[p.name].group].append(p)
             made |= {(p.name, w): self._solve(p, stats, free[p.name].at(w)) for w in self.widths if w != DENSE}
 
@@ -169,17 +172,17 @@ class Quantizer(Method):
         finally:
             trial.restore()
 
-    def _visits(self, model: nn.Module, run: Run, names: Collection[str],
-                label: str) -> Iterator[tuple[Projection, Stats | None]]:
+    def _visits(self, model: nn.Module, run: Run, names: Collection[str], label: str,
+                edits: bool) -> Iterator[tuple[Projection, Stats | None]]:
         """The projections in `names`, with the statistics of their inputs if this method uses them.
 
         Each group of a block sees what the caller has made of the groups and blocks before it.
         """
         if not self.uses_inputs:
-            for block in each(model, run, label):
+            for block in each(model, run, label, edits):
                 yield from ((p, None) for p in block.projections() if p.name in names)
             return
-        for visit in visits(model, run, label):
+        for visit in visits(model, run, label, edits):
             weights = self.token_weights(visit)
             for group in visit.block.groups():
                 if chosen := [p for p in group if p.name in names]:
