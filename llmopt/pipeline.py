@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from llmopt import checkpoint, data, rehearsal, runtime, shards
 from llmopt.facts import FILE, read_facts
 from llmopt.loading import load_dense, resolve
-from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, naming, silent
+from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
-from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial, working
+from llmopt.streaming import StreamedWeights, Streaming, open_streamed, open_whole, save_partial, working
 
 
 @dataclass
@@ -125,7 +125,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     output = checkpoint.prepare_output(output, source, overwrite)
     streamed = streaming.wanted(recipe)
     work = output.with_name(f"{output.name}.llmopt-work")
-    model, tokenizer, memory = open_streamed(recipe, work, streaming) if streamed else _in_memory(recipe)
+    model, tokenizer, memory = (open_streamed(recipe, work, streaming) if streamed else
+                                open_whole(recipe, streaming))
     with working(work) if streamed else nullcontext():
         batches = None
         if any(step.needs_data for step in recipe.steps):
@@ -147,14 +148,10 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     return report
 
 
-def _in_memory(recipe: Recipe) -> tuple[nn.Module, Any, Memory]:
-    return *load_dense(recipe.model), Memory()
-
-
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
-    opened = open_streamed(recipe, Path("nowhere"), streaming) if streaming.wanted(recipe) else _in_memory(recipe)
-    model, _, memory = opened
+    wanted = streaming.wanted(recipe)
+    model, _, memory = (open_streamed(recipe, Path("nowhere"), streaming) if wanted else open_whole(recipe, streaming))
     size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
     return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}

@@ -1,4 +1,5 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from torch import nn
 from llmopt import checkpoint, shards, store
 from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import plain_state
+from llmopt.data import DEFAULT_LENGTH
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
-from llmopt.loading import all_finite, fitting_tokenizer, resolve
-from llmopt.method import LlmoptError
+from llmopt.loading import all_finite, fitting_tokenizer, load_dense, resolve
+from llmopt.method import LlmoptError, Memory
 from llmopt.prune.shapes import slice_config
 from llmopt.recipe import Recipe
 from llmopt.stream import Stream
@@ -62,8 +64,8 @@ def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.
     """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
-    refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
+    refuse_whole(recipe, model, "and cannot be streamed", room=0)
     memory = Stream(places, model, work, recipe.format, streaming.activations)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
@@ -88,12 +90,25 @@ def _cut_short(model: nn.Module, count: int) -> None:
     slice_config(model, list(range(len(kept))))
 
 
-def refuse_whole(recipe: Recipe, size: int) -> None:
-    """Raise LlmoptError for a step that works on the whole model; size: bytes of the dense weights."""
+def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
+    """Raise LlmoptError for a step that works on the whole model and takes more than `room` bytes."""
+    data, size = recipe.data, shards.tensor_bytes(dict(model.named_parameters()))
+    tokens = min(data.batch_size, data.samples) * (data.length or DEFAULT_LENGTH)
     for i, step in enumerate(recipe.steps):
-        if step.needs_whole:
-            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model and cannot be streamed; that takes "
-                              f"{size / 1e9:.1f} GB for the weights alone, {available() / 1e9:.1f} GB are available")
+        needed = size + step.whole_bytes(model, tokens)
+        if step.needs_whole and needed > room:
+            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model {why}; that takes at least "
+                              f"{needed / 1e9:.1f} GB ({size / 1e9:.1f} GB of weights), {available() / 1e9:.1f} GB "
+                              "are available")
+
+
+def open_whole(recipe: Recipe, streaming: Streaming) -> tuple[nn.Module, Any, Memory]:
+    """(model, tokenizer, memory) of a recipe whose model is loaded as a whole; --no-stream insists on trying."""
+    insisted = streaming.force is False or recipe.model.device != "cpu"
+    room = sys.maxsize if insisted else available()      # before the weights are there
+    model, tokenizer = load_dense(recipe.model)
+    refuse_whole(recipe, model, "at once", room)
+    return model, tokenizer, Memory()
 
 
 class StreamedWeights(checkpoint.Weights):
