@@ -139,15 +139,17 @@ class StreamedWeights(checkpoint.Weights):
             expected |= group.keys()
         if foreign := written.keys() - expected:
             raise VerificationError(f"{stage.name}: {min(foreign)} belongs to no part of the model")
-        _verify_shapes(stage, written)
+        _verify_shapes(stage, written, self.model)
 
 
-def _verify_shapes(stage: Path, written: store.Places) -> None:
-    """Raise VerificationError unless the written config makes a model of the written shapes."""
+def _verify_shapes(stage: Path, written: store.Places, model: nn.Module) -> None:
+    """Raise VerificationError unless the written config makes a model of the written shapes; `model` has the names."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(stage)
-    for name, like in plain_state(store.skeleton(config, config.dtype)).items():
+    fresh = store.skeleton(config, config.dtype)
+    fresh._weight_conversions = model._weight_conversions
+    for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
         told = f"{name.removesuffix('weight')}weight_shape"
         if name not in written and told not in written:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
