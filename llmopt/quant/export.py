@@ -4,7 +4,7 @@ What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 
 with the exact name of every module as a target.
 """
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor, nn
 
 from llmopt.method import FieldError, LlmoptError
@@ -34,6 +34,18 @@ def packed(name: str, result: Quantized) -> dict[str, Tensor]:
     return {f"{name}.weight_packed": pack_to_int32(result.codes.cpu(), result.bits),      # [out, ceil(in bits / 32)]
             f"{name}.weight_scale": result.scales.cpu().contiguous(),                     # [out, groups]
             f"{name}.weight_shape": torch.tensor(result.codes.shape)}                     # [2] int64
+
+
+def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, in] of a model of type `dtype` that these tensors of `packed` stand for."""
+    found = unpack_from_int32(codes, bits, torch.Size(shape))
+    return Quantized(found, scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)
+
+
+def widths(config: dict) -> dict[str, int]:
+    """The bits of every module that a quantization_config of ours names."""
+    return {name: group["weights"]["num_bits"] for group in config["config_groups"].values()
+            for name in group["targets"]}
 
 
 def quantization_config(model: nn.Module) -> dict:
