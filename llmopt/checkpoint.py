@@ -149,14 +149,15 @@ def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str
 
 def state(model: nn.Module, format: str) -> dict[str, Tensor]:
     """The tensors of the checkpoint that `model` would make."""
-    packing = _packs(model, format)
+    packing = packs(model, format)
     tensors = plain_state(model, renamed=not packing)
     if format == "dense":
         check_consistent(model)
     return packed_in_place(tensors, export(model)[0]) if packing else tensors
 
 
-def _packs(model: nn.Module, format: str) -> bool:
+def packs(model: nn.Module, format: str) -> bool:
+    """Whether the checkpoint will hold packed weights."""
     return format != "dense" and bool(quantized_modules(model))
 
 
@@ -165,7 +166,7 @@ def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, 
     config, needs_code = saved_config(model)
     config = dict(config)
     config.pop("llmopt", None)
-    if _packs(model, format):
+    if packs(model, format):
         config["quantization_config"] = quantization_config(model)
     attached = runtime.runtime_config(model)
     if attached and attached["steps"]:
@@ -181,12 +182,17 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
 
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     tied = set(model.all_tied_weights_keys)
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
-    as_filed = revert_weight_conversion(model, state) if renamed else state
-    return state if as_filed.keys() == state.keys() else as_filed       # where no name changes, the order must not
+    return as_filed(model, state) if renamed else state
+
+
+def as_filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `model` under the names, and in the parts, that its files have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    changed = revert_weight_conversion(model, state)
+    return state if changed.keys() == state.keys() else changed         # where no name changes, the order must not
 
 
 def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None, revision: str | None) -> None:

@@ -69,11 +69,16 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
-    tasks = [] if no_eval else plan.eval.tasks
+    tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
         from llmopt_evals.evaluate import task_manager
+        from llmopt_evals.large import obstacle
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
+        if fact := obstacle(plan, output):
+            click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
+                       f"{plan.model.id}", err=True)
+            tasks = []
     if resume and pipeline.is_finished(output, plan):
         pipeline.journal_of(output).remove()         # its run may have been cut off at the very end
     else:

@@ -104,17 +104,22 @@ def weight_files(folder: Path) -> list[Path]:
         return [_own(folder, single)]
     if not index.is_file():
         raise LlmoptError(f"{folder}: no model.safetensors{_other_format(folder)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
     files = []
-    for name in sorted(set(map(str, shards.values()))):
+    for name in indexed(index):
         if os.sep in name or "\0" in name or not name.endswith(".safetensors"):
             raise LlmoptError(f"{index}: {name!r} is not a file of this folder")
         if not (folder / name).is_file():
             raise LlmoptError(f"{folder / name}: listed in the index and missing; fetch this shard again")
         files.append(_own(folder, folder / name))
     return files
+
+
+def indexed(index: Path) -> list[str]:
+    """The names of the weight files that an index lists, whatever they are, in order."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
+    return sorted(set(map(str, shards.values())))
 
 
 def _own(folder: Path, file: Path) -> Path:

@@ -172,6 +172,13 @@ class Method(Checked, ABC):
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
 
+    def whole_bytes(self, model, tokens: int) -> int:
+        """Bytes beside the weights that a step which needs_whole takes at least, for batches of so many tokens.
+
+        model: may be a skeleton.
+        """
+        return 0
+
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
         """Edit `model` in place and return what load time needs."""

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from llmopt import checkpoint, data, rehearsal, runtime, shards
 from llmopt.facts import FILE, read_facts
 from llmopt.folder import WORK
+from llmopt.hub import companion
 from llmopt.journal import Journal, checksum
-from llmopt.kept import Kept
 from llmopt.loading import load_dense, resolve
-from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, naming, silent
+from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
-from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial
+from llmopt.stream import Stream
+from llmopt.streaming import StreamedWeights, Streaming, open_model, save_partial
 
 
 @dataclass
@@ -133,13 +134,12 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output)
     if not resume:
         journal.refuse_unfinished()
-    streamed = streaming.wanted(recipe)
-    model, tokenizer, memory = (open_streamed(recipe, journal, streaming) if streamed
-                                else (*load_dense(recipe.model), Kept(journal)))
+    model, tokenizer, memory = open_model(recipe, journal, streaming)
+    streamed = isinstance(memory, Stream)
     batches = None
     if any(step.needs_data for step in recipe.steps):
         batches = data.load(recipe.data, model.config, tokenizer)
-    with journal.opened(marks(recipe, model, batches, streaming)):
+    with journal.opened(marks(recipe, batches, streaming)):
         run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
@@ -157,19 +157,18 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     return report
 
 
-def marks(recipe: Recipe, model: nn.Module, batches: Any, streaming: Streaming) -> dict[str, Any]:
+def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
     """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
-    folder = Path(resolve(recipe.model.id))
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")) if folder.is_dir() else []
+    config = companion(resolve(recipe.model.id), "config.json", recipe.model.revision)
+    files = [config, *sorted(config.parent.glob("*.safetensors"))]
     return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
-            "revision": None if files else model.config._commit_hash, "blocks": streaming.blocks,
-            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions()}
+            "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
+            "versions": checkpoint.versions()}
 
 
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
-    model, _, memory = (open_streamed(recipe, Journal(Path("nowhere")), streaming) if streaming.wanted(recipe)
-                        else (*load_dense(recipe.model), Memory()))
+    model, _, memory = open_model(recipe, Journal(Path("nowhere")), streaming)
     size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
     return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}

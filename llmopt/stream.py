@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmopt import shards, store
 from llmopt.blocks import layer_list, spec_of
-from llmopt.checkpoint import plain_state
+from llmopt.checkpoint import as_filed, packs, plain_state
 from llmopt.journal import Journal
 from llmopt.kept import Kept
 from llmopt.loading import check_finite
@@ -37,6 +37,7 @@ class Stream(Kept):
     def __init__(self, journal: Journal, places: store.Places, model: nn.Module, format: str, room: int):
         super().__init__(journal)
         self.layers, self.rest = store.by_layer(model, places)
+        self.merging = store.converters(model)
         self.work, self.format, self.room = journal.folder, format, room
         self.device = next(model.buffers(), torch.empty(0)).device
 
@@ -83,19 +84,23 @@ class Stream(Kept):
 
     def _fill(self, root: nn.Module, places: store.Places, record: dict[str, Any] | None = None) -> None:
         """Give the parameters of `root` their values, in the model's type; record: of what is stored as codes."""
-        fresh, tensors = {}, store.read(places)
-        for name, tensor in (rebuilt(root, tensors, record)[0] if record else tensors).items():
+        fresh = {}
+        for name, tensor in (rebuilt(root, store.read(places), record)[0] if record else self._read(places)).items():
             like = root.get_parameter(name)
             fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
 
+    def _read(self, places: store.Places) -> dict[str, Tensor]:
+        """The tensors at these places, under the names of the modules."""
+        return store.merged(self.merging, store.read(places))
+
     def _check(self, tensors: dict[str, Tensor], places: store.Places) -> None:
         """Raise LlmoptError for NaN or Inf in what was read from the model's own files."""
-        for name, (file, _) in places.items():
-            if not file.is_relative_to(self.work):
-                check_finite({name: tensors[name]}, str(file))
+        files = {name: file for name, (file, _) in places.items() if not file.is_relative_to(self.work)}
+        for name, tensor in tensors.items() if files else ():
+            check_finite({name: tensor}, str(files.get(name) or ", ".join(sorted({f.name for f in files.values()}))))
 
     def _commit(self, layer: nn.Module, index: int) -> None:
         """Write what the layer has become; what it was before is then of no more use."""
@@ -114,15 +119,16 @@ class Stream(Kept):
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
         homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
-        for group in shards.by_block(plain_state(model)):
+        renamed = not packs(model, self.format)
+        for group in shards.by_block(plain_state(model, renamed)):
             first = next(iter(group))
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
             layer = homes.get(prefix)
             places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
-            tensors = store.read(places)
-            if layer is not None and self.format == "dense" and (record := told(layer)):
-                tensors = rebuilt(layer, tensors, record)[0]
+            record = told(layer) if layer is not None and self.format == "dense" else None
+            tensors = rebuilt(layer, store.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in tensors.items()}
+            found = as_filed(model, found) if renamed else found
             cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}

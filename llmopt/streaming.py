@@ -1,4 +1,5 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from torch import nn
 from llmopt import checkpoint, shards, store
 from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import plain_state
+from llmopt.data import DEFAULT_LENGTH
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
 from llmopt.journal import Journal
-from llmopt.loading import all_finite, fitting_tokenizer, resolve
+from llmopt.kept import Kept
+from llmopt.loading import all_finite, fitting_tokenizer, load_dense, resolve
 from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
 from llmopt.recipe import Recipe
@@ -61,8 +64,8 @@ def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tup
     """(skeleton, tokenizer, memory) of a recipe's model; `journal` is written to by steps that change blocks."""
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
-    refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
+    refuse_whole(recipe, model, "and cannot be streamed", room=0)
     memory = Stream(journal, places, model, recipe.format, streaming.activations)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
@@ -76,12 +79,32 @@ def _cut_short(model: nn.Module, count: int) -> None:
     slice_config(model, list(range(len(kept))))
 
 
-def refuse_whole(recipe: Recipe, size: int) -> None:
-    """Raise LlmoptError for a step that works on the whole model; size: bytes of the dense weights."""
+def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
+    """Raise LlmoptError for a step that works on the whole model and takes more than `room` bytes."""
+    data, size = recipe.data, shards.tensor_bytes(dict(model.named_parameters()))
+    tokens = min(data.batch_size, data.samples) * (data.length or DEFAULT_LENGTH)
     for i, step in enumerate(recipe.steps):
-        if step.needs_whole:
-            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model and cannot be streamed; that takes "
-                              f"{size / 1e9:.1f} GB for the weights alone, {available() / 1e9:.1f} GB are available")
+        needed = size + step.whole_bytes(model, tokens)
+        if step.needs_whole and needed > room:
+            raise LlmoptError(f"steps.{i} {step.name}: works on the whole model {why}; that takes at least "
+                              f"{needed / 1e9:.1f} GB ({size / 1e9:.1f} GB of weights), {available() / 1e9:.1f} GB "
+                              "are available")
+
+
+def open_model(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Kept]:
+    """(model, tokenizer, memory) of a recipe, streamed or as a whole; `journal` is written to by steps alone."""
+    if streaming.wanted(recipe):
+        return open_streamed(recipe, journal, streaming)
+    return *open_whole(recipe, streaming), Kept(journal)
+
+
+def open_whole(recipe: Recipe, streaming: Streaming) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a recipe whose model is loaded as a whole; --no-stream insists on trying."""
+    insisted = streaming.force is False or recipe.model.device != "cpu"
+    room = sys.maxsize if insisted else available()      # before the weights are there
+    model, tokenizer = load_dense(recipe.model)
+    refuse_whole(recipe, model, "at once", room)
+    return model, tokenizer
 
 
 class StreamedWeights(checkpoint.Weights):
@@ -112,15 +135,17 @@ class StreamedWeights(checkpoint.Weights):
             expected |= group.keys()
         if foreign := written.keys() - expected:
             raise VerificationError(f"{stage.name}: {min(foreign)} belongs to no part of the model")
-        _verify_shapes(stage, written)
+        _verify_shapes(stage, written, self.model)
 
 
-def _verify_shapes(stage: Path, written: store.Places) -> None:
-    """Raise VerificationError unless the written config makes a model of the written shapes."""
+def _verify_shapes(stage: Path, written: store.Places, model: nn.Module) -> None:
+    """Raise VerificationError unless the written config makes a model of the written shapes; `model` has the names."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(stage)
-    for name, like in plain_state(store.skeleton(config, config.dtype)).items():
+    fresh = store.skeleton(config, config.dtype)
+    fresh._weight_conversions = model._weight_conversions
+    for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
         told = f"{name.removesuffix('weight')}weight_shape"
         if name not in written and told not in written:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")

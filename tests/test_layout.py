@@ -14,7 +14,7 @@ LEVELS = {
     "llmopt_kernels": 0,
     "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.architectures": 1, "llmopt.yaml_lines": 2, "llmopt.recipe": 3,
     "llmopt.blocks": 2, "llmopt.data": 4,
-    "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 2, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
+    "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
     "llmopt.store": 5, "llmopt.journal": 4, "llmopt.kept": 7,
     "llmopt.layer": 1, "llmopt.cache": 2,
     "llmopt.geometry": 3, "llmopt.interface": 2, "llmopt.live": 4, "llmopt.runtime": 5,

@@ -51,12 +51,17 @@ STEPS = {
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn]}, quant.gptq: {bits: 4, group_size: 16}, "
            "attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
+    "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups]}, "
+             "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
+    "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups], refit: true}]",
     "kv": "[kv.streaming: {budget: 16}]",
     "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
 }
 CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
          ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),
-         ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}), ("phi3", "gptq", {})]
+         ("gemma2", "heads", {}), ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
+         ("phi3", "gptq", {}), ("mixtral", "rtn", {"num_local_experts": 12}), ("mixtral", "kv", {}),
+         ("qwen2_moe", "groups", {}), ("qwen3_moe", "groups", {}), ("qwen3_moe", "gptq", {})]
 
 
 @pytest.mark.parametrize(("family", "steps", "changes"), CASES)
@@ -121,13 +126,23 @@ def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
     assert "activations (deleted)" in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.parametrize("steps", ["heads.gradient: {}", "heads.span: {}",
+@pytest.mark.parametrize("steps", ["heads.gradient: {}",
                                    "quant.rtn: {bits: 3.5, group_size: 32, allocate: sensitivity}"])
 def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(steps, tmp_path):
     made = plan(tmp_path, dense(tmp_path, "llama"), f"[{steps}]")
-    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* takes 0\.\d GB .* are available"):
+    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* least 0\.\d GB \(.* are available"):
         pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_path, monkeypatch):
+    made = plan(tmp_path, dense(tmp_path, "llama"), "[heads.gradient: {}]")
+    monkeypatch.setattr(streaming, "available", lambda: 50_000_000)
+    assert pipeline.dry_run(made)["steps"]
+    monkeypatch.setattr(streaming, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
+    with pytest.raises(LlmoptError, match=r"steps.0 heads.gradient: works on the whole model at once; .* 0.0 GB"):
+        pipeline.dry_run(made)
+    assert pipeline.dry_run(made, Streaming(False))["steps"]
 
 
 @pytest.mark.parametrize("name", llmopt.names())
@@ -152,11 +167,29 @@ def test_the_cache_is_measured_without_weights(kv, family):
     assert rehearsal.cache_bytes(model, length) == pipeline.cache_bytes_per_token(model) * length
 
 
-def test_experts_are_refused_before_any_work(tmp_path):
-    made = plan(tmp_path, dense(tmp_path, "mixtral"), STEPS["rtn"])
-    with pytest.raises(LlmoptError, match="Mixture-of-Experts model: it cannot be streamed"):
-        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+@pytest.mark.parametrize(("lost", "fact"), [("experts.3", r"mlp.experts.\w+ is \[3, .*, the config wants \[4, "),
+                                            ("experts.1.up_proj", "the experts do not fit together"),
+                                            ("gate.weight", "1 tensors missing, such as model.layers.1.mlp.gate")])
+def test_a_lost_expert_is_found_before_any_work(lost, fact, tmp_path):
+    model = dense(tmp_path, "qwen3_moe")
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        kept = {name: t for name, t in tensors.items() if f"layers.1.mlp.{lost}" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(LlmoptError, match=fact):
+        pipeline.run(plan(tmp_path, model, STEPS["rtn"]), tmp_path / "out", streaming=Streaming(True))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_experts_that_lie_in_one_tensor_stay_there(tmp_path):
+    model = tiny.make("qwen3_moe")
+    checkpoint.save(model, tmp_path / "dense")
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        save_file(model.state_dict(), file, metadata={"format": "pt"})
+    made = plan(tmp_path, tmp_path / "dense", STEPS["kv"])
+    for name, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / name, streaming=Streaming(force))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
 
 
 def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):

@@ -26,10 +26,10 @@ class HeadScore(Method):
     needs_whole: ClassVar[bool] = True
 
     @abstractmethod
-    def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         """L float32 tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
 
-        batches come wrapped in the run's progress: iterate over them once.
+        One that goes through the blocks by blocks.visits, without edits, sets needs_whole = False.
         """
 
     def apply(self, model: nn.Module, run: Run) -> Record:
@@ -41,7 +41,7 @@ class HeadScore(Method):
 
     def _measured(self, model: nn.Module, run: Run) -> dict[str, Any]:
         with undisturbed(model):
-            found = self.score(model, run.progress(run.batches, self.name))
+            found = self.score(model, run)
         scores = [s.detach().float().cpu() for s in found]
         check_scores(scores, [block.heads for block in blocks(model)])
         samples = sum(len(batch["input_ids"]) for batch in run.batches)

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from llmopt.blocks import Block, blocks
 from llmopt.heads.base import Batch, HeadScore
-from llmopt.method import register
+from llmopt.method import Run, register
 
 
 @contextmanager
@@ -59,11 +59,11 @@ class Gradient(HeadScore):
 
     normalize: Literal["layer", "none"] = "layer"
 
-    def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         model.requires_grad_(False)
         views = blocks(model)
         totals, samples = [torch.zeros(block.heads, dtype=torch.float64) for block in views], 0
-        for batch in batches:
+        for batch in run.progress(run.batches, self.name):
             for total, slope in zip(totals, self._slopes(model, views, batch), strict=True):
                 total += slope.abs().sum(0).double().cpu()
             samples += len(batch["input_ids"])
@@ -71,6 +71,16 @@ class Gradient(HeadScore):
         if self.normalize == "layer":
             scores = [s / s.norm().clamp(min=1e-30) for s in scores]
         return [s.float() for s in scores]
+
+    def whole_bytes(self, model: nn.Module, tokens: int) -> int:
+        """What the backward pass of a batch reads: the inputs of norms and products."""
+        size, table = model.dtype.itemsize, model.get_input_embeddings().weight       # [V, E]
+        token = table.shape[0] * 12                       # logits, their logarithms and slopes
+        for block in blocks(model):
+            readers = sum(p.out_features for p in block.attn_in + block.ffn_in)
+            writers = sum(p.in_features for p in (block.attn_out, block.ffn_out) if p is not None)
+            token += len(block.norms) * table.shape[1] * 4 + (readers + 2 * writers) * size
+        return tokens * token
 
     def _slopes(self, model: nn.Module, views: list[Block], batch: Batch) -> list[Tensor]:
         """dL/dxi per sample: L tensors [B, H_l]."""

@@ -20,18 +20,22 @@ ENTRIES = 2**24             # of a tile: 64 MiB of fp32
 class Rows:
     """What the queries [t] of one layer attend to among the keys [S]: weights [B, H, t, S], fp32; both are positions.
 
-    Keys that no query of the tile can see are left out.
+    Keys that no query of the tile can see are left out. real: bool [B, t], False at queries that are padding.
     """
 
     layer: int
     weights: Tensor
     queries: Tensor
     keys: Tensor
+    real: Tensor
 
 
 @contextmanager
 def attention_rows(model: nn.Module, see: Callable[[Rows], None]) -> Iterator[None]:
-    """While it is open, a forward without a cache hands every tile of every layer's map to `see`."""
+    """While it is open, a forward without a cache, of the model or of a block, hands every tile of every map to `see`.
+
+    Blocks that are called one by one must have got their masks inside.
+    """
     before, modules = model.config._attn_implementation, attention_modules(model)
     try:
         for layer, module in enumerate(modules):
@@ -68,7 +72,8 @@ def _tile(looking: tuple, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | Non
     if mask is not None:
         visible = visible & mask[:, None, None, first:stop]
     weights = attention_weights(query[:, :, start:stop], key[:, :, first:stop], visible, rule)
-    see(Rows(layer, weights, i, j))
+    real = visible.new_ones(len(query), stop - start) if mask is None else mask[:, start:stop].bool()
+    see(Rows(layer, weights, i, j, real))
     groups = value.shape[1]
     mixed = weights.unflatten(1, (groups, -1)).flatten(2, 3) @ value[:, :, first:stop].float()     # [B, G, g t, D]
     return mixed.view(*weights.shape[:3], -1).to(query.dtype)

@@ -3,26 +3,28 @@
     d(l, h) = mean_t sum_s A[t, s] (t - s)
 
 over the real tokens t of the calibration data, A the attention map of head h in layer l. Small: a head that streams
-along with the text; large: one that reaches back, which suffers from eviction. One forward pass, no gradients.
+along with the text; large: one that reaches back, which suffers from eviction. One forward pass, no gradients,
+block by block.
 
 From the preplan-and-anchor study of attention (arXiv:2510.13554), which splits heads at the lowest and the highest
 30 %. Left out: its WAAD and FAI signals per token.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import blocks
-from llmopt.heads.base import Batch, HeadScore
+from llmopt.blocks import blocks, visits
+from llmopt.heads.base import HeadScore
 from llmopt.heads.rows import Rows, attention_rows
-from llmopt.method import register
+from llmopt.method import Run, register
 
 
-def distance(rows: Rows, real: Tensor) -> Tensor:         # real: [B, T] -> [H]
+def distance(rows: Rows) -> Tensor:                       # [H]
     """Sum over the real queries of the mean attended distance."""
     center = rows.weights @ rows.keys.float()             # [B, H, t]: mean attended position
-    spans = (rows.queries - center) * real[:, None, rows.queries]
+    spans = (rows.queries - center) * rows.real[:, None]
     return spans.sum(dim=(0, 2))
 
 
@@ -31,18 +33,19 @@ def distance(rows: Rows, real: Tensor) -> Tensor:         # real: [B, T] -> [H]
 class Span(HeadScore):
     """Mean attended distance in tokens; one sample at a time, a tile of one layer's map in memory."""
 
+    needs_whole: ClassVar[bool] = False
+
     @torch.no_grad()
-    def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         totals = [torch.zeros(block.heads, dtype=torch.float64) for block in blocks(model)]
-        tokens, real = 0, torch.ones(1, 1, device=model.device)
+        samples = [{key: row[None] for key, row in zip(batch, rows, strict=True)}
+                   for batch in run.batches for rows in zip(*batch.values(), strict=True)]
+        tokens = sum(int(sample["attention_mask"].sum()) for sample in samples)
 
         def see(rows: Rows) -> None:
-            totals[rows.layer] += distance(rows, real).cpu()
+            totals[rows.layer] += distance(rows).cpu()
 
         with attention_rows(model, see):
-            for batch in batches:
-                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                    real = mask[None].to(model.device)
-                    model.get_decoder()(input_ids=ids[None].to(model.device), attention_mask=real, use_cache=False)
-                    tokens += int(mask.sum())
+            for _ in visits(model, replace(run, batches=samples), self.name, edits=False):
+                pass                                      # going on to the next block runs this one
         return [(total / tokens).float() for total in totals]

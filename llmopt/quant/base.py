@@ -127,6 +127,12 @@ class Quantizer(Method):
             self._write(projection, stats, todo[projection.name])
         return Record(meta=self._meta(model, decided) | allocation)
 
+    def whole_bytes(self, model: nn.Module, tokens: int) -> int:
+        """What `sensitivity` keeps: each weight dense and at every width, and the log-probabilities it compares."""
+        widths = sum(width != DENSE for width in self.widths)
+        weights = sum(t.size * (model.dtype.itemsize + widths) for t in self.targets(model) if not t.fixed)
+        return weights + scores.kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
+
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
         """The targets with their bits, and what the allocation was based on."""
         if self.allocate == "uniform":

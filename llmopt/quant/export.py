@@ -82,6 +82,16 @@ def _unpacked(name: str, tensors: dict[str, Tensor], known: dict[str, Any]) -> Q
     codes = unpack_from_int32(tensors[f"{name}.weight_packed"], known["bits"], shape)
     return Quantized(codes, tensors[f"{name}.weight_scale"], known["bits"], known["group_size"],
                      tensors.get(f"{name}.zeros"), tensors.get(f"{name}.groups"), known["figures"])
+def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, in] of a model of type `dtype` that these tensors of `packed` stand for."""
+    found = unpack_from_int32(codes, bits, torch.Size(shape))
+    return Quantized(found, scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)
+
+
+def widths(config: dict) -> dict[str, int]:
+    """The bits of every module that a quantization_config of ours names."""
+    return {name: group["weights"]["num_bits"] for group in config["config_groups"].values()
+            for name in group["targets"]}
 
 
 def quantization_config(model: nn.Module) -> dict:

@@ -124,6 +124,11 @@ def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> lis
     return kept
 
 
+def kept_bytes(vocabulary: int, tokens: int) -> int:
+    """Bytes of the log-probabilities of a trial, and of one more set to compare them with."""
+    return 2 * 4 * vocabulary * min(tokens, TOKENS, LOGITS // vocabulary)
+
+
 def _log_probs(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
     logits = model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
     return logits[0].float().log_softmax(-1)                                           # [T, vocabulary]

@@ -32,7 +32,7 @@ def scores(method, model, batches):
 
 def test_identity_has_no_span_and_uniform_rows_half_their_index():
     def spans(weights, real):
-        return distance(Rows(0, weights.expand(1, 2, 6, 6), torch.arange(6), torch.arange(6)), real)
+        return distance(Rows(0, weights.expand(1, 2, 6, 6), torch.arange(6), torch.arange(6), real))
 
     uniform = torch.tril(torch.ones(6, 6))
     uniform = uniform / uniform.sum(1, keepdim=True)
