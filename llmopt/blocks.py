@@ -256,7 +256,7 @@ class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
 
     inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
-    never reaches an observer.
+    never reaches an observer. A process without a row of the data has no batch.
     """
 
     block: Block
@@ -276,7 +276,7 @@ class Visit:
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Run the block; `readers[projection name]` is fed the real tokens' inputs [N, in_features]."""
         handles, masks = [], iter(self.masks)
-        mask = next(masks)
+        mask = next(masks, None)
 
         def hook(see):
             def pre(module, args):
@@ -306,9 +306,15 @@ def each(model: nn.Module, run: Run, label: str, edits: bool = True,
             yield blocks(model)[index]
 
 
-def visits(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Visit]:
-    """`walk` over the run's calibration data; edits: False where the caller changes no weight."""
-    return walk(model, run.batches, run.progress, label, run.memory if edits else run.memory.reading)
+def visits(model: nn.Module, run: Run, label: str, edits: bool = True, shared: bool = False) -> Iterator[Visit]:
+    """`walk` over the run's calibration data; edits: False where the caller changes no weight.
+
+    shared: each process sees its own rows, maybe none, and the caller sums what it counts over `run.ranks`.
+    """
+    if not run.batches:
+        raise LlmoptError("this step needs calibration data and there is none")
+    batches = run.own_batches if shared else run.batches
+    return walk(model, batches, run.progress, label, run.memory if edits else run.memory.reading)
 
 
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
@@ -318,8 +324,6 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
     forward exactly. The caller edits `visit.block` between two visits.
     """
-    if not batches:
-        raise LlmoptError("this step needs calibration data and there is none")
     inputs, calls = _record_calls(model, batches, memory)
     masks = [batch["attention_mask"].bool() for batch in batches]
     for index in progress(range(len(calls)), label):

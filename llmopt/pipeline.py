@@ -15,6 +15,7 @@ from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Memory, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
+from llmopt.ranks import Ranks
 from llmopt.recipe import Recipe, check_order
 from llmopt.streaming import StreamedWeights, Streaming, open_streamed, save_partial, working
 
@@ -118,31 +119,36 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming()) -> Report:      # noqa: B008  frozen
-    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written."""
+        streaming: Streaming = Streaming(), ranks: Ranks = Ranks()) -> Report:      # noqa: B008  frozen
+    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written.
+
+    ranks: the processes that do this together; one of them writes, all come back when it has.
+    """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
-    streamed = streaming.wanted(recipe)
+    streamed = ranks.agree(streaming.wanted(recipe))
     work = output.with_name(f"{output.name}.llmopt-work")
-    model, tokenizer, memory = open_streamed(recipe, work, streaming) if streamed else _in_memory(recipe)
-    with working(work) if streamed else nullcontext():
+    model, tokenizer, memory = open_streamed(recipe, work, streaming, ranks) if streamed else _in_memory(recipe)
+    with working(work) if streamed and ranks.is_main else nullcontext():
+        ranks.wait()                        # the work folder is there
         batches = None
         if any(step.needs_data for step in recipe.steps):
             batches = data.load(recipe.data, model.config, tokenizer)
-        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
+        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory, ranks=ranks)
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
         report.predicted_bytes, report.streamed = predicted, streamed
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
-        if streaming.blocks:
+        if streaming.blocks and ranks.is_main:
             save_partial(weights, output, recipe.max_shard_size)
-        else:
+        elif ranks.is_main:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
                             finish=lambda stage: _write_log(stage, report), weights=weights)
+        ranks.wait()
     report.seconds["total"] = time.perf_counter() - clock
     return report
 
@@ -160,12 +166,13 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
-def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
+def score_heads(recipe: Recipe, progress: Progress = silent,
+                ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
     batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
-    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
+    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta

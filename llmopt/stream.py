@@ -22,17 +22,20 @@ from llmopt.loading import check_finite
 from llmopt.method import Memory, naming
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import check_consistent, export
+from llmopt.ranks import Ranks
 
 
 class Stream(Memory):
     """The weights of a skeleton, one block at a time; `places` say where they are at the beginning.
 
     work: a folder for what blocks become. room: bytes of calibration activations held in memory.
+    ranks: all keep the same blocks, so that one of them writes each.
     """
 
-    def __init__(self, places: store.Places, model: nn.Module, work: Path, format: str, room: int):
+    def __init__(self, places: store.Places, model: nn.Module, work: Path, format: str, room: int,
+                 ranks: Ranks = Ranks()):       # noqa: B008  frozen
         self.layers, self.rest = store.by_layer(model, places)
-        self.work, self.format, self.room = work, format, room
+        self.work, self.format, self.room, self.ranks = work, format, room, ranks
         self.device = next(model.buffers(), torch.empty(0)).device
         self.step, self.commits = 0, True
 
@@ -76,7 +79,7 @@ class Stream(Memory):
         kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / "activations"))
+            kept.append(tensor if size <= room else spilled(tensor, self.work / f"activations-{os.getpid()}"))
             room -= min(size, room)
         return kept
 
@@ -103,11 +106,10 @@ class Stream(Memory):
         if self.format != "dense" and quantized_modules(layer):
             tensors = packed_in_place(tensors, export(layer)[0])
         file = self.work / f"step-{self.step}" / f"{index:05d}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.full_disks():
-            shards.save(tensors, beside := file.with_suffix(".partial"))
-        os.replace(beside, file)            # tensors of an older file of this name stay mapped
-        for old in {home for home, _ in self.layers[layer].values()} - {file}:
+        if self.ranks.is_main:
+            _write(tensors, file)
+        self.ranks.wait()                   # all have read what the layer was, and can read what it is
+        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.ranks.is_main else ():
             if old.is_relative_to(self.work):
                 old.unlink()
         self.layers[layer] = {name: (file, name) for name in tensors}
@@ -132,6 +134,13 @@ def give_back_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):        # not glibc
         return
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.full_disks():
+        shards.save(tensors, beside := file.with_suffix(".partial"))
+    os.replace(beside, file)                # tensors of an older file of this name stay mapped
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

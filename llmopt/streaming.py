@@ -17,6 +17,7 @@ from llmopt.hub import fetch
 from llmopt.loading import all_finite, fitting_tokenizer, resolve
 from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
+from llmopt.ranks import Ranks
 from llmopt.recipe import Recipe
 from llmopt.stream import Stream
 from llmopt.verify import VerificationError
@@ -58,13 +59,17 @@ def _dense_bytes(folder: Path, recipe: Recipe) -> int:
     return store.dense_bytes(folder, recipe.model.dtype)
 
 
-def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
-    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
+def open_streamed(recipe: Recipe, work: Path, streaming: Streaming,
+                  ranks: Ranks = Ranks()) -> tuple[nn.Module, Any, Stream]:       # noqa: B008  frozen
+    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks.
+
+    The room for activations is shared by the processes.
+    """
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     refuse_whole(recipe, _dense_bytes(Path(local), recipe))
     model, places = store.open_model(replace(recipe.model, id=local))
-    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    memory = Stream(places, model, work, recipe.format, streaming.activations // ranks.size, ranks)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory

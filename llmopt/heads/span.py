@@ -9,6 +9,7 @@ From the preplan-and-anchor study of attention (arXiv:2510.13554), which splits 
 30 %. Left out: its WAAD and FAI signals per token.
 """
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ def distance(rows: Rows, real: Tensor) -> Tensor:         # real: [B, T] -> [H]
 class Span(HeadScore):
     """Mean attended distance in tokens; one sample at a time, a tile of one layer's map in memory."""
 
+    mean_over: ClassVar = "tokens"
+
     @torch.no_grad()
     def score(self, model: nn.Module, batches: list[Batch]) -> list[Tensor]:
         totals = [torch.zeros(block.heads, dtype=torch.float64) for block in blocks(model)]
@@ -45,4 +48,4 @@ class Span(HeadScore):
                     real = mask[None].to(model.device)
                     model.get_decoder()(input_ids=ids[None].to(model.device), attention_mask=real, use_cache=False)
                     tokens += int(mask.sum())
-        return [(total / tokens).float() for total in totals]
+        return [total / tokens for total in totals]
