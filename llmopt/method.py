@@ -144,8 +144,8 @@ class Run:
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:
-        """This process's rows of the batches: what is summed over them must be summed over the ranks, counts too."""
-        return self.ranks.share_rows(self.batches)
+        """This process's part of the batches: what is summed over them must be summed over the ranks, counts too."""
+        return self.ranks.share_batches(self.batches)
 
 
 class Checked:

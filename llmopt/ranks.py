@@ -5,8 +5,12 @@
 Each has the whole model; calibration rows, rows of weights and evaluation requests are shared. What is known after a
 block is the same everywhere, and rank 0 alone writes and talks. `accelerate launch --cpu --num_processes 2` starts ONE
 process and does not say so (it can only start several on the CPU through MPI): `started_alone` finds that out.
+
+The group is not torch's default one, so accelerate has no part in it: libraries that find a default group begin
+collectives of their own (compressed-tensors while it loads), which hang where one rank alone loads or verifies.
 """
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +37,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")      # where the backend wants its tensors
+    group: Any = None                               # torch's process group
 
     @property
     def is_main(self) -> bool:
@@ -48,8 +53,13 @@ class Ranks:
         """This rank's part of `items`; the parts of all ranks, one after the other, are `items`."""
         return items[self.span(len(items))]
 
-    def share_rows(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """This rank's rows of batches {name: [B, T]}; no batch where there are fewer rows than ranks."""
+    def share_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """This rank's part of batches {name: [B, T]}: whole ones, which give the same bits as in one process.
+
+        Where there are fewer batches than ranks they are cut into rows; a rank for which no row is left has no batch.
+        """
+        if len(batches) >= self.size:
+            return self.share(batches)
         own, first, found = self.span(sum(len(batch["input_ids"]) for batch in batches)), 0, []
         for batch in batches:
             rows = slice(max(own.start - first, 0), max(own.stop - first, 0))
@@ -63,7 +73,7 @@ class Ranks:
         if self.size > 1:
             moved = tensor.to(self.device).contiguous()
             with _together():
-                torch.distributed.all_reduce(moved)
+                self.group.allreduce([moved]).wait()
             tensor.copy_(moved)
         return tensor
 
@@ -72,7 +82,7 @@ class Ranks:
         if self.size > 1:
             moved = tensor.to(self.device).contiguous()
             with _together():
-                torch.distributed.broadcast(moved.view(-1).view(torch.uint8), source)
+                self.group.broadcast(moved.view(-1).view(torch.uint8), source).wait()
             if self.rank != source:
                 tensor.copy_(moved)
         return tensor
@@ -89,11 +99,14 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (plain data or small tensors on the CPU), by rank."""
-        found = [value] * self.size
-        if self.size > 1:
-            with _together():
-                torch.distributed.all_gather_object(found, value)
-        return found
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = torch.zeros(self.size, dtype=torch.long)
+        lengths[self.rank] = len(own)
+        parts = [own if rank == self.rank else torch.empty(length, dtype=torch.uint8)
+                 for rank, length in enumerate(self.sum_(lengths).tolist())]
+        return [pickle.loads(self.broadcast_(part, rank).numpy().tobytes()) for rank, part in enumerate(parts)]
 
     def totals(self, counts: dict[str, float]) -> dict[str, float]:
         """The sum of each count over all ranks."""
@@ -102,17 +115,11 @@ class Ranks:
 
     def agree(self, value: Any) -> Any:
         """What rank 0 has found: where all do the same work, the last bit must not depend on the machine."""
-        found = [value]
-        if self.size > 1:
-            with _together():
-                torch.distributed.broadcast_object_list(found, 0)
-        return found[0]
+        return self.gather(value if self.is_main else None)[0]
 
     def wait(self) -> None:
         """Until all are here."""
-        if self.size > 1:
-            with _together():
-                torch.distributed.barrier()
+        self.gather(None)
 
 
 @contextmanager
@@ -142,11 +149,15 @@ def join(device: str = "cpu") -> Ranks:
     """Join the processes that the launcher has started; gloo for a model on the CPU, nccl on CUDA, one GPU for each."""
     if count() == 1:
         return Ranks()
-    from accelerate import PartialState
+    from torch.distributed import _dist2
 
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
     with _together():
-        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    return Ranks(state.process_index, state.num_processes, state.device)
+        group = _dist2.new_group("gloo" if place.type == "cpu" else "nccl", PATIENCE, place)
+    return Ranks(group.rank(), group.size(), place, group)
 
 
 @contextmanager
@@ -168,8 +179,6 @@ def one_voice() -> Iterator[None]:
     finally:
         if failed and not isinstance(sys.exception(), SystemExit) and not _is_first():
             sys.exit(1)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _is_first() -> bool:

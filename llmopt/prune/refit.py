@@ -19,19 +19,19 @@ DAMPING = 0.01
 
 
 class Gram:
-    """Sum of x x^T over all tokens, [in, in] float32."""
+    """Sum of x x^T over all tokens, [in, in] float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:                # [N, in]
         x = inputs.float()
-        self.total = x.T @ x if self.total is None else self.total.addmm_(x.T, x)
+        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
 
     def join(self, ranks: Ranks, like: Tensor) -> Tensor:
         """The sum over all ranks too, [in, in]; like: a tensor [1, in] of the kind that `add` takes."""
         if self.total is None:                            # this rank had no row
-            self.total = torch.zeros(like.shape[1], like.shape[1], device=like.device)
+            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
         return ranks.sum_(self.total)
 
 

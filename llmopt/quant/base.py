@@ -19,14 +19,21 @@ from llmopt.ranks import Ranks
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
 
-@dataclass
 class Stats:
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
+    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
-    hessian: Tensor | None = None
-    tokens: int = 0
-    ranks: Ranks = field(default_factory=Ranks)
-    made: dict[Hashable, Any] = field(default_factory=dict)
+    Summed up in float64, so that the order, which depends on the number of processes, is lost in the rounding.
+    """
+
+    def __init__(self, hessian: Tensor | None = None, tokens: int = 0, ranks: Ranks = Ranks()):     # noqa: B008  frozen
+        self.total = None if hessian is None else hessian.double() * (tokens / 2)
+        self.tokens, self.ranks = tokens, ranks
+        self.made: dict[Hashable, Any] = {}
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """None until a token has come."""
+        return self.once("hessian", lambda: (self.total * (2 / self.tokens)).float()) if self.tokens else None
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
@@ -34,21 +41,18 @@ class Stats:
             return
         x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
         self.tokens += len(x)
-        fresh = x.T @ x * (2 / self.tokens)
-        if self.hessian is None:
-            self.hessian = fresh
-        else:
-            self.hessian.mul_((self.tokens - len(x)) / self.tokens).add_(fresh)
+        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
+        self.made.clear()
 
     def join(self, like: Tensor) -> None:
-        """Take in the tokens that the other ranks have seen; like: a weight [out, in] that reads this input."""
-        tokens = sum(self.ranks.gather(self.tokens))
-        if self.ranks.size == 1 or not tokens:
+        """Take in what the other ranks have seen; nothing is added after that. like: a weight that reads this input."""
+        self.tokens = sum(self.ranks.gather(self.tokens))
+        if not self.tokens:
             return
-        if self.hessian is None:                    # this rank had no row
-            self.hessian = torch.zeros(like.shape[1], like.shape[1], device=like.device)
-        self.ranks.sum_(self.hessian.mul_(self.tokens / tokens))
-        self.tokens = tokens
+        if self.total is None:                      # this rank had no row
+            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
+        self.ranks.sum_(self.total)
+        self.made["hessian"], self.total = self.hessian, None       # twice the size of what is needed from here on
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, made for the first of the weights that read this input and kept for the others."""
