@@ -256,7 +256,7 @@ class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
 
     inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
-    never reaches an observer.
+    never reaches an observer. A process without a row of the data has no batch.
     """
 
     block: Block
@@ -276,7 +276,7 @@ class Visit:
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Run the block; `readers[projection name]` is fed the real tokens' inputs [N, in_features]."""
         handles, masks = [], iter(self.masks)
-        mask = next(masks)
+        mask = next(masks, None)
 
         def hook(see):
             def pre(module, args):
@@ -294,14 +294,15 @@ class Visit:
                 handle.remove()
 
 
-def each(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Block]:
+def each(model: nn.Module, run: Run, label: str, edits: bool = True,
+         only: Collection[int] | None = None) -> Iterator[Block]:
     """The blocks in order, each with its weights there; edits: False where the caller changes none of them.
 
-    Of a run that was cut off, edited blocks that were done are passed over: what is learned of a block while it is
-    edited belongs into the block (Quantized.figures), not into a list of the caller's.
+    only: the indices to go through. Of a run that was cut off, edited blocks that were done are passed over: what is
+    learned of a block while it is edited belongs into the block (Quantized.figures), not into a list of the caller's.
     """
     memory = run.memory.editing() if edits else run.memory.reading
-    for index in run.progress(range(len(layer_list(model))), label):
+    for index in run.progress([i for i in range(len(layer_list(model))) if only is None or i in only], label):
         if not memory.restored(model, index):
             with memory.block(model, index):
                 yield blocks(model)[index]
@@ -315,9 +316,15 @@ def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> I
             yield blocks(model)[index]
 
 
-def visits(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Visit]:
-    """`walk` over the run's calibration data; `edits` and what a resumed run passes over: as in `each`."""
-    return walk(model, run.batches, run.progress, label, run.memory.editing() if edits else run.memory.reading)
+def visits(model: nn.Module, run: Run, label: str, edits: bool = True, shared: bool = False) -> Iterator[Visit]:
+    """`walk` over the run's calibration data; `edits` and what a resumed run passes over: as in `each`.
+
+    shared: each process sees its own rows, maybe none, and the caller sums what it counts over `run.ranks`.
+    """
+    if not run.batches:
+        raise LlmoptError("this step needs calibration data and there is none")
+    memory = run.memory.editing() if edits else run.memory.reading
+    return walk(model, run.own_batches if shared else run.batches, run.progress, label, memory)
 
 
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
@@ -327,8 +334,6 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
     forward exactly. The caller edits `visit.block` between two visits.
     """
-    if not batches:
-        raise LlmoptError("this step needs calibration data and there is none")
     done = {index for index in range(len(layer_list(model))) if memory.restored(model, index)}
     ahead = [index for index in range(len(layer_list(model))) if index not in done]
     if not ahead:

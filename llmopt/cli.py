@@ -1,18 +1,20 @@
 """The `llmopt` command.
 
-Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
 import sys
 from pathlib import Path
 
 import click
 
+from llmopt import ranks
 from llmopt.method import LlmoptError
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
+SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
 def model_options(command):
@@ -32,8 +34,14 @@ def check_target(file: Path | None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llmopt")
-def cli() -> None:
+@click.pass_context
+def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
+    if ranks.started_alone():
+        click.echo("accelerate launch has started one process; for several: torchrun --nproc-per-node N -m llmopt ...",
+                   err=True)
+    if context.invoked_subcommand not in SHARED and not ranks.is_main():
+        context.exit()
 
 
 @cli.command()
@@ -65,7 +73,8 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
+        if ranks.is_main():
+            terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
@@ -76,15 +85,18 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
         if fact := obstacle(plan, output):
-            click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
-                       f"{plan.model.id}", err=True)
+            if ranks.is_main():
+                click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
+                           f"{plan.model.id}", err=True)
             tasks = []
-    if resume and pipeline.is_finished(output, plan):
-        pipeline.journal_of(output).remove()         # its run may have been cut off at the very end
+    team = ranks.join(plan.model.device)
+    if team.agree(resume and pipeline.is_finished(output, plan)):
+        if team.is_main:
+            pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
         with terminal.progress() as progress:
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
-                                  resume=resume)
+                                  resume=resume, ranks=team)
         for line in report.told:
             terminal.say(line)
         if max_blocks:
@@ -94,7 +106,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             terminal.say("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
-    terminal.show_result(complete(output, plan, tasks, terminal.say), output, as_json)
+    terminal.show_result(complete(output, plan, tasks, terminal.say, team), output, as_json)
 
 
 @cli.command("eval")
@@ -126,12 +138,12 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
     for spec in models:
         read_config(spec)                            # both must be there before the first is scored
-    columns = {}
+    columns, team = {}, ranks.join(loading["device"])
     for spec in models:
         terminal.say(f"scoring {spec.id}")
-        results = scores.evaluate(spec, chosen, None, limit, batch_size, text)
+        results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
         columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
-        if output and spec is models[0]:
+        if output and spec is models[0] and team.is_main:
             scores.write_results(results, output, model)
     terminal.show_scores(columns, as_json)
 
@@ -168,10 +180,11 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         check_target(target)
     data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
     with terminal.progress() as progress:
-        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress)
-    if output:
+        team = ranks.join(loading["device"])
+        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
+    if output and team.is_main:
         save_scores(output, step.name, scores, meta)
-    if plot:
+    if plot and team.is_main:
         draw(scores, plot)
     terminal.show_heads(step.name, scores, as_json)
 
@@ -220,7 +233,8 @@ def push(folder, repo, private) -> None:
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
     try:
-        code = cli.main(standalone_mode=False)
+        with ranks.one_voice():
+            code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
@@ -236,6 +250,9 @@ def main() -> None:
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except ranks.Lost as error:
+        click.echo(f"error: {error}", err=True)
+        code = 1
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine
         click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
         code = 2

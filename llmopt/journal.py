@@ -27,6 +27,7 @@ from llmopt import shards
 from llmopt.facts import check_shape
 from llmopt.folder import parse_json
 from llmopt.method import LlmoptError
+from llmopt.ranks import Ranks
 from llmopt.shards import DiskFull
 
 CHUNK = 1 << 22                     # bytes read at a time
@@ -40,13 +41,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Journal:
-    """The work folder of one run.
+    """The work folder of one run, which the first of its processes writes.
 
     seconds: what keeping it has cost. told: what a user should know of it, such as files found damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ranks: Ranks = Ranks()):        # noqa: B008  frozen
         self.folder, self.file = folder, folder / "journal"
+        self.ranks, self.writes = ranks, ranks.is_main
         self.entries: dict[str, dict[str, Any]] = {}
         self.told: list[str] = []
         self.seconds = 0.0
@@ -66,9 +68,15 @@ class Journal:
         It is gone afterwards if the run is done, or is one that can never be done; else what is finished is kept.
         marks: what makes this run this run. Raises LlmoptError naming the first difference to what the folder holds.
         """
+        if not self.writes:
+            self.ranks.wait()
+            self.entries = {entry["key"]: entry for entry in map(_entry, self._read()[1:])}
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._take_up(json.loads(json.dumps(marks)))
+            self.ranks.wait()
             try:
                 with self._keeping():
                     yield
@@ -111,20 +119,22 @@ class Journal:
 
     def commit(self, key: Key, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
         """Make it known that a block is done; the file that now holds `tensors`."""
-        file = self.path(key)
         with self._timed():
-            self.write(file, tensors)
-            shards.sync(file.parent, [file])
-            self._append({"key": _text(key), "checksum": checksum(file), "record": record})
+            file = self.write(self.path(key), tensors)
+            if self.writes:
+                shards.sync(file.parent, [file])
+                self._append({"key": _text(key), "checksum": checksum(file), "record": record})
         return file
 
     def remember(self, step: int, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` gives, plain JSON data; an earlier run's answer if there is one."""
+        """What `compute` gives in every process, plain JSON data; an earlier run's answer if there is one."""
         key = f"{step}.{name}"
         if key not in self.entries:
-            record = compute()
+            entry = {"key": key, "checksum": 0, "record": compute()}
+            if not self.writes:
+                return _entry(_line(entry))["record"]
             with self._timed():
-                self._append({"key": key, "checksum": 0, "record": record})
+                self._append(entry)
         return self.entries[key]["record"]
 
     def path(self, key: Key) -> Path:
@@ -132,12 +142,15 @@ class Journal:
         step, sweep, index = key
         return self.folder / f"step-{step}" / f"{sweep}-{index:05d}"
 
-    def write(self, file: Path, tensors: dict[str, Tensor]) -> None:
+    def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
         """One file, whole or not there; tensors of an older file of this name stay mapped."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with shards.full_disks():
-            shards.save(tensors, beside := file.with_name(f"{file.name}.partial"))
-        os.replace(beside, file)
+        if self.writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with shards.full_disks():
+                shards.save(tensors, beside := file.with_name(f"{file.name}.partial"))
+            os.replace(beside, file)
+        self.ranks.wait()               # all have read what the layer was, and can read what it is
+        return file
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = _line(entry)

@@ -11,9 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+from llmopt.ranks import Ranks
 
 Stage = Literal["score", "prune", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
@@ -139,6 +142,7 @@ class Run:
     scores: head scores by step name: L tensors of [H_l], float32.
     multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
     memory: go through the blocks with blocks.each and blocks.visits, which bring in their weights.
+    ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
 
     batches: list[dict[str, Tensor]] | None = None
@@ -148,6 +152,12 @@ class Run:
     multiple: int = 1
     tokenizer: Any = None
     memory: Memory = field(default_factory=Memory)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @cached_property
+    def own_batches(self) -> list[dict[str, Tensor]]:
+        """This process's part of the batches: what is summed over them must be summed over the ranks, counts too."""
+        return self.ranks.share_batches(self.batches)
 
 
 class Checked:

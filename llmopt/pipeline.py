@@ -17,6 +17,7 @@ from llmopt.loading import load_dense, resolve
 from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import group_multiple, predict
 from llmopt.quant.base import quantized_modules
+from llmopt.ranks import Ranks
 from llmopt.recipe import Recipe, check_order
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming, open_model, save_partial
@@ -122,17 +123,18 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming(), resume: bool = False) -> Report:      # noqa: B008  frozen
+        streaming: Streaming = Streaming(), resume: bool = False, ranks: Ranks = Ranks()) -> Report:  # noqa: B008  frozen
     """Carry out `recipe` into the folder `output`, in memory or streamed.
 
     What is finished is kept in OUTPUT.llmopt-work until all is; resume: go on with what a run that was cut off has
-    left there. Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
+    left there. ranks: the processes that do this together; one of them writes, all come back when it has.
+    Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
     """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
-    journal = journal_of(output)
-    if not resume:
+    journal = journal_of(output, ranks)
+    if ranks.is_main and not resume:
         journal.refuse_unfinished()
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Stream)
@@ -140,19 +142,20 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     if any(step.needs_data for step in recipe.steps):
         batches = data.load(recipe.data, model.config, tokenizer)
     with journal.opened(marks(recipe, batches, streaming)):
-        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
+        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory, ranks=ranks)
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
         report.predicted_bytes, report.streamed, report.told = predicted, streamed, journal.told
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds, "of which for the journal": journal.seconds}
-        if streaming.blocks:
+        if streaming.blocks and ranks.is_main:
             save_partial(weights, output, recipe.max_shard_size)
-        else:
+        elif ranks.is_main:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
                             finish=lambda stage: _write_log(stage, report), weights=weights, work=journal.folder)
+        ranks.wait()
     report.seconds["total"] = time.perf_counter() - clock
     return report
 
@@ -174,12 +177,13 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
             "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
-def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
+def score_heads(recipe: Recipe, progress: Progress = silent,
+                ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
     batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
-    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
+    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
@@ -190,9 +194,9 @@ def is_finished(output: Path, recipe: Recipe) -> bool:
     return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
-def journal_of(output: Path) -> Journal:
+def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen
     """Where a run into `output` keeps what it has finished."""
-    return Journal(output.with_name(output.name + WORK))
+    return Journal(output.with_name(output.name + WORK), ranks)
 
 
 def _write_log(stage: Path, report: Report) -> None:

@@ -72,7 +72,7 @@ class Stream(Kept):
         kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / "activations"))
+            kept.append(tensor if size <= room else spilled(tensor, self.work / f"activations-{os.getpid()}"))
             room -= min(size, room)
         return kept
 
@@ -110,8 +110,8 @@ class Stream(Kept):
         if self.lasting:
             file = self.journal.commit(self.key(index), tensors, record)
         else:
-            self.journal.write(file := self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
-        for old in {home for home, _ in self.layers[layer].values()} - {file}:
+            file = self.journal.write(self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
+        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.journal.writes else ():
             if old.suffix == SCRATCH and old.is_relative_to(self.work):
                 old.unlink()
         self.layers[layer] = {name: (file, name) for name in tensors}

@@ -61,12 +61,15 @@ def _dense_bytes(folder: Path, recipe: Recipe) -> int:
 
 
 def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
-    """(skeleton, tokenizer, memory) of a recipe's model; `journal` is written to by steps that change blocks."""
+    """(skeleton, tokenizer, memory) of a recipe's model; `journal` is written to by steps that change blocks.
+
+    The room for activations is shared by the processes.
+    """
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     model, places = store.open_model(replace(recipe.model, id=local))
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
-    memory = Stream(journal, places, model, recipe.format, streaming.activations)
+    memory = Stream(journal, places, model, recipe.format, streaming.activations // journal.ranks.size)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory
@@ -93,7 +96,7 @@ def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
 
 def open_model(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Kept]:
     """(model, tokenizer, memory) of a recipe, streamed or as a whole; `journal` is written to by steps alone."""
-    if streaming.wanted(recipe):
+    if journal.ranks.agree(streaming.wanted(recipe)):
         return open_streamed(recipe, journal, streaming)
     return *open_whole(recipe, streaming), Kept(journal)
 

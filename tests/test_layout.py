@@ -11,7 +11,7 @@ from llmopt.architectures import SPECS
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("heads", "kv", "quant", "prune", "attention")
 LEVELS = {
-    "llmopt_kernels": 0,
+    "llmopt_kernels": 0, "llmopt.ranks": 0,
     "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.architectures": 1, "llmopt.yaml_lines": 2, "llmopt.recipe": 3,
     "llmopt.blocks": 2, "llmopt.data": 4,
     "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,

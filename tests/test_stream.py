@@ -1,6 +1,7 @@
 """A streamed run writes the bytes of a run in memory, with one block's weights there at a time."""
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,10 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     def real():
         return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
 
-    def counted(self, projection, stats, target):
+    def counted(self, projection, *others):
         if projection.name.endswith("down_proj"):
             seen.append(real())
-        return solve(self, projection, stats, target)
+        return solve(self, projection, *others)
 
     monkeypatch.setattr(GPTQ, "_solve", counted)
     gc.collect()
@@ -123,7 +124,7 @@ def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
     assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
     assert not list(tmp_path.iterdir())
-    assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+    assert re.search(r"activations-\d+ \(deleted\)", Path("/proc/self/maps").read_text())
 
 
 @pytest.mark.parametrize("steps", ["heads.gradient: {}",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmopt.method import LlmoptError, nearest
+from llmopt.ranks import Ranks
 from llmopt.recipe import ModelSpec
 from llmopt.shards import write_text
 from llmopt_evals.large import opened
@@ -19,10 +20,11 @@ PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")  
 
 
 def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
-             batch_size: int = 16, text: str | None = None) -> dict[str, Any]:
+             batch_size: int = 16, text: str | None = None,
+             ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
     """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
 
-    text: the file of the task `text_ppl`.
+    text: the file of the task `text_ppl`. ranks: the processes that divide the requests; all get all results.
     Raises LlmoptError for an unknown task, a task whose data cannot be had, and a model that cannot be loaded.
     """
     from lm_eval import simple_evaluate
@@ -32,7 +34,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
     manager = task_manager(tasks)
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words), _quiet():
-        lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size)
+        lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
         try:
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
                                    metadata={"text": text} if text else {}, random_seed=0, numpy_random_seed=0,

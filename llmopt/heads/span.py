@@ -34,6 +34,7 @@ class Span(HeadScore):
     """Mean attended distance in tokens; one sample at a time, a tile of one layer's map in memory."""
 
     needs_whole: ClassVar[bool] = False
+    mean_over: ClassVar = "tokens"
 
     @torch.no_grad()
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
@@ -48,4 +49,4 @@ class Span(HeadScore):
         with attention_rows(model, see):
             for _ in visits(model, replace(run, batches=samples), self.name, edits=False):
                 pass                                      # going on to the next block runs this one
-        return [(total / tokens).float() for total in totals]
+        return [total / tokens for total in totals]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Visit, blocks, each, refuse_units, visits
+from llmopt.blocks import Block, Visit, blocks, each, layer_list, refuse_units, visits
 from llmopt.method import FieldError, LlmoptError, Method, Record, Run
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
@@ -117,15 +117,20 @@ class Pruner(Method):
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
         with torch.no_grad():
             if self.uses_inputs:
-                return [self.score(v.block, v) for v in visits(model, run, self.name, edits=False)]
-            return [self.score(block, None) for block in each(model, run, self.name, edits=False)]
+                return run.ranks.agree([self._rate_one(v.block, v) for v in visits(model, run, self.name, edits=False)])
+            own = run.ranks.share(range(len(layer_list(model))))
+            rated = [self._rate_one(block, None) for block in each(model, run, self.name, edits=False, only=own)]
+            return [scores for part in run.ranks.gather(rated) for scores in part]
+
+    def _rate_one(self, block: Block, visit: Visit | None) -> Scores:
+        return {kind: values.detach().float().cpu() for kind, values in self.score(block, visit).items()}
 
     def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
         found = []
         for kind in self.units:
             if not members(block, kind):
                 continue
-            values, price = scores[kind].detach().float().cpu(), cost(block, kind)
+            values, price = scores[kind], cost(block, kind)
             if not bool(values.isfinite().all()):
                 raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
             index = torch.arange(len(values))[:, None]

@@ -1,7 +1,7 @@
 """The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -14,16 +14,26 @@ from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import DTYPES, Quantized, Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
+from llmopt.ranks import Ranks
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
 
-@dataclass
 class Stats:
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
+    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
-    hessian: Tensor | None = None
-    tokens: int = 0
+    Summed up in float64, so that the order, which depends on the number of processes, is lost in the rounding.
+    """
+
+    def __init__(self, hessian: Tensor | None = None, tokens: int = 0, ranks: Ranks = Ranks()):     # noqa: B008  frozen
+        self.total = None if hessian is None else hessian.double() * (tokens / 2)
+        self.tokens, self.ranks = tokens, ranks
+        self.made: dict[Hashable, Any] = {}
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """None until a token has come."""
+        return self.once("hessian", lambda: (self.total * (2 / self.tokens)).float()) if self.tokens else None
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
@@ -31,11 +41,24 @@ class Stats:
             return
         x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
         self.tokens += len(x)
-        fresh = x.T @ x * (2 / self.tokens)
-        if self.hessian is None:
-            self.hessian = fresh
-        else:
-            self.hessian.mul_((self.tokens - len(x)) / self.tokens).add_(fresh)
+        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
+        self.made.clear()
+
+    def join(self, like: Tensor) -> None:
+        """Take in what the other ranks have seen; nothing is added after that. like: a weight that reads this input."""
+        self.tokens = sum(self.ranks.gather(self.tokens))
+        if not self.tokens:
+            return
+        if self.total is None:                      # this rank had no row
+            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
+        self.ranks.sum_(self.total)
+        self.made["hessian"], self.total = self.hessian, None       # twice the size of what is needed from here on
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made for the first of the weights that read this input and kept for the others."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 @dataclass(frozen=True)
@@ -44,6 +67,8 @@ class Quantizer(Method):
 
     stage: ClassVar = "quant"
     uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
+    rowwise: ClassVar[bool] = False       # True: no row of a weight sees another, so that processes may share them
+    sums: ClassVar[tuple[str, ...]] = ()  # those of the `figures` that add up over rows; the others are alike for all
 
     bits: int | float = 4                 # average over all weights quantized, 2..8 (fractions: `allocate`); 16: as is
     group_size: int = 128                 # input columns that share a scale; -1: one scale per output channel
@@ -84,10 +109,16 @@ class Quantizer(Method):
 
     @abstractmethod
     def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
-        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`."""
+        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
+
+        rowwise: `weight` may be some of the rows.
+        """
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike."""
+        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike.
+
+        The visit shows this process's rows alone; the weights of a row may depend on nothing but that row.
+        """
         return None
 
     def spec(self, target: Target, dtype: torch.dtype) -> Spec:
@@ -124,7 +155,7 @@ class Quantizer(Method):
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
         for projection, stats in self._visits(model, run, todo, self.name, edits=True):
-            self._write(projection, stats, todo[projection.name])
+            self._write(projection, stats, todo[projection.name], self._team(projection, run))
         return Record(meta=self._meta(model, decided) | allocation)
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
@@ -163,7 +194,9 @@ class Quantizer(Method):
         free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
         for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
             units[free[p.name].group].append(p)
-            made |= {(p.name, w): self._solve(p, stats, free[p.name].at(w)) for w in self.widths if w != DENSE}
+            team = self._team(p, run)
+            made |= {(p.name, w): _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)
+                     for w in self.widths if w != DENSE}
 
         def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
             return weight if bits == DENSE else made[name, bits].dequantize(weight.dtype)
@@ -171,10 +204,10 @@ class Quantizer(Method):
         company, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
         trial = scores.Trial(model, run.batches, units, rounded, self.seed)
         try:
-            table = scores.sensitivity(trial, self.widths, company, run.progress)
+            table = scores.sensitivity(trial, self.widths, company, run)
             least = exact(list(table.values()), share.params, share.target)
             plans = [dict(zip(units, least, strict=True)), dict.fromkeys(units, level)]
-            return table, min(plans, key=trial.of)
+            return table, run.ranks.agree(min(plans, key=trial.of))
         finally:
             trial.restore()
 
@@ -188,31 +221,45 @@ class Quantizer(Method):
             for block in each(model, run, label, edits):
                 yield from ((p, None) for p in block.projections() if p.name in names)
             return
-        for visit in visits(model, run, label, edits):
+        for visit in visits(model, run, label, edits, shared=True):
             weights = self.token_weights(visit)
             for group in visit.block.groups():
                 if chosen := [p for p in group if p.name in names]:
-                    stats, shares = Stats(), iter(weights or ())
+                    stats, shares = Stats(ranks=run.ranks), iter(weights or ())
                     visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
+                    stats.join(group[0].weight)
                     yield from ((p, stats) for p in chosen)
 
+    def _team(self, projection: Projection, run: Run) -> Ranks:
+        """Those who share the rows of this weight: all processes, or each by itself all of them."""
+        return run.ranks if self.rowwise and projection.out_features >= run.ranks.size else Ranks()
+
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Stats | None, target: Target) -> Quantized:
+    def _solve(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> Quantized:
+        """This process's rows of a weight, quantized."""
         weight = projection.weight
         with naming(projection.name):
             if not weight.isfinite().all():
                 raise LlmoptError("the weight holds NaN or infinite values")
-            return self.quantize(weight.float().clone(), stats, self.spec(target, weight.dtype))
+            own = team.share(weight).to(torch.float32, copy=True)
+            return self.quantize(own, stats, self.spec(target, weight.dtype))
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, target: Target) -> None:
-        result, dense = self._solve(projection, stats, target), projection.weight.float().clone()
-        projection.write(result.dequantize(projection.weight.dtype))
-        change = projection.weight.float() - dense
-        result.figures["weight_error"] = float(change.square().sum() / dense.square().sum().clamp(min=1e-30))
+    def _write(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> None:
+        part, dense = self._solve(projection, stats, target, team), team.share(projection.weight).float()
+        change = part.dequantize(projection.weight.dtype).float() - dense
+        counts = {name: part.figures[name] for name in self.sums if name in part.figures}
+        counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
         if stats is not None:
-            result.figures["output_error"] = relative_error(change, dense, stats.hessian)
-        projection.module.llmopt_quantized = result
+            counts |= {f"{name} output": float(row_errors(rows, stats.hessian).sum())
+                       for name, rows in (("lost", change), ("all", dense))}
+        total, whole = team.totals(counts), _whole(part, projection, team)
+        whole.figures |= {name: total[name] for name in self.sums if name in total}
+        whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
+        if stats is not None:
+            whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
+        projection.write(whole.dequantize(projection.weight.dtype))
+        projection.module.llmopt_quantized = whole
 
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
         results = quantized_modules(model)
@@ -233,9 +280,11 @@ def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
     return ((change @ hessian) * change).sum(1)
 
 
-def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T) / tr(W H W^T): the share of a projection's output energy that `change` [out, in] disturbs."""
-    return float(row_errors(change, hessian).sum() / row_errors(weight, hessian).sum().clamp(min=1e-30))
+def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:
+    """All rows of a weight of which each of the team has some."""
+    codes, scales, zeros = (None if rows is None else team.rows(rows, projection.out_features)
+                            for rows in (part.codes, part.scales, part.zeros))
+    return replace(part, codes=codes, scales=scales, zeros=zeros)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
