@@ -142,8 +142,10 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
     for spec in models:
         terminal.say(f"scoring {spec.id}")
         results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
+        if not team.is_main:
+            continue
         columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
-        if output and spec is models[0] and team.is_main:
+        if output and spec is models[0]:
             scores.write_results(results, output, model)
     terminal.show_scores(columns, as_json)
 

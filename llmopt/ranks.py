@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 PATIENCE = timedelta(days=30)       # rank 0 may write or verify for hours; a rank that dies is noticed at once
 STORE_WAIT = timedelta(seconds=5)
+GRACE = 5                           # seconds
 
 
 class Lost(Exception):
@@ -127,7 +129,8 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:           # what the backends raise when a connection is closed
-        raise Lost(f"another process of this run has ended: {str(error).splitlines()[0]}") from error
+        raise Lost("another process of this run has ended; if it did not say why, it was killed (by the system, when "
+                   "memory runs out)") from error
 
 
 def count() -> int:
@@ -177,7 +180,9 @@ def one_voice() -> Iterator[None]:
             yield
         failed = False
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # all that there is to clean has been cleaned
         if failed and not isinstance(sys.exception(), SystemExit) and not _is_first():
+            time.sleep(GRACE)               # the launcher calls the first that leaves the cause, and ends the others
             sys.exit(1)
 
 

@@ -72,7 +72,7 @@ class Stream(Kept):
         kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / f"activations-{os.getpid()}"))
+            kept.append(tensor if size <= room else spilled(tensor, self.work / f"{os.getpid()}-activations"))
             room -= min(size, room)
         return kept
 

@@ -103,10 +103,10 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     def real():
         return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
 
-    def counted(self, projection, *others):
+    def counted(self, projection, *rest):
         if projection.name.endswith("down_proj"):
             seen.append(real())
-        return solve(self, projection, *others)
+        return solve(self, projection, *rest)
 
     monkeypatch.setattr(GPTQ, "_solve", counted)
     gc.collect()

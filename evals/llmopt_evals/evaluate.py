@@ -21,10 +21,11 @@ PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")  
 
 def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
              batch_size: int = 16, text: str | None = None,
-             ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
+             ranks: Ranks = Ranks()) -> dict[str, Any] | None:       # noqa: B008  frozen
     """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
 
-    text: the file of the task `text_ppl`. ranks: the processes that divide the requests; all get all results.
+    text: the file of the task `text_ppl`. ranks: the processes that divide the requests; rank 0 gets the results,
+    the others None.
     Raises LlmoptError for an unknown task, a task whose data cannot be had, and a model that cannot be loaded.
     """
     from lm_eval import simple_evaluate

@@ -27,7 +27,7 @@ def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str]
                                       ranks)
             if ranks.is_main:
                 scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
-            facts["scores"][which] = [list(row) for row in scores.figures(results)]
+                facts["scores"][which] = [list(row) for row in scores.figures(results)]
     facts["table"] = table(facts)
     if ranks.is_main:
         write_text(output / FILE, json.dumps(facts, indent=2) + "\n")
