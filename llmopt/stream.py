@@ -7,7 +7,7 @@ checkpoint. Peak memory: one block, or one shard, and the calibration activation
 import copy
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,13 +73,16 @@ class Stream(Memory):
             _empty(layer)
             give_back_freed()
 
-    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / "activations"))
-            room -= min(size, room)
-        return kept
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
+
+        def held(tensor: Tensor) -> Tensor:
+            nonlocal room
+            fits = tensor.nbytes <= room
+            room -= min(tensor.nbytes, room)
+            return tensor if fits else spilled(tensor, self.work / "activations")
+
+        return held
 
     def _fill(self, root: nn.Module, places: store.Places) -> None:
         """Give the parameters of `root` their values, in the model's type."""

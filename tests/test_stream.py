@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe, rehearsal, store, streaming
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError, Run
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
+from llmopt.blocks import blocks, walk
+from llmopt.method import LlmoptError, Memory, Run
 from llmopt.quant import GPTQ
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming
@@ -117,13 +117,32 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
 
 def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
     memory = Stream.__new__(Stream)
-    memory.work, memory.room = tmp_path, 2 * 3 * 800
+    memory.work, memory.room = tmp_path, 3 * 3 * 800
     given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     kept = memory.keep(iter(given))
     assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
     assert not list(tmp_path.iterdir())
     assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(("family", "unequal", "distinct"), [("llama", 3, 3), ("llama", 1, 1), ("gemma3_text", 3, 6)])
+def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal, distinct, tmp_path, monkeypatch):
+    """Three batches: `unequal` patterns of padding, one mask for each and for each kind of layer."""
+    batches, masks, filed = [], [], []
+    for i in range(3):
+        real = torch.ones(4, 24, dtype=torch.long)
+        real[1, 20 - i % unequal:] = 0
+        batches.append({"input_ids": tiny.ids(4, 24), "attention_mask": real})
+    monkeypatch.setattr(stream, "spilled", lambda tensor, file: filed.append(tensor.dtype) or tensor)
+    held = Stream.__new__(Stream)
+    held.work, held.room = tmp_path, 3 * (4 * 24 * 24)                # one mask, and no more
+    memory = Memory()
+    memory.keeper = held.keeper
+    for visit in walk(tiny.make(family), batches, memory=memory):
+        masks += [kwargs["attention_mask"] for _, kwargs in visit.calls]
+    assert len(masks) == 9 and len({id(mask) for mask in masks}) == distinct
+    assert filed.count(torch.bool) == distinct - 1
 
 
 @pytest.mark.parametrize("steps", ["heads.gradient: {}",
