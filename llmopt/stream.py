@@ -22,6 +22,7 @@ from llmopt.loading import check_finite
 from llmopt.method import Memory, naming
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import check_consistent, export
+from llmopt.recipe import Recipe
 
 
 class Stream(Memory):
@@ -30,11 +31,11 @@ class Stream(Memory):
     work: a folder for what blocks become. room: bytes of calibration activations held in memory.
     """
 
-    def __init__(self, places: store.Places, model: nn.Module, work: Path, format: str, room: int):
+    def __init__(self, places: store.Places, model: nn.Module, recipe: Recipe, work: Path, room: int):
         self.layers, self.rest = store.by_layer(model, places)
         self.merging = store.converters(model)
-        self.work, self.format, self.room = work, format, room
-        self.device = next(model.buffers(), torch.empty(0)).device
+        self.work, self.format, self.room = work, recipe.format, room
+        self.device = torch.device(recipe.model.device)
         self.step, self.commits = 0, True
 
     def begin(self, step: int) -> None:

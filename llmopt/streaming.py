@@ -66,7 +66,7 @@ def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     model, places = store.open_model(replace(recipe.model, id=local))
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
-    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    memory = Stream(places, model, recipe, work, streaming.activations)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory

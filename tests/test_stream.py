@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import llmopt
 from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
 from llmopt.blocks import blocks, walk
+from llmopt.kv import SnapKV
 from llmopt.method import LlmoptError, Memory, Run
 from llmopt.quant import GPTQ
 from llmopt.stream import Stream
@@ -209,6 +210,22 @@ def test_experts_that_lie_in_one_tensor_stay_there(tmp_path):
     for name, force in (("memory", False), ("streamed", True)):
         pipeline.run(made, tmp_path / name, streaming=Streaming(force))
     assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_the_cache_of_a_scorer_that_reads_weights_is_measured_without_them(allocate):
+    """It looks at keys before RoPE and at the output weight, which a skeleton does not have."""
+    class Weighted(SnapKV):
+        def score(self, view):
+            written = torch.einsum("hde,bhwd->bhwe", view.output_weight(), view.queries).norm(dim=-1)
+            return view.unrotated_keys().norm(dim=-1) * view.mean_over_group(written).mean(-1, keepdim=True)
+
+    real = tiny.make("qwen3")
+    bare = store.skeleton(real.config, torch.float32)
+    for model in (real, bare):
+        Weighted(ratio=0.5, window=8, allocate=allocate).apply(model, Run())
+    assert pipeline.cache_bytes_per_token(bare) == pipeline.cache_bytes_per_token(real)
+    assert all(parameter.is_meta for parameter in bare.parameters())
 
 
 def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):
