@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from llmopt.architectures import SPECS, UNITS, Form, Spec
+from llmopt.calls import Shared
 from llmopt.method import LlmoptError, Memory, Progress, Run, silent
 from llmopt.modeling import is_skipped
 
@@ -270,7 +272,8 @@ class Visit:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
         weight = next(self.block.module.parameters(), None)
         for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True):
-            x = x if weight is None else x.to(weight.device)        # it may wait in a file, on the CPU
+            if weight is not None:                                  # all of it may wait in files, on the CPU
+                x, args, kwargs = send_to_device((x, args, kwargs), weight.device)
             yield _first(self.block.module(x, *args, **kwargs))
 
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
@@ -353,18 +356,20 @@ def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Me
     """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
     calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
     first: list[Tensor] = []
+    shared = Shared(memory.keeper())
 
     def recorder(index):
         def forward(hidden, *args, **kwargs):
             if index == 0:
                 first.append(hidden)
-            calls[index].append((args, kwargs))
+            calls[index].append(recursively_apply(shared, (args, kwargs)))
             return hidden
         return forward
 
     def inputs() -> Iterator[Tensor]:
         for batch in batches:
             model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            shared.next_batch()
             yield first.pop()
 
     with memory.outside(model), _forwards(layer_list(model), recorder):

@@ -129,9 +129,13 @@ class Memory:
         """Inside, the weights of one block can be used and changed."""
         yield
 
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        """What turns tensors into the same ones, to be held until the caller drops them; it has a room of its own."""
+        return lambda tensor: tensor
+
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors, held until the list is dropped."""
-        return list(tensors)
+        return [*map(self.keeper(), tensors)]
 
 
 @dataclass

@@ -6,7 +6,7 @@ checkpoint. Peak memory: one block, or one shard, and the calibration activation
 """
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from llmopt.loading import check_finite
 from llmopt.method import naming
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import rebuilt, refuse_unportable, stored, told
+from llmopt.recipe import Recipe
 
 SCRATCH = ".scratch"        # files of blocks that a resumed run makes anew
 
@@ -34,12 +35,12 @@ class Stream(Kept):
     journal: its folder holds what blocks become. room: bytes of calibration activations held in memory.
     """
 
-    def __init__(self, journal: Journal, places: store.Places, model: nn.Module, format: str, room: int):
+    def __init__(self, journal: Journal, places: store.Places, model: nn.Module, recipe: Recipe, room: int):
         super().__init__(journal)
         self.layers, self.rest = store.by_layer(model, places)
         self.merging = store.converters(model)
-        self.work, self.format, self.room = journal.folder, format, room
-        self.device = next(model.buffers(), torch.empty(0)).device
+        self.work, self.format, self.room = journal.folder, recipe.format, room
+        self.device = torch.device(recipe.model.device)
 
     @contextmanager
     def outside(self, model: nn.Module) -> Iterator[None]:
@@ -68,13 +69,16 @@ class Stream(Kept):
             _empty(layer)
             give_back_freed()
 
-    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / f"{os.getpid()}-activations"))
-            room -= min(size, room)
-        return kept
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
+
+        def held(tensor: Tensor) -> Tensor:
+            nonlocal room
+            fits = tensor.nbytes <= room
+            room -= min(tensor.nbytes, room)
+            return tensor if fits else spilled(tensor, self.work / f"{os.getpid()}-activations")
+
+        return held
 
     def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
         self.layers[layer] = store.of_file(file)

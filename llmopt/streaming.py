@@ -69,7 +69,7 @@ def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tup
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     model, places = store.open_model(replace(recipe.model, id=local))
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
-    memory = Stream(journal, places, model, recipe.format, streaming.activations // journal.ranks.size)
+    memory = Stream(journal, places, model, recipe, streaming.activations // journal.ranks.size)
     if streaming.blocks:
         _cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory

@@ -16,7 +16,7 @@ LEVELS = {
     "llmopt.blocks": 2, "llmopt.data": 4,
     "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
     "llmopt.store": 5, "llmopt.journal": 4, "llmopt.kept": 7,
-    "llmopt.layer": 1, "llmopt.cache": 2,
+    "llmopt.layer": 1, "llmopt.calls": 1, "llmopt.cache": 2,
     "llmopt.geometry": 3, "llmopt.interface": 2, "llmopt.live": 4, "llmopt.runtime": 5,
     **{f"llmopt.{family}": 6 for family in FAMILIES},
     "llmopt.verify": 2, "llmopt.rehearsal": 6, "llmopt.checkpoint": 7, "llmopt.stream": 8, "llmopt.predict": 8,

@@ -1,7 +1,6 @@
 """A streamed run writes the bytes of a run in memory, with one block's weights there at a time."""
 import gc
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe, rehearsal, store, streaming
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError, Run
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
+from llmopt.blocks import blocks, walk
+from llmopt.kv import SnapKV
+from llmopt.method import LlmoptError, Memory, Run
 from llmopt.quant import GPTQ
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming
@@ -118,13 +118,32 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
 
 def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
     memory = Stream.__new__(Stream)
-    memory.work, memory.room = tmp_path, 2 * 3 * 800
+    memory.work, memory.room = tmp_path, 3 * 3 * 800
     given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     kept = memory.keep(iter(given))
     assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
     assert not list(tmp_path.iterdir())
-    assert re.search(r"activations-\d+ \(deleted\)", Path("/proc/self/maps").read_text())
+    assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(("family", "unequal", "distinct"), [("llama", 3, 3), ("llama", 1, 1), ("gemma3_text", 3, 6)])
+def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal, distinct, tmp_path, monkeypatch):
+    """Three batches: `unequal` patterns of padding, one mask for each and for each kind of layer."""
+    batches, masks, filed = [], [], []
+    for i in range(3):
+        real = torch.ones(4, 24, dtype=torch.long)
+        real[1, 20 - i % unequal:] = 0
+        batches.append({"input_ids": tiny.ids(4, 24), "attention_mask": real})
+    monkeypatch.setattr(stream, "spilled", lambda tensor, file: filed.append(tensor.dtype) or tensor)
+    held = Stream.__new__(Stream)
+    held.work, held.room = tmp_path, 3 * (4 * 24 * 24)                # one mask, and no more
+    memory = Memory()
+    memory.keeper = held.keeper
+    for visit in walk(tiny.make(family), batches, memory=memory):
+        masks += [kwargs["attention_mask"] for _, kwargs in visit.calls]
+    assert len(masks) == 9 and len({id(mask) for mask in masks}) == distinct
+    assert filed.count(torch.bool) == distinct - 1
 
 
 @pytest.mark.parametrize("steps", ["heads.gradient: {}",
@@ -191,6 +210,22 @@ def test_experts_that_lie_in_one_tensor_stay_there(tmp_path):
     for name, force in (("memory", False), ("streamed", True)):
         pipeline.run(made, tmp_path / name, streaming=Streaming(force))
     assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_the_cache_of_a_scorer_that_reads_weights_is_measured_without_them(allocate):
+    """It looks at keys before RoPE and at the output weight, which a skeleton does not have."""
+    class Weighted(SnapKV):
+        def score(self, view):
+            written = torch.einsum("hde,bhwd->bhwe", view.output_weight(), view.queries).norm(dim=-1)
+            return view.unrotated_keys().norm(dim=-1) * view.mean_over_group(written).mean(-1, keepdim=True)
+
+    real = tiny.make("qwen3")
+    bare = store.skeleton(real.config, torch.float32)
+    for model in (real, bare):
+        Weighted(ratio=0.5, window=8, allocate=allocate).apply(model, Run())
+    assert pipeline.cache_bytes_per_token(bare) == pipeline.cache_bytes_per_token(real)
+    assert all(parameter.is_meta for parameter in bare.parameters())
 
 
 def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):

@@ -1,6 +1,6 @@
 """Scoring a model larger than memory: its weights stay in their files and are read where they are used.
 
-accelerate does it (device_map="auto"), on safetensors in place. A packed checkpoint, which transformers would inflate
+accelerate does it, on safetensors in place. A packed checkpoint, which transformers would inflate
 as a whole at its first forward, is inflated tensor by tensor into a folder that is there for as long as it is scored;
 of a Mixture-of-Experts model transformers writes the experts, put together, into the same place.
 """
@@ -23,7 +23,7 @@ from llmopt.architectures import SPECS
 from llmopt.facts import FILE
 from llmopt.folder import check_folder, read_json
 from llmopt.hub import fetch
-from llmopt.loading import load_model, resolve
+from llmopt.loading import load_model, read_config, resolve
 from llmopt.method import LlmoptError
 from llmopt.quant.export import unpacked, widths
 from llmopt.recipe import ModelSpec, Recipe
@@ -53,7 +53,16 @@ def opened(spec: ModelSpec) -> Iterator[tuple[nn.Module, Any]]:
     with TemporaryDirectory(prefix=f".{folder.name}.llmopt-eval-", dir=_beside(folder)) as scratch:
         if _is_packed(folder):
             spec = replace(spec, id=str(inflate(folder, Path(scratch) / "dense")))
-        yield _with_tokenizer(spec, device_map="auto", max_memory={"cpu": available() // 2}, offload_folder=scratch)
+        yield _with_tokenizer(spec, device_map=on_disk(spec), offload_folder=scratch)
+
+
+def on_disk(spec: ModelSpec) -> dict[str, str]:
+    """A device map: all modules with weights on the disk, but for the embeddings, which tell where inputs belong."""
+    _, config = read_config(spec)
+    model = store.skeleton(config, config.dtype, spec.trust_remote_code)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: "cpu" if module in ends else "disk" for name, module in model.named_modules()
+            if module._parameters or module._buffers}
 
 
 def _with_tokenizer(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:

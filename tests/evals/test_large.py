@@ -15,7 +15,7 @@ from tests import tiny
 from tests.command import call
 
 TASKS = ["world_ppl", "world_recall_40_agnostic"]
-ROOM = 1_200_000        # half of it for weights: the embeddings of the reference model fit, its layers do not
+ROOM = 1_000_000        # bytes: half of the reference model
 STEPS = {
     "packed": "[quant.rtn: {bits: 3, group_size: 32, overrides: {down_proj: {bits: 8}}}, kv.snapkv: {ratio: 0.5}]",
     "pruned": "[prune.magnitude: {ratio: 0.2, scope: global}, quant.rtn: {bits: 4, group_size: -1}]",
@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_a_model_in_memory(kind, tmp_path, monkeypatch)
     monkeypatch.setattr(large, "available", lambda: ROOM)
     assert figures(evaluate(model, TASKS, limit=3)) == expected
     first, second = ([p.is_meta for p in found[i][0].parameters()] for i in (0, 1))
-    assert not any(first) and sum(second) > 0.5 * len(second)
+    assert not any(first) and sum(second) > len(second) - 3
     assert not list(tmp_path.glob(".*"))
 
 
