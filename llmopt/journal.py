@@ -43,7 +43,8 @@ class Interrupted(KeyboardInterrupt):
 class Journal:
     """The work folder of one run, which the first of its processes writes.
 
-    seconds: what keeping it has cost. told: what a user should know of it, such as files found damaged.
+    seconds: what keeping it has cost. told: what a user should know of it, such as files found damaged. hold: keep what
+    is finished whatever happens, set when all steps are done.
     """
 
     def __init__(self, folder: Path, ranks: Ranks = Ranks()):        # noqa: B008  frozen
@@ -51,7 +52,7 @@ class Journal:
         self.ranks, self.writes = ranks, ranks.is_main
         self.entries: dict[str, dict[str, Any]] = {}
         self.told: list[str] = []
-        self.seconds = 0.0
+        self.seconds, self.hold = 0.0, False
 
     def refuse_unfinished(self) -> None:
         """Raise LlmoptError if an earlier run has left its work here."""
@@ -95,9 +96,10 @@ class Journal:
                 raise
             raise DiskFull(f"{self.folder.parent}: the disk is full; {self._left()}") from error
         except LlmoptError as error:
-            if error.exit_code != LlmoptError.exit_code:
-                raise type(error)(f"{error}; {self._left()}") from error
-            self.remove()                               # the same again would end the same way
+            if self.hold:
+                error.args = (f"{error}; {self._left()}",)
+            else:
+                self.remove()                           # the same again would end the same way
             raise
         else:
             self.remove()

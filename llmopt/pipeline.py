@@ -146,6 +146,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         loaded = time.perf_counter() - clock
         predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
+        journal.hold = True
         report.predicted_bytes, report.streamed, report.told = predicted, streamed, journal.told
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds, "of which for the journal": journal.seconds}

@@ -200,9 +200,21 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
 
 def test_an_error_that_would_come_again_leaves_nothing(made, monkeypatch):
     cut_off(monkeypatch, 9, LlmoptError("no"))
-    with pytest.raises(LlmoptError, match="no"):
+    with pytest.raises(LlmoptError, match="^steps.1 quant.gptq: no$"):
         run(made)
     assert not list(made.parent.glob("*out*"))
+
+
+def test_an_error_behind_the_last_step_loses_nothing(made, monkeypatch):
+    run(made, "whole")
+    with monkeypatch.context() as patch, pytest.raises(LlmoptError, match="in the way; what is finished is kept in "):
+        patch.setattr(checkpoint, "_copy_companions", lambda *_: (_ for _ in ()).throw(LlmoptError("in the way")))
+        run(made)
+    assert [path.name for path in made.parent.glob("*out*")] == [WORK]
+    solved = counted(monkeypatch, GPTQ, "_solve")
+    run(made)
+    assert solved == []
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
 
 
 # ------------------------------------------------------------------------------------------------ whose work it is
