@@ -106,12 +106,13 @@ class Stream(Memory):
         if self.format != "dense" and quantized_modules(layer):
             tensors = packed_in_place(tensors, export(layer)[0])
         file = self.work / f"step-{self.step}" / f"{index:05d}"
+        self.ranks.wait()                   # all have read what the layer was
         if self.ranks.is_main:
             _write(tensors, file)
-        self.ranks.wait()                   # all have read what the layer was, and can read what it is
-        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.ranks.is_main else ():
-            if old.is_relative_to(self.work):
-                old.unlink()
+            for old in {home for home, _ in self.layers[layer].values()} - {file}:
+                if old.is_relative_to(self.work):
+                    old.unlink()
+        self.ranks.wait()                   # all can read what it is
         self.layers[layer] = {name: (file, name) for name in tensors}
 
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
