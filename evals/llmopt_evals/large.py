@@ -1,8 +1,8 @@
 """Scoring a model larger than memory: its weights stay in their files and are read where they are used.
 
-accelerate does it, on safetensors in place. A packed checkpoint, which transformers would inflate
-as a whole at its first forward, is inflated tensor by tensor into a folder that is there for as long as it is scored;
-of a Mixture-of-Experts model transformers writes the experts, put together, into the same place.
+accelerate does it, on safetensors in place. A packed checkpoint, which transformers would inflate as a whole at its
+first forward, is inflated tensor by tensor into a folder that is there for as long as it is scored; of a
+Mixture-of-Experts model transformers writes the experts, put together, into the same place.
 """
 import json
 import os
