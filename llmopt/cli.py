@@ -32,6 +32,13 @@ def check_target(file: Path | None) -> None:
         raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
 
 
+def join(device: str) -> ranks.Ranks:
+    """The processes of this run; raises LlmoptError for a device that all of them would take."""
+    if ranks.count() > 1 and device.startswith("cuda:"):
+        raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
+    return ranks.join(device)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llmopt")
 @click.pass_context
@@ -89,7 +96,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
                            f"{plan.model.id}", err=True)
             tasks = []
-    team = ranks.join(plan.model.device)
+    team = join(plan.model.device)
     if team.agree(resume and pipeline.is_finished(output, plan)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
@@ -138,7 +145,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
     for spec in models:
         read_config(spec)                            # both must be there before the first is scored
-    columns, team = {}, ranks.join(loading["device"])
+    columns, team = {}, join(loading["device"])
     for spec in models:
         terminal.say(f"scoring {spec.id}")
         results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
@@ -182,7 +189,7 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         check_target(target)
     data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
     with terminal.progress() as progress:
-        team = ranks.join(loading["device"])
+        team = join(loading["device"])
         scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
     if output and team.is_main:
         save_scores(output, step.name, scores, meta)

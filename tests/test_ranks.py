@@ -110,8 +110,7 @@ def test_a_process_that_dies_ends_the_run(rank, number, tmp_path):
     out, err = process.communicate(timeout=100)
     assert time.monotonic() - start < 60
     assert process.returncode != 0 and not out and len(told(err)) <= 1, err
-    assert "Traceback (most recent call last):\n  File \"<frozen runpy>\", line 198, in _run_module_as_main\n" \
-           "  File \"<frozen runpy>\", line 88, in _run_code\n  File \"" + str(ROOT / "llmopt") not in err
+    assert str(ROOT / "llmopt") not in err                # torchrun shows its own calls, never ours
     assert leftovers(tmp_path) in ([], ["out.llmopt-work"])
     for name in ("out", "one"):                           # one process goes on where two were cut off
         pipeline.run(recipe.load(str(file)), tmp_path / name, resume=True)

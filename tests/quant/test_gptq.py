@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmopt.method import FieldError, LlmoptError, Run
-from llmopt.quant import GPTQ, RTN
+from llmopt.quant import GPTQ, RTN, gptq
 from llmopt.quant.base import Stats, row_errors
 from llmopt.quant.gptq import inverse_factor
 from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
@@ -123,6 +123,18 @@ def test_no_row_is_worse_than_round_to_nearest(kind, dtype, group_size):
         values = [q.dequantize(dtype).float() for q in (solve(weight, stats, spec), round_to_nearest(weight, spec))]
         solved, rounded = (row_errors(value - weight, stats.hessian) for value in values)
         assert values[0].isfinite().all() and (solved <= rounded * (1 + 1e-3)).all()
+
+
+def test_the_factor_is_made_once_for_the_weights_that_read_one_input(monkeypatch):
+    made = []
+
+    def counted(hessian, *rest):
+        made.append(len(hessian))
+        return inverse_factor(hessian, *rest)
+
+    monkeypatch.setattr(gptq, "inverse_factor", counted)
+    GPTQ(group_size=16).apply(make("llama"), Run(batches()))
+    assert made == [64, 64, 64, 96] * 3
 
 
 def test_dead_columns_become_zero():
