@@ -41,7 +41,7 @@ def cli() -> None:
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Print every step's plan and the predicted sizes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Plan, sizes, memory and time; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
 @click.option("--resume", is_flag=True, help="Finish what is missing of an earlier run of the same recipe.")
 @click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
@@ -58,6 +58,8 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     terminal.quiet_libraries()
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import pipeline, recipe
+    from llmopt.dryrun import dry_run as foretell
+    from llmopt.gauge import Gauge
     from llmopt.shards import size_of
     from llmopt.streaming import Streaming
 
@@ -65,7 +67,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
+        terminal.show_plan(foretell(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
@@ -74,9 +76,12 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.evaluate import task_manager
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
+    told = {}
     if not (resume and pipeline.is_finished(output, plan)):
-        with terminal.progress() as progress:
-            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming)
+        with terminal.progress() as progress, Gauge() as gauge:
+            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
+                                  gauge=gauge)
+        told = report.predictions()
         if max_blocks:
             terminal.show_times(report.seconds, output, as_json)
             return
@@ -84,7 +89,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             terminal.say("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
-    terminal.show_result(complete(output, plan, tasks, terminal.say), output, as_json)
+    terminal.show_result(complete(output, plan, tasks, terminal.say) | {"predictions": told}, output, as_json)
 
 
 @cli.command("eval")

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt import checkpoint, data, rehearsal, runtime, shards
+from llmopt import checkpoint, data, rehearsal, runtime, shards, store
 from llmopt.facts import FILE, read_facts
-from llmopt.loading import load_dense, resolve
-from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
-from llmopt.predict import group_multiple, predict
+from llmopt.gauge import Gauge
+from llmopt.loading import load_dense, local_folder, resolve
+from llmopt.method import Clock, LlmoptError, Method, Progress, Record, Run, naming, silent
+from llmopt.predict import Prediction, group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.recipe import Recipe, check_order
+from llmopt.room import Scene
 from llmopt.streaming import StreamedWeights, Streaming, open_streamed, open_whole, save_partial, working
+
+SAVED = 60 * 10**6          # bytes of a checkpoint written, read again and compared in a second: an estimate
 
 
 @dataclass
@@ -37,6 +41,19 @@ class Report:
     predicted_bytes: int | None = None
     streamed: bool = False             # one block in memory at a time; the result is the same
     seconds: dict[str, float] = field(default_factory=dict)
+    predicted_memory: int = 0          # bytes of private memory above the imports' at the peak
+    predicted_seconds: float = 0.0
+    memory: int | None = None          # as measured, if a gauge was given
+
+    def predictions(self) -> dict[str, list]:
+        """{"memory" and "seconds": [predicted, measured]}; they differ from run to run."""
+        found = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
+        return found | {"seconds": [round(self.predicted_seconds, 2), round(sum(self.seconds.values()), 2)]}
+
+    def predict(self, told: Prediction, steps: float) -> None:
+        """Take in what was foreseen; steps: seconds of all of them."""
+        self.predicted_memory = told.peak.private
+        self.predicted_seconds = self.seconds["load"] + steps + self.seconds["cache"] + told.bytes / SAVED
 
     def to_dict(self) -> dict[str, Any]:
         return {"records": self.records, "seed": self.seed, "calibration_sha256": self.calibration,
@@ -70,9 +87,11 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    start = time.perf_counter()
     report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
+    report.seconds["cache"] = time.perf_counter() - start
     torch.manual_seed(run.seed)
     for i, step in enumerate(steps):
         start = time.perf_counter()
@@ -84,7 +103,9 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
     report.parameters = model.num_parameters()
+    start = time.perf_counter()
     report.cache_after = cache_bytes_per_token(model)
+    report.seconds["cache"] += time.perf_counter() - start
     return report
 
 
@@ -102,10 +123,15 @@ def refuse_compressed(model: nn.Module) -> None:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
 
 
+def prompt_length(model: nn.Module) -> int:
+    """Tokens of the prompt whose cache is measured."""
+    return min(512, model.config.max_position_embeddings // 2)
+
+
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module) -> float:
     """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
-    length = min(512, model.config.max_position_embeddings // 2)
+    length = prompt_length(model)
     if next(model.parameters()).is_meta:
         return rehearsal.cache_bytes(model, length) / length
     generator = torch.Generator().manual_seed(0)
@@ -118,8 +144,11 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming()) -> Report:      # noqa: B008  frozen
-    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written."""
+        streaming: Streaming = Streaming(), gauge: Gauge | None = None) -> Report:      # noqa: B008  frozen
+    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written.
+
+    gauge: watches the process, so that the log can tell how much memory it took.
+    """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
@@ -128,33 +157,44 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     model, tokenizer, memory = (open_streamed(recipe, work, streaming) if streamed else
                                 open_whole(recipe, streaming))
     with working(work) if streamed else nullcontext():
-        batches = None
-        if any(step.needs_data for step in recipe.steps):
-            batches = data.load(recipe.data, model.config, tokenizer)
-        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory)
+        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, progress=(pace := Clock(progress)),
+                  tokenizer=tokenizer, memory=memory)
+        predicted = foresee(recipe, model, run, streaming if streamed else None)
         loaded = time.perf_counter() - clock
-        predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
-        report.predicted_bytes, report.streamed = predicted, streamed
-        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
+        report.predicted_bytes, report.streamed = predicted.bytes, streamed
         report.seconds = {"load": loaded, **report.seconds}
+        report.predict(predicted, pace.seconds)
+        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
+
+        def finish(stage: Path) -> None:
+            report.seconds["save and verify"] = time.perf_counter() - clock - sum(report.seconds.values())
+            report.memory = gauge.look().private if gauge else None
+            _write_log(stage, report)
+
         if streaming.blocks:
-            save_partial(weights, output, recipe.max_shard_size)
+            save_partial(weights, output, recipe.max_shard_size, finish)
         else:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
-                            finish=lambda stage: _write_log(stage, report), weights=weights)
-    report.seconds["total"] = time.perf_counter() - clock
+                            finish=finish, weights=weights)
     return report
 
 
-def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
-    """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
-    wanted = streaming.wanted(recipe)
-    model, _, memory = (open_streamed(recipe, Path("nowhere"), streaming) if wanted else open_whole(recipe, streaming))
-    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
-    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
-            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
+def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
+    """The calibration data, if a step asks for it."""
+    wanted = any(step.needs_data for step in recipe.steps)
+    return data.load(recipe.data, model.config, tokenizer) if wanted else None
+
+
+def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming | None) -> Prediction:
+    """Size and memory of the run to come; streaming: None for one in memory."""
+    batches = run.batches or []
+    scene = Scene(tuple(tuple(batch["input_ids"].shape) for batch in batches),
+                  any(not bool(batch["attention_mask"].all()) for batch in batches),
+                  streaming.activations if streaming else None, streaming is not None,
+                  store.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
+    return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
@@ -178,4 +218,6 @@ def _write_log(stage: Path, report: Report) -> None:
     if report.streamed:
         lines.append("streamed: one block in memory at a time")
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
+    lines += [f"{what}: {told:,.0f} predicted, {found:,.0f} measured" for what, (told, found) in
+              report.predictions().items()]
     (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

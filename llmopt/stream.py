@@ -5,7 +5,6 @@ ever. What a block became is a file of the work folder; the last walk over all o
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
 import copy
-import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from llmopt import checkpoint, shards, store
 from llmopt.blocks import layer_list, spec_of
 from llmopt.checkpoint import packed_in_place, plain_state
+from llmopt.gauge import give_back_freed
 from llmopt.loading import check_finite
 from llmopt.method import Memory, naming
 from llmopt.quant.base import quantized_modules
@@ -124,14 +124,6 @@ class Stream(Memory):
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
-
-
-def give_back_freed() -> None:
-    """Have the C library return freed memory: it keeps pieces below 32 MB, and scattered ones add up block by block."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):        # not glibc
-        return
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

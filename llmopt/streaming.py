@@ -1,6 +1,6 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
     memory = Stream(places, model, work, recipe.format, streaming.activations)
     if streaming.blocks:
-        _cut_short(model, streaming.blocks)
+        cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory
 
 
@@ -83,7 +83,7 @@ def working(work: Path) -> Iterator[None]:
         yield
 
 
-def _cut_short(model: nn.Module, count: int) -> None:
+def cut_short(model: nn.Module, count: int) -> None:
     """Leave the first `count` blocks."""
     kept = list(layer_list(model))[:count]
     replace_layers(model, kept)
@@ -157,8 +157,10 @@ def _verify_shapes(stage: Path, written: store.Places) -> None:
             raise VerificationError(f"{stage.name}: {name} is {shape}, the config wants {list(like.shape)}")
 
 
-def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str) -> None:
+def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
+                 finish: Callable[[Path], None]) -> None:
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
     with checkpoint.staged(output) as stage:
         weights.write(stage, max_shard_size)
         shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
+        finish(stage)

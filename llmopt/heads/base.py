@@ -3,7 +3,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmopt.blocks import blocks
 from llmopt.facts import read_scores
-from llmopt.method import LlmoptError, Method, Record, Run
+from llmopt.method import LlmoptError, Method, Pace, Record, Run, timed
 
 Batch = dict[str, Tensor]
 
@@ -44,6 +44,15 @@ class HeadScore(Method):
         tokens = int(sum(batch["attention_mask"].sum() for batch in run.batches))
         return Record(meta={"kind": self.name, "samples": samples, "tokens": tokens,
                             "scores": [s.tolist() for s in scores]})
+
+
+    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
+        """Of the whole model: the first batch for real, the others by their number of tokens."""
+        if not self.needs_whole:
+            return super().seconds(model, run, pace)
+        first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
+        spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
+        return spent * total / first
 
 
 def check_scores(scores: list[Tensor], heads: list[int]) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from llmopt import activations
 from llmopt.blocks import Block, Projection, Visit, visits
 from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
+from llmopt.room import Scene
 
 DAMPING = 0.01
 
@@ -54,6 +56,13 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
     for visit in visits(model, run, label):
         for projection, kept in writers(visit.block, plan[visit.block.index]):     # attention first: the FFN sees it
             _refit_one(visit, projection, kept)
+
+
+def refit_bytes(model: nn.Module, block: Block, scene: Scene) -> int:
+    """Two sums of squares in float32 while they are taken; the widest system and its factors in float64."""
+    width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
+    out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
+    return max(activations.observing(model, block, scene) + 8 * width ** 2, 36 * width ** 2 + 32 * out * width)
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor) -> None:

@@ -42,6 +42,10 @@ class GPTQ(Quantizer):
         if self.block < 1:
             raise FieldError("block", self.block, "at least one column")
 
+    def working(self, out: int, columns: int) -> int:
+        """While the factor is made: six matrices like the Hessian. In the sweep and after it: two, and six weights."""
+        return 4 * columns * max(6 * columns + 2 * out, 2 * columns + 6 * out)
+
     def quantize(self, weight: Tensor, stats: Stats, spec: Spec) -> Quantized:
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")

@@ -71,7 +71,7 @@ class Trial:
     def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]], units: dict[str, list[Projection]],
                  rounded: Callable[[str, Tensor, int], Tensor], seed: int = 0):
         self.model, self.units, self.rounded = model, units, rounded
-        self.rows = _sample(batches, seed, model.get_output_embeddings().weight.shape[0])
+        self.rows = sample(batches, seed, model.get_output_embeddings().weight.shape[0])
         self.dense = [_log_probs(model, row) for row in self.rows]
         self.kept = {p.name: p.weight.clone() for unit in units.values() for p in unit}
 
@@ -110,7 +110,7 @@ def sensitivity(trial: Trial, widths: Iterable[int], company: int,
     return table
 
 
-def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
+def sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
     """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS and LOGITS (at least one)."""
     rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
             for b in batches for i in range(len(b["input_ids"]))]
