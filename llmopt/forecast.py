@@ -2,8 +2,10 @@
 
 In memory, weights are mapped from their files and become private where a step rewrites them; what steps keep beside
 them stays until the checkpoint is written. Streamed, all of that lasts for one block. FLOOR is what no shape tells: the
-libraries' own caches, modules that are imported late, pieces of freed memory.
+libraries' own caches, modules that are imported late. PIECES: of what a step frees while it works on one block, the C
+library keeps about half for later, at most so much.
 """
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,7 +15,12 @@ from llmopt.blocks import blocks, layer_list
 from llmopt.room import Room, Scene
 from llmopt.verify import probe_length
 
-FLOOR = 60 * 10**6
+FLOOR = 40 * 10**6
+PIECES = 100 * 10**6
+
+
+def _most(sizes: Iterable[int]) -> int:
+    return max(sizes, default=0)
 
 
 class Peak(NamedTuple):
@@ -38,18 +45,19 @@ class Forecast:
     def step(self, name: str, rooms: list[Room]) -> None:
         """The part of one step, which told these rooms of the model that it found; now the model is as it left it."""
         rewritten = {id(module) for room in rooms for module in room.rewritten}
-        held = activations.kept(self.model, self.scene, max((room.sets for room in rooms), default=0))
-        passes = max((room.passes for room in rooms), default=0)
+        held = activations.kept(self.model, self.scene, _most(room.sets for room in rooms))
+        passes, whole = _most(room.passes for room in rooms), _most(room.whole for room in rooms)
+        passes += min(passes // 2, PIECES)
         if self.scene.streamed:
-            block = max(self._private(layer, rewritten) for layer in layer_list(self.model))
-            stays = max((room.stays for room in rooms), default=0)
-            self._note(name, held + block + stays + passes, self._largest())
+            block = _most(self._private(layer, rewritten) for layer in layer_list(self.model))
+            self._note(name, held + block + _most(room.stays for room in rooms) + passes, self._largest())
             if rewritten:                           # blocks now come from the work folder, as they are
                 self.owned -= {id(module) for layer in layer_list(self.model) for module in layer.modules()}
             return
-        self.stays += sum(room.stays for room in rooms)
         self.owned |= rewritten
-        self._note(name, held + passes, 0)
+        stays = sum(room.stays for room in rooms)
+        self._note(name, held + max(passes + stays, whole), 0)
+        self.stays += stays
 
     def cache(self) -> None:
         """The forward over a prompt that tells how much the cache holds."""
@@ -74,7 +82,7 @@ class Forecast:
         self._note("verify", shards.tensor_bytes(inflated) + answers, shards.tensor_bytes(tensors))
 
     def _forward(self, rows: int, length: int) -> int:
-        return max((activations.forward(self.model, view, rows, length) for view in blocks(self.model)), default=0)
+        return _most(activations.forward(self.model, view, rows, length) for view in blocks(self.model))
 
     def _largest(self) -> int:
         """Bytes of the largest thing that is read at once: a block, or the embedding."""

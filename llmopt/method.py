@@ -211,7 +211,7 @@ class Method(Checked, ABC):
     def rooms(self, model, scene: Scene) -> list[Room]:
         """What `apply` takes of the memory, an entry for each block or for what it does at once; shapes are enough."""
         rows, length = scene.largest
-        return [Room(passes=self.whole_bytes(model, rows * length))]
+        return [Room(whole=self.whole_bytes(model, rows * length))]
 
     def seconds(self, model, run: Run, pace: "Pace") -> float:
         """How long `apply` will take; `model` is cut to its first block, except for a score that needs all of it."""

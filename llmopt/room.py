@@ -36,10 +36,12 @@ class Room:
     """What a step takes for one block, or for the whole model.
 
     rewritten: modules whose weights it changes: private from then on. stays: codes and the like, kept beside them.
-    passes: while it works, at most. sets: how many times the activations of all calibration data are held.
+    passes: while it works on the block, at most. whole: while it works on all blocks at once, before anything stays.
+    sets: how many times the activations of all calibration data are held.
     """
 
     rewritten: tuple[nn.Module, ...] = ()
     stays: int = 0
     passes: int = 0
+    whole: int = 0
     sets: int = 0

@@ -58,11 +58,12 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
             _refit_one(visit, projection, kept)
 
 
-def refit_bytes(model: nn.Module, block: Block, scene: Scene) -> int:
-    """Two sums of squares in float32 while they are taken; the widest system and its factors in float64."""
+def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> int:
+    """Two sums of squares in float32 while they are taken; of the widest system its share `kept`, twice, in float64."""
     width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
     out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
-    return max(activations.observing(model, block, scene) + 8 * width ** 2, 36 * width ** 2 + 32 * out * width)
+    system = int((12 + 16 * kept ** 2 + 8 * kept * (2 - kept)) * width ** 2)
+    return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 24 * out * width)
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor) -> None:

@@ -94,14 +94,15 @@ class Quantizer(Method):
         return None
 
     def working(self, out: int, columns: int) -> int:
-        """Bytes that rounding one weight takes beside it: copies in float32, of the matrix and of its errors."""
+        """Bytes that rounding one weight takes beside it, and packing its codes: copies in four bytes a value."""
         return 20 * out * columns
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
         found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
         each_block = [self._room(model, block, found, scene) for block in blocks(model)]
         if self.allocate == "sensitivity":
-            each_block.append(Room(passes=self.whole_bytes(model, scene.tokens)))
+            answers = scores.trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
+            each_block.append(Room(whole=self.whole_bytes(model, 0) + answers))
         return each_block
 
     def _room(self, model: nn.Module, block: Block, found: dict[str, Target], scene: Scene) -> Room:
