@@ -36,5 +36,7 @@ def kept(model: nn.Module, scene: Scene, sets: int) -> int:
     if not sets:
         return 0
     whole = scene.tokens * hidden_size(model) * model.dtype.itemsize
-    one = whole if scene.activations is None else min(whole, scene.activations // 2)
-    return sets * one + scene.padded * sum(rows * length * length for rows, length in scene.shapes)
+    masks = scene.padded * sum(rows * length * length for rows, length in scene.shapes)
+    if scene.activations is None:
+        return sets * whole + masks
+    return sets * min(whole, scene.activations // 3) + min(masks, scene.activations // 3)      # see Stream.keeper

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from llmopt.architectures import SPECS, UNITS, Form, Spec
+from llmopt.calls import Shared
 from llmopt.method import LlmoptError, Memory, Progress, Run, silent
 from llmopt.modeling import is_skipped
 
@@ -256,7 +258,7 @@ class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
 
     inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
-    never reaches an observer.
+    never reaches an observer. A process without a row of the data has no batch.
     """
 
     block: Block
@@ -270,13 +272,14 @@ class Visit:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
         weight = next(self.block.module.parameters(), None)
         for x, (args, kwargs) in zip(self.inputs, self.calls, strict=True):
-            x = x if weight is None else x.to(weight.device)        # it may wait in a file, on the CPU
+            if weight is not None:                                  # all of it may wait in files, on the CPU
+                x, args, kwargs = send_to_device((x, args, kwargs), weight.device)
             yield _first(self.block.module(x, *args, **kwargs))
 
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Run the block; `readers[projection name]` is fed the real tokens' inputs [N, in_features]."""
         handles, masks = [], iter(self.masks)
-        mask = next(masks)
+        mask = next(masks, None)
 
         def hook(see):
             def pre(module, args):
@@ -298,17 +301,33 @@ def each(model: nn.Module, run: Run, label: str, edits: bool = True,
          only: Collection[int] | None = None) -> Iterator[Block]:
     """The blocks in order, each with its weights there; edits: False where the caller changes none of them.
 
-    only: the indices to go through; the other blocks are passed over.
+    only: the indices to go through. Of a run that was cut off, edited blocks that were done are passed over: what is
+    learned of a block while it is edited belongs into the block (Quantized.figures), not into a list of the caller's.
     """
-    memory = run.memory if edits else run.memory.reading
+    memory = run.memory.editing() if edits else run.memory.reading
     for index in run.progress([i for i in range(len(layer_list(model))) if only is None or i in only], label):
+        if not memory.restored(model, index):
+            with memory.block(model, index):
+                yield blocks(model)[index]
+
+
+def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> Iterator[Block]:
+    """The blocks at the indices `only`, for a caller who quickly changes their shapes."""
+    memory = run.memory.editing(again=True)
+    for index in run.progress(sorted(only), label):
         with memory.block(model, index):
             yield blocks(model)[index]
 
 
-def visits(model: nn.Module, run: Run, label: str, edits: bool = True) -> Iterator[Visit]:
-    """`walk` over the run's calibration data; edits: False where the caller changes no weight."""
-    return walk(model, run.batches, run.progress, label, run.memory if edits else run.memory.reading)
+def visits(model: nn.Module, run: Run, label: str, edits: bool = True, shared: bool = False) -> Iterator[Visit]:
+    """`walk` over the run's calibration data; `edits` and what a resumed run passes over: as in `each`.
+
+    shared: each process sees its own rows, maybe none, and the caller sums what it counts over `run.ranks`.
+    """
+    if not run.batches:
+        raise LlmoptError("this step needs calibration data and there is none")
+    memory = run.memory.editing() if edits else run.memory.reading
+    return walk(model, run.own_batches if shared else run.batches, run.progress, label, memory)
 
 
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
@@ -318,14 +337,17 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
     forward exactly. The caller edits `visit.block` between two visits.
     """
-    if not batches:
-        raise LlmoptError("this step needs calibration data and there is none")
+    done = {index for index in range(len(layer_list(model))) if memory.restored(model, index)}
+    ahead = [index for index in range(len(layer_list(model))) if index not in done]
+    if not ahead:
+        return
     inputs, calls = _record_calls(model, batches, memory)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    for index in progress(range(len(calls)), label):
-        with memory.block(model, index):
+    for index in progress(range(ahead[-1] + 1), label):
+        with (memory.reading if index in done else memory).block(model, index):
             visit = Visit(blocks(model)[index], inputs, calls[index], masks)
-            yield visit
+            if index not in done:
+                yield visit
             inputs = visit.left = memory.keep(visit.outputs())
 
 
@@ -334,18 +356,20 @@ def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Me
     """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
     calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
     first: list[Tensor] = []
+    shared = Shared(memory.keeper())
 
     def recorder(index):
         def forward(hidden, *args, **kwargs):
             if index == 0:
                 first.append(hidden)
-            calls[index].append((args, kwargs))
+            calls[index].append(recursively_apply(shared, (args, kwargs)))
             return hidden
         return forward
 
     def inputs() -> Iterator[Tensor]:
         for batch in batches:
             model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            shared.next_batch()
             yield first.pop()
 
     with memory.outside(model), _forwards(layer_list(model), recorder):

@@ -4,6 +4,7 @@ A checkpoint is written into a hidden sibling folder, synced, loaded afresh and 
 and only then renamed to its name: whatever stands under that name is whole.
 """
 import errno
+import glob
 import json
 import os
 import shutil
@@ -24,12 +25,17 @@ from llmopt.loading import load_model
 from llmopt.method import LlmoptError
 from llmopt.modeling import remote_files, saved_config
 from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import check_consistent, export, quantization_config
+from llmopt.quant.export import check_consistent, export, packed_in_place, quantization_config
 from llmopt.recipe import ModelSpec
 from llmopt.verify import verify
 
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+
+
+def versions() -> dict[str, str]:
+    """The packages on which the bytes of a checkpoint depend."""
+    return {name: version(name) for name in VERSIONS}
 
 
 def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
@@ -57,10 +63,10 @@ def _check_place(output: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A hidden sibling folder that becomes `output` when the block ends well, and vanishes when it does not."""
+def staged(output: Path, work: Path | None = None) -> Iterator[Path]:
+    """A folder in `work`, or a hidden sibling, that becomes `output` when all ends well, and vanishes otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    stage = output.with_name(f".{output.name}.llmopt-partial-{os.getpid()}")
+    stage = work / "output" if work else output.with_name(f".{output.name}.llmopt-partial-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
     with vanishing(stage, output):
         stage.mkdir()
@@ -76,7 +82,7 @@ def vanishing(folder: Path, output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise LlmoptError(f"{output}: the disk is full; nothing was written") from error
+            raise shards.DiskFull(f"{output}: the disk is full; nothing was written") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,7 +94,8 @@ def _replace(stage: Path, output: Path) -> None:
     if output.exists():
         output.rename(old)
     stage.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    for leftover in output.parent.glob(f".{glob.escape(output.name)}.llmopt-old-*"):    # of killed runs too
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 class Weights:
@@ -99,7 +106,7 @@ class Weights:
 
     def write(self, stage: Path, max_shard_size: str) -> None:
         tensors = state(self.model, self.format)
-        with full_disks():
+        with shards.full_disks():
             shards.write(stage, tensors, max_shard_size)
 
     def verify(self, stage: Path) -> None:
@@ -108,19 +115,20 @@ class Weights:
 
 def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
          recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
-         finish: Callable[[Path], None] | None = None, weights: Weights | None = None) -> Path:
+         finish: Callable[[Path], None] | None = None, weights: Weights | None = None,
+         work: Path | None = None) -> Path:
     """Write `model` (weights, runtime parts, provenance) to the folder `output` and check it by a fresh load.
 
     format: "portable" (compressed-tensors, symmetric) or "dense" (rounded weights written dense).
     finish: called with the folder before it gets its name, for what must be inside (a log, evaluation figures).
-    weights: where they are, if not in the model.
+    weights: where they are, if not in the model. work: an existing folder beside `output` to write it in.
     Raises LlmoptError for an output in use or content that the format cannot hold, VerificationError if the fresh
     load differs.
     """
     output = prepare_output(Path(output), source, overwrite)
     weights = weights or Weights(model, format)
     config, remote = described(model, format)
-    with staged(output) as stage:
+    with staged(output, work) as stage:
         weights.write(stage, max_shard_size)
         _write_json(stage / "config.json", config)
         for name, text in remote.items():
@@ -134,19 +142,6 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
     return output
 
 
-@contextmanager
-def full_disks() -> Iterator[None]:
-    """A disk that fills up while weights are written raises OSError, as it does elsewhere."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:        # the library wraps the operating system's error in its own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise
-
-
 def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """(tensors, config.json, code files) of the checkpoint that `model` would make; works on the meta device too."""
     return state(model, format), *described(model, format)
@@ -154,19 +149,15 @@ def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str
 
 def state(model: nn.Module, format: str) -> dict[str, Tensor]:
     """The tensors of the checkpoint that `model` would make."""
-    packing = _packs(model, format)
+    packing = packs(model, format)
     tensors = plain_state(model, renamed=not packing)
     if format == "dense":
         check_consistent(model)
     return packed_in_place(tensors, export(model)[0]) if packing else tensors
 
 
-def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A state dict with the tensors of each packed weight in its place."""
-    return {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
-
-
-def _packs(model: nn.Module, format: str) -> bool:
+def packs(model: nn.Module, format: str) -> bool:
+    """Whether the checkpoint will hold packed weights."""
     return format != "dense" and bool(quantized_modules(model))
 
 
@@ -175,7 +166,7 @@ def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, 
     config, needs_code = saved_config(model)
     config = dict(config)
     config.pop("llmopt", None)
-    if _packs(model, format):
+    if packs(model, format):
         config["quantization_config"] = quantization_config(model)
     attached = runtime.runtime_config(model)
     if attached and attached["steps"]:
@@ -191,12 +182,17 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
 
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     tied = set(model.all_tied_weights_keys)
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
-    as_filed = revert_weight_conversion(model, state) if renamed else state
-    return state if as_filed.keys() == state.keys() else as_filed       # where no name changes, the order must not
+    return as_filed(model, state) if renamed else state
+
+
+def as_filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `model` under the names, and in the parts, that its files have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    changed = revert_weight_conversion(model, state)
+    return state if changed.keys() == state.keys() else changed         # where no name changes, the order must not
 
 
 def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None, revision: str | None) -> None:
@@ -220,7 +216,7 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         (stage / "recipe.yaml").write_text(body + "".join(f"# {line}\n" for line in resolved.splitlines()))
     _write_json(stage / FILE, {
         "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": versions(),
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
         "base_licence": _licence(source, recipe.model.revision if recipe is not None else None),
         "recipe": recipe.resolved() if recipe is not None else None,

@@ -1,18 +1,20 @@
 """The `llmopt` command.
 
-Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
 import sys
 from pathlib import Path
 
 import click
 
+from llmopt import ranks
 from llmopt.method import LlmoptError
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
+SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
 def model_options(command):
@@ -32,8 +34,14 @@ def check_target(file: Path | None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llmopt")
-def cli() -> None:
+@click.pass_context
+def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
+    if ranks.started_alone():
+        click.echo("accelerate launch has started one process; for several: torchrun --nproc-per-node N -m llmopt ...",
+                   err=True)
+    if context.invoked_subcommand not in SHARED and not ranks.is_main():
+        context.exit()
 
 
 @cli.command()
@@ -41,9 +49,9 @@ def cli() -> None:
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Plan, sizes, memory and time; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Plan, size, memory and time; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
-@click.option("--resume", is_flag=True, help="Finish what is missing of an earlier run of the same recipe.")
+@click.option("--resume", is_flag=True, help="Go on with a run of the same recipe that was cut off.")
 @click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
 @click.option("--stream/--no-stream", default=None, help="One block in memory at a time; default: if needed.")
 @click.option("--activation-memory", default="2GiB", show_default=True, help="Activations beyond it go to disk.")
@@ -57,8 +65,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
 
     terminal.quiet_libraries()
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
-    from llmopt import pipeline, recipe
-    from llmopt.dryrun import dry_run as foretell
+    from llmopt import dryrun, pipeline, recipe
     from llmopt.gauge import Gauge
     from llmopt.shards import size_of
     from llmopt.streaming import Streaming
@@ -67,21 +74,33 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        terminal.show_plan(foretell(plan, streaming), as_json)
+        if ranks.is_main():
+            terminal.show_plan(dryrun.dry_run(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
-    tasks = [] if no_eval else plan.eval.tasks
+    tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
         from llmopt_evals.evaluate import task_manager
+        from llmopt_evals.large import obstacle
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
-    told = {}
-    if not (resume and pipeline.is_finished(output, plan)):
+        if fact := obstacle(plan, output):
+            if ranks.is_main():
+                click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
+                           f"{plan.model.id}", err=True)
+            tasks = []
+    team, told = ranks.join(plan.model.device), {}
+    if team.agree(resume and pipeline.is_finished(output, plan)):
+        if team.is_main:
+            pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
+    else:
         with terminal.progress() as progress, Gauge() as gauge:
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
-                                  gauge=gauge)
+                                  resume=resume, ranks=team, gauge=gauge)
         told = report.predictions()
+        for line in report.told:
+            terminal.say(line)
         if max_blocks:
             terminal.show_times(report.seconds, output, as_json)
             return
@@ -89,7 +108,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             terminal.say("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
-    terminal.show_result(complete(output, plan, tasks, terminal.say) | {"predictions": told}, output, as_json)
+    terminal.show_result(complete(output, plan, tasks, terminal.say, team) | {"predictions": told}, output, as_json)
 
 
 @cli.command("eval")
@@ -121,10 +140,12 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
     for spec in models:
         read_config(spec)                            # both must be there before the first is scored
-    columns = {}
+    columns, team = {}, ranks.join(loading["device"])
     for spec in models:
         terminal.say(f"scoring {spec.id}")
-        results = scores.evaluate(spec, chosen, None, limit, batch_size, text)
+        results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
+        if not team.is_main:
+            continue
         columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
         if output and spec is models[0]:
             scores.write_results(results, output, model)
@@ -163,10 +184,11 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         check_target(target)
     data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
     with terminal.progress() as progress:
-        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress)
-    if output:
+        team = ranks.join(loading["device"])
+        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
+    if output and team.is_main:
         save_scores(output, step.name, scores, meta)
-    if plot:
+    if plot and team.is_main:
         draw(scores, plot)
     terminal.show_heads(step.name, scores, as_json)
 
@@ -215,11 +237,13 @@ def push(folder, repo, private) -> None:
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
     try:
-        code = cli.main(standalone_mode=False)
+        with ranks.one_voice():
+            code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written was left", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        told = str(error.__cause__ or error)          # click puts an Abort around it
+        click.echo(told or "interrupted; nothing half-written was left", err=True)
         code = 130
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -230,6 +254,9 @@ def main() -> None:
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except ranks.Lost as error:
+        click.echo(f"error: {error}", err=True)
+        code = 1
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine
         click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
         code = 2

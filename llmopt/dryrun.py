@@ -13,12 +13,15 @@ from torch import nn
 
 from llmopt import checkpoint, shards
 from llmopt.blocks import layer_list
+from llmopt.folder import weight_files
+from llmopt.journal import Journal, checksum
+from llmopt.loading import local_folder
 from llmopt.method import LlmoptError, Method, Pace, Run, naming, timed
 from llmopt.pipeline import cache_bytes_per_token, foresee, load_batches, prompt_length
 from llmopt.predict import Prediction, group_multiple
 from llmopt.recipe import Recipe
 from llmopt.stream import Stream
-from llmopt.streaming import StreamedWeights, Streaming, available, cut_short, open_streamed, open_whole
+from llmopt.streaming import StreamedWeights, Streaming, available, cut_short, open_model
 
 ROUNDED = 2         # a byte of a block's weights is saved and verified as slowly as so many of the embedding's
 
@@ -39,18 +42,17 @@ class Times:
 
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
-    streamed, free = streaming.wanted(recipe), available()
+    free = available()
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder:
-        start, work = time.perf_counter(), Path(folder)
-        model, tokenizer, memory = (open_streamed(recipe, work, streaming) if streamed else
-                                    open_whole(recipe, streaming))
+        start, times = time.perf_counter(), Times()
+        model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
         run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory,
                   multiple=group_multiple(recipe.steps))
-        told = foresee(recipe, model, run, streaming if streamed else None)
-        dense = shards.file_bytes(checkpoint.plain_state(model))
-        times = Times()
+        told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(checkpoint.plain_state(model))
         times.add("load", time.perf_counter() - start, "measured")
-        rehearse(model, recipe, run, work, times)
+        times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
+        rehearse(model, recipe, run, times)
+    streamed = isinstance(memory, Stream)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,
             "predicted_mapped_memory": told.peak.mapped, "available_memory": free,
@@ -58,7 +60,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
             "advice": advice(told, free, streamed, bool(run.batches))}
 
 
-def rehearse(model: nn.Module, recipe: Recipe, run: Run, work: Path, times: Times) -> None:
+def rehearse(model: nn.Module, recipe: Recipe, run: Run, times: Times) -> None:
     """Time every part of the run but loading; the model is cut to its first block on the way."""
     probe = timed(cache_bytes_per_token, model)
     times.add("cache before and after", 2 * probe, "measured")
@@ -74,9 +76,15 @@ def rehearse(model: nn.Module, recipe: Recipe, run: Run, work: Path, times: Time
             times.add(f"steps.{i} {step.name}", _seconds(i, step, model, run, pace),
                       f"first of {pace.blocks} blocks, measured")
     weights = StreamedWeights(model, run.memory) if isinstance(run.memory, Stream) else None
-    saving = timed(lambda: checkpoint.save(model, work / "out", recipe=recipe, format=recipe.format,
-                                           max_shard_size=recipe.max_shard_size, weights=weights))
+    saving = timed(lambda: checkpoint.save(model, run.memory.journal.folder / "saved", recipe=recipe, weights=weights,
+                                           format=recipe.format, max_shard_size=recipe.max_shard_size))
     times.add("save and verify", saving * scale, "of one block, measured; the others by their bytes")
+
+
+def _summing(files: list[Path]) -> tuple[float, str]:
+    """(seconds, origin) of going through the bytes of all files, from the first."""
+    sizes = [file.stat().st_size for file in files]
+    return timed(checksum, files[0]) * sum(sizes) / sizes[0], f"first of {len(files)} files, measured"
 
 
 def _needs_all(step: Method) -> bool:

@@ -11,6 +11,7 @@ from llmopt.method import LlmoptError
 MAX_HEADER, MAX_JSON = 100_000_000, 500_000_000     # bytes
 MAX_COUNTED = {"layer": 10_000, "label": 100_000}   # keys of a config with these words make as many objects
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WORK = ".llmopt-work"                               # behind the name of an output: where a run keeps unfinished work
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CONVERT = 'python -c "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}).save_pretrained(NEW)"'
 
@@ -20,8 +21,11 @@ def check_folder(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
+        unfinished = folder.name.endswith(WORK)
         raise LlmoptError(f"{folder}: no config.json; this is " + (
-            "an adapter: merge it into its model first (peft: merge_and_unload)" if adapter else "not a model folder"))
+            "an adapter: merge it into its model first (peft: merge_and_unload)" if adapter else
+            "the unfinished work of llmopt compress, which --resume goes on with" if unfinished else
+            "not a model folder"))
     config = check_config(file)
     for name in COMPANIONS:
         if (folder / name).is_file():
@@ -100,17 +104,22 @@ def weight_files(folder: Path) -> list[Path]:
         return [_own(folder, single)]
     if not index.is_file():
         raise LlmoptError(f"{folder}: no model.safetensors{_other_format(folder)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
     files = []
-    for name in sorted(set(map(str, shards.values()))):
+    for name in indexed(index):
         if os.sep in name or "\0" in name or not name.endswith(".safetensors"):
             raise LlmoptError(f"{index}: {name!r} is not a file of this folder")
         if not (folder / name).is_file():
             raise LlmoptError(f"{folder / name}: listed in the index and missing; fetch this shard again")
         files.append(_own(folder, folder / name))
     return files
+
+
+def indexed(index: Path) -> list[str]:
+    """The names of the weight files that an index lists, whatever they are, in order."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
+    return sorted(set(map(str, shards.values())))
 
 
 def _own(folder: Path, file: Path) -> Path:

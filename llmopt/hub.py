@@ -1,8 +1,10 @@
 """The Hugging Face hub: whether a name can be had, the files beside a model, and uploads; each refusal in one line."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
+from llmopt.folder import indexed
 from llmopt.method import LlmoptError
 
 SECONDS = 10            # for the first answer; without a network the error comes at once
@@ -49,12 +51,17 @@ def companion(source: str, name: str, revision: str | None = None) -> Path | Non
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """The local folder of a hub model's safetensors, configs and tokenizer."""
+    """The local folder of a hub model's configs, tokenizer and those safetensors that transformers would open."""
     from huggingface_hub import snapshot_download
 
     with _asking(name):
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        first = ["model.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=first, ignore_patterns=["*/*"]))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file() and not (folder / "model.safetensors").is_file():
+            shards = [escape(file) for file in indexed(index) if file.endswith(".safetensors")]
+            snapshot_download(name, revision=folder.name, allow_patterns=shards)        # of the same commit
+        return folder
 
 
 def upload(folder: Path, repo: str, private: bool = False, card: str | None = None) -> str:

@@ -48,12 +48,15 @@ def check_dense(spec: ModelSpec) -> None:
         raise LlmoptError(f"{source}: the model is already quantized; start from the dense checkpoint")
 
 
-def load_model(spec: ModelSpec) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer or None) of any causal language model, with the same errors as `load_dense`."""
+def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer or None) of any causal language model, with the same errors as `load_dense`.
+
+    placement: device_map and what belongs to it, for weights that are to stay in their files.
+    """
     source, _ = examine(spec)
-    model = _from_pretrained(source, spec)
+    model = _from_pretrained(source, spec, placement)
     tokenizer = fitting_tokenizer(model, source, spec)
-    check_finite(model.state_dict(), source)
+    check_finite({name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}, source)
     return model.eval(), tokenizer
 
 
@@ -114,15 +117,15 @@ def check_device(name: str) -> None:
         raise LlmoptError(f"device {name!r} cannot be used on this machine: {fact_of(error)}") from error
 
 
-def _from_pretrained(source: str, spec: ModelSpec) -> nn.Module:
+def _from_pretrained(source: str, spec: ModelSpec, placement: dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec.dtype) if spec.dtype else "auto"
     with refusals(f"{source}: the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True, output_loading_info=True)
-        model = model.to(spec.device)
+            use_safetensors=True, output_loading_info=True, **placement)
+        model = model if placement else model.to(spec.device)
     foreign = [key for key in info["unexpected_keys"] if key.endswith(".weight")]     # old buffers do no harm
     for kind, keys in (("missing", info["missing_keys"]), ("unknown to the config", foreign)):
         if keys:

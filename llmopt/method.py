@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from llmopt.gauge import give_back_freed
+from llmopt.ranks import Ranks
 from llmopt.room import Room, Scene
 
 Stage = Literal["score", "prune", "quant", "runtime"]
@@ -125,6 +126,18 @@ class Memory:
         """The same for a loop that changes no weight: what a block became is not kept."""
         return self
 
+    def editing(self, again: bool = False) -> "Memory":
+        """The same for one loop that changes blocks; again: so cheap that a resumed run does it again."""
+        return self
+
+    def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives, plain JSON data; computed once, even if the run is cut off and resumed."""
+        return compute()
+
+    def restored(self, model, index: int) -> bool:
+        """Whether a run that was cut off had done this loop's work on a block, which is then in place."""
+        return False
+
     @contextmanager
     def outside(self, model) -> Iterator[None]:
         """Inside, the weights of the decoder that belong to no block can be used."""
@@ -134,11 +147,14 @@ class Memory:
     def block(self, model, index: int) -> Iterator[None]:
         """Inside, the weights of one block can be used and changed."""
         yield
-        give_back_freed()
+
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        """What turns tensors into the same ones, to be held until the caller drops them; it has a room of its own."""
+        return lambda tensor: tensor
 
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors, held until the list is dropped."""
-        return list(tensors)
+        return [*map(self.keeper(), tensors)]
 
 
 @dataclass
@@ -149,6 +165,7 @@ class Run:
     scores: head scores by step name: L tensors of [H_l], float32.
     multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
     memory: go through the blocks with blocks.each and blocks.visits, which bring in their weights.
+    ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
 
     batches: list[dict[str, Tensor]] | None = None
@@ -158,6 +175,12 @@ class Run:
     multiple: int = 1
     tokenizer: Any = None
     memory: Memory = field(default_factory=Memory)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @cached_property
+    def own_batches(self) -> list[dict[str, Tensor]]:
+        """This process's part of the batches: what is summed over them must be summed over the ranks, counts too."""
+        return self.ranks.share_batches(self.batches)
 
 
 @dataclass(frozen=True)

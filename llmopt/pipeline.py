@@ -1,7 +1,6 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
 import platform
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,19 @@ from torch import Tensor, nn
 
 from llmopt import checkpoint, data, rehearsal, runtime, shards, store
 from llmopt.facts import FILE, read_facts
+from llmopt.folder import WORK
 from llmopt.gauge import Gauge
+from llmopt.hub import companion
+from llmopt.journal import Journal, checksum
 from llmopt.loading import load_dense, local_folder, resolve
 from llmopt.method import Clock, LlmoptError, Method, Progress, Record, Run, naming, silent
 from llmopt.predict import Prediction, group_multiple, predict
 from llmopt.quant.base import quantized_modules
+from llmopt.ranks import Ranks
 from llmopt.recipe import Recipe, check_order
 from llmopt.room import Scene
-from llmopt.streaming import StreamedWeights, Streaming, open_streamed, open_whole, save_partial, working
+from llmopt.stream import Stream
+from llmopt.streaming import StreamedWeights, Streaming, open_model, save_partial
 
 SAVED = 60 * 10**6          # bytes of a checkpoint written, read again and compared in a second: an estimate
 
@@ -40,20 +44,23 @@ class Report:
     cache_after: float = 0.0
     predicted_bytes: int | None = None
     streamed: bool = False             # one block in memory at a time; the result is the same
+    told: list[str] = field(default_factory=list)     # of a resumed run: what was there, what was damaged
     seconds: dict[str, float] = field(default_factory=dict)
     predicted_memory: int = 0          # bytes of private memory above the imports' at the peak
     predicted_seconds: float = 0.0
     memory: int | None = None          # as measured, if a gauge was given
 
     def predictions(self) -> dict[str, list]:
-        """{"memory" and "seconds": [predicted, measured]}; they differ from run to run."""
-        found = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
-        return found | {"seconds": [round(self.predicted_seconds, 2), round(sum(self.seconds.values()), 2)]}
+        """{"memory" and "seconds": [predicted, measured]}, where both are known; they differ from run to run."""
+        told = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
+        if not self.told and "total" in self.seconds:               # a resumed run has less to do
+            told["seconds"] = [round(self.predicted_seconds, 2), round(self.seconds["total"], 2)]
+        return told
 
     def predict(self, told: Prediction, steps: float) -> None:
-        """Take in what was foreseen; steps: seconds of all of them."""
+        """Take in what was foreseen; steps: seconds of all of them, as far as their loops go."""
         self.predicted_memory = told.peak.private
-        self.predicted_seconds = self.seconds["load"] + steps + self.seconds["cache"] + told.bytes / SAVED
+        self.predicted_seconds = self.seconds["load"] + self.seconds["cache"] + steps + told.bytes / SAVED
 
     def to_dict(self) -> dict[str, Any]:
         return {"records": self.records, "seed": self.seed, "calibration_sha256": self.calibration,
@@ -92,9 +99,9 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
-    torch.manual_seed(run.seed)
     for i, step in enumerate(steps):
         start = time.perf_counter()
+        torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
@@ -144,40 +151,50 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming(), gauge: Gauge | None = None) -> Report:      # noqa: B008  frozen
-    """Carry out `recipe` into the folder `output`, in memory or streamed; raises LlmoptError with nothing written.
+        streaming: Streaming = Streaming(), resume: bool = False, ranks: Ranks = Ranks(),       # noqa: B008  frozen
+        gauge: Gauge | None = None) -> Report:
+    """Carry out `recipe` into the folder `output`, in memory or streamed.
 
-    gauge: watches the process, so that the log can tell how much memory it took.
+    What is finished is kept in OUTPUT.llmopt-work until all is; resume: go on with what a run that was cut off has
+    left there. ranks: the processes that do this together; one of them writes, all come back when it has. gauge:
+    watches this one, so that the log can tell how much memory it took.
+    Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
     """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
-    streamed = streaming.wanted(recipe)
-    work = output.with_name(f"{output.name}.llmopt-work")
-    model, tokenizer, memory = (open_streamed(recipe, work, streaming) if streamed else
-                                open_whole(recipe, streaming))
-    with working(work) if streamed else nullcontext():
-        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, progress=(pace := Clock(progress)),
-                  tokenizer=tokenizer, memory=memory)
-        predicted = foresee(recipe, model, run, streaming if streamed else None)
+    journal = journal_of(output, ranks)
+    if ranks.is_main and not resume:
+        journal.refuse_unfinished()
+    model, tokenizer, memory = open_model(recipe, journal, streaming)
+    streamed = isinstance(memory, Stream)
+    batches = load_batches(recipe, model, tokenizer)
+    with journal.opened(marks(recipe, batches, streaming)):
+        pace = Clock(progress)
+        run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
+        predicted = foresee(recipe, model, run, streaming)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
-        report.predicted_bytes, report.streamed = predicted.bytes, streamed
+        journal.hold = True
+        report.predicted_bytes, report.streamed, report.told = predicted.bytes, streamed, journal.told
+        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds)
-        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
 
         def finish(stage: Path) -> None:
-            report.seconds["save and verify"] = time.perf_counter() - clock - sum(report.seconds.values())
+            total = time.perf_counter() - clock
+            report.seconds |= {"save and verify": total - sum(report.seconds.values()), "total": total,
+                               "of which for the journal": journal.seconds}
             report.memory = gauge.look().private if gauge else None
             _write_log(stage, report)
 
-        if streaming.blocks:
+        if streaming.blocks and ranks.is_main:
             save_partial(weights, output, recipe.max_shard_size, finish)
-        else:
+        elif ranks.is_main:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
-                            finish=finish, weights=weights)
+                            finish=finish, weights=weights, work=journal.folder)
+        ranks.wait()
     return report
 
 
@@ -187,22 +204,32 @@ def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.
     return data.load(recipe.data, model.config, tokenizer) if wanted else None
 
 
-def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming | None) -> Prediction:
-    """Size and memory of the run to come; streaming: None for one in memory."""
-    batches = run.batches or []
+def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:
+    """Size and memory of the run to come."""
+    streamed, batches = isinstance(run.memory, Stream), run.own_batches if run.batches else []
     scene = Scene(tuple(tuple(batch["input_ids"].shape) for batch in batches),
                   any(not bool(batch["attention_mask"].all()) for batch in batches),
-                  streaming.activations if streaming else None, streaming is not None,
+                  streaming.activations // run.ranks.size if streamed else None, streamed,
                   store.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
     return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
 
 
-def score_heads(recipe: Recipe, progress: Progress = silent) -> tuple[list[Tensor], dict[str, Any]]:
+def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
+    """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
+    config = companion(resolve(recipe.model.id), "config.json", recipe.model.revision)
+    files = [config, *sorted(config.parent.glob("*.safetensors"))]
+    return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
+            "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
+            "versions": checkpoint.versions()}
+
+
+def score_heads(recipe: Recipe, progress: Progress = silent,
+                ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
     batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
-    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
+    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
@@ -213,10 +240,16 @@ def is_finished(output: Path, recipe: Recipe) -> bool:
     return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
+def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen
+    """Where a run into `output` keeps what it has finished."""
+    return Journal(output.with_name(output.name + WORK), ranks)
+
+
 def _write_log(stage: Path, report: Report) -> None:
     lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     if report.streamed:
         lines.append("streamed: one block in memory at a time")
+    lines += report.told
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
     lines += [f"{what}: {told:,.0f} predicted, {found:,.0f} measured" for what, (told, found) in
               report.predictions().items()]

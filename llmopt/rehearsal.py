@@ -1,4 +1,7 @@
 """What the KV cache of a model whose weights are not there will hold, found by filling a real cache with noise."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -12,16 +15,34 @@ def cache_bytes(model: nn.Module, length: int) -> int:
     """Bytes after a prompt of `length` tokens; methods keep as much of noise as of text."""
     live = attachment(model)
     if live is not None:
-        generator = torch.Generator().manual_seed(0)
+        generator, views = torch.Generator().manual_seed(0), blocks(model)
         layers = ([torch.randn(shape, generator=generator).to(model.dtype) for shape in _shapes(block, length)]
-                  for block in blocks(model))
-        return live.rehearse(length, layers).nbytes()
+                  for block in views)
+        with _noisy([block.attn_out.module for block in views if block.attn_out is not None], generator):
+            return live.rehearse(length, layers).nbytes()
     cache = DynamicCache(config=model.config)
     for index, block in enumerate(blocks(model)):
         _, keys, values = (torch.empty(shape, dtype=model.dtype, device="meta") for shape in _shapes(block, length))
         cache.update(keys, values, index)
     held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
+
+
+@contextmanager
+def _noisy(modules: list[nn.Module], generator: torch.Generator) -> Iterator[None]:
+    """Weights of noise for modules that have none, for the scorers that look at them: one for all of a shape."""
+    before, noise = [module.weight for module in modules], {}
+    try:
+        for module, weight in zip(modules, before, strict=True):
+            if weight.is_meta:
+                drawn = noise.get(weight.shape)
+                if drawn is None:
+                    drawn = noise[weight.shape] = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+                module.weight = nn.Parameter(drawn, requires_grad=False)
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            module.weight = weight
 
 
 def _shapes(block: Block, length: int) -> list[tuple[int, ...]]:

@@ -1,9 +1,13 @@
 """Writing safetensors: shards close at block boundaries, files are synced, sizes are known before they are written."""
+import errno
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,6 +19,21 @@ DTYPES = {"torch.int64": "I64", "torch.float64": "F64", "torch.float32": "F32", 
           "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int16": "I16", "torch.int8": "I8",
           "torch.uint8": "U8", "torch.bool": "BOOL"}      # in the order in which the library lays tensors down
 PLACE = {dtype: place for place, dtype in enumerate(DTYPES)}
+
+
+class DiskFull(LlmoptError):
+    """There is no room for what is to be written."""
+
+
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """A disk that fills up while weights are written raises OSError, as it does elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:        # the library wraps the operating system's error in its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
 
 
 def size_of(text: str) -> int:
@@ -120,9 +139,9 @@ def write_text(file: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def sync(folder: Path) -> None:
-    """Force every file of `folder`, and the folder itself, to the disk."""
-    for path in [*sorted(p for p in folder.rglob("*") if p.is_file()), folder]:
+def sync(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Force `files` (None: every file of `folder`), and the folder itself, to the disk."""
+    for path in [*(sorted(p for p in folder.rglob("*") if p.is_file()) if files is None else files), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

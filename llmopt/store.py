@@ -1,4 +1,5 @@
 """A checkpoint's tensors one by one: which file holds which, and the model's shapes without its weights."""
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmopt.blocks import layer_list, spec_of
-from llmopt.folder import fact_of, read_header, weight_files
+from llmopt.folder import fact_of, read_header, refusals, weight_files
 from llmopt.loading import check_dense, examine
 from llmopt.method import LlmoptError
 from llmopt.recipe import ModelSpec
@@ -20,7 +21,12 @@ TYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in D
 
 def places(folder: Path) -> Places:
     """Every tensor of a folder."""
-    return {name: (file, name) for file in weight_files(folder) for name in read_header(file)[0]}
+    return {name: place for file in weight_files(folder) for name, place in of_file(file).items()}
+
+
+def of_file(file: Path) -> Places:
+    """Every tensor of one file."""
+    return {name: (file, name) for name in read_header(file)[0]}
 
 
 def read(wanted: Places) -> dict[str, Tensor]:
@@ -97,28 +103,82 @@ def _first_dtype(found: Places) -> torch.dtype:
 
 
 def match(model: nn.Module, found: Places, source: str) -> Places:
-    """The place of each of the model's tensors, which files may name without the base model's prefix.
+    """The places of the model's tensors, named as in the model, or as parts that `merged` puts together.
 
-    Raises LlmoptError for missing or foreign tensors, and for files that transformers has to convert.
+    Files may name them without the base model's prefix, and keep the experts of a layer one by one. Raises LlmoptError
+    for missing or foreign tensors, and for shapes that the config does not want.
     """
-    tied = model.all_tied_weights_keys
-    wanted = [name for name in model.state_dict() if name not in tied]
-    prefix = f"{model.base_model_prefix}."
-    known = {name if name in model.state_dict() else prefix + name: place for name, place in found.items()}
-    missing = [name for name in wanted if name not in known]
-    if missing and not spec_of(model).ffn_out:
-        raise LlmoptError(f"{source}: {missing[0]} is put together from several tensors of the files, as in every "
-                          "Mixture-of-Experts model: it cannot be streamed")
-    foreign = [name for name in known if name not in model.state_dict() and name.endswith(".weight")]
+    tied, state = model.all_tied_weights_keys, model.state_dict()
+    known = _as_known(model, found, state)
+    made = _merged_shapes(model, known, source)
+    wanted = {name: state[name].shape for name in state if name not in tied}
+    missing = [name for name in wanted if name not in made]
+    foreign = [name for name in made if name not in state and name.endswith(".weight")]
     for kind, names in (("missing", missing), ("unknown to the config", foreign)):
         if names:
             raise LlmoptError(f"{source}: {len(names)} tensors {kind}, such as {min(names)}; "
                               "the checkpoint does not fit its config")
-    for copy, original in tied.items():
-        if copy in known and not torch.equal(*read({"a": known[copy], "b": known[original]}).values()):
-            raise LlmoptError(f"{source}: {copy} and {original} are tied by the config, but differ in the files; set "
+    for name, shape in wanted.items():
+        if made[name] != shape:
+            raise LlmoptError(f"{source}: {name} is {list(made[name])}, the config wants {list(shape)}; "
+                              "the checkpoint does not fit its config")
+    for twin, original in tied.items():
+        if twin in known and not torch.equal(*read({"a": known[twin], "b": known[original]}).values()):
+            raise LlmoptError(f"{source}: {twin} and {original} are tied by the config, but differ in the files; set "
                               "tie_word_embeddings to false in config.json")
-    return {name: known[name] for name in wanted}
+    return {name: place for name, place in known.items() if name in wanted or name not in made}
+
+
+def _as_known(model: nn.Module, found: Places, state: dict[str, Tensor]) -> Places:
+    """The same places under the names that transformers gives them, before it puts any together.
+
+    The model is told, as by `from_pretrained`, which of the conversions its files need: they are written likewise.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, apply_converters, rename_source_key
+
+    listed = get_model_conversion_mapping(model)
+    renamings = [entry for entry in listed if not isinstance(entry, WeightConverter)]
+    merging = [entry for entry in listed if isinstance(entry, WeightConverter)]
+    known = {rename_source_key(name, renamings, [], model.base_model_prefix, state)[0]: place
+             for name, place in found.items()}
+    for name in known:
+        apply_converters(name, merging)
+    model._weight_conversions = [entry for entry in listed if entry.was_used()]
+    return known
+
+
+def converters(model: nn.Module) -> list[Any]:
+    """What puts tensors of the files together to one of this matched model."""
+    from transformers.core_model_loading import WeightConverter
+
+    return [entry for entry in model._weight_conversions if isinstance(entry, WeightConverter)]
+
+
+def _merged_shapes(model: nn.Module, known: Places, source: str) -> dict[str, torch.Size]:
+    """The shapes of the model's tensors that these places make."""
+    headers = {file: read_header(file)[0] for file in {file for file, _ in known.values()}}
+    parts = {name: torch.empty(headers[file][key]["shape"], device="meta") for name, (file, key) in known.items()}
+    with refusals(f"{source}: the experts do not fit together"):
+        return {name: tensor.shape for name, tensor in merged(converters(model), parts).items()}
+
+
+def merged(merging: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A block's tensors as transformers makes them of those in its files: the experts of a layer become one tensor."""
+    from transformers.core_model_loading import apply_converters, dot_natural_key
+
+    ready, parts = {}, {}
+    by_pattern = {pattern: entry for entry in merging for pattern in entry.source_patterns}
+    for name in sorted(tensors, key=dot_natural_key) if merging else tensors:     # expert 10 comes after expert 9
+        target, pattern = apply_converters(name, merging)
+        if pattern is None:
+            ready[name] = tensors[name]
+        else:
+            collecting = parts.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            collecting.add_tensor(target, name, pattern, tensors[name])
+    for target, collected in parts.items():
+        ready |= collected.convert(target)
+    return ready
 
 
 def by_layer(model: nn.Module, found: Places) -> tuple[dict[nn.Module, Places], Places]:

@@ -4,46 +4,43 @@ The model is a skeleton whose weights are on the meta device, so that everything
 ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
-import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmopt import checkpoint, shards, store
+from llmopt import shards, store
 from llmopt.blocks import layer_list, spec_of
-from llmopt.checkpoint import packed_in_place, plain_state
+from llmopt.checkpoint import as_filed, packs, plain_state
 from llmopt.gauge import give_back_freed
+from llmopt.journal import Journal
+from llmopt.kept import Kept
 from llmopt.loading import check_finite
-from llmopt.method import Memory, naming
+from llmopt.method import naming
 from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import check_consistent, export
+from llmopt.quant.export import rebuilt, refuse_unportable, stored, told
+from llmopt.recipe import Recipe
+
+SCRATCH = ".scratch"        # files of blocks that a resumed run makes anew
 
 
-class Stream(Memory):
+class Stream(Kept):
     """The weights of a skeleton, one block at a time; `places` say where they are at the beginning.
 
-    work: a folder for what blocks become. room: bytes of calibration activations held in memory.
+    journal: its folder holds what blocks become. room: bytes of calibration activations held in memory.
     """
 
-    def __init__(self, places: store.Places, model: nn.Module, work: Path, format: str, room: int):
+    def __init__(self, journal: Journal, places: store.Places, model: nn.Module, recipe: Recipe, room: int):
+        super().__init__(journal)
         self.layers, self.rest = store.by_layer(model, places)
-        self.work, self.format, self.room = work, format, room
-        self.device = next(model.buffers(), torch.empty(0)).device
-        self.step, self.commits = 0, True
-
-    def begin(self, step: int) -> None:
-        self.step = step
-
-    @property
-    def reading(self) -> "Stream":
-        twin = copy.copy(self)              # shares the places
-        twin.commits = False
-        return twin
+        self.merging = store.converters(model)
+        self.work, self.format, self.room = journal.folder, recipe.format, room
+        self.device = torch.device(recipe.model.device)
 
     @contextmanager
     def outside(self, model: nn.Module) -> Iterator[None]:
@@ -62,7 +59,7 @@ class Stream(Memory):
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
         with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer])
+            self._fill(layer, self.layers[layer], told(layer))
         try:
             yield
             if self.commits:
@@ -72,54 +69,70 @@ class Stream(Memory):
             _empty(layer)
             give_back_freed()
 
-    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        kept, room = [], self.room // 2             # a block's inputs and its outputs are held at once
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            kept.append(tensor if size <= room else spilled(tensor, self.work / "activations"))
-            room -= min(size, room)
-        return kept
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
 
-    def _fill(self, root: nn.Module, places: store.Places) -> None:
-        """Give the parameters of `root` their values, in the model's type."""
+        def held(tensor: Tensor) -> Tensor:
+            nonlocal room
+            fits = tensor.nbytes <= room
+            room -= min(tensor.nbytes, room)
+            return tensor if fits else spilled(tensor, self.work / f"{os.getpid()}-activations")
+
+        return held
+
+    def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
+        self.layers[layer] = store.of_file(file)
+        for name, result in rebuilt(layer, store.read(self.layers[layer]), record)[1].items():
+            layer.get_submodule(name).llmopt_quantized = result
+        _empty(layer)
+
+    def _fill(self, root: nn.Module, places: store.Places, record: dict[str, Any] | None = None) -> None:
+        """Give the parameters of `root` their values, in the model's type; record: of what is stored as codes."""
         fresh = {}
-        for name, tensor in store.read(places).items():
+        for name, tensor in (rebuilt(root, store.read(places), record)[0] if record else self._read(places)).items():
             like = root.get_parameter(name)
             fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
 
+    def _read(self, places: store.Places) -> dict[str, Tensor]:
+        """The tensors at these places, under the names of the modules."""
+        return store.merged(self.merging, store.read(places))
+
     def _check(self, tensors: dict[str, Tensor], places: store.Places) -> None:
         """Raise LlmoptError for NaN or Inf in what was read from the model's own files."""
-        for name, (file, _) in places.items():
-            if not file.is_relative_to(self.work):
-                check_finite({name: tensors[name]}, str(file))
+        files = {name: file for name, (file, _) in places.items() if not file.is_relative_to(self.work)}
+        for name, tensor in tensors.items() if files else ():
+            check_finite({name: tensor}, str(files.get(name) or ", ".join(sorted({f.name for f in files.values()}))))
 
     def _commit(self, layer: nn.Module, index: int) -> None:
         """Write what the layer has become; what it was before is then of no more use."""
-        tensors = layer.state_dict()
-        check_consistent(layer)
-        if self.format != "dense" and quantized_modules(layer):
-            tensors = packed_in_place(tensors, export(layer)[0])
-        file = self.work / f"step-{self.step}" / f"{index:05d}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.full_disks():
-            shards.save(tensors, beside := file.with_suffix(".partial"))
-        os.replace(beside, file)            # tensors of an older file of this name stay mapped
-        for old in {home for home, _ in self.layers[layer].values()} - {file}:
-            if old.is_relative_to(self.work):
+        if self.format != "dense":
+            refuse_unportable(layer)
+        tensors, record = stored(layer)
+        if self.lasting:
+            file = self.journal.commit(self.key(index), tensors, record)
+        else:
+            file = self.journal.write(self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
+        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.journal.writes else ():
+            if old.suffix == SCRATCH and old.is_relative_to(self.work):
                 old.unlink()
         self.layers[layer] = {name: (file, name) for name in tensors}
 
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
-        homes = {f"{spec_of(model).layers}.{i}.": self.layers[layer] for i, layer in enumerate(layer_list(model))}
-        for group in shards.by_block(plain_state(model)):
+        homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
+        renamed = not packs(model, self.format)
+        for group in shards.by_block(plain_state(model, renamed)):
             first = next(iter(group))
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
-            places = homes.get(prefix) or {name: self.rest[name] for name in group if group[name].is_meta}
-            found = {prefix + name: tensor for name, tensor in store.read(places).items()}
+            layer = homes.get(prefix)
+            places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
+            record = told(layer) if layer is not None and self.format == "dense" else None
+            tensors = rebuilt(layer, store.read(places), record)[0] if record else self._read(places)
+            found = {prefix + name: tensor for name, tensor in tensors.items()}
+            found = as_filed(model, found) if renamed else found
             cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}

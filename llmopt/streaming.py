@@ -1,7 +1,6 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from llmopt.checkpoint import plain_state
 from llmopt.data import DEFAULT_LENGTH
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
+from llmopt.journal import Journal
+from llmopt.kept import Kept
 from llmopt.loading import all_finite, fitting_tokenizer, load_dense, resolve
-from llmopt.method import LlmoptError, Memory
+from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
 from llmopt.recipe import Recipe
 from llmopt.stream import Stream
@@ -60,27 +61,19 @@ def _dense_bytes(folder: Path, recipe: Recipe) -> int:
     return store.dense_bytes(folder, recipe.model.dtype)
 
 
-def open_streamed(recipe: Recipe, work: Path, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
-    """(skeleton, tokenizer, memory) of a recipe's model; `work` is written to by steps that change or walk blocks."""
+def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Stream]:
+    """(skeleton, tokenizer, memory) of a recipe's model; `journal` is written to by steps that change blocks.
+
+    The room for activations is shared by the processes.
+    """
     source = resolve(recipe.model.id)
     local = source if Path(source).is_dir() else str(fetch(source, recipe.model.revision))
     model, places = store.open_model(replace(recipe.model, id=local))
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
-    memory = Stream(places, model, work, recipe.format, streaming.activations)
+    memory = Stream(journal, places, model, recipe, streaming.activations // journal.ranks.size)
     if streaming.blocks:
         cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory
-
-
-@contextmanager
-def working(work: Path) -> Iterator[None]:
-    """The work folder, for as long as a run needs it; one that is there already is another run's."""
-    try:
-        work.mkdir(parents=True)
-    except FileExistsError as error:
-        raise LlmoptError(f"{work}: left by a run that was cut off, or in use by another; remove it") from error
-    with checkpoint.vanishing(work, work):
-        yield
 
 
 def cut_short(model: nn.Module, count: int) -> None:
@@ -102,13 +95,20 @@ def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
                               "are available")
 
 
-def open_whole(recipe: Recipe, streaming: Streaming) -> tuple[nn.Module, Any, Memory]:
-    """(model, tokenizer, memory) of a recipe whose model is loaded as a whole; --no-stream insists on trying."""
+def open_model(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Kept]:
+    """(model, tokenizer, memory) of a recipe, streamed or as a whole; `journal` is written to by steps alone."""
+    if journal.ranks.agree(streaming.wanted(recipe)):
+        return open_streamed(recipe, journal, streaming)
+    return *open_whole(recipe, streaming), Kept(journal)
+
+
+def open_whole(recipe: Recipe, streaming: Streaming) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a recipe whose model is loaded as a whole; --no-stream insists on trying."""
     insisted = streaming.force is False or recipe.model.device != "cpu"
     room = sys.maxsize if insisted else available()      # before the weights are there
     model, tokenizer = load_dense(recipe.model)
     refuse_whole(recipe, model, "at once", room)
-    return model, tokenizer, Memory()
+    return model, tokenizer
 
 
 class StreamedWeights(checkpoint.Weights):
@@ -119,7 +119,7 @@ class StreamedWeights(checkpoint.Weights):
         self.memory = memory
 
     def write(self, stage: Path, max_shard_size: str) -> None:
-        with checkpoint.full_disks():
+        with shards.full_disks():
             writer = shards.Writer(stage, max_shard_size)
             for group in self.memory.groups(self.model):
                 writer.add(group)
@@ -139,15 +139,17 @@ class StreamedWeights(checkpoint.Weights):
             expected |= group.keys()
         if foreign := written.keys() - expected:
             raise VerificationError(f"{stage.name}: {min(foreign)} belongs to no part of the model")
-        _verify_shapes(stage, written)
+        _verify_shapes(stage, written, self.model)
 
 
-def _verify_shapes(stage: Path, written: store.Places) -> None:
-    """Raise VerificationError unless the written config makes a model of the written shapes."""
+def _verify_shapes(stage: Path, written: store.Places, model: nn.Module) -> None:
+    """Raise VerificationError unless the written config makes a model of the written shapes; `model` has the names."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(stage)
-    for name, like in plain_state(store.skeleton(config, config.dtype)).items():
+    fresh = store.skeleton(config, config.dtype)
+    fresh._weight_conversions = model._weight_conversions
+    for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
         told = f"{name.removesuffix('weight')}weight_shape"
         if name not in written and told not in written:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
@@ -160,7 +162,7 @@ def _verify_shapes(stage: Path, written: store.Places) -> None:
 def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
                  finish: Callable[[Path], None]) -> None:
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
-    with checkpoint.staged(output) as stage:
+    with checkpoint.staged(output, weights.memory.work) as stage:
         weights.write(stage, max_shard_size)
         shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
         finish(stage)

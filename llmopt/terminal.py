@@ -20,8 +20,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from llmopt.method import get, names, one_line, silent
+from llmopt.ranks import is_main
 
-ERR = Console(stderr=True)
+ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
 _TQDM_START = tqdm.__init__
 
 

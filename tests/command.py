@@ -31,3 +31,10 @@ def call(monkeypatch, *words: str) -> int:
     except SystemExit as leave:
         return leave.code
     raise AssertionError("the command came back without an exit code")
+
+
+def torchrun(*words: str, count: int = 2, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """(command line, environment) of several processes, on a port of their own; words: a script, or -m MODULE."""
+    _, variables = command(**environment)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, *launch, *map(str, words)], variables

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llmopt_evals.world.tokenizer import save_tokenizer
 
-from llmopt import data, recipe
+from llmopt import checkpoint, data, recipe
 from llmopt.cli import main
 from llmopt.loading import load_model, load_tokenizer
 from llmopt.method import LlmoptError
@@ -231,6 +231,18 @@ class Arena:
         end = command("compress", "--recipe", folder / "r.yaml", "--model", self.model, "--output", self.done,
                       "--no-eval")
         assert end.code == 0, end
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """What is left of the same run when Ctrl-C comes before anything is saved."""
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save", interrupt)
+            end = command("compress", "--recipe", self.folder / "r.yaml", "--model", self.model, "--output",
+                          self.folder / "cut", "--no-eval")
+        assert end.code == 130, end
 
     def _plant(self, model: Path) -> None:
         """Code beside the weights, and configs that ask for it."""
@@ -309,6 +321,24 @@ def resume(arena: Arena) -> None:
           "--no-eval", "--resume", "--json")
 
 
+def damaged_journal(content: bytes) -> st.SearchStrategy[bytes]:
+    """Lines lost, doubled, in another order; or bytes changed anywhere."""
+    lines = content.splitlines(keepends=True)
+    return damaged_bytes(content) | st.lists(st.sampled_from(lines), max_size=2 * len(lines)).map(b"".join)
+
+
+def go_on(arena: Arena) -> None:
+    """Whatever a journal has come to say, the run ends in the bytes that it would have ended in."""
+    output = arena.folder / "out"
+    shutil.copytree(arena.folder / "cut.llmopt-work", output.with_name("out.llmopt-work"), dirs_exist_ok=True)
+    end = command("compress", "--recipe", arena.folder / "r.yaml", "--model", arena.model, "--output", output,
+                  "--no-eval", "--resume", "--json")
+    assert end.code == 0, end
+    done = {file.name: file.read_bytes() for file in arena.done.iterdir() if file.name != "llmopt.log"}
+    assert {file.name: file.read_bytes() for file in output.iterdir() if file.name != "llmopt.log"} == done
+    shutil.rmtree(output)
+
+
 def calibrate(file: str, **keys: Any) -> Callable[[Arena], None]:
     def run(arena: Arena) -> None:
         spec = DataSpec(path=str(arena.folder / file), **keys)
@@ -340,6 +370,7 @@ TARGETS = {
     "show_config": Target("done/config.json", damaged_json, show, 50),
     "resume": Target("done/llmopt.json", damaged_figures, resume, 100),
     "load": Target("done/config.json", damaged_json, load, 100),
+    "journal": Target("cut.llmopt-work/journal", damaged_journal, go_on, 30),
     "text": Target("d.txt", damaged_bytes, calibrate("d.txt", name="text"), 100),
     "jsonl": Target("text.jsonl", damaged_lines, calibrate("text.jsonl", name="text"), 150),
     "chat": Target("chat.jsonl", damaged_lines, calibrate("chat.jsonl", name="text", template="chat"), 150),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from llmopt_evals.world import reference_path
 
-from tests import hub
+from llmopt import checkpoint
+from tests import hub, tiny
 from tests.command import ROOT
 
 RECIPE = "steps:\n  - quant.rtn: {bits: 4, group_size: 32}\n"
@@ -27,6 +28,14 @@ def run(folder: Path, calls: list, **environment: str) -> list[dict]:
     return json.loads((folder / "results.json").read_text())
 
 
+def sharded(folder: Path) -> dict[str, bytes]:
+    """The files of a repository as they are often found: shards, and the same weights again in other formats."""
+    checkpoint.save(tiny.make("llama"), folder, max_shard_size="60KB")
+    return {p.name: p.read_bytes() for p in folder.iterdir()} | {
+        "consolidated.safetensors": b"twice", "pytorch_model-00001-of-00001.bin": b"twice", "model.gguf": b"twice",
+        "original/params.json": b"{}", "onnx/model.safetensors": b"twice", "pytorch_model.bin.index.json": b"{}"}
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """One process that downloads, compresses, uploads, downloads what it uploaded, and is refused."""
@@ -38,6 +47,11 @@ def session(tmp_path_factory):
         server.repos["user/model"] = {"main": {"README.md": b"not this one"}, "v1": files}
         server.repos["user/gated"] = {"main": files}
         server.gated.add("user/gated")
+        server.repos["user/sharded"] = {"main": sharded(folder / "dense")}
+        ids = folder / "ids.jsonl"
+        ids.write_text("\n".join(map(str, tiny.ids(8, 24).tolist())))
+        streamed = ["compress", "--recipe", "r.yaml", "--stream", "--set", "data.name=ids", "--set", f"data.path={ids}",
+                    "--model"]
         results = run(folder, [
             [*compress, "user/model", "--set", "model.revision=v1"],
             ["show", "out", "--json"],
@@ -50,8 +64,10 @@ def session(tmp_path_factory):
             [*compress, "user/model", "--overwrite", "--set", "model.revision=v9"],
             {"HF_TOKEN": "hf_bad"},
             ["push", "out", "user/small"],
+            [*streamed, "user/sharded", "--output", "from-hub"],
+            [*streamed, "dense", "--output", "from-folder"],
         ], HF_ENDPOINT=server.url)
-        yield folder, server.repos, results
+        yield folder, server, results
 
 
 def test_a_hub_model_at_a_revision_is_compressed(session):
@@ -64,7 +80,7 @@ def test_a_hub_model_at_a_revision_is_compressed(session):
 
 
 def test_push_uploads_everything_and_nothing_hidden(session):
-    folder, repos, results = session
+    folder, repos, results = session[0], session[1].repos, session[2]
     assert results[2]["code"] == 0, results[2]["err"]
     assert results[2]["out"].strip().endswith("/user/small")
     files = repos["user/small"]["main"]
@@ -74,7 +90,7 @@ def test_push_uploads_everything_and_nothing_hidden(session):
 
 
 def test_the_uploaded_card_names_the_repository_and_the_command(session):
-    card = session[1]["user/small"]["main"]["README.md"].decode()
+    card = session[1].repos["user/small"]["main"]["README.md"].decode()
     assert 'from_pretrained("user/small")' in card
     assert "llmopt compress --recipe recipe.yaml --model user/model --set model.revision=v1 --output out" in card
 
@@ -97,6 +113,23 @@ def test_a_refusal_is_one_line(session, index, expected):
     assert result["code"] == 2
     assert len(result["err"].strip().splitlines()) == 1
     assert expected in result["err"]
+
+
+def test_a_sharded_hub_model_is_streamed_like_its_folder(session):
+    folder, server, results = session
+    assert [result["code"] for result in results[-2:]] == [0, 0], results[-2:]
+    weights = {p.name for p in (folder / "from-folder").iterdir() if p.suffix == ".safetensors"}
+    assert len(weights) == 1
+    for name in (*weights, "config.json", "generation_config.json"):
+        assert (folder / "from-hub" / name).read_bytes() == (folder / "from-folder" / name).read_bytes()
+
+
+def test_only_what_is_read_is_fetched(session):
+    fetched = {line.split("/")[-1] for line in session[1].asked if line.startswith("GET /user/sharded/")}
+    weights = {p.name for p in (session[0] / "dense").iterdir() if p.suffix == ".safetensors"}
+    assert len(weights) > 3
+    assert {name for name in fetched if not name.endswith((".json", ".md"))} == weights
+    assert not [line for line in session[1].asked if "params" in line]
 
 
 def test_without_a_network_the_answer_comes_within_seconds(tmp_path):

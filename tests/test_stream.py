@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe, rehearsal, store, streaming
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError, Run
+from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
+from llmopt.blocks import blocks, walk
+from llmopt.dryrun import dry_run
+from llmopt.kv import SnapKV
+from llmopt.method import LlmoptError, Memory, Run
 from llmopt.quant import GPTQ
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming
@@ -53,13 +55,15 @@ STEPS = {
            "attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
     "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups]}, "
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
+    "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups], refit: true}]",
     "kv": "[kv.streaming: {budget: 16}]",
     "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
 }
 CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
          ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),
          ("gemma2", "heads", {}), ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
-         ("phi3", "gptq", {})]
+         ("phi3", "gptq", {}), ("mixtral", "rtn", {"num_local_experts": 12}), ("mixtral", "kv", {}),
+         ("qwen2_moe", "groups", {}), ("qwen3_moe", "groups", {}), ("qwen3_moe", "gptq", {})]
 
 
 @pytest.mark.parametrize(("family", "steps", "changes"), CASES)
@@ -100,10 +104,10 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     def real():
         return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
 
-    def counted(self, projection, stats, target):
+    def counted(self, projection, *rest):
         if projection.name.endswith("down_proj"):
             seen.append(real())
-        return solve(self, projection, stats, target)
+        return solve(self, projection, *rest)
 
     monkeypatch.setattr(GPTQ, "_solve", counted)
     gc.collect()
@@ -115,13 +119,32 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
 
 def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
     memory = Stream.__new__(Stream)
-    memory.work, memory.room = tmp_path, 2 * 3 * 800
+    memory.work, memory.room = tmp_path, 3 * 3 * 800
     given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     kept = memory.keep(iter(given))
     assert [a is b for a, b in zip(given, kept, strict=True)] == [True] * 3 + [False] * 2
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
     assert not list(tmp_path.iterdir())
     assert "activations (deleted)" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(("family", "unequal", "distinct"), [("llama", 3, 3), ("llama", 1, 1), ("gemma3_text", 3, 6)])
+def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal, distinct, tmp_path, monkeypatch):
+    """Three batches: `unequal` patterns of padding, one mask for each and for each kind of layer."""
+    batches, masks, filed = [], [], []
+    for i in range(3):
+        real = torch.ones(4, 24, dtype=torch.long)
+        real[1, 20 - i % unequal:] = 0
+        batches.append({"input_ids": tiny.ids(4, 24), "attention_mask": real})
+    monkeypatch.setattr(stream, "spilled", lambda tensor, file: filed.append(tensor.dtype) or tensor)
+    held = Stream.__new__(Stream)
+    held.work, held.room = tmp_path, 3 * (4 * 24 * 24)                # one mask, and no more
+    memory = Memory()
+    memory.keeper = held.keeper
+    for visit in walk(tiny.make(family), batches, memory=memory):
+        masks += [kwargs["attention_mask"] for _, kwargs in visit.calls]
+    assert len(masks) == 9 and len({id(mask) for mask in masks}) == distinct
+    assert filed.count(torch.bool) == distinct - 1
 
 
 @pytest.mark.parametrize("steps", ["heads.gradient: {}",
@@ -136,11 +159,11 @@ def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(s
 def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_path, monkeypatch):
     made = plan(tmp_path, dense(tmp_path, "llama"), "[heads.gradient: {}]")
     monkeypatch.setattr(streaming, "available", lambda: 50_000_000)
-    assert pipeline.dry_run(made)["steps"]
+    assert dry_run(made)["steps"]
     monkeypatch.setattr(streaming, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
     with pytest.raises(LlmoptError, match=r"steps.0 heads.gradient: works on the whole model at once; .* 0.0 GB"):
-        pipeline.dry_run(made)
-    assert pipeline.dry_run(made, Streaming(False))["steps"]
+        dry_run(made)
+    assert dry_run(made, Streaming(False))["steps"]
 
 
 @pytest.mark.parametrize("name", llmopt.names())
@@ -165,11 +188,45 @@ def test_the_cache_is_measured_without_weights(kv, family):
     assert rehearsal.cache_bytes(model, length) == pipeline.cache_bytes_per_token(model) * length
 
 
-def test_experts_are_refused_before_any_work(tmp_path):
-    made = plan(tmp_path, dense(tmp_path, "mixtral"), STEPS["rtn"])
-    with pytest.raises(LlmoptError, match="Mixture-of-Experts model: it cannot be streamed"):
-        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+@pytest.mark.parametrize(("lost", "fact"), [("experts.3", r"mlp.experts.\w+ is \[3, .*, the config wants \[4, "),
+                                            ("experts.1.up_proj", "the experts do not fit together"),
+                                            ("gate.weight", "1 tensors missing, such as model.layers.1.mlp.gate")])
+def test_a_lost_expert_is_found_before_any_work(lost, fact, tmp_path):
+    model = dense(tmp_path, "qwen3_moe")
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        kept = {name: t for name, t in tensors.items() if f"layers.1.mlp.{lost}" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(LlmoptError, match=fact):
+        pipeline.run(plan(tmp_path, model, STEPS["rtn"]), tmp_path / "out", streaming=Streaming(True))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_experts_that_lie_in_one_tensor_stay_there(tmp_path):
+    model = tiny.make("qwen3_moe")
+    checkpoint.save(model, tmp_path / "dense")
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        save_file(model.state_dict(), file, metadata={"format": "pt"})
+    made = plan(tmp_path, tmp_path / "dense", STEPS["kv"])
+    for name, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / name, streaming=Streaming(force))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_the_cache_of_a_scorer_that_reads_weights_is_measured_without_them(allocate):
+    """It looks at keys before RoPE and at the output weight, which a skeleton does not have."""
+    class Weighted(SnapKV):
+        def score(self, view):
+            written = torch.einsum("hde,bhwd->bhwe", view.output_weight(), view.queries).norm(dim=-1)
+            return view.unrotated_keys().norm(dim=-1) * view.mean_over_group(written).mean(-1, keepdim=True)
+
+    real = tiny.make("qwen3")
+    bare = store.skeleton(real.config, torch.float32)
+    for model in (real, bare):
+        Weighted(ratio=0.5, window=8, allocate=allocate).apply(model, Run())
+    assert pipeline.cache_bytes_per_token(bare) == pipeline.cache_bytes_per_token(real)
+    assert all(parameter.is_meta for parameter in bare.parameters())
 
 
 def test_damage_is_found_when_a_block_is_read_and_leaves_nothing(tmp_path):
@@ -197,7 +254,7 @@ def test_what_reads_back_otherwise_is_no_success(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match="does not read back as it was written"):
         pipeline.run(plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"]), tmp_path / "out",
                      streaming=Streaming(True))
-    assert not list(tmp_path.glob("*out*"))
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out.llmopt-work"]      # --resume writes it again
 
 
 def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
@@ -212,15 +269,9 @@ def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
 
 def test_a_dry_run_says_the_same(tmp_path):
     made = plan(tmp_path, dense(tmp_path, "qwen3"), STEPS["all"])
-    assert pipeline.dry_run(made, Streaming(True)) == pipeline.dry_run(made, Streaming(False))
-
-
-def test_a_work_folder_that_is_there_already_is_left_alone(tmp_path):
-    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"])
-    (tmp_path / "out.llmopt-work").mkdir()
-    with pytest.raises(LlmoptError, match="out.llmopt-work: left by a run that was cut off"):
-        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
-    assert (tmp_path / "out.llmopt-work").is_dir() and not (tmp_path / "out").exists()
+    told = [dry_run(made, Streaming(streamed)) for streamed in (True, False)]
+    assert [plan["streamed"] for plan in told] == [True, False]
+    assert len({str([plan[key] for key in ("steps", "predicted_bytes", "dense_bytes")]) for plan in told}) == 1
 
 
 def test_some_blocks_only_are_no_model(tmp_path):

@@ -3,26 +3,29 @@ import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llmopt.loading import load_model
 from llmopt.method import LlmoptError, nearest
+from llmopt.ranks import Ranks
 from llmopt.recipe import ModelSpec
 from llmopt.shards import write_text
+from llmopt_evals.large import opened
 from llmopt_evals.world import tasks_path
 
 PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")     # of lm-eval's results: not written
 
 
 def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
-             batch_size: int = 16, text: str | None = None) -> dict[str, Any]:
+             batch_size: int = 16, text: str | None = None,
+             ranks: Ranks = Ranks()) -> dict[str, Any] | None:       # noqa: B008  frozen
     """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
 
-    text: the file of the task `text_ppl`.
+    text: the file of the task `text_ppl`. ranks: the processes that divide the requests; rank 0 gets the results,
+    the others None.
     Raises LlmoptError for an unknown task, a task whose data cannot be had, and a model that cannot be loaded.
     """
     from lm_eval import simple_evaluate
@@ -30,12 +33,9 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
     from llmopt_evals.lm import LlmoptLM
 
     manager = task_manager(tasks)
-    if isinstance(model, ModelSpec):
-        name, (model, tokenizer) = model.id, load_model(model)
-        if tokenizer is None:
-            raise LlmoptError(f"{name}: there is no tokenizer, and lm-eval needs one")
-    with _quiet():
-        lm = LlmoptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
+    with there as (loaded, words), _quiet():
+        lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
         try:
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
                                    metadata={"text": text} if text else {}, random_seed=0, numpy_random_seed=0,

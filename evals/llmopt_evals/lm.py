@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llmopt import runtime
+from llmopt.ranks import Ranks
 from llmopt_evals.world import split_context
 from llmopt_evals.world.words import ID
 
@@ -29,6 +30,12 @@ class LlmoptLM(HFLM):
 
     _rolling = False
 
+    def __init__(self, *args, ranks: Ranks = Ranks(), **kwargs):        # noqa: B008  frozen
+        super().__init__(*args, **kwargs)
+        self.ranks = ranks
+        if own := vars(self).get("accelerator"):                        # what HFLM does on several GPUs only
+            self._rank, self._world_size = own.process_index, own.num_processes
+
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         self._rolling = True
         try:
@@ -39,16 +46,22 @@ class LlmoptLM(HFLM):
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False,
                               override_bs: int | None = None) -> list[Score]:
         if not runtime.runtime_config(self.model)["steps"]:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            own = super()._loglikelihood_tokens(self.ranks.share(requests), disable_tqdm, override_bs)
+            return self._of_all(own)
         groups = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             prefix, tail = self._cut(context, continuation)
             groups[tuple(prefix)].append((index, tail, len(continuation)))
-        scores: list[Score | None] = [None] * len(requests)
-        for prefix, members in tqdm(groups.items(), disable=disable_tqdm or self._rolling, desc="compressed contexts"):
-            for index, score in self._score_group(list(prefix), members):
-                scores[index] = score
-        return scores
+        own, scores = self.ranks.share(list(groups.items())), {}
+        for prefix, members in tqdm(own, disable=disable_tqdm or self._rolling, desc="compressed contexts"):
+            scores |= self._score_group(list(prefix), members)
+        return [score for _, score in sorted(self._of_all(list(scores.items())))]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        return self._of_all(super().generate_until(self.ranks.share(requests), disable_tqdm))
+
+    def _of_all(self, own: list) -> list:
+        return [one for part in self.ranks.gather(own) for one in part]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """(what is prefilled and compressed, what is scored on the kept part)."""

@@ -6,27 +6,32 @@ from typing import Any
 
 from llmopt.card import write_card
 from llmopt.facts import FILE, RUN, check_shape, read_facts
+from llmopt.ranks import Ranks
 from llmopt.recipe import ModelSpec, Recipe
 from llmopt.shards import write_text
 from llmopt.terminal import human
 from llmopt_evals import evaluate as scores
 
 
-def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None],
+             ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
     """Score the dense and the compressed model where that is missing, write the table, return the folder's facts."""
-    facts = read_facts(output)
+    facts = ranks.agree(read_facts(output))
     check_shape(facts, RUN, str(output / FILE))
     if tasks and "scores" not in facts:
         facts["scores"] = {}
         after = ModelSpec(id=str(output), device=recipe.model.device)      # its dtype is the computed one
         for which, model in (("before", recipe.model), ("after", after)):
             say(f"scoring the model {which} compression")
-            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text)
-            scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
-            facts["scores"][which] = [list(row) for row in scores.figures(results)]
+            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text,
+                                      ranks)
+            if ranks.is_main:
+                scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
+                facts["scores"][which] = [list(row) for row in scores.figures(results)]
     facts["table"] = table(facts)
-    write_text(output / FILE, json.dumps(facts, indent=2) + "\n")
-    write_card(output)
+    if ranks.is_main:
+        write_text(output / FILE, json.dumps(facts, indent=2) + "\n")
+        write_card(output)
     return facts
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,52 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class HeadScore(Method):
-    """Family base. The author writes `score`; the model comes out of it unchanged."""
+    """Family base. The author writes `score`; the model comes out of it unchanged.
+
+    mean_over: what `score` takes its mean over, so that processes can share the rows; None: each takes them all.
+    """
 
     stage: ClassVar = "score"
     needs_data: ClassVar[bool] = True
     needs_whole: ClassVar[bool] = True
+    mean_over: ClassVar[Literal["samples", "tokens"] | None] = None
 
     @abstractmethod
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
-        """L float32 tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
+        """L tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
 
         One that goes through the blocks by blocks.visits, without edits, sets needs_whole = False.
         """
 
+    def finish(self, scores: list[Tensor]) -> list[Tensor]:
+        """What becomes of the mean over all data."""
+        return scores
+
     def apply(self, model: nn.Module, run: Run) -> Record:
         if not run.batches:
             raise LlmoptError("head scores need calibration data and there is none")
-        with undisturbed(model):
-            found = self.score(model, run)
-        scores = [s.detach().float().cpu() for s in found]
-        check_scores(scores, [block.heads for block in blocks(model)])
-        run.scores[self.name] = scores
-        samples = sum(len(batch["input_ids"]) for batch in run.batches)
-        tokens = int(sum(batch["attention_mask"].sum() for batch in run.batches))
-        return Record(meta={"kind": self.name, "samples": samples, "tokens": tokens,
-                            "scores": [s.tolist() for s in scores]})
+        meta = run.memory.remember("scores", lambda: self._measured(model, run))
+        run.scores[self.name] = [torch.tensor(s, dtype=torch.float32) for s in meta["scores"]]
+        return Record(meta=meta)
 
+    def _measured(self, model: nn.Module, run: Run) -> dict[str, Any]:
+        with undisturbed(model):
+            found = self.finish(self._mean(model, run))
+        scores = run.ranks.agree([s.detach().float().cpu() for s in found])
+        check_scores(scores, [block.heads for block in blocks(model)])
+        return {"kind": self.name, **amount(run.batches), "scores": [s.tolist() for s in scores]}
+
+    def _mean(self, model: nn.Module, run: Run) -> list[Tensor]:
+        """`score` over all data, of which each process sees its own rows."""
+        if self.mean_over is None or run.ranks.size == 1:
+            return self.score(model, run)
+        count = amount(run.own_batches)[self.mean_over]
+        if count:
+            found = [s.detach().double() for s in self.score(model, replace(run, batches=run.own_batches))]
+        else:                                       # fewer rows than processes
+            found = [torch.zeros(block.heads, dtype=torch.float64, device=model.device) for block in blocks(model)]
+        total = sum(run.ranks.gather(count))
+        return [run.ranks.sum_(s * (count / total)) for s in found]
 
     def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
         """Of the whole model: the first batch for real, the others by their number of tokens."""
@@ -53,6 +73,12 @@ class HeadScore(Method):
         first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
         spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
         return spent * total / first
+
+
+def amount(batches: list[Batch]) -> dict[str, int]:
+    """How many samples and real tokens there are."""
+    return {"samples": sum(len(batch["input_ids"]) for batch in batches),
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
 def check_scores(scores: list[Tensor], heads: list[int]) -> None:

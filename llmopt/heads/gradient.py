@@ -12,7 +12,7 @@ Michel et al., 2019 (arXiv:1905.10650). Left out: pruning in steps with scores t
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ def losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, V
 class Gradient(HeadScore):
     """One forward and one backward pass; gradients reach the gates only."""
 
+    mean_over: ClassVar = "samples"
+
     normalize: Literal["layer", "none"] = "layer"
 
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
@@ -67,10 +69,10 @@ class Gradient(HeadScore):
             for total, slope in zip(totals, self._slopes(model, views, batch), strict=True):
                 total += slope.abs().sum(0).double().cpu()
             samples += len(batch["input_ids"])
-        scores = [total / samples for total in totals]
-        if self.normalize == "layer":
-            scores = [s / s.norm().clamp(min=1e-30) for s in scores]
-        return [s.float() for s in scores]
+        return [total / samples for total in totals]
+
+    def finish(self, scores: list[Tensor]) -> list[Tensor]:
+        return scores if self.normalize == "none" else [s / s.norm().clamp(min=1e-30) for s in scores]
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
         """What the backward pass of a batch reads: the inputs of norms and products."""

@@ -36,6 +36,7 @@ class Span(HeadScore):
     """Mean attended distance in tokens; one sample at a time, a tile of one layer's map in memory."""
 
     needs_whole: ClassVar[bool] = False
+    mean_over: ClassVar = "tokens"
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
         length = max((length for _, length in scene.shapes), default=0)
@@ -55,4 +56,4 @@ class Span(HeadScore):
         with attention_rows(model, see):
             for _ in visits(model, replace(run, batches=samples), self.name, edits=False):
                 pass                                      # going on to the next block runs this one
-        return [(total / tokens).float() for total in totals]
+        return [total / tokens for total in totals]

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import align_module_device
 from llmopt_kernels import NONE, Rule, attention_weights, column_sums, rotate, unrotate
 from torch import Tensor, nn
 
@@ -105,7 +106,8 @@ class LayerKV:
     def output_weight(self) -> Tensor:
         """[H, D, E]: what each query head's result is multiplied by on its way into the residual stream."""
         block = blocks(self.source.model)[self.layer]
-        return block.attn_out.weight.T.unflatten(0, (block.heads, block.head_dim))         # from [E, H D]
+        with align_module_device(block.attn_out.module):             # it may wait on disk
+            return block.attn_out.weight.T.unflatten(0, (block.heads, block.head_dim))     # from [E, H D]
 
 
 def index_of_real(real: Tensor | None, positions: Tensor) -> Tensor:

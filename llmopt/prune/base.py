@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Visit, blocks, each, refuse_units, visits
+from llmopt.blocks import Block, Visit, blocks, each, layer_list, refuse_units, visits
 from llmopt.method import BudgetError, FieldError, LlmoptError, Method, Pace, Record, Run, timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
@@ -72,7 +72,8 @@ class Pruner(Method):
     def apply(self, model: nn.Module, run: Run) -> Record:
         self.refuse(model)
         before, shape = model.num_parameters(), shapes(model)
-        plan, meta = self.plan(model, run)
+        told = run.memory.remember("plan", lambda: self._told(model, run))
+        plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
@@ -80,6 +81,11 @@ class Pruner(Method):
         return Record(meta=meta | {
             "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
+
+    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
+        if self.refit:
+            refit(model, run, plan, f"{self.name} refit")
+        apply_plan(model, plan, run)
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
         return [self._room(model, block, scene) for block in blocks(model)]
@@ -99,11 +105,6 @@ class Pruner(Method):
                 plan, _ = self.guess(model, run)
                 spent += timed(self._carry_out, model, run, plan)
         return spent * pace.blocks
-
-    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
-        if self.refit:
-            refit(model, run, plan, f"{self.name} refit")
-        apply_plan(model, plan, run)
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """What stays of each layer, and figures for the record. A method that searches overrides this."""
@@ -133,18 +134,27 @@ class Pruner(Method):
         return plan, {"ratio": self.ratio, "removed_share": freed / sum(u.total for u in units),
                       "removed_units": dict(gone)}
 
+    def _told(self, model: nn.Module, run: Run) -> dict[str, Any]:
+        plan, meta = self.plan(model, run)
+        return {"layers": [layer.to_dict() for layer in plan], "meta": meta}
+
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
         with torch.no_grad():
             if self.uses_inputs:
-                return [self.score(v.block, v) for v in visits(model, run, self.name, edits=False)]
-            return [self.score(block, None) for block in each(model, run, self.name, edits=False)]
+                return run.ranks.agree([self._rate_one(v.block, v) for v in visits(model, run, self.name, edits=False)])
+            own = run.ranks.share(range(len(layer_list(model))))
+            rated = [self._rate_one(block, None) for block in each(model, run, self.name, edits=False, only=own)]
+            return [scores for part in run.ranks.gather(rated) for scores in part]
+
+    def _rate_one(self, block: Block, visit: Visit | None) -> Scores:
+        return {kind: values.detach().float().cpu() for kind, values in self.score(block, visit).items()}
 
     def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
         found = []
         for kind in self.units:
             if not members(block, kind):
                 continue
-            values, price = scores[kind].detach().float().cpu(), cost(block, kind)
+            values, price = scores[kind], cost(block, kind)
             if not bool(values.isfinite().all()):
                 raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
             index = torch.arange(len(values))[:, None]

@@ -14,20 +14,27 @@ from llmopt import activations
 from llmopt.blocks import Block, Projection, Visit, visits
 from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
+from llmopt.ranks import Ranks
 from llmopt.room import Scene
 
 DAMPING = 0.01
 
 
 class Gram:
-    """Sum of x x^T over all tokens, [in, in] float32."""
+    """Sum of x x^T over all tokens, [in, in] float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:                # [N, in]
         x = inputs.float()
-        self.total = x.T @ x if self.total is None else self.total.addmm_(x.T, x)
+        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
+
+    def join(self, ranks: Ranks, like: Tensor) -> Tensor:
+        """The sum over all ranks too, [in, in]; like: a tensor [1, in] of the kind that `add` takes."""
+        if self.total is None:                            # this rank had no row
+            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
+        return ranks.sum_(self.total)
 
 
 def solve(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:      # [out, in], [in, in], [P] -> [out, P]
@@ -53,9 +60,9 @@ def writers(block: Block, layer: LayerPlan) -> list[tuple[Projection, Tensor]]:
 @torch.no_grad()
 def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None:
     """Refit every writer, block after block, and zero the columns that the plan will cut."""
-    for visit in visits(model, run, label):
+    for visit in visits(model, run, label, shared=True):
         for projection, kept in writers(visit.block, plan[visit.block.index]):     # attention first: the FFN sees it
-            _refit_one(visit, projection, kept)
+            _refit_one(visit, projection, kept, run.ranks)
 
 
 def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> int:
@@ -66,14 +73,14 @@ def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> in
     return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 24 * out * width)
 
 
-def _refit_one(visit: Visit, projection: Projection, kept: Tensor) -> None:
+def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks) -> None:
     gram, weight = Gram(), projection.weight
     constant = 0 if projection.bias is None else 1        # a bias is the weight of one more input, which is always 1
     visit.observe({projection.name: lambda x: gram.add(pad(x, (0, constant), value=1.0))})
     kept = kept.to(weight.device)
     inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
     old = torch.cat([weight, projection.bias[:, None]], 1) if constant else weight
-    found = solve(old, gram.total, inputs).to(weight.dtype)
+    found = ranks.broadcast_(solve(old, gram.join(ranks, old), inputs).to(weight.dtype))
     if not bool(found.isfinite().all()):
         raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")
     fresh = torch.zeros_like(weight)

@@ -1,10 +1,11 @@
 """Cutting a model down to a plan: weights, biases, head scores, config; the model in memory works at once."""
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Projection, blocks, each, layer_list, replace_layers, tell_shapes
+from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, reshaped, tell_shapes
 from llmopt.method import LlmoptError, Run
 from llmopt.modeling import FAMILIES, skip_part
 from llmopt.prune.shapes import (
@@ -30,6 +31,16 @@ class LayerPlan:
     ffn: Tensor | None = None
     skip: tuple[str, ...] = ()          # "attention", "mlp"
     drop: bool = False                  # the whole layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "LayerPlan":
+        """What `to_dict` gave."""
+        return cls(**{k: tuple(v) if k == "skip" else torch.tensor(v, dtype=torch.long) if isinstance(v, list) else v
+                      for k, v in told.items()})
 
     @property
     def cuts(self) -> bool:
@@ -64,7 +75,7 @@ def apply_plan(model: nn.Module, plan: list[LayerPlan], run: Run) -> None:
         run.scores[name] = reindex(per_layer, views, plan)
     kept = [i for i, layer in enumerate(plan) if not layer.drop]
     family = FAMILIES[model.config.model_type]
-    for block in each(model, run, "cutting", only=[i for i in kept if plan[i].cuts]):
+    for block in reshaped(model, run, "cutting", [i for i in kept if plan[i].cuts]):
         layer = plan[block.index]
         cut_ffn(block, layer)
         cut_heads(block, layer)

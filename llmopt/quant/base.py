@@ -1,7 +1,7 @@
 """The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -16,17 +16,27 @@ from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import DTYPES, Quantized, Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
+from llmopt.ranks import Ranks
 from llmopt.room import Room, Scene
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
 
-@dataclass
 class Stats:
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
+    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
-    hessian: Tensor | None = None
-    tokens: int = 0
+    Summed up in float64, so that the order, which depends on the number of processes, is lost in the rounding.
+    """
+
+    def __init__(self, hessian: Tensor | None = None, tokens: int = 0, ranks: Ranks = Ranks()):     # noqa: B008  frozen
+        self.total = None if hessian is None else hessian.double() * (tokens / 2)
+        self.tokens, self.ranks = tokens, ranks
+        self.made: dict[Hashable, Any] = {}
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """None until a token has come."""
+        return self.once("hessian", lambda: (self.total * (2 / self.tokens)).float()) if self.tokens else None
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
@@ -34,11 +44,24 @@ class Stats:
             return
         x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
         self.tokens += len(x)
-        fresh = x.T @ x * (2 / self.tokens)
-        if self.hessian is None:
-            self.hessian = fresh
-        else:
-            self.hessian.mul_((self.tokens - len(x)) / self.tokens).add_(fresh)
+        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
+        self.made.clear()
+
+    def join(self, like: Tensor) -> None:
+        """Take in what the other ranks have seen; nothing is added after that. like: a weight that reads this input."""
+        self.tokens = sum(self.ranks.gather(self.tokens))
+        if not self.tokens:
+            return
+        if self.total is None:                      # this rank had no row
+            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
+        self.ranks.sum_(self.total)
+        self.made["hessian"], self.total = self.hessian, None       # twice the size of what is needed from here on
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made for the first of the weights that read this input and kept for the others."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,8 @@ class Quantizer(Method):
 
     stage: ClassVar = "quant"
     uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
+    rowwise: ClassVar[bool] = False       # True: no row of a weight sees another, so that processes may share them
+    sums: ClassVar[tuple[str, ...]] = ()  # those of the `figures` that add up over rows; the others are alike for all
 
     bits: int | float = 4                 # average over all weights quantized, 2..8 (fractions: `allocate`); 16: as is
     group_size: int = 128                 # input columns that share a scale; -1: one scale per output channel
@@ -87,10 +112,16 @@ class Quantizer(Method):
 
     @abstractmethod
     def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
-        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`."""
+        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
+
+        rowwise: `weight` may be some of the rows.
+        """
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike."""
+        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike.
+
+        The visit shows this process's rows alone; the weights of a row may depend on nothing but that row.
+        """
         return None
 
     def working(self, out: int, columns: int) -> int:
@@ -156,8 +187,8 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        for projection, stats in self._visits(model, run, todo, self.name):
-            self._write(projection, stats, todo[projection.name])
+        for projection, stats in self._visits(model, run, todo, self.name, edits=True):
+            self._write(projection, stats, todo[projection.name], self._team(projection, run))
             give_back_freed()
         return Record(meta=self._meta(model, decided) | allocation)
 
@@ -175,6 +206,10 @@ class Quantizer(Method):
         share = undecided(found, self.bits, unit)
         if not share.units:
             return found, {}
+        made = run.memory.remember("allocation", lambda: self._allocation(model, run, found, share))
+        return [t if t.fixed else t.at(made["bits"][unit(t)]) for t in found], {"allocation": made}
+
+    def _allocation(self, model: nn.Module, run: Run, found: list[Target], share: Share) -> dict[str, Any]:
         if self.allocate == "sensitivity":
             ranked, chosen = self._measure(model, run, found, share)
         else:
@@ -182,8 +217,7 @@ class Quantizer(Method):
             names = [block.name for block in blocks(model)]
             ranked = {name: value for name, value in zip(names, score, strict=True) if name in share.units}
             chosen = self._two_level(share, [s if self.allocate == "lim" else -s for s in ranked.values()])
-        return [t if t.fixed else t.at(chosen[unit(t)]) for t in found], {
-            "allocation": {"by": self.allocate, "scores": _texts(ranked), "bits": chosen}}
+        return {"by": self.allocate, "scores": _texts(ranked), "bits": chosen}
 
     @torch.no_grad()
     def _measure(self, model: nn.Module, run: Run, found: list[Target], share: Share) -> tuple[dict, dict]:
@@ -192,9 +226,11 @@ class Quantizer(Method):
         The least damage by the table, unless the widest uniform choice that fits does less in fact.
         """
         free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
-        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths"):
+        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
             units[free[p.name].group].append(p)
-            made |= {(p.name, w): self._solve(p, stats, free[p.name].at(w)) for w in self.widths if w != DENSE}
+            team = self._team(p, run)
+            made |= {(p.name, w): _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)
+                     for w in self.widths if w != DENSE}
 
         def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
             return weight if bits == DENSE else made[name, bits].dequantize(weight.dtype)
@@ -202,48 +238,62 @@ class Quantizer(Method):
         company, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
         trial = scores.Trial(model, run.batches, units, rounded, self.seed)
         try:
-            table = scores.sensitivity(trial, self.widths, company, run.progress)
+            table = scores.sensitivity(trial, self.widths, company, run)
             least = exact(list(table.values()), share.params, share.target)
             plans = [dict(zip(units, least, strict=True)), dict.fromkeys(units, level)]
-            return table, min(plans, key=trial.of)
+            return table, run.ranks.agree(min(plans, key=trial.of))
         finally:
             trial.restore()
 
-    def _visits(self, model: nn.Module, run: Run, names: Collection[str],
-                label: str) -> Iterator[tuple[Projection, Stats | None]]:
+    def _visits(self, model: nn.Module, run: Run, names: Collection[str], label: str,
+                edits: bool) -> Iterator[tuple[Projection, Stats | None]]:
         """The projections in `names`, with the statistics of their inputs if this method uses them.
 
         Each group of a block sees what the caller has made of the groups and blocks before it.
         """
         if not self.uses_inputs:
-            for block in each(model, run, label):
+            for block in each(model, run, label, edits):
                 yield from ((p, None) for p in block.projections() if p.name in names)
             return
-        for visit in visits(model, run, label):
+        for visit in visits(model, run, label, edits, shared=True):
             weights = self.token_weights(visit)
             for group in visit.block.groups():
                 if chosen := [p for p in group if p.name in names]:
-                    stats, shares = Stats(), iter(weights or ())
+                    stats, shares = Stats(ranks=run.ranks), iter(weights or ())
                     visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
+                    stats.join(group[0].weight)
                     yield from ((p, stats) for p in chosen)
 
+    def _team(self, projection: Projection, run: Run) -> Ranks:
+        """Those who share the rows of this weight: all processes, or each by itself all of them."""
+        return run.ranks if self.rowwise and projection.out_features >= run.ranks.size else Ranks()
+
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Stats | None, target: Target) -> Quantized:
+    def _solve(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> Quantized:
+        """This process's rows of a weight, quantized."""
         weight = projection.weight
         with naming(projection.name):
             if not weight.isfinite().all():
                 raise LlmoptError("the weight holds NaN or infinite values")
-            return self.quantize(weight.float().clone(), stats, self.spec(target, weight.dtype))
+            own = team.share(weight).to(torch.float32, copy=True)
+            return self.quantize(own, stats, self.spec(target, weight.dtype))
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, target: Target) -> None:
-        result, dense = self._solve(projection, stats, target), projection.weight.float().clone()
-        projection.write(result.dequantize(projection.weight.dtype))
-        change = projection.weight.float() - dense
-        result.figures["weight_error"] = float(change.square().sum() / dense.square().sum().clamp(min=1e-30))
+    def _write(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> None:
+        part, dense = self._solve(projection, stats, target, team), team.share(projection.weight).float()
+        change = part.dequantize(projection.weight.dtype).float() - dense
+        counts = {name: part.figures[name] for name in self.sums if name in part.figures}
+        counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
         if stats is not None:
-            result.figures["output_error"] = relative_error(change, dense, stats.hessian)
-        projection.module.llmopt_quantized = result
+            counts |= {f"{name} output": float(row_errors(rows, stats.hessian).sum())
+                       for name, rows in (("lost", change), ("all", dense))}
+        total, whole = team.totals(counts), _whole(part, projection, team)
+        whole.figures |= {name: total[name] for name in self.sums if name in total}
+        whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
+        if stats is not None:
+            whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
+        projection.write(whole.dequantize(projection.weight.dtype))
+        projection.module.llmopt_quantized = whole
 
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
         results = quantized_modules(model)
@@ -264,9 +314,11 @@ def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
     return ((change @ hessian) * change).sum(1)
 
 
-def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T) / tr(W H W^T): the share of a projection's output energy that `change` [out, in] disturbs."""
-    return float(row_errors(change, hessian).sum() / row_errors(weight, hessian).sum().clamp(min=1e-30))
+def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:
+    """All rows of a weight of which each of the team has some."""
+    codes, scales, zeros = (None if rows is None else team.rows(rows, projection.out_features)
+                            for rows in (part.codes, part.scales, part.zeros))
+    return replace(part, codes=codes, scales=scales, zeros=zeros)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:

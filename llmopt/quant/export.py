@@ -3,8 +3,10 @@
 What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 bits, mixed, in groups or per channel,
 with the exact name of every module as a target.
 """
+from typing import Any
+
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor, nn
 
 from llmopt.method import FieldError, LlmoptError
@@ -34,6 +36,62 @@ def packed(name: str, result: Quantized) -> dict[str, Tensor]:
     return {f"{name}.weight_packed": pack_to_int32(result.codes.cpu(), result.bits),      # [out, ceil(in bits / 32)]
             f"{name}.weight_scale": result.scales.cpu().contiguous(),                     # [out, groups]
             f"{name}.weight_shape": torch.tensor(result.codes.shape)}                     # [2] int64
+
+
+def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A state dict with the tensors of each packed weight in its place."""
+    return {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
+
+
+def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, record) of a decoder layer, its quantized weights as codes alone: what `rebuilt` makes it from again.
+
+    Holds asymmetric and scattered grids too. Raises LlmoptError where codes and weights disagree.
+    """
+    check_consistent(layer)
+    parts = {}
+    for name, (_, result) in quantized_modules(layer).items():
+        more = {f"{name}.zeros": result.zeros, f"{name}.groups": result.groups}
+        parts[f"{name}.weight"] = packed(name, result) | {key: t for key, t in more.items() if t is not None}
+    return packed_in_place(layer.state_dict(), parts), told(layer)
+
+
+def told(layer: nn.Module) -> dict[str, Any]:
+    """What is known of a layer's quantized weights beside their tensors; plain JSON data."""
+    return {name: {"bits": r.bits, "group_size": r.group_size, "figures": r.figures}
+            for name, (_, r) in quantized_modules(layer).items()}
+
+
+def rebuilt(layer: nn.Module, tensors: dict[str, Tensor],
+            record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
+    """(state dict, {module name: codes}) of a layer from what `stored` gave; `layer` tells layout and types."""
+    results = {name: _unpacked(name, tensors, known) for name, known in record.items()}
+    state = {}
+    for key, like in layer.state_dict().items():
+        name, _, _ = key.rpartition(".weight")
+        if name in results:
+            weight = results[name].dequantize(like.dtype)
+            state[key] = weight if isinstance(layer.get_submodule(name), nn.Linear) else weight.T.contiguous()
+        else:
+            state[key] = tensors[key]
+    return state, results
+
+
+def _unpacked(name: str, tensors: dict[str, Tensor], known: dict[str, Any]) -> Quantized:
+    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], known["bits"], shape)
+    return Quantized(codes, tensors[f"{name}.weight_scale"], known["bits"], known["group_size"],
+                     tensors.get(f"{name}.zeros"), tensors.get(f"{name}.groups"), known["figures"])
+def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, in] of a model of type `dtype` that these tensors of `packed` stand for."""
+    found = unpack_from_int32(codes, bits, torch.Size(shape))
+    return Quantized(found, scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)
+
+
+def widths(config: dict) -> dict[str, int]:
+    """The bits of every module that a quantization_config of ours names."""
+    return {name: group["weights"]["num_bits"] for group in config["config_groups"].values()
+            for name in group["targets"]}
 
 
 def quantization_config(model: nn.Module) -> dict:

@@ -18,9 +18,18 @@ from torch import Tensor
 
 from llmopt.method import FieldError, LlmoptError, register
 from llmopt.quant.base import Quantizer, Stats, row_errors
+from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Quantized, Spec, as_codes, decode, encode, fit, round_to_nearest
 
-MAX_DAMPING = 1.0
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the sweeps of all weights that read one input need: order of the columns [in], U in that order [in, in]."""
+
+    order: Tensor
+    dead: Tensor                # [in] bool: columns whose input is always 0
+    factor: Tensor | None       # None: the Hessian is singular
+    damping: float              # the share used in the end
 
 
 @register("quant.gptq")
@@ -29,6 +38,8 @@ class GPTQ(Quantizer):
     """Optimal-brain quantization with a fixed column order."""
 
     uses_inputs: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+    sums: ClassVar[tuple[str, ...]] = ("loss", "rounded_rows")
 
     act_order: bool = True        # columns with the largest inputs first
     static_groups: bool = True    # scales of the original column groups, fixed before the sweep
@@ -43,10 +54,23 @@ class GPTQ(Quantizer):
             raise FieldError("block", self.block, "at least one column")
 
     def working(self, out: int, columns: int) -> int:
-        """While the factor is made: six matrices like the Hessian. In the sweep and after it: two, and six weights."""
-        return 4 * columns * max(6 * columns + 2 * out, 2 * columns + 6 * out)
+        """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
+        return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
 
     def quantize(self, weight: Tensor, stats: Stats, spec: Spec) -> Quantized:
+        made = stats.once((self.act_order, self.damping), lambda: self.prepare(stats))
+        weight[:, made.dead] = 0
+        rounded = round_to_nearest(weight, spec)
+        if made.factor is None:
+            rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
+            return rounded
+        sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
+        result = sweep.run(self.block, self.static_groups or spec.group_size == -1)
+        result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
+        return best_rows(result, rounded, weight, stats.hessian, spec)
+
+    def prepare(self, stats: Stats) -> Prepared:
+        """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")
         if not stats.hessian.isfinite().all():
@@ -54,48 +78,11 @@ class GPTQ(Quantizer):
                               "or float32")
         diagonal = stats.hessian.diagonal()
         dead = diagonal == 0
-        weight[:, dead] = 0
         falling = diagonal.argsort(descending=True, stable=True)
         order = falling if self.act_order else torch.arange(len(diagonal), device=diagonal.device)
         hessian = stats.hessian[order][:, order]
         hessian.diagonal()[dead[order]] = 1
-        factor, damping = inverse_factor(hessian, self.damping)
-        rounded = round_to_nearest(weight, spec)
-        if factor is None:
-            rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
-            return rounded
-        sweep = Sweep(weight[:, order], factor, order, rounded, spec)
-        result = sweep.run(self.block, self.static_groups or spec.group_size == -1)
-        result.figures |= {"dead_columns": int(dead.sum()), "damping": damping}
-        return best_rows(result, rounded, weight, stats.hessian, spec)
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """(U, damping used) with U^T U = (H + damping mean(diag H) I)^-1; more damping until it exists, or (None, last)."""
-    mean = hessian.diagonal().mean()
-    while True:
-        damped = hessian.flip(0, 1)                 # a copy; L L^T of it, flipped back, is R R^T = H with R upper
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper = triangular_inverse(lower.flip(0, 1))            # R^-T R^-1 = H^-1: U is the inverse of R
-            if upper.isfinite().all():
-                return upper, damping
-        if damping >= MAX_DAMPING:
-            return None, damping
-        damping = min(MAX_DAMPING, max(10 * damping, 1e-3))
-
-
-def triangular_inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves: a third of the work of solving for the identity."""
-    half = len(upper) // 2
-    if half < 128:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
-    inverse = torch.zeros_like(upper)
-    first = inverse[:half, :half].copy_(triangular_inverse(upper[:half, :half]))
-    second = inverse[half:, half:].copy_(triangular_inverse(upper[half:, half:]))
-    inverse[:half, half:] = -(first @ upper[:half, half:]) @ second
-    return inverse
+        return Prepared(order, dead, *inverse_factor(hessian, self.damping, stats.ranks))
 
 
 def best_rows(solved: Quantized, rounded: Quantized, weight: Tensor, hessian: Tensor, spec: Spec) -> Quantized:

@@ -5,6 +5,7 @@
 No data, no correction of one weight's error by the others: the baseline of all quantizers, and the fallback of GPTQ.
 """
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from llmopt.quant.grid import Quantized, Spec, round_to_nearest
 @dataclass(frozen=True)
 class RTN(Quantizer):
     """Round to nearest, without data."""
+
+    rowwise: ClassVar[bool] = True
 
     def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
         return round_to_nearest(weight, spec)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Projection, each, visits
-from llmopt.method import Progress, Run, silent
+from llmopt.blocks import Projection, each, layer_list, visits
+from llmopt.method import Run
 from llmopt.room import Scene
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
@@ -27,25 +27,29 @@ TOKENS = 2048       # and of at most this many tokens: every entry of the table 
 def lim(model: nn.Module, run: Run) -> list[float]:
     """LIM of every block; one forward pass over the calibration set."""
     found, before = [], None
-    for visit in visits(model, run, "LIM", edits=False):
+    for visit in visits(model, run, "LIM", edits=False, shared=True):
         if before is not None:
-            found.append(modification(before.inputs, before.left, visit.masks))
+            found.append(alignment(before.inputs, before.left, visit.masks))
         before = visit
-    return [*found, modification(before.inputs, before.left, before.masks)]
+    found.append(alignment(before.inputs, before.left, before.masks))
+    shares = zip(*run.ranks.gather(found), strict=True)          # of one block after the other, by rank
+    return [-sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
 
 
-def modification(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> float:
-    """Minus the mean cosine between a block's inputs and outputs [B, T, E] over the real tokens."""
+def alignment(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> tuple[float, int]:
+    """(sum of the cosines between a block's inputs and outputs [B, T, E], count) over the real tokens."""
     total, count = 0.0, 0
     for x, y, mask in zip(before, after, masks, strict=True):
         cosine = torch.cosine_similarity(x[mask].float(), y[mask].float(), dim=-1)     # [N]
         total, count = total + float(cosine.double().sum()), count + len(cosine)
-    return -total / count
+    return total, count
 
 
 def zd(model: nn.Module, run: Run) -> list[float]:
     """ZD of every block, over the weights of all its projections."""
-    return [share_above([p.weight for p in block.projections()]) for block in each(model, run, "ZD", edits=False)]
+    own = run.ranks.share(range(len(layer_list(model))))
+    found = [share_above([p.weight for p in b.projections()]) for b in each(model, run, "ZD", edits=False, only=own)]
+    return [share for part in run.ranks.gather(found) for share in part]
 
 
 @torch.no_grad()
@@ -100,15 +104,14 @@ class Trial:
 
 
 @torch.no_grad()
-def sensitivity(trial: Trial, widths: Iterable[int], company: int,
-                progress: Progress = silent) -> dict[str, dict[int, float]]:
+def sensitivity(trial: Trial, widths: Iterable[int], company: int, run: Run) -> dict[str, dict[int, float]]:
     """{unit: {bits: KL}}, each unit in turn at each width, all the others at `company` bits."""
-    level, table = trial.of(dict.fromkeys(trial.units, company)), {}
-    for unit in progress(list(trial.units), "sensitivity"):
+    level, table = run.ranks.agree(trial.of(dict.fromkeys(trial.units, company))), {}
+    for unit in run.progress(run.ranks.share(list(trial.units)), "sensitivity"):
         others = [bits for bits in widths if bits != company]
         table[unit] = {bits: trial.of({unit: bits}) for bits in others} | {company: level}
         trial.set({unit: company})
-    return table
+    return {unit: row for part in run.ranks.gather(table) for unit, row in part.items()}
 
 
 def sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:

@@ -1,10 +1,13 @@
 """What scorers may ask of a layer: keys before RoPE, the output weight."""
 import pytest
 import torch
+from llmopt_evals.large import on_disk
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from llmopt import kv, runtime
 from llmopt.blocks import blocks
+from llmopt.recipe import ModelSpec
 from tests.tiny import ids, make
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -102,3 +105,13 @@ def test_output_weight_takes_heads_to_the_stream(family):
     weight = view.output_weight()
     assert weight.shape == (block.heads, block.head_dim, caught[0][1].shape[-1])
     assert_close(torch.einsum("bthd,hde->bte", heads, weight) + bias, caught[0][1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_output_weight_of_a_model_whose_weights_are_on_disk(tmp_path):
+    model, tokens = make("llama"), ids(1, 30)
+    model.save_pretrained(tmp_path / "model")
+    filed = AutoModelForCausalLM.from_pretrained(tmp_path / "model", offload_folder=tmp_path / "offload",
+                                                 device_map=on_disk(ModelSpec(id=str(tmp_path / "model"))))
+    assert sum(parameter.is_meta for parameter in filed.parameters()) > 20
+    for mine, theirs in zip(views_of(model, tokens), views_of(filed, tokens), strict=True):
+        assert torch.equal(mine.output_weight(), theirs.output_weight())

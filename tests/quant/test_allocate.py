@@ -8,7 +8,7 @@ from llmopt.method import BudgetError, FieldError, LlmoptError, Run
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.allocate import around, exact, two_level
 from llmopt.quant.plan import average_bits
-from llmopt.quant.scores import lim, modification, share_above
+from llmopt.quant.scores import alignment, lim, share_above
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
 
@@ -78,15 +78,15 @@ def test_around():
         around((3, 4), 2.5)
 
 
-def test_lim_of_simple_layers():
+def test_alignment_of_simple_layers():
     x = torch.randn(2, 5, 8)
     mask = torch.ones(2, 5, dtype=torch.bool)
     across = torch.zeros(2, 5, 8)
     across[..., ::2], across[..., 1::2] = -x[..., 1::2], x[..., ::2]
     for y, expected in ((x, -1), (-x, 1), (across, 0), (7 * x, -1)):
-        assert modification([x], [y], [mask]) == pytest.approx(expected, abs=1e-6)
+        assert alignment([x], [y], [mask]) == pytest.approx((-10 * expected, 10), abs=1e-5)
     mask[1] = False
-    assert modification([x], [torch.cat([x[:1], -x[1:]])], [mask]) == pytest.approx(-1, abs=1e-6)
+    assert alignment([x], [torch.cat([x[:1], -x[1:]])], [mask]) == pytest.approx((5, 5), abs=1e-5)
 
 
 def test_lim_follows_the_residual_stream():

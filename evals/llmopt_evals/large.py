@@ -1,0 +1,151 @@
+"""Scoring a model larger than memory: its weights stay in their files and are read where they are used.
+
+accelerate does it, on safetensors in place. A packed checkpoint, which transformers would inflate
+as a whole at its first forward, is inflated tensor by tensor into a folder that is there for as long as it is scored;
+of a Mixture-of-Experts model transformers writes the experts, put together, into the same place.
+"""
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llmopt import shards, store
+from llmopt.architectures import SPECS
+from llmopt.facts import FILE
+from llmopt.folder import check_folder, read_json
+from llmopt.hub import fetch
+from llmopt.loading import load_model, read_config, resolve
+from llmopt.method import LlmoptError
+from llmopt.quant.export import unpacked, widths
+from llmopt.recipe import ModelSpec, Recipe
+from llmopt.streaming import available
+
+SHARD = "500MB"         # of what is inflated: so much is held at a time
+PARTS = ("packed", "scale", "shape")
+
+
+@contextmanager
+def opened(spec: ModelSpec) -> Iterator[tuple[nn.Module, Any]]:
+    """(model, tokenizer) to be scored: in memory where it fits, else with its weights on disk.
+
+    Raises the errors of `load_model`, and LlmoptError where there is no tokenizer, or no room for what is inflated.
+    """
+    source = resolve(spec.id)
+    if spec.device != "cpu":
+        yield _with_tokenizer(spec)
+        return
+    folder = Path(source) if Path(source).is_dir() else fetch(source, spec.revision)
+    size = memory_bytes(folder, spec.dtype)
+    if size <= available():
+        yield _with_tokenizer(spec)
+        return
+    if fact := _too_full(folder, size if _is_packed(folder) or _has_experts(folder) else 0):
+        raise LlmoptError(fact)
+    with TemporaryDirectory(prefix=f".{folder.name}.llmopt-eval-", dir=_beside(folder)) as scratch:
+        if _is_packed(folder):
+            spec = replace(spec, id=str(inflate(folder, Path(scratch) / "dense")))
+        yield _with_tokenizer(spec, device_map=on_disk(spec), offload_folder=scratch)
+
+
+def on_disk(spec: ModelSpec) -> dict[str, str]:
+    """A device map: all modules with weights on the disk, but for the embeddings, which tell where inputs belong."""
+    _, config = read_config(spec)
+    model = store.skeleton(config, config.dtype, spec.trust_remote_code)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: "cpu" if module in ends else "disk" for name, module in model.named_modules()
+            if module._parameters or module._buffers}
+
+
+def _with_tokenizer(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
+    model, tokenizer = load_model(spec, **placement)
+    if tokenizer is None:
+        raise LlmoptError(f"{spec.id}: there is no tokenizer, and lm-eval needs one")
+    return model, tokenizer
+
+
+def obstacle(recipe: Recipe, output: Path) -> str | None:
+    """Why a run's models could not be scored in the end: larger than memory, and than what is free on the disk."""
+    source = Path(resolve(recipe.model.id))
+    if recipe.model.device != "cpu" or not source.is_dir():
+        return None
+    size = memory_bytes(source, recipe.model.dtype)
+    if size <= available():
+        return None
+    packed = recipe.format != "dense" and any(step.stage == "quant" for step in recipe.steps)
+    return _too_full(source, size if _has_experts(source) else 0) or _too_full(output, size if packed else 0)
+
+
+def memory_bytes(folder: Path, dtype: str | None) -> int:
+    """Bytes that a folder's weights take while they are computed with, as `dtype` or in the types of the files."""
+    check_folder(folder)
+    places, size = store.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
+    shapes = store.read({name: places[f"{name}_shape"] for name in _packed_weights(places)})
+    return store.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
+
+
+def _too_full(folder: Path, size: int) -> str | None:
+    """What to say if `size` bytes have no place beside `folder`."""
+    free = psutil.disk_usage(str(_beside(folder))).free
+    return None if size <= free else (
+        f"{folder}: takes {size / 1e9:.1f} GB to score; {available() / 1e9:.1f} GB of memory are available, and "
+        f"{free / 1e9:.1f} GB of the disk")
+
+
+def _beside(folder: Path) -> Path:
+    """Where what is inflated may lie: in the folder around `folder`, or the working directory."""
+    home = next(above for above in folder.absolute().parents if above.is_dir())
+    return home if os.access(home, os.W_OK) else Path.cwd()
+
+
+def _has_experts(folder: Path) -> bool:
+    known = SPECS.get(read_json(folder / "config.json").get("model_type"))
+    return known is not None and not known.ffn_out
+
+
+def _packed_weights(places: store.Places) -> list[str]:
+    """The weights that are stored as codes of our kind: packed, with scale and shape."""
+    names = (name.removesuffix("_packed") for name in places if name.endswith("_packed"))
+    return [name for name in names if all(f"{name}_{part}" in places for part in PARTS)]
+
+
+def _is_packed(folder: Path) -> bool:
+    return "quantization_config" in read_json(folder / "config.json")
+
+
+def _dtype(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def inflate(folder: Path, into: Path) -> Path:
+    """Write a packed checkpoint of llmopt as a dense one; raises LlmoptError for one that another tool has made."""
+    config = read_json(folder / "config.json")
+    if not (folder / FILE).is_file():
+        raise LlmoptError(f"{folder}: does not fit into memory, and its weights, quantized by another tool, cannot be "
+                          "read from disk one by one; score it on a machine with more memory")
+    into.mkdir()
+    bits, dtype = widths(config.pop("quantization_config")), getattr(torch, _dtype(folder))
+    places, writer = store.places(folder), shards.Writer(into, SHARD)
+    weights = _packed_weights(places)
+    inner = {f"{name}_{part}" for name in weights for part in PARTS}
+    for name in (name for name in places if name not in inner):
+        writer.add(store.read({name: places[name]}))
+    for name in weights:
+        codes, scale, shape = store.read({part: places[f"{name}_{part}"] for part in PARTS}).values()
+        writer.add({name: unpacked(codes, scale, shape.tolist(), bits[name.removesuffix(".weight")], dtype)})
+    writer.close()
+    for file in folder.iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copyfile(file, into / file.name)
+    (into / "config.json").write_text(json.dumps(config))
+    return into
+

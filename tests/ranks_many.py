@@ -1,0 +1,119 @@
+"""What several processes compute together against what each computes alone; run by torchrun from test_ranks.py.
+
+Prints one JSON line: {check: what differs}, empty where nothing does.
+"""
+import json
+import sys
+
+import torch
+
+from llmopt import pipeline, ranks
+from llmopt.heads import Gradient, Span
+from llmopt.method import Run
+from llmopt.prune import Magnitude
+from llmopt.prune.refit import Gram
+from llmopt.quant import GPTQ, RTN
+from llmopt.quant.base import Stats, row_errors
+from llmopt.quant.factor import WIDTH, inverse_factor
+from tests import tiny
+
+GROUPS = {"group_size": 16}
+PLANS = {
+    "rtn": [RTN(bits=4, **GROUPS)],
+    "zd": [RTN(bits=3.5, allocate="zd", **GROUPS)],
+    "gptq": [GPTQ(bits=4, **GROUPS)],
+    "unordered": [GPTQ(bits=3, act_order=False, static_groups=False, symmetric=False, **GROUPS)],
+    "lim": [Magnitude(ratio=0.3, refit=True), GPTQ(bits=3.5, allocate="lim", **GROUPS)],
+    "narrow": [Magnitude(ratio=0.3, units=["ffn"], refit=True), GPTQ(bits=4, **GROUPS)],
+    "sensitivity": [Span(), Gradient(), GPTQ(bits=3.5, allocate="sensitivity", **GROUPS)],
+}
+
+
+def batches(rows: int, size: int) -> list[dict]:
+    ids, mask = tiny.ids(rows, 24), torch.ones(rows, 24, dtype=torch.long)
+    mask[0, 11:] = 0
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(size), mask.split(size), strict=True)]
+
+
+def made(family: str, plan: str, data: list[dict], team: ranks.Ranks) -> tuple[dict, list]:
+    """(weights, records) of a tiny model that `team` has compressed."""
+    model = tiny.make(family)
+    report = pipeline._compress(model, PLANS[plan], Run(data, ranks=team))
+    return model.state_dict(), report.records
+
+
+def unlike(family: str, plan: str, data: list[dict], team: ranks.Ranks) -> list[str]:
+    """Tensors whose bits differ, and figures that differ by more than 1e-5."""
+    (mine, alone), (ours, together) = (made(family, plan, data, t) for t in (ranks.Ranks(), team))
+    return [name for name in mine if not torch.equal(mine[name], ours[name])] + figures(alone, together)
+
+
+def figures(one, other, where: str = "") -> list[str]:
+    if isinstance(one, (dict, list)):
+        pairs = one.items() if isinstance(one, dict) else enumerate(one)
+        return [wrong for key, value in pairs for wrong in figures(value, other[key], f"{where}.{key}")]
+    close = abs(one - other) <= 1e-5 * abs(one) if isinstance(one, float) else one == other
+    return [] if close else [f"{where}: {one} {other}"]
+
+
+def moments(team: ranks.Ranks) -> list[str]:
+    """Second moments of odd shares, one of them empty, against all tokens at once."""
+    x = torch.randn(101, 40, generator=torch.Generator().manual_seed(0))
+    whole, part, gram = Stats(), Stats(ranks=team), Gram()
+    whole.add(x)
+    own = x[:101 if team.is_main else 0]
+    part.add(own)
+    if len(own):
+        gram.add(own)
+    part.join(torch.empty(8, 40))
+    wrong = [] if part.tokens == 101 else ["tokens"]
+    for name, found in (("hessian", part.hessian), ("gram", gram.join(team, torch.empty(8, 40)) * 2 / 101)):
+        if (found - whole.hessian).norm() > 1e-5 * whole.hessian.norm():
+            wrong.append(name)
+    return wrong
+
+
+def factor(team: ranks.Ranks) -> list[str]:
+    """Three block columns and a bit; a matrix that is not positive definite is refused by all."""
+    x = torch.randn(3000, 3 * WIDTH + 17, generator=torch.Generator().manual_seed(1))
+    hessian = x.T @ x
+    alone, ours = inverse_factor(hessian, 0.01)[0], inverse_factor(hessian, 0.01, team)[0]
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    wrong = [] if torch.equal(alone, ours) else ["bits"]
+    if ((ours.double().T @ ours.double() @ damped) - torch.eye(len(hessian))).abs().max() > 1e-3:
+        wrong.append("inverse")
+    hessian[-1, -1] = -1e9
+    return wrong + ([] if inverse_factor(hessian, 0.01, team)[0] is None else ["indefinite"])
+
+
+def solve(team: ranks.Ranks) -> list[str]:
+    """With the same Hessian, sharing the rows of a weight leaves every bit as it is."""
+    stats = Stats()
+    x = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
+    stats.add(x @ torch.randn(192, 192, generator=torch.Generator().manual_seed(3)))
+    weight, step, wrong = torch.randn(101, 192, generator=torch.Generator().manual_seed(4)), GPTQ(bits=3, **GROUPS), []
+    spec = step.spec(step.targets(tiny.make("llama"))[0], torch.bfloat16)
+    alone, part = (step.quantize(rows.clone(), stats, spec) for rows in (weight, team.share(weight)))
+    for name in ("codes", "scales"):
+        if not torch.equal(getattr(alone, name), team.rows(getattr(part, name), 101)):
+            wrong.append(name)
+    return wrong + ([] if row_errors(weight, stats.hessian).isfinite().all() else ["errors"])
+
+
+def main() -> None:
+    team, data = ranks.join(), batches(9, 3)
+    found = {"moments": moments(team), "factor": factor(team), "solve": solve(team)}
+    found |= {plan: unlike("llama", plan, data, team) for plan in PLANS}
+    found |= {family: unlike(family, "narrow", data, team) for family in ("gpt_neox", "gpt2", "opt")}
+    found["one row"] = unlike("llama", "gptq", batches(2, 2)[:1], team)
+    odd = [{name: t[1:] for name, t in batches(2, 2)[0].items()}]
+    found["more processes than rows"] = unlike("qwen3", "lim", odd, team)
+    together = {name: [w for part in team.gather(wrong) for w in part] for name, wrong in found.items()}
+    if team.is_main:
+        sys.stdout.write(json.dumps(together) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with ranks.one_voice():
+        main()

@@ -1,0 +1,312 @@
+"""A run that was cut off, at any moment and in any way, goes on where it was and ends in the same bytes."""
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmopt
+from llmopt import checkpoint, pipeline, recipe
+from llmopt.blocks import layer_list
+from llmopt.heads import Gradient
+from llmopt.journal import Interrupted, Journal, difference
+from llmopt.method import LlmoptError
+from llmopt.quant import GPTQ, RTN
+from llmopt.quant.base import quantized_modules
+from llmopt.quant.export import rebuilt, stored
+from llmopt.shards import DiskFull
+from llmopt.streaming import Streaming
+from tests import tiny
+from tests.command import ROOT, call, command
+from tests.conftest import mount
+from tests.test_stream import contents, dense
+
+STEPS = """
+  - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: true}
+  - quant.gptq: {bits: 3, group_size: 16, allocate: lim}
+  - kv.snapkv: {ratio: 0.5, window: 8}
+"""
+WORK = "out.llmopt-work"
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    """A recipe file: a model of four blocks through pruning, quantization and a cache method."""
+    model, rows = dense(tmp_path, "llama", num_hidden_layers=4), tiny.ids(8, 24).tolist()
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(str, rows)))
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: {{id: {model}}}\ndata: {{name: ids, path: {tmp_path / 'ids.jsonl'}, batch_size: 3}}\n"
+                    f"max_shard_size: 30KB\nsteps:{STEPS}")
+    return file
+
+
+def run(file: Path, output: str = "out", stream: bool = False, resume: bool = True, sets: tuple = ()):
+    return pipeline.run(recipe.load(str(file), sets), file.parent / output, streaming=Streaming(stream), resume=resume)
+
+
+def cut_off(monkeypatch, at: int, error: BaseException) -> None:
+    """Let the `at`-th solution of GPTQ from now on raise `error`, once."""
+    solve, left = GPTQ._solve, [at]
+
+    def cut(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return solve(self, *args)
+
+    monkeypatch.setattr(GPTQ, "_solve", cut)
+
+
+def counted(monkeypatch, cls: type, name: str) -> list:
+    """A list that grows with every call of a method."""
+    calls, method = [], getattr(cls, name)
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(cls, name, wrapped)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------ SIGKILL
+
+def killed(made: Path, jobs: list[dict]) -> list[list[int]]:
+    """Exit codes of the jobs, the first of which is an undisturbed run into `whole`."""
+    jobs = [{"recipe": str(made), **job, "output": str(made.parent / job["output"])}
+            for job in [{"output": "whole", "stream": False}, *jobs]]
+    line, environment = command()
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_many.py")], input=json.dumps(jobs), text=True,
+                          env=environment, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    for job, ended in zip(jobs, codes, strict=True):
+        assert ended[-1] == 0, done.stderr
+        assert contents(Path(job["output"])) == contents(made.parent / "whole"), job
+    assert not [path.name for path in made.parent.iterdir() if "work" in path.name or path.name.startswith(".")]
+    return codes
+
+
+def test_sigkill_between_any_two_writes(made):
+    """Each attempt dies a few writes further on: in the journal's lines, in blocks' files, in the checkpoint's."""
+    chains = [{"output": f"chain{stream}", "stream": stream, "kills": [5] * 11} for stream in (False, True)]
+    saving = [{"output": f"saving{n}", "stream": n % 2 == 0, "kills": [n]} for n in (38, 41, 44, 47)]
+    codes = killed(made, chains + saving)
+    assert sum(code == -9 for ended in codes for code in ended) >= 24
+
+
+@pytest.mark.full
+def test_sigkill_at_random_moments(made):
+    """Moments drawn evenly over a run's duration, three in a row; every second run is streamed."""
+    draw = random.Random(0)
+    jobs = [{"output": f"random{i}", "stream": i % 2 == 0, "kills": [{"seconds": draw.uniform(0, 2)} for _ in range(3)]}
+            for i in range(20)]
+    codes = killed(made, jobs)
+    assert sum(code == -9 for ended in codes for code in ended) >= 20
+
+
+# ------------------------------------------------------------------------------------- what is kept, and what is done
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ctrl_c_keeps_what_is_finished(made, stream, monkeypatch, capsys):
+    words = ("compress", "--recipe", made, "--no-eval", "--stream" if stream else "--no-stream", "--output")
+    assert call(monkeypatch, *words, made.parent / "whole") == 0
+    words = (*words, made.parent / "out")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 16, KeyboardInterrupt())
+        assert call(patch, *words) == 130
+    work = made.parent / WORK
+    assert f"what is finished is kept in {work}, --resume goes on with it" in capsys.readouterr().err
+    assert not (made.parent / "out").exists()
+    with pytest.raises(ValueError, match="config.json"):
+        AutoModelForCausalLM.from_pretrained(work)
+    before = {file.name: file.read_bytes() for file in work.iterdir() if file.is_file()}
+    assert call(monkeypatch, *words) == 2
+    assert "an unfinished run of" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in work.iterdir() if file.is_file()} == before
+    solved = counted(monkeypatch, GPTQ, "_solve")
+    assert call(monkeypatch, *words, "--resume") == 0
+    assert len(solved) == 14                                   # seven weights of each of the last two blocks
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+    assert not work.exists()
+
+
+def test_a_run_begun_in_memory_goes_on_streamed_and_back(made, monkeypatch):
+    run(made, "whole")
+    for at, stream in ((9, False), (9, True), (9, False)):
+        with monkeypatch.context() as patch:
+            cut_off(patch, at, KeyboardInterrupt())
+            with pytest.raises(Interrupted):
+                run(made, stream=stream)
+    solved = counted(monkeypatch, GPTQ, "_solve")
+    run(made, stream=True)
+    assert len(solved) == 7
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+
+
+def test_a_block_damaged_on_disk_is_found_and_done_anew(made, monkeypatch):
+    run(made, "whole")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 24, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            run(made)
+    for name in ("step-0/1-00002", "step-1/1-00001"):
+        file = made.parent / WORK / name
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    solved = counted(monkeypatch, GPTQ, "_solve")
+    report = run(made)
+    assert len(solved) == 14
+    assert [line for line in report.told if "damaged" in line] == [
+        f"step-{place} was damaged on disk and is done anew" for place in ("0/1-00002", "1/1-00001")]
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+
+
+def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monkeypatch):
+    whole, file = run(made, "whole"), small_disk / "r.yaml"
+    assert not whole.told
+    mount(small_disk, "140k", "remount")
+    file.write_text(made.read_text())
+    for stream in (False, True):
+        with pytest.raises(DiskFull, match=f"disk: the disk is full; what is finished is kept in .*{WORK}, --resume"):
+            run(file, stream=stream)
+        assert not (small_disk / "out").exists()
+    mount(small_disk, "2m", "remount")
+    assert run(file).told
+    assert contents(small_disk / "out") == contents(made.parent / "whole")
+
+
+def test_decisions_are_not_made_twice(made, monkeypatch):
+    steps = """
+  - heads.gradient: {}
+  - quant.gptq: {bits: 3.5, group_size: 32, allocate: sensitivity}
+"""
+    made.write_text(made.read_text().replace(STEPS, steps))
+    run(made, "whole")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 4 * 28 + 9, KeyboardInterrupt())         # behind 28 weights at 4 widths each
+        with pytest.raises(Interrupted):
+            run(made)
+    scored, measured = counted(monkeypatch, Gradient, "score"), counted(monkeypatch, GPTQ, "_measure")
+    run(made)
+    assert (scored, measured) == ([], [])
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+
+
+def test_an_error_that_would_come_again_leaves_nothing(made, monkeypatch):
+    cut_off(monkeypatch, 9, LlmoptError("no"))
+    with pytest.raises(LlmoptError, match="^steps.1 quant.gptq: no$"):
+        run(made)
+    assert not list(made.parent.glob("*out*"))
+
+
+def test_an_error_behind_the_last_step_loses_nothing(made, monkeypatch):
+    run(made, "whole")
+    with monkeypatch.context() as patch, pytest.raises(LlmoptError, match="in the way; what is finished is kept in "):
+        patch.setattr(checkpoint, "_copy_companions", lambda *_: (_ for _ in ()).throw(LlmoptError("in the way")))
+        run(made)
+    assert [path.name for path in made.parent.glob("*out*")] == [WORK]
+    solved = counted(monkeypatch, GPTQ, "_solve")
+    run(made)
+    assert solved == []
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+
+
+# ------------------------------------------------------------------------------------------------ whose work it is
+
+def other_ids(made: Path, patch) -> tuple:
+    (made.parent / "ids.jsonl").write_text("\n".join(map(str, tiny.ids(8, 24, seed=2).tolist())))
+    return ()
+
+
+def other_weights(made: Path, patch) -> tuple:
+    file = sorted((made.parent / "dense").glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    return ()
+
+
+def other_version(made: Path, patch) -> tuple:
+    patch.setattr(checkpoint, "versions", lambda: {"torch": "1.0"})
+    return ()
+
+
+CHANGES = {
+    "recipe.steps.1.quant.gptq.bits was 3, is 4": lambda made, patch: ("steps.1.bits=4",),
+    "recipe.seed was 0, is 5": lambda made, patch: ("seed=5",),
+    "data was [0-9a-f]{64}, is [0-9a-f]{64}": other_ids,
+    r"files.model-\d+-of-\d+.safetensors.1 was \d+, is \d+": other_weights,
+    "versions.llmopt was .*, is None": other_version,
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_the_work_of_another_run_is_refused_with_the_difference(made, said, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_off(patch, 9, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            run(made)
+    journal = (made.parent / WORK / "journal").read_bytes()
+    with monkeypatch.context() as patch:
+        sets = CHANGES[said](made, patch)
+        with pytest.raises(LlmoptError, match=f"{WORK}: holds the unfinished work of another run: {said}"):
+            run(made, sets=sets)
+    assert (made.parent / WORK / "journal").read_bytes() == journal
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with Journal(tmp_path / WORK).opened({}), pytest.raises(LlmoptError, match="in use by another run"), \
+            Journal(tmp_path / WORK).opened({}):
+        pass
+
+
+def test_difference_is_the_first_place():
+    old = {"a": 1, "b": [1, {"c": 2}]}
+    assert difference(old, old) is None
+    assert difference(old, {"a": 1, "b": [1, {"c": 3}]}) == "b.1.c was 2, is 3"
+    assert difference(old, {"a": 1}) == "b was [1, {'c': 2}], is None"
+    assert difference([1, 2], [1]) == " was [1, 2], is [1]"
+
+
+def test_a_line_cut_short_is_as_if_never_written(tmp_path):
+    work = tmp_path / WORK
+    journal = Journal(work)
+    with pytest.raises(Interrupted), journal.opened({"a": 1}):
+        journal.remember(0, "one", lambda: {"x": .1})
+        journal.remember(0, "two", lambda: {"x": .2})
+        raise KeyboardInterrupt
+    text = (work / "journal").read_bytes()
+    for length in range(len(text)):
+        (work / "journal").write_bytes(text[:length])
+        again = Journal(work)
+        with pytest.raises(Interrupted), again.opened({"a": 1}):
+            whole = text[:length].count(b"\n")
+            assert len(again.entries) == max(0, whole - 1)
+            again.remember(0, "three", dict)
+            raise KeyboardInterrupt
+        assert len(Journal(work)._read()) == max(1, whole) + 1
+
+
+# ------------------------------------------------------------------------------------------------ a block's file
+
+@pytest.mark.parametrize(("family", "step"), [
+    ("llama", GPTQ(bits=3, group_size=16, symmetric=False, static_groups=False)),
+    ("gpt2", RTN(bits=5, group_size=32, overrides={"c_attn": {"bits": 16}})),
+    ("phi3", RTN(bits=2, group_size=-1, scale_dtype="float16"))])
+def test_a_layer_is_rebuilt_from_what_is_stored(family, step, tmp_path):
+    model = tiny.make(family)
+    llmopt.compress(model, [step], batches=tiny.ids(4, 32))
+    layer, like = layer_list(model)[0], layer_list(tiny.make(family))[0]
+    tensors, record = stored(layer)
+    assert not [name for name in tensors if name.removesuffix(".weight") in record]     # codes alone
+    state, results = rebuilt(like, tensors, json.loads(json.dumps(record)))
+    assert state.keys() == layer.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
+    for name, (_, result) in quantized_modules(layer).items():
+        assert {k: v for k, v in vars(results[name]).items() if not isinstance(v, torch.Tensor)} == \
+               {k: v for k, v in vars(result).items() if not isinstance(v, torch.Tensor)}
+        assert torch.equal(results[name].dequantize(torch.float32), result.dequantize(torch.float32))
