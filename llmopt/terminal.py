@@ -224,6 +224,23 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def show_scale(found: dict[str, Any], as_json: bool) -> None:
+    """`llmopt bench scale`: a row for each number of blocks, then the processes, then the commands."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["blocks"], human(row["model_bytes"]), human(row["peak_private"]), human(row["peak_mapped"]),
+             f"{row['seconds_per_block']:.2f} s", f"{row['journal']:.1%}") for row in found["memory"]]
+    print_table("streamed, one thread", ["blocks", "model", "peak private memory", "mapped files", "steps, a block",
+                                         "journal"], rows)
+    both = found["processes"]
+    print_table(f"quant.gptq, {both['shape']}, one block", ["", "seconds"],
+                [("one process", f"{both['one']:.1f}"), ("two processes", f"{both['two']:.1f}"),
+                 ("times faster", f"{both['ratio']:.2f}")])
+    for line in found["commands"]:
+        click.echo(line)
+
+
 def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
