@@ -56,7 +56,7 @@ def cli(context) -> None:
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Print every step's plan and the predicted sizes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Plan, size, memory and time; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
 @click.option("--resume", is_flag=True, help="Go on with a run of the same recipe that was cut off.")
 @click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
@@ -72,7 +72,8 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
 
     terminal.quiet_libraries()
     import llmopt  # noqa: F401  fills the registry, before the recipe is read
-    from llmopt import pipeline, recipe
+    from llmopt import dryrun, pipeline, recipe
+    from llmopt.gauge import Gauge
     from llmopt.shards import size_of
     from llmopt.streaming import Streaming
 
@@ -81,7 +82,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
         if ranks.is_main():
-            terminal.show_plan(pipeline.dry_run(plan, streaming), as_json)
+            terminal.show_plan(dryrun.dry_run(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
@@ -96,14 +97,15 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
                            f"{plan.model.id}", err=True)
             tasks = []
-    team = join(plan.model.device)
+    team, told = join(plan.model.device), {}
     if team.agree(resume and pipeline.is_finished(output, plan)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
-        with terminal.progress() as progress:
+        with terminal.progress() as progress, Gauge() as gauge:
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
-                                  resume=resume, ranks=team)
+                                  resume=resume, ranks=team, gauge=gauge)
+        told = report.predictions()
         for line in report.told:
             terminal.say(line)
         if max_blocks:
@@ -113,7 +115,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             terminal.say("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
-    terminal.show_result(complete(output, plan, tasks, terminal.say, team), output, as_json)
+    terminal.show_result(complete(output, plan, tasks, terminal.say, team) | {"predictions": told}, output, as_json)
 
 
 @cli.command("eval")
@@ -237,6 +239,36 @@ def push(folder, repo, private) -> None:
     quiet_libraries()
     check_folder(folder)
     click.echo(upload(folder, repo, private, card_for(folder, repo)))
+
+
+@cli.group()
+def bench() -> None:
+    """Measure llmopt itself: the figures of the README, each with the command that gives it."""
+
+
+@bench.command()
+@click.option("--shape", default="qwen3-0.6b", show_default=True, help="Whose memory: qwen3-0.6b, llama-1b, llama-7b.")
+@click.option("--blocks", default="4,8,16,32", show_default=True, help="How many of them, one run each.")
+@click.option("--recipe", "recipe_name", help="Recipe of these runs; default: quant.rtn at 4 bits.")
+@click.option("--solve", default="llama-1b", show_default=True, help="Shape on which one and two processes run GPTQ.")
+@click.option("--quick", is_flag=True, help="Two small runs instead of four, and less calibration data.")
+@JSON
+def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
+    """Memory, time and the journal's cost against the number of blocks; two processes against one."""
+    from llmopt import terminal
+
+    terminal.quiet_libraries()
+    from llmopt_evals.bench.scale import QUICK, Plan, measure
+
+    import llmopt  # noqa: F401  fills the registry
+    from llmopt.recipe import values
+
+    counts = values([f"blocks=[{blocks}]"])["blocks"]
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+        raise LlmoptError(f"--blocks: {blocks!r} given, numbers such as 4,8,16,32 expected")
+    with terminal.progress() as progress:
+        found = measure(QUICK if quick else Plan(shape, tuple(counts), recipe_name, solve), progress)
+    terminal.show_scale(found, as_json)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmopt.blocks import layer_list, spec_of
+from llmopt.gauge import give_back_freed
 from llmopt.journal import Journal
 from llmopt.method import Memory, naming
 from llmopt.quant.export import rebuilt, stored
@@ -55,6 +56,7 @@ class Kept(Memory):
         if self.commits and self.lasting:
             with naming(f"{spec_of(model).layers}.{index}"):
                 self.journal.commit(self.key(index), *stored(layer_list(model)[index]))
+        give_back_freed()
 
     def key(self, index: int) -> tuple[int, int, int]:
         """The name that this loop's work on a block has in the journal."""

@@ -25,6 +25,12 @@ def resolve(name: str) -> str:
     return name
 
 
+def local_folder(spec: ModelSpec) -> Path:
+    """Where the files of a model lie, one of the hub after it has been loaded."""
+    source = resolve(spec.id)
+    return Path(source) if Path(source).is_dir() else companion(source, "config.json", spec.revision).parent
+
+
 def load_dense(spec: ModelSpec) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer or None) for compression: a supported architecture, not yet quantized.
 

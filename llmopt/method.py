@@ -5,6 +5,7 @@ returns a `Record`; `restore` redoes the edit on a model that was loaded from di
 """
 import difflib
 import math
+import time
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from llmopt.ranks import Ranks
+from llmopt.room import Room, Scene
 
 Stage = Literal["score", "prune", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
@@ -86,6 +88,23 @@ Progress = Callable[[Iterable, str], Iterable]
 def silent(items: Iterable, label: str) -> Iterable:
     """The progress that shows nothing."""
     return items
+
+
+class Clock:
+    """A Progress that tells from the first item of every loop how many seconds all its items will take."""
+
+    def __init__(self, progress: Progress = silent):
+        self.progress, self.seconds = progress, 0.0
+
+    def __call__(self, items: Iterable, label: str) -> Iterator:
+        items = list(items)
+        start = time.perf_counter()
+        for i, item in enumerate(self.progress(items, label)):
+            if i == 1:
+                self.seconds += (time.perf_counter() - start) * len(items)
+            yield item
+        if len(items) == 1:
+            self.seconds += time.perf_counter() - start
 
 
 @dataclass
@@ -164,6 +183,21 @@ class Run:
         return self.ranks.share_batches(self.batches)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What estimates of time multiply with: the model's blocks, seconds of its whole forward per token."""
+
+    blocks: int
+    token: float
+
+
+def timed(do: Callable, *given: Any) -> float:
+    """Seconds that `do(*given)` takes."""
+    start = time.perf_counter()
+    do(*given)
+    return time.perf_counter() - start
+
+
 class Checked:
     """A dataclass whose values must fit their annotations: a wrong one raises FieldError when it is made."""
 
@@ -196,6 +230,15 @@ class Method(Checked, ABC):
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
         """Edit `model` in place and return what load time needs."""
+
+    def rooms(self, model, scene: Scene) -> list[Room]:
+        """What `apply` takes of the memory, an entry for each block or for what it does at once; shapes are enough."""
+        rows, length = scene.largest
+        return [Room(whole=self.whole_bytes(model, rows * length))]
+
+    def seconds(self, model, run: Run, pace: "Pace") -> float:
+        """How long `apply` will take; `model` is cut to its first block, except for a score that needs all of it."""
+        return timed(self.apply, model, run) * pace.blocks
 
     def restore(self, model, record: Record) -> None:
         """Redo the edit on a model loaded from disk; nothing, where config and weights already carry it."""

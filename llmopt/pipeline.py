@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt import checkpoint, data, rehearsal, runtime, shards
+from llmopt import checkpoint, data, rehearsal, runtime, shards, store
 from llmopt.facts import FILE, read_facts
 from llmopt.folder import WORK
+from llmopt.gauge import Gauge
 from llmopt.hub import companion
 from llmopt.journal import Journal, checksum
-from llmopt.loading import load_dense, resolve
-from llmopt.method import LlmoptError, Method, Progress, Record, Run, naming, silent
-from llmopt.predict import group_multiple, predict
+from llmopt.loading import load_dense, local_folder, resolve
+from llmopt.method import Clock, LlmoptError, Method, Progress, Record, Run, naming, silent
+from llmopt.predict import Prediction, group_multiple, predict
 from llmopt.quant.base import quantized_modules
 from llmopt.ranks import Ranks
 from llmopt.recipe import Recipe, check_order
+from llmopt.room import Scene
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming, open_model, save_partial
+
+SAVED = 60 * 10**6          # bytes of a checkpoint written, read again and compared in a second: an estimate
 
 
 @dataclass
@@ -42,6 +46,21 @@ class Report:
     streamed: bool = False             # one block in memory at a time; the result is the same
     told: list[str] = field(default_factory=list)     # of a resumed run: what was there, what was damaged
     seconds: dict[str, float] = field(default_factory=dict)
+    predicted_memory: int = 0          # bytes of private memory above the imports' at the peak
+    predicted_seconds: float = 0.0
+    memory: int | None = None          # as measured, if a gauge was given
+
+    def predictions(self) -> dict[str, list]:
+        """{"memory" and "seconds": [predicted, measured]}, where both are known; they differ from run to run."""
+        told = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
+        if not self.told and "total" in self.seconds:               # a resumed run has less to do
+            told["seconds"] = [round(self.predicted_seconds, 2), round(self.seconds["total"], 2)]
+        return told
+
+    def predict(self, told: Prediction, steps: float) -> None:
+        """Take in what was foreseen; steps: seconds of all of them, as far as their loops go."""
+        self.predicted_memory = told.peak.private
+        self.predicted_seconds = self.seconds["load"] + self.seconds["cache"] + steps + told.bytes / SAVED
 
     def to_dict(self) -> dict[str, Any]:
         return {"records": self.records, "seed": self.seed, "calibration_sha256": self.calibration,
@@ -75,9 +94,11 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    start = time.perf_counter()
     report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
                     dense_bytes=shards.file_bytes(checkpoint.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
+    report.seconds["cache"] = time.perf_counter() - start
     for i, step in enumerate(steps):
         start = time.perf_counter()
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
@@ -89,7 +110,9 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
     report.parameters = model.num_parameters()
+    start = time.perf_counter()
     report.cache_after = cache_bytes_per_token(model)
+    report.seconds["cache"] += time.perf_counter() - start
     return report
 
 
@@ -107,10 +130,15 @@ def refuse_compressed(model: nn.Module) -> None:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
 
 
+def prompt_length(model: nn.Module) -> int:
+    """Tokens of the prompt whose cache is measured."""
+    return min(512, model.config.max_position_embeddings // 2)
+
+
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module) -> float:
     """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
-    length = min(512, model.config.max_position_embeddings // 2)
+    length = prompt_length(model)
     if next(model.parameters()).is_meta:
         return rehearsal.cache_bytes(model, length) / length
     generator = torch.Generator().manual_seed(0)
@@ -123,11 +151,13 @@ def cache_bytes_per_token(model: nn.Module) -> float:
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
-        streaming: Streaming = Streaming(), resume: bool = False, ranks: Ranks = Ranks()) -> Report:  # noqa: B008  frozen
+        streaming: Streaming = Streaming(), resume: bool = False, ranks: Ranks = Ranks(),       # noqa: B008  frozen
+        gauge: Gauge | None = None) -> Report:
     """Carry out `recipe` into the folder `output`, in memory or streamed.
 
     What is finished is kept in OUTPUT.llmopt-work until all is; resume: go on with what a run that was cut off has
-    left there. ranks: the processes that do this together; one of them writes, all come back when it has.
+    left there. ranks: the processes that do this together; one of them writes, all come back when it has. gauge:
+    watches this one, so that the log can tell how much memory it took.
     Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
     """
     clock = time.perf_counter()
@@ -138,27 +168,50 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         journal.refuse_unfinished()
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Stream)
-    batches = None
-    if any(step.needs_data for step in recipe.steps):
-        batches = data.load(recipe.data, model.config, tokenizer)
+    batches = load_batches(recipe, model, tokenizer)
     with journal.opened(marks(recipe, batches, streaming)):
-        run = Run(batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, memory=memory, ranks=ranks)
+        pace = Clock(progress)
+        run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
+        predicted = foresee(recipe, model, run, streaming)
         loaded = time.perf_counter() - clock
-        predicted, _ = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
         report = _compress(model, list(recipe.steps), run)
         journal.hold = True
-        report.predicted_bytes, report.streamed, report.told = predicted, streamed, journal.told
+        report.predicted_bytes, report.streamed, report.told = predicted.bytes, streamed, journal.told
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
-        report.seconds = {"load": loaded, **report.seconds, "of which for the journal": journal.seconds}
+        report.seconds = {"load": loaded, **report.seconds}
+        report.predict(predicted, pace.seconds)
+
+        def finish(stage: Path) -> None:
+            total = time.perf_counter() - clock
+            report.seconds |= {"save and verify": total - sum(report.seconds.values()), "total": total,
+                               "of which for the journal": journal.seconds}
+            report.memory = gauge.look().private if gauge else None
+            _write_log(stage, report)
+
         if streaming.blocks and ranks.is_main:
-            save_partial(weights, output, recipe.max_shard_size)
+            save_partial(weights, output, recipe.max_shard_size, finish)
         elif ranks.is_main:
             checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
-                            finish=lambda stage: _write_log(stage, report), weights=weights, work=journal.folder)
+                            finish=finish, weights=weights, work=journal.folder)
         ranks.wait()
-    report.seconds["total"] = time.perf_counter() - clock
     return report
+
+
+def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
+    """The calibration data, if a step asks for it."""
+    wanted = any(step.needs_data for step in recipe.steps)
+    return data.load(recipe.data, model.config, tokenizer) if wanted else None
+
+
+def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:
+    """Size and memory of the run to come."""
+    streamed, batches = isinstance(run.memory, Stream), run.own_batches if run.batches else []
+    scene = Scene(tuple(tuple(batch["input_ids"].shape) for batch in batches),
+                  any(not bool(batch["attention_mask"].all()) for batch in batches),
+                  streaming.activations // run.ranks.size if streamed else None, streamed,
+                  store.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
+    return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
 
 
 def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
@@ -168,14 +221,6 @@ def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
     return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
             "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
             "versions": checkpoint.versions()}
-
-
-def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
-    """{"model", "steps": [[name, text]], "predicted_bytes", "dense_bytes"} of a recipe; nothing is written."""
-    model, _, memory = open_model(recipe, Journal(Path("nowhere")), streaming)
-    size, steps = predict(model, list(recipe.steps), recipe.format, recipe.seed, memory)
-    return {"model": recipe.model.id, "steps": steps, "predicted_bytes": size,
-            "dense_bytes": shards.file_bytes(checkpoint.plain_state(model))}
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent,
@@ -206,4 +251,6 @@ def _write_log(stage: Path, report: Report) -> None:
         lines.append("streamed: one block in memory at a time")
     lines += report.told
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
+    lines += [f"{what}: {told:,.0f} predicted, {found:,.0f} measured" for what, (told, found) in
+              report.predictions().items()]
     (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

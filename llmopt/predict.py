@@ -4,31 +4,50 @@ Pruning plans are made for real (on a skeleton without weights), quantized sizes
 where these decide the bits; with `allocate: sensitivity` every weight is counted at the average.
 """
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmopt import checkpoint, shards
 from llmopt.blocks import spec_of
+from llmopt.forecast import Forecast, Peak
 from llmopt.method import LlmoptError, Memory, Method, Run, naming
 from llmopt.prune.surgery import apply_plan
 from llmopt.quant.grid import DTYPES
 from llmopt.quant.plan import DENSE, Target
+from llmopt.room import Scene
+
+
+class Prediction(NamedTuple):
+    """bytes: of the checkpoint's safetensors. steps: [[step, what it will do]]. peaks: of memory, part by part."""
+
+    bytes: int
+    steps: list[list[str]]
+    peaks: list[Peak]
+
+    @property
+    def peak(self) -> Peak:
+        """The part that takes the most private memory."""
+        return max(self.peaks, key=lambda peak: peak.private)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0,
-            memory: Memory = Memory()) -> tuple[int, list]:       # noqa: B008  it holds nothing
-    """(bytes of the checkpoint's safetensors, [[step, what it will do]]); `model` is left as it is.
+            memory: Memory = Memory(), scene: Scene = Scene()) -> Prediction:     # noqa: B008  frozen, or empty
+    """What `steps` will make of `model`, which is left as it is, and what that takes.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local.
     """
     skeleton, told, packed = _skeleton(model), [], {}
+    forecast = Forecast(skeleton, scene)
+    forecast.cache()
     run = Run(seed=seed, multiple=group_multiple(steps), memory=memory)
     pruned = False
     for i, step in enumerate(steps):
         with naming(f"steps.{i} {step.name}"):
+            rooms = step.rooms(skeleton, scene)
             if step.stage == "prune":
                 text = _prune(skeleton, step, run, None if pruned or step.uses_inputs else model)
                 pruned = True
@@ -36,11 +55,14 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
                 text = _quantize(skeleton, step, packed)
             else:
                 text = ", ".join(f"{k} {v}" for k, v in step.to_dict()[step.name].items() if v is not None)
+        forecast.step(f"steps.{i} {step.name}", rooms)
         told.append([step.name, text])
     tensors = checkpoint.plain_state(skeleton, renamed=format != "portable" or not packed)
     if format == "portable":
         tensors = {k: t for key, dense in tensors.items() for k, t in packed.get(key, {key: dense}).items()}
-    return shards.file_bytes(tensors), told
+    forecast.cache()
+    forecast.save(tensors)
+    return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
 
 
 def group_multiple(steps: list[Method]) -> int:

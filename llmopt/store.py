@@ -50,6 +50,15 @@ def dense_bytes(folder: Path, dtype: str | None = None) -> int:
     return total
 
 
+def converted(model: nn.Module, folder: Path) -> frozenset[str]:
+    """The model's parameters that are not mapped from the folder's files: of another type there, or put together."""
+    stored = {name: TYPES.get(entry["dtype"]) for file in weight_files(folder)
+              for name, entry in read_header(file)[0].items()}
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(name for name, parameter in model.named_parameters()
+                     if parameter.dtype not in (stored.get(name), stored.get(name.removeprefix(prefix))))
+
+
 def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
     """The model of a config in eval mode: its weights on the meta device, what it computes from its config real."""
     from accelerate import init_empty_weights

@@ -4,7 +4,6 @@ The model is a skeleton whose weights are on the meta device, so that everything
 ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from llmopt import shards, store
 from llmopt.blocks import layer_list, spec_of
 from llmopt.checkpoint import as_filed, packs, plain_state
+from llmopt.gauge import give_back_freed
 from llmopt.journal import Journal
 from llmopt.kept import Kept
 from llmopt.loading import check_finite
@@ -137,14 +137,6 @@ class Stream(Kept):
             self._check(cast, {prefix + name: place for name, place in places.items()})
             yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
-
-
-def give_back_freed() -> None:
-    """Have the C library return freed memory: it keeps pieces below 32 MB, and scattered ones add up block by block."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):        # not glibc
-        return
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

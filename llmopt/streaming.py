@@ -1,5 +1,6 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tup
     refuse_whole(recipe, model, "and cannot be streamed", room=0)
     memory = Stream(journal, places, model, recipe, streaming.activations // journal.ranks.size)
     if streaming.blocks:
-        _cut_short(model, streaming.blocks)
+        cut_short(model, streaming.blocks)
     return model, fitting_tokenizer(model, local, recipe.model), memory
 
 
-def _cut_short(model: nn.Module, count: int) -> None:
+def cut_short(model: nn.Module, count: int) -> None:
     """Leave the first `count` blocks."""
     kept = list(layer_list(model))[:count]
     replace_layers(model, kept)
@@ -158,8 +159,10 @@ def _verify_shapes(stage: Path, written: store.Places, model: nn.Module) -> None
             raise VerificationError(f"{stage.name}: {name} is {shape}, the config wants {list(like.shape)}")
 
 
-def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str) -> None:
+def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
+                 finish: Callable[[Path], None]) -> None:
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
     with checkpoint.staged(output, weights.memory.work) as stage:
         weights.write(stage, max_shard_size)
         shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
+        finish(stage)

@@ -102,6 +102,10 @@ def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
         return
     steps = " -> ".join(record["method"] for record in facts["records"])
     print_table(f"{facts['base_model']}: {steps}", ["", "before", "after"], facts["table"])
+    if told := facts.get("predictions"):
+        forms = {"memory": ("peak memory", human), "seconds": ("time without evaluation", duration)}
+        print_table("foretold", ["", "predicted", "measured"],
+                    [(forms[what][0], *map(forms[what][1], figures)) for what, figures in told.items()])
     for way, result in facts["loads_with"].items():
         click.echo(f"  loads with {way:<18} {result}")
     click.echo(f"written to {output}")
@@ -197,12 +201,44 @@ def _brief(meta: dict[str, Any]) -> str:
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
-    """The dry run: each step's plan, then sizes."""
+    """The dry run: each step's plan, how long each part takes, then size, memory and time."""
     if as_json:
         print_json(plan)
         return
     print_table("plan (nothing was written)", ["step", "what it will do"], plan["steps"])
+    print_table("time", ["part", "seconds", "from"], [(part, f"{s:.2f}", how) for part, s, how in plan["seconds"]])
+    print_table("memory above the imports", ["part", "private", "mapped from files"],
+                [(part, human(private), human(mapped)) for part, private, mapped in plan["peaks"]])
     click.echo(f"predicted size {human(plan['predicted_bytes'])}, dense {human(plan['dense_bytes'])}")
+    click.echo(f"predicted peak memory {human(plan['predicted_memory'])}, {human(plan['available_memory'])} available")
+    click.echo(f"predicted time {duration(plan['predicted_seconds'])}, evaluation not included")
+    for line in plan["advice"]:
+        click.echo(line)
+
+
+def duration(seconds: float) -> str:
+    """7384 -> "2 h 3 min"; below a minute with a decimal."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_scale(found: dict[str, Any], as_json: bool) -> None:
+    """`llmopt bench scale`: a row for each number of blocks, then the processes, then the commands."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["blocks"], human(row["model_bytes"]), human(row["peak_private"]), human(row["peak_mapped"]),
+             f"{row['seconds_per_block']:.2f} s", f"{row['journal']:.1%}") for row in found["memory"]]
+    print_table("streamed, one thread", ["blocks", "model", "peak private memory", "mapped files", "steps, a block",
+                                         "journal"], rows)
+    both = found["processes"]
+    print_table(f"quant.gptq, {both['shape']}, one block", ["", "seconds"],
+                [("one process", f"{both['one']:.1f}"), ("two processes", f"{both['two']:.1f}"),
+                 ("times faster", f"{both['ratio']:.2f}")])
+    for line in found["commands"]:
+        click.echo(line)
 
 
 def show_methods(classes: list, detailed: bool, as_json: bool) -> None:

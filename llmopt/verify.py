@@ -36,8 +36,12 @@ def verify(folder: Path, model: nn.Module) -> None:
 def probe(model: nn.Module) -> Tensor:
     """Fixed random ids [2, T] that any vocabulary holds."""
     generator = torch.Generator().manual_seed(0)
-    length = min(64, model.config.max_position_embeddings // 2)
-    return torch.randint(0, model.config.vocab_size, (2, length), generator=generator).to(model.device)
+    return torch.randint(0, model.config.vocab_size, (2, probe_length(model)), generator=generator).to(model.device)
+
+
+def probe_length(model: nn.Module) -> int:
+    """Tokens in a row of the probe."""
+    return min(64, model.config.max_position_embeddings // 2)
 
 
 def greedy(model: nn.Module, ids: Tensor, count: int = 8) -> list[int]:

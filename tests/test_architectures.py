@@ -153,12 +153,12 @@ def test_a_config_of_the_wild_survives_a_whole_recipe(name, tmp_path):
 
 def test_of_mixture_of_experts_plan_and_card_say_that_only_attention_is_compressed(tmp_path):
     model, method = tiny.make("qwen3_moe"), build(*CELLS["quant.*"])
-    size, steps = predict(model, [method])
+    told = predict(model, [method])
     report = llmopt.compress(model, [method])
     llmopt.save(model, tmp_path / "out", report=report)
-    assert SPECS["qwen3_moe"].note in steps[0][1]
+    assert SPECS["qwen3_moe"].note in told.steps[0][1]
     assert SPECS["qwen3_moe"].note in (tmp_path / "out/README.md").read_text()
-    assert size == (tmp_path / "out/model.safetensors").stat().st_size
+    assert told.bytes == (tmp_path / "out/model.safetensors").stat().st_size
 
 
 def test_counts_that_the_config_itself_refuses_are_refused_before_anything_changes():

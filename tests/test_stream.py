@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import llmopt
 from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
 from llmopt.blocks import blocks, walk
+from llmopt.dryrun import dry_run
 from llmopt.kv import SnapKV
 from llmopt.method import LlmoptError, Memory, Run
 from llmopt.quant import GPTQ
@@ -158,11 +159,11 @@ def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(s
 def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_path, monkeypatch):
     made = plan(tmp_path, dense(tmp_path, "llama"), "[heads.gradient: {}]")
     monkeypatch.setattr(streaming, "available", lambda: 50_000_000)
-    assert pipeline.dry_run(made)["steps"]
+    assert dry_run(made)["steps"]
     monkeypatch.setattr(streaming, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
     with pytest.raises(LlmoptError, match=r"steps.0 heads.gradient: works on the whole model at once; .* 0.0 GB"):
-        pipeline.dry_run(made)
-    assert pipeline.dry_run(made, Streaming(False))["steps"]
+        dry_run(made)
+    assert dry_run(made, Streaming(False))["steps"]
 
 
 @pytest.mark.parametrize("name", llmopt.names())
@@ -268,7 +269,9 @@ def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
 
 def test_a_dry_run_says_the_same(tmp_path):
     made = plan(tmp_path, dense(tmp_path, "qwen3"), STEPS["all"])
-    assert pipeline.dry_run(made, Streaming(True)) == pipeline.dry_run(made, Streaming(False))
+    told = [dry_run(made, Streaming(streamed)) for streamed in (True, False)]
+    assert [plan["streamed"] for plan in told] == [True, False]
+    assert len({str([plan[key] for key in ("steps", "predicted_bytes", "dense_bytes")]) for plan in told}) == 1
 
 
 def test_some_blocks_only_are_no_model(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmopt.blocks import blocks
 from llmopt.facts import read_scores
-from llmopt.method import LlmoptError, Method, Record, Run
+from llmopt.method import LlmoptError, Method, Pace, Record, Run, timed
 
 Batch = dict[str, Tensor]
 
@@ -65,6 +65,14 @@ class HeadScore(Method):
             found = [torch.zeros(block.heads, dtype=torch.float64, device=model.device) for block in blocks(model)]
         total = sum(run.ranks.gather(count))
         return [run.ranks.sum_(s * (count / total)) for s in found]
+
+    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
+        """Of the whole model: the first batch for real, the others by their number of tokens."""
+        if not self.needs_whole:
+            return super().seconds(model, run, pace)
+        first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
+        spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
+        return spent * total / first
 
 
 def amount(batches: list[Batch]) -> dict[str, int]:

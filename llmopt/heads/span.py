@@ -15,10 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llmopt import activations
 from llmopt.blocks import blocks, visits
 from llmopt.heads.base import HeadScore
-from llmopt.heads.rows import Rows, attention_rows
+from llmopt.heads.rows import ENTRIES, Rows, attention_rows
 from llmopt.method import Run, register
+from llmopt.room import Room, Scene
 
 
 def distance(rows: Rows) -> Tensor:                       # [H]
@@ -35,6 +37,11 @@ class Span(HeadScore):
 
     needs_whole: ClassVar[bool] = False
     mean_over: ClassVar = "tokens"
+
+    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
+        length = max((length for _, length in scene.shapes), default=0)
+        return [Room(passes=activations.forward(model, block, 1, length)
+                     + 12 * min(ENTRIES, block.heads * length ** 2), sets=2) for block in blocks(model)]
 
     @torch.no_grad()
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:

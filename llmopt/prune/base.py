@@ -1,6 +1,7 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
 from abc import abstractmethod
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.blocks import Block, Visit, blocks, each, layer_list, refuse_units, visits
-from llmopt.method import FieldError, LlmoptError, Method, Record, Run
+from llmopt.method import BudgetError, FieldError, LlmoptError, Method, Pace, Record, Run, timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
-from llmopt.prune.refit import refit
+from llmopt.prune.refit import refit, refit_bytes
 from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
+from llmopt.room import Room, Scene
 
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
 Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer
@@ -74,13 +76,35 @@ class Pruner(Method):
         plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
-        if self.refit:
-            refit(model, run, plan, f"{self.name} refit")
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
-        apply_plan(model, plan, run)
+        self._carry_out(model, run, plan)
         return Record(meta=meta | {
             "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
+
+    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
+        if self.refit:
+            refit(model, run, plan, f"{self.name} refit")
+        apply_plan(model, plan, run)
+
+    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
+        return [self._room(model, block, scene) for block in blocks(model)]
+
+    def _room(self, model: nn.Module, block: Block, scene: Scene) -> Room:
+        """Squares of the largest weight; refitting takes more."""
+        largest = max((p.out_features * p.in_features for p in block.projections()), default=0)
+        cut = {} if self.units[0] in COARSE else {id(m.projection.module): m.projection.module
+                                                  for unit in self.units for m in members(block, unit)}
+        passes = max(16 * largest, refit_bytes(model, block, scene, 1 - self.ratio) if self.refit else 0)
+        return Room(tuple(cut.values()), 0, passes, 2 if self.needs_data else 0)
+
+    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
+        spent = timed(self._rate, model, run)
+        if self.units[0] not in COARSE:             # parts that leave as a whole take no time
+            with suppress(BudgetError):             # one block alone may have less to spare than all together
+                plan, _ = self.guess(model, run)
+                spent += timed(self._carry_out, model, run, plan)
+        return spent * pace.blocks
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """What stays of each layer, and figures for the record. A method that searches overrides this."""
@@ -158,7 +182,7 @@ class Pruner(Method):
         coarse = units[0].kind in COARSE
         removed = (globally if coarse or self.scope == "global" else locally)(units, self.ratio)
         if not any(removed):
-            raise LlmoptError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} "
+            raise BudgetError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} "
                               f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
                               + ("" if coarse or self.scope == "global" else " or use scope: global"))
         return removed

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from llmopt import activations
 from llmopt.blocks import Block, Projection, Visit, visits
 from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
 from llmopt.ranks import Ranks
+from llmopt.room import Scene
 
 DAMPING = 0.01
 
@@ -61,6 +63,14 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
     for visit in visits(model, run, label, shared=True):
         for projection, kept in writers(visit.block, plan[visit.block.index]):     # attention first: the FFN sees it
             _refit_one(visit, projection, kept, run.ranks)
+
+
+def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> int:
+    """Two sums of squares in float32 while they are taken; of the widest system its share `kept`, twice, in float64."""
+    width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
+    out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
+    system = int((12 + 16 * kept ** 2 + 8 * kept * (2 - kept)) * width ** 2)
+    return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 24 * out * width)
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks) -> None:

@@ -8,13 +8,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Projection, Visit, blocks, each, visits
-from llmopt.method import FieldError, LlmoptError, Method, Record, Run, naming
+from llmopt import activations
+from llmopt.blocks import Block, Projection, Visit, blocks, each, visits
+from llmopt.gauge import give_back_freed
+from llmopt.method import FieldError, LlmoptError, Method, Pace, Record, Run, naming
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import DTYPES, Quantized, Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 from llmopt.ranks import Ranks
+from llmopt.room import Room, Scene
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
@@ -121,6 +124,36 @@ class Quantizer(Method):
         """
         return None
 
+    def working(self, out: int, columns: int) -> int:
+        """Bytes that rounding one weight takes beside it, and packing its codes: copies in four bytes a value."""
+        return 20 * out * columns
+
+    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
+        found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
+        each_block = [self._room(model, block, found, scene) for block in blocks(model)]
+        if self.allocate == "sensitivity":
+            answers = scores.trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
+            each_block.append(Room(whole=self.whole_bytes(model, 0) + answers))
+        return each_block
+
+    def _room(self, model: nn.Module, block: Block, found: dict[str, Target], scene: Scene) -> Room:
+        mine = [(p, found[p.name]) for p in block.projections() if p.name in found]
+        passes = max((self.working(t.out, t.columns) for _, t in mine), default=0)
+        if self.uses_inputs:                        # a Hessian, the share of one batch, and their sum
+            hessian = max((t.columns ** 2 for _, t in mine), default=0)
+            passes = max(passes, activations.observing(model, block, scene) + 12 * hessian)
+        return Room(tuple(p.module for p, _ in mine), sum(t.size + t.out * t.groups * 4 for _, t in mine), passes,
+                    3 if self.allocate == "lim" else 2 if self.needs_data else 0)
+
+    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
+        blockwise = super().seconds(model, run, pace)
+        if self.allocate != "sensitivity":
+            return blockwise
+        rows = scores.sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
+        groups = {t.group for t in self.targets(model)}
+        trials = len(groups) * pace.blocks * (len(self.widths) - 1)
+        return blockwise + trials * sum(row["input_ids"].numel() for row in rows) * pace.token
+
     def spec(self, target: Target, dtype: torch.dtype) -> Spec:
         """What `quantize` is told about one weight of type `dtype`."""
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
@@ -156,6 +189,7 @@ class Quantizer(Method):
         todo = {t.name: t for t in decided if t.bits != DENSE}
         for projection, stats in self._visits(model, run, todo, self.name, edits=True):
             self._write(projection, stats, todo[projection.name], self._team(projection, run))
+            give_back_freed()
         return Record(meta=self._meta(model, decided) | allocation)
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:

@@ -53,6 +53,10 @@ class GPTQ(Quantizer):
         if self.block < 1:
             raise FieldError("block", self.block, "at least one column")
 
+    def working(self, out: int, columns: int) -> int:
+        """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
+        return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
+
     def quantize(self, weight: Tensor, stats: Stats, spec: Spec) -> Quantized:
         made = stats.once((self.act_order, self.damping), lambda: self.prepare(stats))
         weight[:, made.dead] = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmopt.blocks import Projection, each, layer_list, visits
 from llmopt.method import Run
+from llmopt.room import Scene
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
 TOKENS = 2048       # and of at most this many tokens: every entry of the table costs one forward pass over them
@@ -75,7 +76,7 @@ class Trial:
     def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]], units: dict[str, list[Projection]],
                  rounded: Callable[[str, Tensor, int], Tensor], seed: int = 0):
         self.model, self.units, self.rounded = model, units, rounded
-        self.rows = _sample(batches, seed, model.get_output_embeddings().weight.shape[0])
+        self.rows = sample(batches, seed, model.get_output_embeddings().weight.shape[0])
         self.dense = [_log_probs(model, row) for row in self.rows]
         self.kept = {p.name: p.weight.clone() for unit in units.values() for p in unit}
 
@@ -113,7 +114,7 @@ def sensitivity(trial: Trial, widths: Iterable[int], company: int, run: Run) -> 
     return {unit: row for part in run.ranks.gather(table) for unit, row in part.items()}
 
 
-def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
+def sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
     """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS and LOGITS (at least one)."""
     rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
             for b in batches for i in range(len(b["input_ids"]))]
@@ -130,6 +131,13 @@ def _sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> lis
 def kept_bytes(vocabulary: int, tokens: int) -> int:
     """Bytes of the log-probabilities of a trial, and of one more set to compare them with."""
     return 2 * 4 * vocabulary * min(tokens, TOKENS, LOGITS // vocabulary)
+
+
+def trial_bytes(vocabulary: int, scene: Scene) -> int:
+    """Bytes of the log-probabilities that a trial keeps, and of what comparing one row with them takes."""
+    longest = scene.largest[1]
+    kept = min(scene.tokens, max(longest, min(TOKENS, LOGITS // vocabulary)))
+    return 4 * vocabulary * (kept + 4 * longest)
 
 
 def _log_probs(model: nn.Module, row: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,118 @@
+"""`compress --dry-run`: what a recipe will do, how large its checkpoint will be, what that takes of memory and of time.
+
+Sizes follow from shapes. Time is measured: each step works on the model's first block for real, with the recipe's own
+calibration data, and what comes of it is saved and verified in a temporary folder that is gone afterwards.
+"""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from llmopt import checkpoint, shards
+from llmopt.blocks import layer_list
+from llmopt.folder import weight_files
+from llmopt.journal import Journal, checksum
+from llmopt.loading import local_folder
+from llmopt.method import LlmoptError, Method, Pace, Run, naming, timed
+from llmopt.pipeline import cache_bytes_per_token, foresee, load_batches, prompt_length
+from llmopt.predict import Prediction, group_multiple
+from llmopt.recipe import Recipe
+from llmopt.stream import Stream
+from llmopt.streaming import StreamedWeights, Streaming, available, cut_short, open_model
+
+ROUNDED = 2         # a byte of a block's weights is saved and verified as slowly as so many of the embedding's
+
+
+@dataclass
+class Times:
+    """Seconds of each part of the run, and where the figure comes from."""
+
+    parts: list[list] = field(default_factory=list)         # [part, seconds, origin]
+
+    def add(self, part: str, seconds: float, origin: str) -> None:
+        self.parts.append([part, round(seconds, 3), origin])
+
+    @property
+    def total(self) -> float:
+        return sum(seconds for _, seconds, _ in self.parts)
+
+
+def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
+    """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
+    free = available()
+    with TemporaryDirectory(prefix="llmopt-dry-run-") as folder:
+        start, times = time.perf_counter(), Times()
+        model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
+        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory,
+                  multiple=group_multiple(recipe.steps))
+        told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(checkpoint.plain_state(model))
+        times.add("load", time.perf_counter() - start, "measured")
+        times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
+        rehearse(model, recipe, run, times)
+    streamed = isinstance(memory, Stream)
+    return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
+            "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,
+            "predicted_mapped_memory": told.peak.mapped, "available_memory": free,
+            "predicted_seconds": times.total, "peaks": [list(peak) for peak in told.peaks], "seconds": times.parts,
+            "advice": advice(told, free, streamed, bool(run.batches))}
+
+
+def rehearse(model: nn.Module, recipe: Recipe, run: Run, times: Times) -> None:
+    """Time every part of the run but loading; the model is cut to its first block on the way."""
+    probe = timed(cache_bytes_per_token, model)
+    times.add("cache before and after", 2 * probe, "measured")
+    pace = Pace(len(layer_list(model)), probe / prompt_length(model))
+    at_once = {i: _seconds(i, step, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
+    scale = _saving_scale(model)
+    cut_short(model, 1)
+    run.scores = {name: scores[:1] for name, scores in run.scores.items()}
+    for i, step in enumerate(recipe.steps):
+        if i in at_once:
+            times.add(f"steps.{i} {step.name}", at_once[i], f"first of {len(run.batches)} batches, measured")
+        elif step.stage != "runtime":
+            times.add(f"steps.{i} {step.name}", _seconds(i, step, model, run, pace),
+                      f"first of {pace.blocks} blocks, measured")
+    weights = StreamedWeights(model, run.memory) if isinstance(run.memory, Stream) else None
+    saving = timed(lambda: checkpoint.save(model, run.memory.journal.folder / "saved", recipe=recipe, weights=weights,
+                                           format=recipe.format, max_shard_size=recipe.max_shard_size))
+    times.add("save and verify", saving * scale, "of one block, measured; the others by their bytes")
+
+
+def _summing(files: list[Path]) -> tuple[float, str]:
+    """(seconds, origin) of going through the bytes of all files, from the first."""
+    sizes = [file.stat().st_size for file in files]
+    return timed(checksum, files[0]) * sum(sizes) / sizes[0], f"first of {len(files)} files, measured"
+
+
+def _needs_all(step: Method) -> bool:
+    return step.needs_whole and step.stage == "score"
+
+
+def _seconds(index: int, step: Method, model: nn.Module, run: Run, pace: Pace) -> float:
+    run.memory.begin(index)
+    with naming(f"steps.{index} {step.name}"):
+        if step.needs_data and not run.batches:
+            raise LlmoptError("needs calibration data, and none was given")
+        return step.seconds(model, run, pace)
+
+
+def _saving_scale(model: nn.Module) -> float:
+    """How much longer it takes to save and verify the whole model than one cut to its first block."""
+    layers = [shards.tensor_bytes(dict(layer.named_parameters())) for layer in layer_list(model)]
+    rest = shards.tensor_bytes(dict(model.named_parameters())) - sum(layers)
+    return (rest + ROUNDED * sum(layers)) / (rest + ROUNDED * layers[0])
+
+
+def advice(told: Prediction, free: int, streamed: bool, batches: bool) -> list[str]:
+    """What to say of memory that is not there; nothing where it is."""
+    if told.peak.private <= free:
+        return []
+    ways = ["a machine with more memory"]
+    if batches:
+        ways.insert(0, "fewer data.samples, a smaller data.batch_size or data.length")
+    ways.insert(0, "a smaller --activation-memory" if streamed else "--stream")
+    return [f"{told.peak.part} will take {told.peak.private / 1e9:.1f} GB, {free / 1e9:.1f} GB are available; "
+            f"what helps: {', '.join(ways)}"]

@@ -1,0 +1,117 @@
+"""What a dry run says of memory and time is what a run takes; it really works, on one block, and leaves nothing."""
+import json
+import time
+
+import psutil
+import pytest
+import torch
+from llmopt_evals.synthetic import write
+from transformers import LlamaConfig
+
+import llmopt
+from llmopt import checkpoint, method, recipe
+from llmopt.dryrun import Prediction, advice, dry_run
+from llmopt.forecast import Peak
+from llmopt.gauge import Gauge, taken
+from llmopt.method import Clock, Pace, Run
+from llmopt.quant import RTN
+from llmopt.streaming import Streaming
+from tests import tiny
+from tests.command import llmopt as command
+from tests.test_contract import FIELDS
+
+ROWS = tiny.ids(16, 96).tolist()
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """A folder with a model of 2 blocks whose Hessians count, and calibration rows."""
+    folder = tmp_path_factory.mktemp("middling")
+    write(LlamaConfig(vocab_size=4000, hidden_size=512, intermediate_size=2048, num_hidden_layers=2,
+                      num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512), folder / "model")
+    (folder / "ids.jsonl").write_text("\n".join(map(str, ROWS)))
+    (folder / "r.yaml").write_text(f"model: {{id: {folder / 'model'}}}\ndata: {{name: ids, path: {folder / 'ids.jsonl'}"
+                                   "}\nsteps: [quant.gptq: {bits: 4}]\n")
+    return folder
+
+
+@pytest.mark.parametrize("way", ["--stream", "--no-stream"])
+def test_memory_is_what_was_predicted(way, middling, tmp_path):
+    run = command("compress", "--recipe", middling / "r.yaml", "--output", tmp_path / "out", way, "--json")
+    assert run.returncode == 0, run.stderr
+    predicted, measured = json.loads(run.stdout)["predictions"]["memory"]
+    assert predicted == pytest.approx(measured, rel=0.25)
+    assert predicted == dry_run(recipe.load(str(middling / "r.yaml")), Streaming(way == "--stream"))["predicted_memory"]
+    assert f"memory: {predicted:,} predicted, {measured:,} measured" in (tmp_path / "out/llmopt.log").read_text()
+    assert "predictions" not in (tmp_path / "out/llmopt.json").read_text()
+
+
+def test_a_gauge_sees_what_comes_and_goes():
+    with Gauge() as gauge:
+        before = taken(psutil.Process())
+        block = torch.ones(50_000_000)
+        time.sleep(0.2)
+        del block
+        assert abs(gauge.look().private - 200_000_000) < 20_000_000
+        assert taken(psutil.Process()).private - before.private < 20_000_000
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand: clock[0]."""
+    now = [0.0]
+    monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("lasts", "seconds"), [([3, 9, 9, 9], 12), ([5], 5), ([], 0)])
+def test_the_first_item_foretells_its_loop(clock, lasts, seconds):
+    pace = Clock()
+    for last in pace(lasts, "items"):
+        clock[0] += last
+    assert pace.seconds == seconds
+
+
+def test_one_block_foretells_the_others(clock, monkeypatch):
+    monkeypatch.setattr(RTN, "apply", lambda self, model, run: clock.__setitem__(0, clock[0] + 2))
+    assert RTN().seconds(None, Run(), Pace(7, 0.0)) == 14
+    by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
+    run = Run([{"input_ids": torch.ones(2, 10), "attention_mask": torch.ones(2, 10)}])
+    model = tiny.make("llama", num_hidden_layers=1)             # 4 groups of weights that share their bits
+    assert by_trials.seconds(model, run, Pace(7, 0.1)) == pytest.approx(14 + 4 * 7 * 20 * 0.1)
+
+
+STEPS = ("[heads.gradient: {}, prune.magnitude: {ratio: 0.3, units: [ffn], refit: true}, "
+         "quant.gptq: {bits: 3.5, group_size: 8, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
+CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2")),
+         *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
+         *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
+           (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
+         *(("llama", f"[{{{name}: {json.dumps(FIELDS.get(name, {}))}}}]") for name in llmopt.names())]
+
+
+@pytest.mark.parametrize(("family", "steps"), CASES)
+def test_a_dry_run_works_on_one_block_and_leaves_nothing(family, steps, tmp_path, monkeypatch):
+    model = checkpoint.save(tiny.make(family), tmp_path / "model", max_shard_size="60KB")
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(str, tiny.ids(8, 24).tolist())))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    plan = recipe.parse(f"model: {{id: {model}}}\ndata: {{name: ids, path: {tmp_path / 'ids.jsonl'}}}\n"
+                        f"format: {'dense' if family == 'gpt2' else 'portable'}\nsteps: {steps}\n", "test.yaml")
+    for streamed in {False, not any(step.needs_whole for step in plan.steps)}:
+        told = dry_run(plan, Streaming(streamed))
+        done = [part for part, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
+        assert len(done) == sum(step.stage != "runtime" for step in plan.steps)
+        assert told["predicted_seconds"] == pytest.approx(sum(seconds for _, seconds, _ in told["seconds"]))
+        assert told["predicted_memory"] == max(private for _, private, _ in told["peaks"])
+    assert list(scratch.iterdir()) == []
+
+
+def test_too_little_memory_is_said_with_what_helps():
+    told = Prediction(1, [], [Peak("load", 10**9, 0), Peak("steps.0 quant.gptq", 5 * 10**9, 0)])
+    assert advice(told, 5 * 10**9, streamed=False, batches=True) == []
+    said, = advice(told, 4 * 10**9, streamed=False, batches=True)
+    assert said == ("steps.0 quant.gptq will take 5.0 GB, 4.0 GB are available; what helps: --stream, fewer "
+                    "data.samples, a smaller data.batch_size or data.length, a machine with more memory")
+    assert "--activation-memory" in advice(told, 4 * 10**9, streamed=True, batches=False)[0]
