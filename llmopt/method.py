@@ -164,7 +164,7 @@ class Run:
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
     scores: head scores by step name: L tensors of [H_l], float32.
     multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
-    memory: go through the blocks with blocks.each and blocks.visits, which bring in their weights.
+    memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
 

@@ -13,7 +13,7 @@ FAMILIES = ("heads", "kv", "quant", "prune", "attention")
 LEVELS = {
     "llmopt_kernels": 0, "llmopt.ranks": 0, "llmopt.gauge": 0, "llmopt.room": 0,
     "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.architectures": 1, "llmopt.yaml_lines": 2, "llmopt.recipe": 3,
-    "llmopt.blocks": 2, "llmopt.activations": 3, "llmopt.data": 4,
+    "llmopt.blocks": 2, "llmopt.walk": 3, "llmopt.activations": 3, "llmopt.data": 4,
     "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
     "llmopt.store": 5, "llmopt.journal": 4, "llmopt.kept": 7,
     "llmopt.layer": 1, "llmopt.calls": 1, "llmopt.cache": 2,

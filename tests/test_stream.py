@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import llmopt
 from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
-from llmopt.blocks import blocks, walk
+from llmopt.blocks import blocks
 from llmopt.dryrun import dry_run
 from llmopt.kv import SnapKV
 from llmopt.method import LlmoptError, Memory, Run
@@ -17,6 +17,7 @@ from llmopt.quant import GPTQ
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming
 from llmopt.verify import VerificationError
+from llmopt.walk import walk
 from tests import tiny
 from tests.test_contract import FIELDS
 

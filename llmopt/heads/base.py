@@ -33,7 +33,7 @@ class HeadScore(Method):
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         """L tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
 
-        One that goes through the blocks by blocks.visits, without edits, sets needs_whole = False.
+        One that goes through the blocks by walk.visits, without edits, sets needs_whole = False.
         """
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from llmopt import activations
-from llmopt.blocks import blocks, visits
+from llmopt.blocks import blocks
 from llmopt.heads.base import HeadScore
 from llmopt.heads.rows import ENTRIES, Rows, attention_rows
 from llmopt.method import Run, register
 from llmopt.room import Room, Scene
+from llmopt.walk import visits
 
 
 def distance(rows: Rows) -> Tensor:                       # [H]

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from llmopt import activations
-from llmopt.blocks import Block, Projection, Visit, visits
+from llmopt.blocks import Block, Projection
 from llmopt.method import LlmoptError, Run
 from llmopt.prune.surgery import LayerPlan, head_columns
 from llmopt.ranks import Ranks
 from llmopt.room import Scene
+from llmopt.walk import Visit, visits
 
 DAMPING = 0.01
 

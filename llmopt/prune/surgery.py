@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, reshaped, tell_shapes
+from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, tell_shapes
 from llmopt.method import LlmoptError, Run
 from llmopt.modeling import FAMILIES, skip_part
 from llmopt.prune.shapes import (
@@ -17,6 +17,7 @@ from llmopt.prune.shapes import (
     spec_of,
     sync_config,
 )
+from llmopt.walk import reshaped
 
 
 @dataclass(frozen=True)

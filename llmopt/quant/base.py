@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt import activations
-from llmopt.blocks import Block, Projection, Visit, blocks, each, visits
+from llmopt.blocks import Block, Projection, blocks
 from llmopt.gauge import give_back_freed
 from llmopt.method import FieldError, LlmoptError, Method, Pace, Record, Run, naming
 from llmopt.quant import scores
@@ -18,6 +18,7 @@ from llmopt.quant.grid import DTYPES, Quantized, Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 from llmopt.ranks import Ranks
 from llmopt.room import Room, Scene
+from llmopt.walk import Visit, each, visits
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
