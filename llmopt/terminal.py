@@ -104,7 +104,7 @@ def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
     print_table(f"{facts['base_model']}: {steps}", ["", "before", "after"], facts["table"])
     if told := facts.get("predictions"):
         forms = {"memory": ("peak memory", human), "seconds": ("time without evaluation", duration)}
-        print_table("foretold", ["", "predicted", "measured"],
+        print_table("predictions", ["", "predicted", "measured"],
                     [(forms[what][0], *map(forms[what][1], figures)) for what, figures in told.items()])
     for way, result in facts["loads_with"].items():
         click.echo(f"  loads with {way:<18} {result}")
