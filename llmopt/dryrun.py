@@ -15,6 +15,7 @@ from llmopt import checkpoint, shards
 from llmopt.blocks import layer_list
 from llmopt.folder import weight_files
 from llmopt.journal import Journal, checksum
+from llmopt.kept import Kept
 from llmopt.loading import local_folder
 from llmopt.method import LlmoptError, Method, Pace, Run, naming, timed
 from llmopt.pipeline import cache_bytes_per_token, foresee, load_batches, prompt_length
@@ -23,7 +24,7 @@ from llmopt.recipe import Recipe
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming, available, cut_short, open_model
 
-ROUNDED = 2         # a byte of a block's weights is saved and verified as slowly as so many of the embedding's
+INFLATED = 3        # a byte of a weight that is packed, and inflated to be verified, takes the time of so many others
 
 
 @dataclass
@@ -51,7 +52,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
         told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(checkpoint.plain_state(model))
         times.add("load", time.perf_counter() - start, "measured")
         times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
-        rehearse(model, recipe, run, times)
+        rehearse(model, recipe, run, told, times)
     streamed = isinstance(memory, Stream)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,
@@ -60,13 +61,13 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
             "advice": advice(told, free, streamed, bool(run.batches))}
 
 
-def rehearse(model: nn.Module, recipe: Recipe, run: Run, times: Times) -> None:
+def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times: Times) -> None:
     """Time every part of the run but loading; the model is cut to its first block on the way."""
     probe = timed(cache_bytes_per_token, model)
     times.add("cache before and after", 2 * probe, "measured")
     pace = Pace(len(layer_list(model)), probe / prompt_length(model))
     at_once = {i: _seconds(i, step, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
-    scale = _saving_scale(model)
+    weights = _block_bytes(model)
     cut_short(model, 1)
     run.scores = {name: scores[:1] for name, scores in run.scores.items()}
     for i, step in enumerate(recipe.steps):
@@ -75,10 +76,27 @@ def rehearse(model: nn.Module, recipe: Recipe, run: Run, times: Times) -> None:
         elif step.stage != "runtime":
             times.add(f"steps.{i} {step.name}", _seconds(i, step, model, run, pace),
                       f"first of {pace.blocks} blocks, measured")
-    weights = StreamedWeights(model, run.memory) if isinstance(run.memory, Stream) else None
-    saving = timed(lambda: checkpoint.save(model, run.memory.journal.folder / "saved", recipe=recipe, weights=weights,
-                                           format=recipe.format, max_shard_size=recipe.max_shard_size))
-    times.add("save and verify", saving * scale, "of one block, measured; the others by their bytes")
+    times.add("save and verify", *_saving(model, recipe, run.memory, told.bytes, weights))
+
+
+def _saving(model: nn.Module, recipe: Recipe, memory: Kept, size: int, dense: list[int]) -> tuple[float, str]:
+    """(seconds, origin) of saving a checkpoint of `size` bytes, from the cut model; dense: see _block_bytes."""
+    folder, streamed = memory.journal.folder / "saved", isinstance(memory, Stream)
+    spent = timed(lambda: checkpoint.save(model, folder, recipe=recipe, format=recipe.format,
+                                          max_shard_size=recipe.max_shard_size,
+                                          weights=StreamedWeights(model, memory) if streamed else None))
+    rest, *layers = dense
+    slow = INFLATED if checkpoint.packs(model, recipe.format) else 1
+    scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
+    if streamed:                            # compared as bytes
+        scale = size / shards.written_bytes(folder)
+    return spent * scale, "of one block, measured; the others by their bytes"
+
+
+def _block_bytes(model: nn.Module) -> list[int]:
+    """Bytes of the weights outside the blocks, then of each block."""
+    layers = [shards.tensor_bytes(dict(layer.named_parameters())) for layer in layer_list(model)]
+    return [shards.tensor_bytes(dict(model.named_parameters())) - sum(layers), *layers]
 
 
 def _summing(files: list[Path]) -> tuple[float, str]:
@@ -97,13 +115,6 @@ def _seconds(index: int, step: Method, model: nn.Module, run: Run, pace: Pace) -
         if step.needs_data and not run.batches:
             raise LlmoptError("needs calibration data, and none was given")
         return step.seconds(model, run, pace)
-
-
-def _saving_scale(model: nn.Module) -> float:
-    """How much longer it takes to save and verify the whole model than one cut to its first block."""
-    layers = [shards.tensor_bytes(dict(layer.named_parameters())) for layer in layer_list(model)]
-    rest = shards.tensor_bytes(dict(model.named_parameters())) - sum(layers)
-    return (rest + ROUNDED * sum(layers)) / (rest + ROUNDED * layers[0])
 
 
 def advice(told: Prediction, free: int, streamed: bool, batches: bool) -> list[str]:
