@@ -2,8 +2,8 @@
 
 In memory, weights are mapped from their files and become private where a step rewrites them; what steps keep beside
 them stays until the checkpoint is written. Streamed, all of that lasts for one block. FLOOR is what no shape tells: the
-libraries' own caches, modules that are imported late. PIECES: of what a step frees while it works on one block, the C
-library keeps about half for later, at most so much.
+libraries' own caches, modules that are imported late. Of copies below 32 MB that are freed the C library keeps about
+half for later; larger ones, which are those of a step that takes more than SCATTERED, go back at once.
 """
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from llmopt.blocks import blocks, layer_list
 from llmopt.room import Room, Scene
 from llmopt.verify import probe_length
 
-FLOOR = 40 * 10**6
-PIECES = 100 * 10**6
+FLOOR = 30 * 10**6
+SCATTERED = 6 * (32 << 20)
 
 
 def _most(sizes: Iterable[int]) -> int:
@@ -47,7 +47,7 @@ class Forecast:
         rewritten = {id(module) for room in rooms for module in room.rewritten}
         held = activations.kept(self.model, self.scene, _most(room.sets for room in rooms))
         passes, whole = _most(room.passes for room in rooms), _most(room.whole for room in rooms)
-        passes += min(passes // 2, PIECES)
+        passes += passes // 2 if passes < SCATTERED else 0
         if self.scene.streamed:
             block = _most(self._private(layer, rewritten) for layer in layer_list(self.model))
             self._note(name, held + block + _most(room.stays for room in rooms) + passes, self._largest())

@@ -71,7 +71,7 @@ def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> in
     width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
     out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
     system = int((12 + 16 * kept ** 2 + 8 * kept * (2 - kept)) * width ** 2)
-    return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 24 * out * width)
+    return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 40 * out * width)
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks) -> None:
