@@ -137,13 +137,16 @@ def prompt_length(model: nn.Module) -> int:
 
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module) -> float:
-    """Bytes that the KV cache holds after a prompt of random tokens, per token of the prompt."""
+    """Bytes that the KV cache holds after a prompt of random tokens, per token; LlmoptError if that computes NaN."""
     length = prompt_length(model)
     if next(model.parameters()).is_meta:
         return rehearsal.cache_bytes(model, length) / length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    cache = model(ids, use_cache=True).past_key_values
+    step = model(ids, use_cache=True)
+    if bool(step.logits.isnan().any()):
+        raise LlmoptError("the model computes NaN from ordinary tokens; its config or its weights are damaged")
+    cache = step.past_key_values
     if isinstance(cache, runtime.LlmoptCache):
         return cache.nbytes() / length
     held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]

@@ -37,3 +37,10 @@ def test_dropout_has_no_part_in_it():
 def test_batches_that_are_none(batches, says):
     with pytest.raises(LlmoptError, match=says):
         llmopt.compress(tiny.make("llama"), [Magnitude(ratio=0.3, refit=True)], batches=batches)
+
+
+def test_a_model_that_computes_nan_is_refused():
+    model = tiny.make("llama")
+    model.get_decoder().norm.variance_epsilon = -1e9
+    with pytest.raises(LlmoptError, match="computes NaN from ordinary tokens"):
+        llmopt.compress(model, [RTN(bits=4, group_size=16)])
