@@ -48,8 +48,12 @@ def die_after(seconds: float) -> None:
 
 def run(job: dict) -> int:
     streaming = Streaming(job["stream"], activations=1 << 14)
+    plan, output = recipe.load(job["recipe"]), Path(job["output"])
     try:
-        pipeline.run(recipe.load(job["recipe"]), Path(job["output"]), streaming=streaming, resume=True)
+        if pipeline.is_finished(output, plan):              # as the command does
+            pipeline.journal_of(output).remove()
+        else:
+            pipeline.run(plan, output, streaming=streaming, resume=True)
     except (Exception, KeyboardInterrupt):      # noqa: BLE001  whatever it is, the parent must hear of it
         traceback.print_exc()
         return 1

@@ -103,7 +103,7 @@ def test_sigkill_between_any_two_writes(made):
 def test_sigkill_at_random_moments(made):
     """Moments drawn evenly over a run's duration, three in a row; every second run is streamed."""
     draw = random.Random(0)
-    jobs = [{"output": f"random{i}", "stream": i % 2 == 0, "kills": [{"seconds": draw.uniform(0, 2)} for _ in range(3)]}
+    jobs = [{"output": f"random{i}", "stream": i % 2 == 0, "kills": [{"seconds": draw.random() / 2} for _ in range(3)]}
             for i in range(20)]
     codes = killed(made, jobs)
     assert sum(code == -9 for ended in codes for code in ended) >= 20
