@@ -12,8 +12,10 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from threading import RLock
 
 import torch
+from tqdm import tqdm
 
 import llmopt  # noqa: F401  fills the registry
 from llmopt import pipeline, recipe
@@ -74,6 +76,8 @@ def attempt(job: dict, kill: int | dict | None) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)            # threads do not survive a fork
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(RLock())              # its own is a semaphore of all children, which a killed one takes with it
     first, *jobs = json.load(sys.stdin)
     codes = [[run(first)]]              # in this process: the children inherit all that is imported on the way
     codes += [[attempt(job, kill) for kill in [*job["kills"], None]] for job in jobs]
