@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from llmopt import checkpoint, shards
+from llmopt.available import available
 from llmopt.blocks import layer_list
 from llmopt.folder import weight_files
 from llmopt.journal import Journal, checksum
@@ -22,7 +23,7 @@ from llmopt.pipeline import cache_bytes_per_token, foresee, load_batches, prompt
 from llmopt.predict import Prediction, group_multiple
 from llmopt.recipe import Recipe
 from llmopt.stream import Stream
-from llmopt.streaming import StreamedWeights, Streaming, available, cut_short, open_model
+from llmopt.streaming import StreamedWeights, Streaming, cut_short, open_model
 
 INFLATED = 3        # a byte of a weight that is packed, and inflated to be verified, takes the time of so many others
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from llmopt import checkpoint, shards, store
+from llmopt.available import available
 from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import plain_state
 from llmopt.data import DEFAULT_LENGTH
@@ -44,16 +44,6 @@ class Streaming:
             return bool(self.force or self.blocks)
         fits = recipe.model.device != "cpu" or not source.is_dir()
         return not fits and _dense_bytes(source, recipe) > available()
-
-
-def available() -> int:
-    """Bytes of memory that this process may still take: the machine's, or its control group's."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _dense_bytes(folder: Path, recipe: Recipe) -> int:

@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)      # two workers share two cores; results must not depend on the machine's
+os.environ["OMP_NUM_THREADS"] = "1"         # of the commands that are run
 
 
 def pytest_addoption(parser):

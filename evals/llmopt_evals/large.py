@@ -4,8 +4,10 @@ accelerate does it, on safetensors in place. A packed checkpoint, which transfor
 first forward, is inflated tensor by tensor into a folder that is there for as long as it is scored; of a
 Mixture-of-Experts model transformers writes the experts, put together, into the same place.
 """
+import glob
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import nn
 
 from llmopt import shards, store
 from llmopt.architectures import SPECS
+from llmopt.available import available
 from llmopt.facts import FILE
 from llmopt.folder import check_folder, read_json
 from llmopt.hub import fetch
@@ -27,7 +30,6 @@ from llmopt.loading import load_model, read_config, resolve
 from llmopt.method import LlmoptError
 from llmopt.quant.export import unpacked, widths
 from llmopt.recipe import ModelSpec, Recipe
-from llmopt.streaming import available
 
 SHARD = "500MB"         # of what is inflated: so much is held at a time
 PARTS = ("packed", "scale", "shape")
@@ -50,10 +52,21 @@ def opened(spec: ModelSpec) -> Iterator[tuple[nn.Module, Any]]:
         return
     if fact := _too_full(folder, size if _is_packed(folder) or _has_experts(folder) else 0):
         raise LlmoptError(fact)
-    with TemporaryDirectory(prefix=f".{folder.name}.llmopt-eval-", dir=_beside(folder)) as scratch:
+    with scratch(folder) as work:
         if _is_packed(folder):
-            spec = replace(spec, id=str(inflate(folder, Path(scratch) / "dense")))
-        yield _with_tokenizer(spec, device_map=on_disk(spec), offload_folder=scratch)
+            spec = replace(spec, id=str(inflate(folder, work / "dense")))
+        yield _with_tokenizer(spec, device_map=on_disk(spec), offload_folder=str(work))
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that is gone afterwards; those of processes that were killed go first."""
+    home, kind = _beside(folder), f".{folder.name}.llmopt-eval-{platform.node()}@"
+    for old in home.glob(f"{glob.escape(kind)}*"):
+        if not psutil.pid_exists(int(old.name.removeprefix(kind).partition("-")[0])):
+            shutil.rmtree(old, ignore_errors=True)
+    with TemporaryDirectory(prefix=f"{kind}{os.getpid()}-", dir=home) as work:
+        yield Path(work)
 
 
 def on_disk(spec: ModelSpec) -> dict[str, str]:

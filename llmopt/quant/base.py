@@ -115,7 +115,7 @@ class Quantizer(Method):
     def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
         """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
 
-        rowwise: `weight` may be some of the rows.
+        rowwise: `weight` may be some of the rows. A figure `loss` is half of what its rows' outputs lose (row_errors).
         """
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
@@ -286,8 +286,8 @@ class Quantizer(Method):
         counts = {name: part.figures[name] for name in self.sums if name in part.figures}
         counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
         if stats is not None:
-            counts |= {f"{name} output": float(row_errors(rows, stats.hessian).sum())
-                       for name, rows in (("lost", change), ("all", dense))}
+            lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
+            counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
         total, whole = team.totals(counts), _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in self.sums if name in total}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
@@ -313,6 +313,11 @@ def _texts(table: dict) -> dict:
 def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
     """diag(D H D^T) [out]: the output energy (over the tokens behind `hessian`) of each row of `change` [out, in]."""
     return ((change @ hessian) * change).sum(1)
+
+
+def energy(change: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T): all of it."""
+    return float(row_errors(change, hessian).sum())
 
 
 def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:

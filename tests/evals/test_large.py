@@ -1,7 +1,9 @@
 """Models larger than memory are scored with their weights on disk: the same figures, and nothing is left there."""
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from llmopt_evals import large
 from llmopt_evals.evaluate import evaluate, figures
@@ -47,6 +49,16 @@ def test_the_figures_are_those_of_a_model_in_memory(kind, tmp_path, monkeypatch)
     assert figures(evaluate(model, TASKS, limit=3)) == expected
     first, second = ([p.is_meta for p in found[i][0].parameters()] for i in (0, 1))
     assert not any(first) and sum(second) > len(second) - 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    out = tmp_path / "out"
+    with large.scratch(out) as mine, large.scratch(out) as second:
+        left = mine.with_name(mine.name.replace(f"@{os.getpid()}-", f"@{psutil.pids()[-1] + 10**6}-"))
+        (left / "dense").mkdir(parents=True)
+        with large.scratch(out):
+            assert mine.is_dir() and second.is_dir() and not left.exists()
     assert not list(tmp_path.glob(".*"))
 
 
