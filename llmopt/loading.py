@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from llmopt.finite import check_finite
 from llmopt.folder import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.hub import check_name, companion
 from llmopt.method import LlmoptError, nearest
@@ -13,7 +14,6 @@ from llmopt.recipe import ModelSpec
 
 REFERENCE = "llmopt/reference"
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
-PART = 1 << 22          # values
 
 
 def resolve(name: str) -> str:
@@ -154,19 +154,6 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
         raise LlmoptError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; "
                           "they belong to different models")
     return tokenizer
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or Inf; looked at in parts, since looking takes copies."""
-    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(PART))
-
-
-def check_finite(tensors: dict[str, Tensor], source: str) -> None:
-    """Raise LlmoptError naming the first tensor that holds NaN or Inf."""
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise LlmoptError(f"{source}: tensor {name} holds {bad} NaN or Inf values; the weights are damaged")
 
 
 def _check_known(kind: Any, source: str) -> None:

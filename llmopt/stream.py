@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from llmopt import shards, store
 from llmopt.blocks import layer_list, spec_of
 from llmopt.checkpoint import as_filed, packs, plain_state
+from llmopt.finite import check_finite
 from llmopt.gauge import give_back_freed
 from llmopt.journal import Journal
 from llmopt.kept import Kept
-from llmopt.loading import check_finite
 from llmopt.method import naming
 from llmopt.quant.base import quantized_modules
 from llmopt.quant.export import rebuilt, refuse_unportable, stored, told

@@ -13,11 +13,12 @@ from llmopt.available import available
 from llmopt.blocks import layer_list, replace_layers
 from llmopt.checkpoint import plain_state
 from llmopt.data import DEFAULT_LENGTH
+from llmopt.finite import all_finite
 from llmopt.folder import check_folder
 from llmopt.hub import fetch
 from llmopt.journal import Journal
 from llmopt.kept import Kept
-from llmopt.loading import all_finite, fitting_tokenizer, load_dense, resolve
+from llmopt.loading import fitting_tokenizer, load_dense, resolve
 from llmopt.method import LlmoptError
 from llmopt.prune.shapes import slice_config
 from llmopt.recipe import Recipe

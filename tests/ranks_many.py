@@ -10,11 +10,11 @@ import torch
 from llmopt import pipeline, ranks
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
+from llmopt.moments import WIDTH, Gram, row_errors
 from llmopt.prune import Magnitude
-from llmopt.prune.refit import Gram
 from llmopt.quant import GPTQ, RTN
-from llmopt.quant.base import Stats, row_errors
-from llmopt.quant.factor import WIDTH, inverse_factor
+from llmopt.quant.base import Stats
+from llmopt.quant.factor import inverse_factor
 from tests import tiny
 
 GROUPS = {"group_size": 16}
@@ -58,16 +58,15 @@ def figures(one, other, where: str = "") -> list[str]:
 
 def moments(team: ranks.Ranks) -> list[str]:
     """Second moments of odd shares, one of them empty, against all tokens at once."""
-    x = torch.randn(101, 40, generator=torch.Generator().manual_seed(0))
-    whole, part, gram = Stats(), Stats(ranks=team), Gram()
+    x = torch.randn(101, WIDTH + 40, generator=torch.Generator().manual_seed(0))
+    whole, part, gram = Stats(), Stats(ranks=team), Gram(team)
     whole.add(x)
-    own = x[:101 if team.is_main else 0]
-    part.add(own)
-    if len(own):
-        gram.add(own)
-    part.join(torch.empty(8, 40))
-    wrong = [] if part.tokens == 101 else ["tokens"]
-    for name, found in (("hessian", part.hessian), ("gram", gram.join(team, torch.empty(8, 40)) * 2 / 101)):
+    for own in (part, gram):
+        if team.is_main:
+            own.add(x)
+        own.join(torch.empty(8, WIDTH + 40))
+    wrong = [] if part.tokens == gram.tokens == 101 else ["tokens"]
+    for name, found in (("hessian", part.hessian), ("gram", gram.whole() * 2 / 101)):
         if (found - whole.hessian).norm() > 1e-5 * whole.hessian.norm():
             wrong.append(name)
     return wrong

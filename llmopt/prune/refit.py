@@ -12,30 +12,15 @@ from torch.nn.functional import pad
 
 from llmopt import activations
 from llmopt.blocks import Block, Projection
+from llmopt.finite import all_finite
 from llmopt.method import LlmoptError, Run
+from llmopt.moments import Gram
 from llmopt.prune.surgery import LayerPlan, head_columns
 from llmopt.ranks import Ranks
 from llmopt.room import Scene
 from llmopt.walk import Visit, visits
 
 DAMPING = 0.01
-
-
-class Gram:
-    """Sum of x x^T over all tokens, [in, in] float64."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:                # [N, in]
-        x = inputs.float()
-        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
-
-    def join(self, ranks: Ranks, like: Tensor) -> Tensor:
-        """The sum over all ranks too, [in, in]; like: a tensor [1, in] of the kind that `add` takes."""
-        if self.total is None:                            # this rank had no row
-            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
-        return ranks.sum_(self.total)
 
 
 def solve(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:      # [out, in], [in, in], [P] -> [out, P]
@@ -75,14 +60,15 @@ def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> in
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks) -> None:
-    gram, weight = Gram(), projection.weight
+    gram, weight = Gram(ranks), projection.weight
     constant = 0 if projection.bias is None else 1        # a bias is the weight of one more input, which is always 1
     visit.observe({projection.name: lambda x: gram.add(pad(x, (0, constant), value=1.0))})
     kept = kept.to(weight.device)
     inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
     old = torch.cat([weight, projection.bias[:, None]], 1) if constant else weight
-    found = ranks.broadcast_(solve(old, gram.join(ranks, old), inputs).to(weight.dtype))
-    if not bool(found.isfinite().all()):
+    gram.join(old)
+    found = ranks.broadcast_(solve(old, gram.whole(), inputs).to(weight.dtype))
+    if not all_finite(found):
         raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")
     fresh = torch.zeros_like(weight)
     fresh[:, kept] = found[:, :len(kept)]

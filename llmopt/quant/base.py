@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from llmopt import activations
 from llmopt.blocks import Block, Projection, blocks
+from llmopt.finite import all_finite
 from llmopt.gauge import give_back_freed
 from llmopt.method import FieldError, LlmoptError, Method, Pace, Record, Run, naming
+from llmopt.moments import Gram, energy
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import DTYPES, Quantized, Spec
@@ -23,40 +25,31 @@ from llmopt.walk import Visit, each, visits
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
 
-class Stats:
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
+class Stats(Gram):
+    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
 
-    Summed up in float64, so that the order, which depends on the number of processes, is lost in the rounding.
-    """
-
-    def __init__(self, hessian: Tensor | None = None, tokens: int = 0, ranks: Ranks = Ranks()):     # noqa: B008  frozen
-        self.total = None if hessian is None else hessian.double() * (tokens / 2)
-        self.tokens, self.ranks = tokens, ranks
+    def __init__(self, ranks: Ranks = Ranks()):         # noqa: B008  frozen
+        super().__init__(ranks)
         self.made: dict[Hashable, Any] = {}
 
     @property
     def hessian(self) -> Tensor | None:
         """None until a token has come."""
-        return self.once("hessian", lambda: (self.total * (2 / self.tokens)).float()) if self.tokens else None
+        return self.once("hessian", self._hessian) if self.tokens else None
+
+    def _hessian(self) -> Tensor:
+        return torch.mul(self.whole(), 2 / self.tokens, out=torch.empty_like(self.lower, dtype=torch.float32))
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
-        if not len(x):
-            return
-        x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
-        self.tokens += len(x)
-        self.total = (x.T @ x).double() if self.total is None else self.total.add_(x.T @ x)
-        self.made.clear()
+        if len(x):
+            super().add(x if weights is None else x.float() * weights.sqrt().unsqueeze(1))
+            self.made.clear()
 
     def join(self, like: Tensor) -> None:
-        """Take in what the other ranks have seen; nothing is added after that. like: a weight that reads this input."""
-        self.tokens = sum(self.ranks.gather(self.tokens))
-        if not self.tokens:
-            return
-        if self.total is None:                      # this rank had no row
-            self.total = torch.zeros(like.shape[1], like.shape[1], dtype=torch.float64, device=like.device)
-        self.ranks.sum_(self.total)
-        self.made["hessian"], self.total = self.hessian, None       # twice the size of what is needed from here on
+        super().join(like)
+        if self.tokens:
+            self.made["hessian"], self.lower = self.hessian, None   # twice the size of what is needed from here on
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, made for the first of the weights that read this input and kept for the others."""
@@ -274,7 +267,7 @@ class Quantizer(Method):
         """This process's rows of a weight, quantized."""
         weight = projection.weight
         with naming(projection.name):
-            if not weight.isfinite().all():
+            if not all_finite(weight):
                 raise LlmoptError("the weight holds NaN or infinite values")
             own = team.share(weight).to(torch.float32, copy=True)
             return self.quantize(own, stats, self.spec(target, weight.dtype))
@@ -308,16 +301,6 @@ class Quantizer(Method):
 def _texts(table: dict) -> dict:
     """The same table as JSON holds it: keys are text."""
     return {str(k): _texts(v) if isinstance(v, dict) else v for k, v in table.items()}
-
-
-def row_errors(change: Tensor, hessian: Tensor) -> Tensor:
-    """diag(D H D^T) [out]: the output energy (over the tokens behind `hessian`) of each row of `change` [out, in]."""
-    return ((change @ hessian) * change).sum(1)
-
-
-def energy(change: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T): all of it."""
-    return float(row_errors(change, hessian).sum())
 
 
 def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:

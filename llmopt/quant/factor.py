@@ -10,9 +10,10 @@ number of processes.
 import torch
 from torch import Tensor
 
+from llmopt.finite import all_finite
+from llmopt.moments import blocks_of
 from llmopt.ranks import Ranks
 
-WIDTH = 256         # columns of a block: its own factor (1 / blocks of the work) keeps the other ranks waiting
 MAX_DAMPING = 1.0
 
 
@@ -24,16 +25,11 @@ def inverse_factor(hessian: Tensor, damping: float, ranks: Ranks = Ranks()) -> t
         damped.diagonal().add_(damping * mean)
         if cholesky_(damped, ranks):
             inverse = inverse_lower(damped, ranks)
-            if inverse.isfinite().all():
+            if all_finite(inverse):
                 return inverse.flip(0, 1), damping
         if damping >= MAX_DAMPING:
             return None, damping
         damping = min(MAX_DAMPING, max(10 * damping, 1e-3))
-
-
-def blocks_of(size: int) -> list[slice]:
-    """The block columns of a matrix."""
-    return [slice(start, min(start + WIDTH, size)) for start in range(0, size, WIDTH)]
 
 
 def cholesky_(matrix: Tensor, ranks: Ranks) -> bool:

@@ -16,8 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmopt.finite import all_finite
 from llmopt.method import FieldError, LlmoptError, register
-from llmopt.quant.base import Quantizer, Stats, row_errors
+from llmopt.moments import row_errors
+from llmopt.quant.base import Quantizer, Stats
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Quantized, Spec, as_codes, decode, encode, fit, round_to_nearest
 
@@ -73,7 +75,7 @@ class GPTQ(Quantizer):
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")
-        if not stats.hessian.isfinite().all():
+        if not all_finite(stats.hessian):
             raise LlmoptError("its calibration inputs overflow (NaN or infinite Hessian): load the model in bfloat16 "
                               "or float32")
         diagonal = stats.hessian.diagonal()

@@ -7,9 +7,10 @@ import torch
 from llmopt.blocks import blocks
 from llmopt.method import BudgetError, FieldError, LlmoptError, Run, build
 from llmopt.modeling import saved_config
+from llmopt.moments import Gram
 from llmopt.prune import Magnitude
 from llmopt.prune.groups import COARSE, FINE, mean_square
-from llmopt.prune.refit import Gram, refit, solve
+from llmopt.prune.refit import refit, solve
 from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
@@ -188,11 +189,11 @@ def test_refit_by_hand():
     gram = Gram()
     gram.add(x[:150])
     gram.add(x[150:])
-    torch.testing.assert_close(gram.total.float(), x.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gram.whole().float(), x.T @ x, rtol=1e-4, atol=1e-3)
     weight = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]])
-    torch.testing.assert_close(solve(weight, gram.total, torch.tensor([0, 2])).float(),
+    torch.testing.assert_close(solve(weight, gram.whole(), torch.tensor([0, 2])).float(),
                                torch.tensor([[3.0, 3.0], [-1.0, 1.0]]), atol=0.05, rtol=0)
-    assert torch.equal(solve(weight, gram.total, torch.arange(3)).float(), weight)
+    assert torch.equal(solve(weight, gram.whole(), torch.arange(3)).float(), weight)
 
 
 def test_refit_never_increases_the_local_error():

@@ -2,12 +2,20 @@ import pytest
 import torch
 
 from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.moments import row_errors
 from llmopt.quant import GPTQ, RTN, gptq
-from llmopt.quant.base import Stats, row_errors
+from llmopt.quant.base import Stats
 from llmopt.quant.gptq import inverse_factor
 from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
+
+
+def known(hessian, tokens):
+    """Stats that have come to this Hessian."""
+    stats = Stats()
+    stats.lower, stats.tokens = hessian.double() * (tokens / 2), tokens
+    return stats
 
 
 def correlated(out=12, columns=24, tokens=400, seed=0):
@@ -40,7 +48,7 @@ def brute_force(weight, hessian, scale, bits):
 def test_white_inputs_give_round_to_nearest_bit_for_bit(group_size, symmetric):
     weight, _, _ = correlated()
     spec = Spec(3, group_size, symmetric, clip=True)
-    result = solve(weight, Stats(2.5 * torch.eye(24), 100), spec, act_order=False)
+    result = solve(weight, known(2.5 * torch.eye(24), 100), spec, act_order=False)
     assert torch.equal(result.codes, round_to_nearest(weight, spec).codes)
     assert torch.equal(result.dequantize(torch.float32), round_to_nearest(weight, spec).dequantize(torch.float32))
 
@@ -161,7 +169,7 @@ def test_damping_grows_until_it_works_and_then_gives_up():
     hopeless = torch.diag(torch.tensor([1.0, 1.0, -50.0, 60.0]))
     assert inverse_factor(hopeless, 0.01)[0] is None
     weight, _, _ = correlated(3, 4)
-    result = solve(weight, Stats(hopeless, 9), Spec(4))
+    result = solve(weight, known(hopeless, 9), Spec(4))
     assert torch.equal(result.codes, round_to_nearest(weight, Spec(4)).codes)
     assert "rounded to nearest" in result.figures["note"]
 
@@ -170,7 +178,7 @@ def test_permuting_the_inputs_permutes_the_result():
     weight, stats, _ = correlated()
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     straight = solve(weight, stats, Spec(3))
-    shuffled = solve(weight[:, order], Stats(stats.hessian[order][:, order], 400), Spec(3))
+    shuffled = solve(weight[:, order], known(stats.hessian[order][:, order], 400), Spec(3))
     assert torch.equal(shuffled.codes, straight.codes[:, order])
 
 
