@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from llmopt import ranks
+from llmopt.gauge import whole_pages
 from llmopt.method import LlmoptError
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -273,6 +274,7 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
+    whole_pages()
     try:
         with ranks.one_voice():
             code = cli.main(standalone_mode=False)

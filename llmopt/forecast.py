@@ -2,8 +2,7 @@
 
 In memory, weights are mapped from their files and become private where a step rewrites them; what steps keep beside
 them stays until the checkpoint is written. Streamed, all of that lasts for one block. FLOOR is what no shape tells: the
-libraries' own caches, modules that are imported late. Of copies below 32 MB that are freed the C library keeps about
-half for later; larger ones, which are those of a step that takes more than SCATTERED, go back at once.
+libraries' own caches, modules that are imported late, and what freed copies below 2 MB leave behind.
 """
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,8 +14,7 @@ from llmopt.blocks import blocks, layer_list
 from llmopt.room import Room, Scene
 from llmopt.verify import probe_length
 
-FLOOR = 30 * 10**6
-SCATTERED = 6 * (32 << 20)
+FLOOR = 20 * 10**6
 
 
 def _most(sizes: Iterable[int]) -> int:
@@ -47,16 +45,18 @@ class Forecast:
         rewritten = {id(module) for room in rooms for module in room.rewritten}
         held = activations.kept(self.model, self.scene, _most(room.sets for room in rooms))
         passes, whole = _most(room.passes for room in rooms), _most(room.whole for room in rooms)
-        passes += passes // 2 if passes < SCATTERED else 0
         if self.scene.streamed:
             block = _most(self._private(layer, rewritten) for layer in layer_list(self.model))
-            self._note(name, held + block + _most(room.stays for room in rooms) + passes, self._largest())
+            edited = block + _most(room.stays for room in rooms) + passes
+            self._note(name, held + max(edited, whole), self._largest())
             if rewritten:                           # blocks now come from the work folder, as they are
                 self.owned -= {id(module) for layer in layer_list(self.model) for module in layer.modules()}
             return
+        if whole:
+            self._note(name, held + whole, 0)
         self.owned |= rewritten
         stays = sum(room.stays for room in rooms)
-        self._note(name, held + max(passes + stays, whole), 0)
+        self._note(name, held + passes + stays, 0)
         self.stays += stays
 
     def cache(self) -> None:

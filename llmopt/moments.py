@@ -17,6 +17,13 @@ def blocks_of(size: int) -> list[slice]:
     return [slice(start, min(start + WIDTH, size)) for start in range(0, size, WIDTH)]
 
 
+def mirrored_(lower: Tensor) -> Tensor:
+    """A symmetric matrix that was known from the diagonal down, filled in place."""
+    for block in blocks_of(len(lower)):
+        lower[block, block.stop:] = lower[block.stop:, block].T
+    return lower
+
+
 class Gram:
     """Sum of x x^T over the tokens of all processes.
 
@@ -45,9 +52,7 @@ class Gram:
 
     def whole(self) -> Tensor:
         """H [in, in], float64."""
-        for block in blocks_of(len(self.lower)):
-            self.lower[block, block.stop:] = self.lower[block.stop:, block].T
-        return self.lower
+        return mirrored_(self.lower)
 
     def _begin(self, like: Tensor) -> None:
         if self.lower is None:

@@ -24,7 +24,7 @@ from llmopt.room import Scene
 from llmopt.stream import Stream
 from llmopt.streaming import StreamedWeights, Streaming, open_model, save_partial
 
-SAVED = 100 * 10**6         # bytes of a checkpoint written, read again and compared in a second: an estimate
+SAVED = 250 * 10**6         # bytes of a checkpoint written, read again and compared in a second: an estimate
 
 
 @dataclass

@@ -36,8 +36,8 @@ class Room:
     """What a step takes for one block, or for the whole model.
 
     rewritten: modules whose weights it changes: private from then on. stays: codes and the like, kept beside them.
-    passes: while it works on the block, at most. whole: while it works on all blocks at once, before anything stays.
-    sets: how many times the activations of all calibration data are held.
+    passes: while it works on the block, at most. whole: before that, while it looks at the dense block, or at all of
+    them. sets: how many times the activations of all calibration data are held.
     """
 
     rewritten: tuple[nn.Module, ...] = ()

@@ -1,5 +1,7 @@
 """What a dry run says of memory and time is what a run takes; it really works, on one block, and leaves nothing."""
 import json
+import subprocess
+import sys
 import time
 
 import psutil
@@ -55,6 +57,13 @@ def test_a_gauge_sees_what_comes_and_goes():
         del block
         assert abs(gauge.look().private - 200_000_000) < 20_000_000
         assert taken(psutil.Process()).private - before.private < 20_000_000
+
+
+def test_large_tensors_lie_on_pages_of_their_own():
+    """torch reads the setting when it makes its first tensor: importing llmopt must not make one."""
+    code = ("import llmopt.cli; llmopt.cli.whole_pages(); import torch; "
+            "print([torch.ones(n).data_ptr() % 4096 for n in (2**20, 2**22)])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[0, 0]\n"
 
 
 @pytest.fixture

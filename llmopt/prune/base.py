@@ -92,12 +92,12 @@ class Pruner(Method):
         return [self._room(model, block, scene) for block in blocks(model)]
 
     def _room(self, model: nn.Module, block: Block, scene: Scene) -> Room:
-        """Squares of the largest weight; refitting takes more."""
+        """The largest weight in float32, with its squares; what refitting takes."""
         largest = max((p.out_features * p.in_features for p in block.projections()), default=0)
         cut = {} if self.units[0] in COARSE else {id(m.projection.module): m.projection.module
                                                   for unit in self.units for m in members(block, unit)}
-        passes = max(16 * largest, refit_bytes(model, block, scene, 1 - self.ratio) if self.refit else 0)
-        return Room(tuple(cut.values()), 0, passes, 2 if self.needs_data else 0)
+        passes = refit_bytes(model, block, scene, 1 - self.ratio) if self.refit else 0
+        return Room(tuple(cut.values()), passes=passes, whole=8 * largest, sets=2 if self.needs_data else 0)
 
     def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
         spent = timed(self._rate, model, run)

@@ -13,7 +13,7 @@ from llmopt.blocks import Block, Projection, blocks
 from llmopt.finite import all_finite
 from llmopt.gauge import give_back_freed
 from llmopt.method import FieldError, LlmoptError, Method, Pace, Record, Run, naming
-from llmopt.moments import Gram, energy
+from llmopt.moments import Gram, energy, mirrored_
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import DTYPES, Quantized, Spec
@@ -38,7 +38,7 @@ class Stats(Gram):
         return self.once("hessian", self._hessian) if self.tokens else None
 
     def _hessian(self) -> Tensor:
-        return torch.mul(self.whole(), 2 / self.tokens, out=torch.empty_like(self.lower, dtype=torch.float32))
+        return mirrored_(self.lower.float().mul_(2 / self.tokens))
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
@@ -119,8 +119,8 @@ class Quantizer(Method):
         return None
 
     def working(self, out: int, columns: int) -> int:
-        """Bytes that rounding one weight takes beside it, and packing its codes: copies in four bytes a value."""
-        return 20 * out * columns
+        """Bytes that rounding one weight takes beside it: the weight, what became of it and the change, in float32."""
+        return 12 * out * columns
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
         found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
@@ -275,7 +275,8 @@ class Quantizer(Method):
     @torch.no_grad()
     def _write(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> None:
         part, dense = self._solve(projection, stats, target, team), team.share(projection.weight).float()
-        change = part.dequantize(projection.weight.dtype).float() - dense
+        rounded = part.dequantize(projection.weight.dtype)
+        change = rounded.float() - dense
         counts = {name: part.figures[name] for name in self.sums if name in part.figures}
         counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
         if stats is not None:
@@ -286,7 +287,7 @@ class Quantizer(Method):
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if stats is not None:
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
-        projection.write(whole.dequantize(projection.weight.dtype))
+        projection.write(team.rows(rounded, projection.out_features))
         projection.module.llmopt_quantized = whole
 
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:

@@ -3,10 +3,10 @@
 What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 bits, mixed, in groups or per channel,
 with the exact name of every module as a target.
 """
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor, nn
 
 from llmopt.method import FieldError, LlmoptError
@@ -31,9 +31,22 @@ def export(model: nn.Module) -> Exported | None:
     return tensors, quantization_config(model)
 
 
+def _int32(codes: Tensor, bits: int) -> Tensor:
+    """Codes [out, in] side by side in int32 words."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes two seconds to import
+
+    return pack_to_int32(codes.cpu(), bits)
+
+
+def _codes(words: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    return unpack_from_int32(words, bits, torch.Size(shape))
+
+
 def packed(name: str, result: Quantized) -> dict[str, Tensor]:
     """The tensors of one module under their checkpoint names."""
-    return {f"{name}.weight_packed": pack_to_int32(result.codes.cpu(), result.bits),      # [out, ceil(in bits / 32)]
+    return {f"{name}.weight_packed": _int32(result.codes, result.bits),                   # [out, ceil(in bits / 32)]
             f"{name}.weight_scale": result.scales.cpu().contiguous(),                     # [out, groups]
             f"{name}.weight_shape": torch.tensor(result.codes.shape)}                     # [2] int64
 
@@ -78,14 +91,14 @@ def rebuilt(layer: nn.Module, tensors: dict[str, Tensor],
 
 
 def _unpacked(name: str, tensors: dict[str, Tensor], known: dict[str, Any]) -> Quantized:
-    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], known["bits"], shape)
+    codes = _codes(tensors[f"{name}.weight_packed"], known["bits"], tensors[f"{name}.weight_shape"].tolist())
     return Quantized(codes, tensors[f"{name}.weight_scale"], known["bits"], known["group_size"],
                      tensors.get(f"{name}.zeros"), tensors.get(f"{name}.groups"), known["figures"])
+
+
 def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [out, in] of a model of type `dtype` that these tensors of `packed` stand for."""
-    found = unpack_from_int32(codes, bits, torch.Size(shape))
-    return Quantized(found, scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)
+    return Quantized(_codes(codes, bits, shape), scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)
 
 
 def widths(config: dict) -> dict[str, int]:

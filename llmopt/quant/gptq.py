@@ -82,7 +82,7 @@ class GPTQ(Quantizer):
         dead = diagonal == 0
         falling = diagonal.argsort(descending=True, stable=True)
         order = falling if self.act_order else torch.arange(len(diagonal), device=diagonal.device)
-        hessian = stats.hessian[order][:, order]
+        hessian = stats.hessian.index_select(0, order).index_select(1, order)
         hessian.diagonal()[dead[order]] = 1
         return Prepared(order, dead, *inverse_factor(hessian, self.damping, stats.ranks))
 

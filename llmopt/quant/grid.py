@@ -60,19 +60,14 @@ class Quantized:
     groups: Tensor | None = None        # [in] the group of each column, where that is not column // group_size
     figures: dict = field(default_factory=dict)
 
-    def columns(self) -> Tensor:
-        """The group of each column [in]."""
-        if self.groups is not None:
-            return self.groups
-        count = self.codes.shape[1]
-        width = count if self.group_size == -1 else self.group_size
-        return torch.arange(count, device=self.codes.device) // width
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] exactly as a loader computes it for a model of type `dtype`."""
-        columns = self.columns()
-        zeros = None if self.zeros is None else self.zeros[:, columns]
-        return decode(self.codes, self.scales[:, columns], zeros, dtype)
+        if self.groups is not None:
+            zeros = None if self.zeros is None else self.zeros[:, self.groups]
+            return decode(self.codes, self.scales[:, self.groups], zeros, dtype)
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1))                          # [out, groups, width]
+        zeros = None if self.zeros is None else self.zeros.unsqueeze(-1)
+        return decode(codes, self.scales.unsqueeze(-1), zeros, dtype).flatten(1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ IMPORTS = "import sys, llmopt, llmopt.dryrun; print(flush=True); sys.stdin.read(
 RTN = "steps: [quant.rtn: {bits: 4}]\n"
 GPTQ = "data: {{name: ids, path: {ids}}}\nsteps: [quant.gptq: {{bits: 4}}]\n"
 JOURNAL = "of which for the journal"
+NEWBORN = 10                # looks at the memory between two searches for new processes
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,32 @@ def watched(line: list[str]) -> tuple[Taken, int, str]:
     """(peak of the process tree, exit code, what it said on stderr) of a command."""
     with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE) as process:
-        tree, peak = psutil.Process(process.pid), Taken()
+        tree, peak, looks = Tree(psutil.Process(process.pid)), Taken(), 0
         while process.poll() is None:
-            peak = max(peak, _of_tree(tree))
+            if looks % NEWBORN == 0:
+                tree.look_around()
+            peak, looks = max(peak, tree.taken()), looks + 1
             time.sleep(EVERY)
         return peak, process.returncode, process.stderr.read()
 
 
-def _of_tree(root: psutil.Process) -> Taken:
-    try:
-        each = [taken(process) for process in (root, *root.children(recursive=True))]
-    except psutil.Error:                        # one of them has just ended
-        return Taken()
-    return Taken(*map(sum, zip(*each, strict=True)))
+class Tree:
+    """A process and those below it, found now and then: finding them takes as long as sixty looks at one."""
+
+    def __init__(self, root: psutil.Process):
+        self.root, self.members = root, [root]
+
+    def look_around(self) -> None:
+        with suppress(psutil.Error):                # it has just ended
+            self.members = [self.root, *self.root.children(recursive=True)]
+
+    def taken(self) -> Taken:
+        """What all take together."""
+        each = []
+        for process in self.members:
+            with suppress(psutil.Error):
+                each.append(taken(process))
+        return Taken(*map(sum, zip(*each, strict=True))) if each else Taken()
 
 
 def imported() -> Taken:
