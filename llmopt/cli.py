@@ -274,7 +274,8 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
-    whole_pages()
+    if ranks.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
+        whole_pages()
     try:
         with ranks.one_voice():
             code = cli.main(standalone_mode=False)
