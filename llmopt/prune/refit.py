@@ -52,7 +52,7 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
 
 
 def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> int:
-    """Two sums of squares in float32 while they are taken; of the widest system its share `kept`, twice, in float64."""
+    """The sums of squares while they are taken; of the widest system its share `kept`, twice; all in float64."""
     width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
     out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
     system = int((12 + 16 * kept ** 2 + 8 * kept * (2 - kept)) * width ** 2)
@@ -67,6 +67,8 @@ def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks)
     inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
     old = torch.cat([weight, projection.bias[:, None]], 1) if constant else weight
     gram.join(old)
+    if not gram.tokens:
+        raise LlmoptError(f"{projection.name}: no calibration token reached it")
     found = ranks.broadcast_(solve(old, gram.whole(), inputs).to(weight.dtype))
     if not all_finite(found):
         raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")
