@@ -11,12 +11,12 @@ from llmopt.architectures import SPECS
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("heads", "kv", "quant", "prune", "attention")
 LEVELS = {
-    "llmopt_kernels": 0, "llmopt.ranks": 0, "llmopt.gauge": 0, "llmopt.room": 0,
+    "llmopt_kernels": 0, "llmopt.ranks": 0, "llmopt.gauge": 0, "llmopt.room": 0, "llmopt.available": 0,
     "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.architectures": 1, "llmopt.yaml_lines": 2, "llmopt.recipe": 3,
     "llmopt.blocks": 2, "llmopt.walk": 3, "llmopt.activations": 3, "llmopt.data": 4,
     "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
     "llmopt.store": 5, "llmopt.journal": 4, "llmopt.kept": 7,
-    "llmopt.layer": 1, "llmopt.calls": 1, "llmopt.cache": 2,
+    "llmopt.layer": 1, "llmopt.calls": 1, "llmopt.cache": 2, "llmopt.moments": 1, "llmopt.finite": 2,
     "llmopt.geometry": 3, "llmopt.interface": 2, "llmopt.live": 4, "llmopt.runtime": 5,
     **{f"llmopt.{family}": 6 for family in FAMILIES},
     "llmopt.verify": 2, "llmopt.rehearsal": 6, "llmopt.checkpoint": 7, "llmopt.stream": 8,
