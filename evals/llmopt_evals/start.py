@@ -1,4 +1,5 @@
 """What the `llmopt` script calls: outside the package `llmopt`, so that Ctrl-C is understood even while torch loads."""
+import signal
 import sys
 
 
@@ -10,3 +11,5 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)      # all is done; Python, clearing away, would complain
