@@ -4,12 +4,15 @@ Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim,
 L layers.
 """
 from llmopt import attention, heads, kv, prune, quant
-from llmopt.checkpoint import load, save
-from llmopt.method import LlmoptError, Method, Record, get, names, register
-from llmopt.modeling import register_models
-from llmopt.pipeline import Report, compress
-from llmopt.runtime import attached
-from llmopt.verify import VerificationError
+from llmopt.checkpoint.save import load, save
+from llmopt.checkpoint.verify import VerificationError
+from llmopt.errors import LlmoptError
+from llmopt.method import Method, Record
+from llmopt.model.modeling import register_models
+from llmopt.parts import get, names, register
+from llmopt.run.pipeline import compress
+from llmopt.run.report import Report
+from llmopt.runtime.attach import attached
 
 register_models()       # plain AutoModelForCausalLM now loads per-layer shapes and attaches runtime parts
 

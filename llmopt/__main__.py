@@ -1,4 +1,4 @@
 """`python -m llmopt`, so that torchrun can start the command."""
-from llmopt.cli import main
+from llmopt.cli.commands import main
 
 main()

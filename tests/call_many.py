@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmopt.cli import main
+from llmopt.cli.commands import main
 
 RESULTS = sys.argv[1]
 

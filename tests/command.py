@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmopt.cli import main
+from llmopt.cli.commands import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import llmopt  # noqa: F401  fills the registry
-from llmopt import pipeline, recipe
-from llmopt.streaming import Streaming
+from llmopt import recipe
+from llmopt.run import pipeline
+from llmopt.run.opening import Streaming
 
 TORN = ("fsync", "replace", "truncate", "rename")
 

@@ -7,14 +7,15 @@ import sys
 
 import torch
 
-from llmopt import pipeline, ranks
+from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
-from llmopt.moments import WIDTH, Gram, row_errors
 from llmopt.prune import Magnitude
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.base import Stats
 from llmopt.quant.factor import inverse_factor
+from llmopt.run import pipeline
+from llmopt.scale import processes
 from tests import tiny
 
 GROUPS = {"group_size": 16}
@@ -35,22 +36,22 @@ def batches(rows: int, size: int) -> list[dict]:
     return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(size), mask.split(size), strict=True)]
 
 
-def made(family: str, plan: str, data: list[dict], team: ranks.Ranks) -> tuple[dict, list]:
+def made(family: str, plan: str, data: list[dict], team: processes.Ranks) -> tuple[dict, list]:
     """(weights, records) of a tiny model that `team` has compressed."""
     model = tiny.make(family)
     report = pipeline._compress(model, PLANS[plan], Run(data, ranks=team))
     return model.state_dict(), report.records
 
 
-def unlike(family: str, plan: str, data: list[dict], team: ranks.Ranks) -> list[str]:
+def unlike(family: str, plan: str, data: list[dict], team: processes.Ranks) -> list[str]:
     """Tensors whose bits differ, and figures that differ by more than 1e-5."""
-    (mine, alone), (ours, together) = (made(family, plan, data, t) for t in (ranks.Ranks(), team))
+    (mine, alone), (ours, together) = (made(family, plan, data, t) for t in (processes.Ranks(), team))
     return [name for name in mine if not torch.equal(mine[name], ours[name])] + figures(alone, together)
 
 
-def changed(family: str, plan: str, data: list[dict], team: ranks.Ranks) -> list[str]:
+def changed(family: str, plan: str, data: list[dict], team: processes.Ranks) -> list[str]:
     """Where a batch has to be cut, its sums come in other parts: at most a thousandth of the weights may differ."""
-    (mine, _), (ours, _) = (made(family, plan, data, t) for t in (ranks.Ranks(), team))
+    (mine, _), (ours, _) = (made(family, plan, data, t) for t in (processes.Ranks(), team))
     apart, size = (sum(int(count) for count in counts) for counts in zip(
         *(((ours[name] != mine[name]).sum(), mine[name].numel()) for name in mine), strict=True))
     return [] if apart <= size / 1000 else [f"{apart} of {size} weights"]
@@ -64,7 +65,7 @@ def figures(one, other, where: str = "") -> list[str]:
     return [] if close else [f"{where}: {one} {other}"]
 
 
-def moments(team: ranks.Ranks) -> list[str]:
+def moments(team: processes.Ranks) -> list[str]:
     """Second moments of odd shares, one of them empty, against all tokens at once."""
     x = torch.randn(101, WIDTH + 40, generator=torch.Generator().manual_seed(0))
     whole, part, gram = Stats(), Stats(ranks=team), Gram(team)
@@ -80,7 +81,7 @@ def moments(team: ranks.Ranks) -> list[str]:
     return wrong
 
 
-def factor(team: ranks.Ranks) -> list[str]:
+def factor(team: processes.Ranks) -> list[str]:
     """Three block columns and a bit; a matrix that is not positive definite is refused by all."""
     x = torch.randn(3000, 3 * WIDTH + 17, generator=torch.Generator().manual_seed(1))
     hessian = x.T @ x
@@ -93,7 +94,7 @@ def factor(team: ranks.Ranks) -> list[str]:
     return wrong + ([] if inverse_factor(hessian, 0.01, team)[0] is None else ["indefinite"])
 
 
-def solve(team: ranks.Ranks) -> list[str]:
+def solve(team: processes.Ranks) -> list[str]:
     """With the same Hessian, sharing the rows of a weight leaves every bit as it is."""
     stats = Stats()
     x = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
@@ -108,7 +109,7 @@ def solve(team: ranks.Ranks) -> list[str]:
 
 
 def main() -> None:
-    team, data = ranks.join(), batches(9, 3)
+    team, data = processes.join(), batches(9, 3)
     found = {"moments": moments(team), "factor": factor(team), "solve": solve(team)}
     found |= {plan: unlike("llama", plan, data, team) for plan in PLANS}
     found |= {family: unlike(family, "narrow", data, team) for family in ("gpt_neox", "gpt2", "opt")}
@@ -122,5 +123,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with ranks.one_voice():
+    with processes.one_voice():
         main()

@@ -21,11 +21,13 @@ from transformers import (
 )
 
 import llmopt
-from llmopt.architectures import SPECS, UNITS
-from llmopt.blocks import blocks
-from llmopt.checkpoint import contents, load
-from llmopt.method import LlmoptError, Run, build
-from llmopt.predict import predict
+from llmopt.checkpoint.save import contents, load
+from llmopt.errors import LlmoptError
+from llmopt.forecast.size import predict
+from llmopt.method import Run
+from llmopt.model.architectures import SPECS, UNITS
+from llmopt.model.blocks import blocks
+from llmopt.parts import build
 from tests import table, tiny
 from tests.tiny import BASE, EXPERTS, GATED, WIDE
 

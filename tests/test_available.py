@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmopt import available as module
-from llmopt.available import available
+from llmopt.scale import available as module
+from llmopt.scale.available import available
 
 GB = 10**9
 NAMES = {2: ("memory.max", "memory.current", ""), 1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import llmopt
-from llmopt import checkpoint, shards
-from llmopt.method import LlmoptError
-from llmopt.runtime import detach
+from llmopt.checkpoint import save as checkpoint
+from llmopt.errors import LlmoptError
+from llmopt.files import shards
+from llmopt.model import state
+from llmopt.runtime.attach import detach
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +207,7 @@ def test_shards_close_at_block_boundaries_and_sizes_are_known(tmp_path):
         assert len({shard for name, shard in index.items() if f".layers.{layer}." in name}) == 1
     assert len(set(index.values())) > 1
     single = llmopt.save(model, tmp_path / "single")
-    assert shards.file_bytes(checkpoint.plain_state(model)) == (single / "model.safetensors").stat().st_size
+    assert shards.file_bytes(state.plain_state(model)) == (single / "model.safetensors").stat().st_size
 
 
 def test_two_saves_write_the_same_bytes(tmp_path):

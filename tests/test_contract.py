@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import llmopt
-from llmopt.checkpoint import load
-from llmopt.method import Run, build
-from llmopt.runtime import detach
+from llmopt.checkpoint.save import load
+from llmopt.method import Run
+from llmopt.parts import build
+from llmopt.runtime.attach import detach
 from tests import table, tiny
 
 MAIN = ("llama", "qwen3", "mistral")

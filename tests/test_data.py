@@ -5,9 +5,9 @@ import pytest
 import torch
 from llmopt_evals.world.tokenizer import build_tokenizer
 
-from llmopt import data
-from llmopt.method import LlmoptError
-from llmopt.recipe import DataSpec
+from llmopt.calibration import data
+from llmopt.errors import LlmoptError
+from llmopt.specs import DataSpec
 from tests import tiny
 from tests.command import call
 

@@ -7,9 +7,11 @@ from llmopt_evals.evaluate import evaluate, figures
 from llmopt_evals.world import calibration_ids
 
 import llmopt
-from llmopt import data, pipeline, recipe
-from llmopt.loading import load_dense
-from llmopt.recipe import ModelSpec
+from llmopt import recipe
+from llmopt.calibration import data
+from llmopt.model.loading import load_dense
+from llmopt.run import pipeline
+from llmopt.specs import ModelSpec
 from tests.command import llmopt as command
 
 SMALL = ("data.samples=8", "data.length=128", "steps.2.widths=[4, 5]", "eval.limit=6",

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llmopt.finite import all_finite, check_finite
-from llmopt.method import LlmoptError
+from llmopt.errors import LlmoptError
+from llmopt.model.finite import all_finite, check_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

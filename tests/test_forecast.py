@@ -11,13 +11,16 @@ from llmopt_evals.synthetic import write
 from transformers import LlamaConfig
 
 import llmopt
-from llmopt import checkpoint, method, recipe
-from llmopt.dryrun import Prediction, advice, dry_run
-from llmopt.forecast import Peak
-from llmopt.gauge import Gauge, taken
-from llmopt.method import Clock, Pace, Run
+from llmopt import progress, recipe
+from llmopt.checkpoint import save as checkpoint
+from llmopt.forecast.memory import Peak
+from llmopt.forecast.size import Prediction
+from llmopt.method import Pace, Run
+from llmopt.progress import Clock
 from llmopt.quant import RTN
-from llmopt.streaming import Streaming
+from llmopt.run.dry_run import advice, dry_run
+from llmopt.run.opening import Streaming
+from llmopt.scale.gauge import Gauge, taken
 from tests import tiny
 from tests.command import llmopt as command
 from tests.test_contract import FIELDS
@@ -61,7 +64,7 @@ def test_a_gauge_sees_what_comes_and_goes():
 
 def test_large_tensors_lie_on_pages_of_their_own():
     """torch reads the setting when it makes its first tensor: importing llmopt must not make one."""
-    code = ("import llmopt.cli; llmopt.cli.whole_pages(); import torch; "
+    code = ("import llmopt.cli; from llmopt.scale.gauge import whole_pages; whole_pages(); import torch; "
             "print([torch.ones(n).data_ptr() % 4096 for n in (2**20, 2**22)])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[0, 0]\n"
 
@@ -70,7 +73,7 @@ def test_large_tensors_lie_on_pages_of_their_own():
 def clock(monkeypatch):
     """A clock that is set by hand: clock[0]."""
     now = [0.0]
-    monkeypatch.setattr(method.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
 
 

@@ -21,11 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llmopt_evals.world.tokenizer import save_tokenizer
 
-from llmopt import checkpoint, data, recipe
-from llmopt.cli import main
-from llmopt.loading import load_model, load_tokenizer
-from llmopt.method import LlmoptError
-from llmopt.recipe import DataSpec, ModelSpec
+from llmopt import recipe
+from llmopt.calibration import data
+from llmopt.checkpoint import save as checkpoint
+from llmopt.cli.commands import main
+from llmopt.errors import LlmoptError
+from llmopt.model.loading import load_model, load_tokenizer
+from llmopt.specs import DataSpec, ModelSpec
 from tests import tiny
 from tests.damage import (
     damaged_bytes,

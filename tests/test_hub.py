@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from llmopt_evals.world import reference_path
 
-from llmopt import checkpoint
+from llmopt.checkpoint import save as checkpoint
 from tests import hub, tiny
 from tests.command import ROOT
 

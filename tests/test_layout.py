@@ -6,41 +6,29 @@ from pathlib import Path
 import pytest
 
 import llmopt
-from llmopt.architectures import SPECS
+from llmopt.model.architectures import SPECS
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("heads", "kv", "quant", "prune", "attention")
-LEVELS = {
-    "llmopt_kernels": 0, "llmopt.ranks": 0, "llmopt.gauge": 0, "llmopt.room": 0, "llmopt.available": 0,
-    "llmopt.method": 1, "llmopt.modeling": 1, "llmopt.architectures": 1, "llmopt.yaml_lines": 2, "llmopt.recipe": 3,
-    "llmopt.blocks": 2, "llmopt.walk": 3, "llmopt.activations": 3, "llmopt.data": 4,
-    "llmopt.shards": 2, "llmopt.folder": 2, "llmopt.hub": 3, "llmopt.facts": 3, "llmopt.card": 4, "llmopt.loading": 4,
-    "llmopt.store": 5, "llmopt.journal": 4, "llmopt.kept": 7,
-    "llmopt.layer": 1, "llmopt.calls": 1, "llmopt.cache": 2, "llmopt.moments": 1, "llmopt.finite": 2,
-    "llmopt.geometry": 3, "llmopt.interface": 2, "llmopt.live": 4, "llmopt.runtime": 5,
-    **{f"llmopt.{family}": 6 for family in FAMILIES},
-    "llmopt.verify": 2, "llmopt.rehearsal": 6, "llmopt.checkpoint": 7, "llmopt.stream": 8,
-    "llmopt.forecast": 7, "llmopt.predict": 8,
-    "llmopt.streaming": 9, "llmopt.pipeline": 10, "llmopt.dryrun": 11, "llmopt": 11, "llmopt.terminal": 2,
-    "llmopt_evals": 12, "llmopt.cli": 13, "llmopt.__main__": 14,
-}
-LAZY_BACK_EDGES = {("llmopt.data", "llmopt_evals"), ("llmopt.loading", "llmopt_evals"),   # world, llmopt/reference
-                   ("llmopt.modeling", "llmopt"),                                # attach where llmopt is installed
-                   ("llmopt.loading", "llmopt.blocks"), ("llmopt_evals", "llmopt.cli")}
+# an import points to the left, or stays in its own folder; the evaluation and the command come last
+ORDER = ["llmopt_kernels", "errors progress", "parts files", "specs", "model", "scale", "method",
+         "calibration runtime recipe", "heads prune quant kv attention", "checkpoint", "forecast", "run", "__init__",
+         "llmopt_evals", "cli", "__main__"]
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
+ROOT_FILES = {"__init__.py", "__main__.py", "method.py", "parts.py", "specs.py", "errors.py", "progress.py"}
+LAZY_BACK_EDGES = {("calibration", "llmopt_evals"), ("model", "llmopt_evals"),         # the world, llmopt/reference
+                   ("model", "runtime"), ("llmopt_evals", "cli")}
 
 
 def sources() -> list[Path]:
     return [p for top in ("llmopt", "kernels", "evals") for p in sorted((ROOT / top).rglob("*.py"))]
 
 
-def place(path: Path) -> str:
-    """The layer a file belongs to: a family, a package, or a module of llmopt."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] in ("kernels", "evals"):
-        return parts[1]
-    if len(parts) > 2:
-        return f"llmopt.{parts[1]}"
-    return "llmopt" if parts[1] == "__init__" else f"llmopt.{parts[1]}"
+def room(module: str) -> str | None:
+    """The room of a dotted module name: a folder or file at the root of llmopt, or a package beside it."""
+    first, _, rest = module.partition(".")
+    name = (rest.partition(".")[0] or "__init__") if first == "llmopt" else first
+    return name if name in LEVELS else "__init__" if first == "llmopt" else None
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -49,32 +37,30 @@ def imports(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            if node.module == "llmopt":
-                whole = [f"llmopt.{alias.name}" for alias in node.names]
-                found += [name if name in LEVELS else "llmopt" for name in whole]
-            else:
-                found.append(node.module)
+            found += [f"llmopt.{alias.name}" for alias in node.names] if node.module == "llmopt" else [node.module]
     return found
 
 
-def layer(module: str) -> str | None:
-    for name in sorted(LEVELS, key=len, reverse=True):
-        if module == name or module.startswith(name + "."):
-            return name
-    return None
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:] if parts[0] in ("kernels", "evals") else parts)
 
 
 def test_imports_point_one_way():
     wrong = []
     for path in sources():
-        mine = place(path)
+        mine = room(dotted(path))
         for module in imports(ast.parse(path.read_text())):
-            theirs = layer(module)
+            theirs = room(module)
             if theirs is None or theirs == mine or (mine, theirs) in LAZY_BACK_EDGES:
                 continue
             if LEVELS[theirs] >= LEVELS[mine]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_root_holds_the_contract_alone():
+    assert {p.name for p in (ROOT / "llmopt").glob("*.py")} == ROOT_FILES
 
 
 def test_files_stay_short():
@@ -84,9 +70,9 @@ def test_files_stay_short():
 
 def test_only_the_command_prints_and_nothing_swallows_errors():
     wrong = []
-    allowed = ("llmopt/cli.py", "llmopt/terminal.py", "evals/llmopt_evals/world/train.py",
+    allowed = ("llmopt/cli/commands.py", "llmopt/cli/tables.py", "evals/llmopt_evals/world/train.py",
                "evals/llmopt_evals/world/check.py")
-    outermost = ("llmopt/folder.py",)           # where libraries read foreign files: they raise bare exceptions
+    outermost = ("llmopt/files/checks.py",)           # where libraries read foreign files: they raise bare exceptions
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in

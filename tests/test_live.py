@@ -13,9 +13,12 @@ import torch
 from llmopt_kernels import rotate
 
 import llmopt
-from llmopt import kv, live, runtime
-from llmopt.geometry import attention_windows
-from llmopt.method import _REGISTRY, LlmoptError, Record, Run, register
+from llmopt import kv, runtime
+from llmopt.errors import LlmoptError
+from llmopt.method import Record, Run
+from llmopt.model.positions import attention_windows
+from llmopt.parts import _REGISTRY, register
+from llmopt.runtime import hooks
 from tests.tiny import ids, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt",
@@ -29,12 +32,12 @@ def watched(monkeypatch):
     held = []
 
     def watch(name):
-        plain = getattr(live, name)
+        plain = getattr(hooks, name)
 
         def measured(query, *args):
             held.append(watch.cache().nbytes())
             return plain(query, *args)
-        monkeypatch.setattr(live, name, measured)
+        monkeypatch.setattr(hooks, name, measured)
 
     watch("dense_attention")
     watch("ragged_attention")
@@ -199,7 +202,7 @@ def test_tensors_of_a_method_travel_with_the_checkpoint(listed, tmp_path):
                                  "1.parts.size": {"shape": [1], "dtype": "int64"}}
     assert config["steps"][1]["meta"] == {"seed": 5} and config["steps"][0]["method"] == attention.to_dict()
     for trust in (False, True):
-        fresh = llmopt.checkpoint.load(folder)[0] if not trust else trusted(folder)
+        fresh = llmopt.load(folder)[0] if not trust else trusted(folder)
         assert torch.equal(fresh.get_buffer("llmopt.1.curve"), curve) and curve.dtype == torch.float32
         assert torch.equal(kept(fresh, tokens), want)
         assert runtime.runtime_config(fresh) == runtime.runtime_config(model)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmopt.folder import check_folder, weight_files
-from llmopt.loading import load_dense
-from llmopt.method import LlmoptError
-from llmopt.recipe import ModelSpec
+from llmopt.errors import LlmoptError
+from llmopt.files.checks import check_folder, weight_files
+from llmopt.model.loading import load_dense
+from llmopt.specs import ModelSpec
 from tests import tiny
 
 

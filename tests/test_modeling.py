@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from llmopt import modeling
-from llmopt.blocks import attention_modules
-from llmopt.checkpoint import load
+from llmopt.checkpoint.save import load
 from llmopt.method import Run
-from llmopt.modeling import FAMILIES, SkippedAttn, register_models, remote_files, saved_config
+from llmopt.model import modeling
+from llmopt.model.blocks import attention_modules
+from llmopt.model.modeling import FAMILIES, SkippedAttn, register_models, remote_files, saved_config
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 

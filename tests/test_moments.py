@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from llmopt.moments import WIDTH, Gram, blocks_of, energy, row_errors
+from llmopt.calibration.second_moments import WIDTH, Gram, blocks_of, energy, row_errors
 
 SIZES = [1, WIDTH - 1, WIDTH, WIDTH + 1, 2 * WIDTH + 40]
 

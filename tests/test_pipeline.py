@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import llmopt
-from llmopt.method import LlmoptError
+from llmopt.errors import LlmoptError
 from llmopt.prune import Magnitude
 from llmopt.quant import RTN
 from tests import tiny

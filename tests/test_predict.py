@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 import llmopt
-from llmopt import shards
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError
-from llmopt.predict import predict
+from llmopt.errors import LlmoptError
+from llmopt.files import shards
+from llmopt.forecast.size import predict
+from llmopt.model.blocks import blocks
 from llmopt.prune import Magnitude
 from llmopt.quant import RTN
 from tests import tiny

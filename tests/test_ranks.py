@@ -10,8 +10,10 @@ import psutil
 import pytest
 import torch
 
-from llmopt import checkpoint, pipeline, recipe
-from llmopt.ranks import Ranks
+from llmopt import recipe
+from llmopt.checkpoint import save as checkpoint
+from llmopt.run import pipeline
+from llmopt.scale.processes import Ranks
 from tests import tiny
 from tests.command import ROOT, torchrun
 
@@ -121,22 +123,22 @@ def test_a_process_that_dies_ends_the_run(rank, number, tmp_path):
 
 FAILING = """
 import sys, time
-from llmopt import ranks
-from llmopt.method import LlmoptError
-from llmopt.cli import main, cli
+from llmopt.scale import processes
+from llmopt.errors import LlmoptError
+from llmopt.cli import commands
 
-@cli.command()
+@commands.cli.command()
 def fail():
-    team = ranks.join()
+    team = processes.join()
     team.wait()
     if not team.is_main:
         raise LlmoptError("the disk is gone")
     team.wait()
 
-import llmopt.cli
-llmopt.cli.SHARED += ("fail",)
+
+commands.SHARED += ("fail",)
 sys.argv = ["llmopt", "fail"]
-main()
+commands.main()
 """
 
 

@@ -3,7 +3,7 @@ import pytest
 
 import llmopt
 from llmopt import recipe
-from llmopt.method import LlmoptError
+from llmopt.errors import LlmoptError
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}

@@ -10,16 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe
-from llmopt.blocks import layer_list
+from llmopt import recipe
+from llmopt.checkpoint import save as checkpoint
+from llmopt.errors import LlmoptError
+from llmopt.files.shards import DiskFull
 from llmopt.heads import Gradient
-from llmopt.journal import Interrupted, Journal, difference
-from llmopt.method import LlmoptError
+from llmopt.model.blocks import layer_list
+from llmopt.model.codes import quantized_modules, rebuilt, stored
 from llmopt.quant import GPTQ, RTN
-from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import rebuilt, stored
-from llmopt.shards import DiskFull
-from llmopt.streaming import Streaming
+from llmopt.run import pipeline
+from llmopt.run.opening import Streaming
+from llmopt.scale.journal import Interrupted, Journal, difference
 from tests import tiny
 from tests.command import ROOT, call, command
 from tests.conftest import mount

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmopt import kv, live, runtime
-from llmopt.method import LlmoptError, Record, Run
-from llmopt.modeling import SkippedAttn
+from llmopt import kv, runtime
+from llmopt.errors import LlmoptError
+from llmopt.method import Record, Run
+from llmopt.model.modeling import SkippedAttn
+from llmopt.runtime import hooks
 from tests.tiny import ids, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt",
@@ -152,7 +154,7 @@ def test_evicted_equals_a_dense_run_masked_the_same_way(model, allocate, monkeyp
         return logits.softmax(-1) @ values.repeat_interleave(group, 1)
 
     masked.calls = 0
-    monkeypatch.setattr(live, "dense_attention", masked)
+    monkeypatch.setattr(hooks, "dense_attention", masked)
     with runtime.attached(model, kv.SnapKV(budget=1000)):
         want = model(tokens, use_cache=False).logits
     assert_close(got, want[:, prompt:], atol=1e-5, rtol=1e-5)

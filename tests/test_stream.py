@@ -8,16 +8,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt import checkpoint, pipeline, recipe, rehearsal, store, stream, streaming
-from llmopt.blocks import blocks
-from llmopt.dryrun import dry_run
+from llmopt import recipe
+from llmopt.calibration.walk import walk
+from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.streamed import StreamedWeights
+from llmopt.checkpoint.verify import VerificationError
+from llmopt.errors import LlmoptError
+from llmopt.files import checks, tensors
 from llmopt.kv import SnapKV
-from llmopt.method import LlmoptError, Memory, Run
+from llmopt.method import Run
+from llmopt.model import skeleton
+from llmopt.model.blocks import blocks
 from llmopt.quant import GPTQ
-from llmopt.stream import Stream
-from llmopt.streaming import StreamedWeights, Streaming
-from llmopt.verify import VerificationError
-from llmopt.walk import walk
+from llmopt.run import opening, pipeline
+from llmopt.run.dry_run import dry_run
+from llmopt.run.opening import Streaming
+from llmopt.runtime import rehearsal
+from llmopt.scale import stream
+from llmopt.scale.memory import Memory
+from llmopt.scale.stream import Streamed
 from tests import tiny
 from tests.test_contract import FIELDS
 
@@ -84,7 +93,7 @@ def test_the_bytes_are_those_of_a_run_in_memory(family, steps, changes, tmp_path
 
 def test_a_file_may_leave_out_the_prefix_of_the_base_model(tmp_path):
     model = dense(tmp_path, "gpt2")
-    tensors = {name: t for file in store.weight_files(model) for name, t in load_file(file).items()}
+    tensors = {name: t for file in checks.weight_files(model) for name, t in load_file(file).items()}
     for file in model.glob("*.safetensors*"):
         file.unlink()
     save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, model / "model.safetensors",
@@ -98,7 +107,7 @@ def test_a_file_may_leave_out_the_prefix_of_the_base_model(tmp_path):
 
 def test_one_block_at_a_time(tmp_path, monkeypatch):
     """Counted whenever a quantizer looks at a weight: the weights there are those of one block and no embedding."""
-    seen, model = [], store.open_model(recipe.ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
+    seen, model = [], skeleton.open_model(recipe.ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
     block = sum(p.numel() for p in blocks(model)[0].module.parameters())
     solve = GPTQ._solve
 
@@ -119,7 +128,7 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
 
 
 def test_activations_beyond_their_room_are_mapped_from_nameless_files(tmp_path):
-    memory = Stream.__new__(Stream)
+    memory = Streamed.__new__(Streamed)
     memory.work, memory.room = tmp_path, 3 * 3 * 800
     given = [torch.randn(10, 20, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     kept = memory.keep(iter(given))
@@ -138,7 +147,7 @@ def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal,
         real[1, 20 - i % unequal:] = 0
         batches.append({"input_ids": tiny.ids(4, 24), "attention_mask": real})
     monkeypatch.setattr(stream, "spilled", lambda tensor, file: filed.append(tensor.dtype) or tensor)
-    held = Stream.__new__(Stream)
+    held = Streamed.__new__(Streamed)
     held.work, held.room = tmp_path, 3 * (4 * 24 * 24)                # one mask, and no more
     memory = Memory()
     memory.keeper = held.keeper
@@ -159,9 +168,9 @@ def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(s
 
 def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_path, monkeypatch):
     made = plan(tmp_path, dense(tmp_path, "llama"), "[heads.gradient: {}]")
-    monkeypatch.setattr(streaming, "available", lambda: 50_000_000)
+    monkeypatch.setattr(opening, "available", lambda: 50_000_000)
     assert dry_run(made)["steps"]
-    monkeypatch.setattr(streaming, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
+    monkeypatch.setattr(opening, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
     with pytest.raises(LlmoptError, match=r"steps.0 heads.gradient: works on the whole model at once; .* 0.0 GB"):
         dry_run(made)
     assert dry_run(made, Streaming(False))["steps"]
@@ -186,7 +195,7 @@ def test_the_cache_is_measured_without_weights(kv, family):
     if kv:
         recipe.parse(f"steps: [{kv}]", "t").steps[0].apply(model, Run())
     length = min(512, model.config.max_position_embeddings // 2)
-    assert rehearsal.cache_bytes(model, length) == pipeline.cache_bytes_per_token(model) * length
+    assert rehearsal.cache_bytes(model, length) == rehearsal.cache_bytes_per_token(model) * length
 
 
 @pytest.mark.parametrize(("lost", "fact"), [("experts.3", r"mlp.experts.\w+ is \[3, .*, the config wants \[4, "),
@@ -223,10 +232,10 @@ def test_the_cache_of_a_scorer_that_reads_weights_is_measured_without_them(alloc
             return view.unrotated_keys().norm(dim=-1) * view.mean_over_group(written).mean(-1, keepdim=True)
 
     real = tiny.make("qwen3")
-    bare = store.skeleton(real.config, torch.float32)
+    bare = skeleton.skeleton(real.config, torch.float32)
     for model in (real, bare):
         Weighted(ratio=0.5, window=8, allocate=allocate).apply(model, Run())
-    assert pipeline.cache_bytes_per_token(bare) == pipeline.cache_bytes_per_token(real)
+    assert rehearsal.cache_bytes_per_token(bare) == rehearsal.cache_bytes_per_token(real)
     assert all(parameter.is_meta for parameter in bare.parameters())
 
 
@@ -260,10 +269,10 @@ def test_what_reads_back_otherwise_is_no_success(tmp_path, monkeypatch):
 
 def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
     made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["rtn"])
-    size = store.dense_bytes(tmp_path / "dense")
-    assert size == sum(t.numel() * 4 for f in store.weight_files(tmp_path / "dense") for t in load_file(f).values())
+    size = tensors.dense_bytes(tmp_path / "dense")
+    assert size == sum(t.numel() * 4 for f in checks.weight_files(tmp_path / "dense") for t in load_file(f).values())
     for free, streamed in ((size, False), (size - 1, True)):
-        monkeypatch.setattr(streaming, "available", lambda free=free: free)
+        monkeypatch.setattr(opening, "available", lambda free=free: free)
         assert Streaming().wanted(made) == streamed
         assert not Streaming(force=False).wanted(made)
 

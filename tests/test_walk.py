@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from llmopt.blocks import blocks
-from llmopt.walk import walk
+from llmopt.calibration.walk import walk
+from llmopt.model.blocks import blocks
 from tests import tiny
 
 

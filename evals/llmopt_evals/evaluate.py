@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from llmopt.method import LlmoptError, nearest
-from llmopt.ranks import Ranks
-from llmopt.recipe import ModelSpec
-from llmopt.shards import write_text
+from llmopt.errors import LlmoptError, nearest
+from llmopt.files.shards import write_text
+from llmopt.scale.processes import Ranks
+from llmopt.specs import ModelSpec
 from llmopt_evals.large import opened
 from llmopt_evals.world import tasks_path
 

@@ -20,16 +20,19 @@ import psutil
 import torch
 from torch import nn
 
-from llmopt import shards, store
-from llmopt.architectures import SPECS
-from llmopt.available import available
-from llmopt.facts import FILE
-from llmopt.folder import check_folder, read_json
-from llmopt.hub import fetch
-from llmopt.loading import load_model, read_config, resolve
-from llmopt.method import LlmoptError
-from llmopt.quant.export import unpacked, widths
-from llmopt.recipe import ModelSpec, Recipe
+from llmopt.checkpoint.compressed_tensors import widths
+from llmopt.checkpoint.facts import FILE
+from llmopt.errors import LlmoptError
+from llmopt.files import shards, tensors
+from llmopt.files.checks import check_folder, read_json
+from llmopt.files.hub import fetch
+from llmopt.model import skeleton
+from llmopt.model.architectures import SPECS
+from llmopt.model.codes import unpacked
+from llmopt.model.loading import load_model, read_config, resolve
+from llmopt.recipe.reader import Recipe
+from llmopt.scale.available import available
+from llmopt.specs import ModelSpec
 
 SHARD = "500MB"         # of what is inflated: so much is held at a time
 PARTS = ("packed", "scale", "shape")
@@ -72,7 +75,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 def on_disk(spec: ModelSpec) -> dict[str, str]:
     """A device map: all modules with weights on the disk, but for the embeddings, which tell where inputs belong."""
     _, config = read_config(spec)
-    model = store.skeleton(config, config.dtype, spec.trust_remote_code)
+    model = skeleton.skeleton(config, config.dtype, spec.trust_remote_code)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: "cpu" if module in ends else "disk" for name, module in model.named_modules()
             if module._parameters or module._buffers}
@@ -100,9 +103,9 @@ def obstacle(recipe: Recipe, output: Path) -> str | None:
 def memory_bytes(folder: Path, dtype: str | None) -> int:
     """Bytes that a folder's weights take while they are computed with, as `dtype` or in the types of the files."""
     check_folder(folder)
-    places, size = store.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
-    shapes = store.read({name: places[f"{name}_shape"] for name in _packed_weights(places)})
-    return store.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
+    places, size = tensors.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
+    shapes = tensors.read({name: places[f"{name}_shape"] for name in _packed_weights(places)})
+    return tensors.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
 
 
 def _too_full(folder: Path, size: int) -> str | None:
@@ -124,7 +127,7 @@ def _has_experts(folder: Path) -> bool:
     return known is not None and not known.ffn_out
 
 
-def _packed_weights(places: store.Places) -> list[str]:
+def _packed_weights(places: tensors.Places) -> list[str]:
     """The weights that are stored as codes of our kind: packed, with scale and shape."""
     names = (name.removesuffix("_packed") for name in places if name.endswith("_packed"))
     return [name for name in names if all(f"{name}_{part}" in places for part in PARTS)]
@@ -147,13 +150,13 @@ def inflate(folder: Path, into: Path) -> Path:
                           "read from disk one by one; score it on a machine with more memory")
     into.mkdir()
     bits, dtype = widths(config.pop("quantization_config")), getattr(torch, _dtype(folder))
-    places, writer = store.places(folder), shards.Writer(into, SHARD)
+    places, writer = tensors.places(folder), shards.Writer(into, SHARD)
     weights = _packed_weights(places)
     inner = {f"{name}_{part}" for name in weights for part in PARTS}
     for name in (name for name in places if name not in inner):
-        writer.add(store.read({name: places[name]}))
+        writer.add(tensors.read({name: places[name]}))
     for name in weights:
-        codes, scale, shape = store.read({part: places[f"{name}_{part}"] for part in PARTS}).values()
+        codes, scale, shape = tensors.read({part: places[f"{name}_{part}"] for part in PARTS}).values()
         writer.add({name: unpacked(codes, scale, shape.tolist(), bits[name.removesuffix(".weight")], dtype)})
     writer.close()
     for file in folder.iterdir():

@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llmopt import runtime
-from llmopt.ranks import Ranks
+from llmopt.scale.processes import Ranks
 from llmopt_evals.world import split_context
 from llmopt_evals.world.words import ID
 

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmopt.card import write_card
-from llmopt.facts import FILE, RUN, check_shape, read_facts
-from llmopt.ranks import Ranks
-from llmopt.recipe import ModelSpec, Recipe
-from llmopt.shards import write_text
-from llmopt.terminal import human
+from llmopt.checkpoint.card import write_card
+from llmopt.checkpoint.facts import FILE, RUN, read_facts
+from llmopt.cli.tables import human
+from llmopt.files.json_shapes import check_shape
+from llmopt.files.shards import write_text
+from llmopt.recipe.reader import Recipe
+from llmopt.scale.processes import Ranks
+from llmopt.specs import ModelSpec
 from llmopt_evals import evaluate as scores
 
 

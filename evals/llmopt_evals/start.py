@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command; an interruption at any moment ends in exit code 130 without a traceback."""
     try:
-        from llmopt.cli import main as command
+        from llmopt.cli.commands import main as command
 
         command()
     except KeyboardInterrupt:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from llmopt import checkpoint, shards
-from llmopt.method import LlmoptError
+from llmopt.checkpoint import save as checkpoint
+from llmopt.errors import LlmoptError
+from llmopt.files import shards
+from llmopt.model import state
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama-7b": LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -35,7 +37,7 @@ def write(config: PreTrainedConfig, output: Path, seed: int = 0, max_shard_size:
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with checkpoint.staged(output) as stage:
         writer = shards.Writer(stage, max_shard_size)
-        for group in shards.by_block(checkpoint.plain_state(skeleton)):
+        for group in shards.by_block(state.plain_state(skeleton)):
             writer.add({name: draw(name, like, seed, config.initializer_range) for name, like in group.items()})
         writer.close()
         skeleton.config.architectures = [type(skeleton).__name__]

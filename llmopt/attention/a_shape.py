@@ -11,7 +11,8 @@ from llmopt_kernels import Stripes
 from torch import Tensor
 
 from llmopt.attention.base import Selector, State
-from llmopt.method import FieldError, register
+from llmopt.errors import FieldError
+from llmopt.parts import register
 
 
 @register("attention.a_shape")

@@ -6,8 +6,9 @@ import torch
 from llmopt_kernels import Rule, Stripes, sparse_attention
 from torch import Tensor
 
-from llmopt.method import FieldError
-from llmopt.runtime import Attachment, PrefillMethod
+from llmopt.errors import FieldError
+from llmopt.runtime.attach import PrefillMethod
+from llmopt.runtime.hooks import Attachment
 
 GAIN = 0.75     # dense where a method expects to compute more than this share of the causal pairs
 

@@ -1,5 +1,6 @@
 """Head scores: how much each query head matters, or what it does."""
-from llmopt.heads.base import HeadScore, load_scores, plot, save_scores
+from llmopt.calibration.head_scores import load_scores, save_scores
+from llmopt.heads.base import HeadScore, plot
 from llmopt.heads.gradient import Gradient
 from llmopt.heads.span import Span
 

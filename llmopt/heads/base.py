@@ -1,5 +1,4 @@
 """Head scores: one number per query head, kept in run.scores for the steps that follow, in JSON, and as a heat map."""
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import blocks
-from llmopt.facts import read_scores
-from llmopt.method import LlmoptError, Method, Pace, Record, Run, timed
+from llmopt.calibration.head_scores import check_scores
+from llmopt.errors import LlmoptError
+from llmopt.method import Method, Pace, Record, Run
+from llmopt.model.blocks import blocks
+from llmopt.progress import timed
 
 Batch = dict[str, Tensor]
 
@@ -81,15 +82,6 @@ def amount(batches: list[Batch]) -> dict[str, int]:
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
-def check_scores(scores: list[Tensor], heads: list[int]) -> None:
-    """Raise LlmoptError unless there is one finite number for each of the `heads` of every layer."""
-    if [len(s) for s in scores] != heads:
-        raise LlmoptError(f"scores for {[len(s) for s in scores]} heads per layer; the model has {heads}")
-    for layer, values in enumerate(scores):
-        if not bool(values.isfinite().all()):
-            raise LlmoptError(f"layer {layer}: scores that are not finite: {values.tolist()}")
-
-
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; modes and requires_grad come back as they were."""
@@ -103,17 +95,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-
-
-def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:
-    """Write the scores, and how they came about, as JSON: {"name", "scores": [L][H], ...}."""
-    data = {"name": name, **meta, "scores": [s.tolist() for s in scores]}
-    Path(path).write_text(json.dumps(data, indent=1) + "\n")
-
-
-def load_scores(path: str | Path) -> list[Tensor]:
-    """Scores from a JSON file: {"scores": [L][H]} or the bare list; raises LlmoptError for anything else."""
-    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path))]
 
 
 def plot(scores: list[Tensor], path: str | Path) -> None:

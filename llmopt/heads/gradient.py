@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llmopt.blocks import Block, blocks
 from llmopt.heads.base import Batch, HeadScore
-from llmopt.method import Run, register
+from llmopt.method import Run
+from llmopt.model.blocks import Block, blocks
+from llmopt.parts import register
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmopt import activations
-from llmopt.blocks import blocks
+from llmopt.calibration.walk import visits
 from llmopt.heads.base import HeadScore
-from llmopt.heads.rows import ENTRIES, Rows, attention_rows
-from llmopt.method import Run, register
-from llmopt.room import Room, Scene
-from llmopt.walk import visits
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
+from llmopt.parts import register
+from llmopt.runtime.attention_rows import ENTRIES, Rows, attention_rows
+from llmopt.scale import activations
+from llmopt.scale.room import Room, Scene
 
 
 def distance(rows: Rows) -> Tensor:                       # [H]

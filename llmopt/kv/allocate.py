@@ -6,7 +6,7 @@ counts, floor, cap: int64 [L, G]; a head that does not exist (pruned layers have
 import torch
 from torch import Tensor
 
-from llmopt.method import BudgetError
+from llmopt.errors import BudgetError
 
 ALPHA = 0.2     # of its even share, every head keeps at least this much under `ada`
 BETA = 20       # pyramid: the last layer's budget is about 1 / BETA of the mean

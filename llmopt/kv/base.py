@@ -1,20 +1,22 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import blocks
-from llmopt.cache import Entries, LlmoptCache
-from llmopt.facts import read_scores
+from llmopt.calibration.head_scores import find_scores
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv import allocate
 from llmopt.kv.reduce import REDUCERS
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
-from llmopt.method import FieldError, LlmoptError, Record, Run, nearest
-from llmopt.runtime import Attachment, CacheMethod
+from llmopt.method import Record, Run
+from llmopt.model.blocks import blocks
+from llmopt.runtime.attach import CacheMethod
+from llmopt.runtime.cache import LlmoptCache
+from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.hooks import Attachment
 
 
 class Scored(NamedTuple):
@@ -97,7 +99,7 @@ class Scorer(CacheMethod):
         """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
         if self.allocate != "heads":
             return Record()
-        scores = _head_scores(self.heads, run)
+        scores = find_scores(self.heads, run)
         views = blocks(model)
         if len(scores) != len(views) or any(len(s) != v.heads for s, v in zip(scores, views, strict=False)):
             raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
@@ -227,14 +229,3 @@ def _stack(rows: list[Tensor], fill: float) -> Tensor:
     for place, row in enumerate(rows):
         out[(place, *(slice(0, size) for size in row.shape))] = row
     return out
-
-
-def _head_scores(name: str, run: Run) -> list[list[float]]:
-    """Head scores by the name of their step, or from a .json file: {"scores": [L][H]} or the bare list."""
-    if name in run.scores:
-        return [scores.tolist() for scores in run.scores[name]]
-    if not name.endswith(".json"):
-        raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
-    if not Path(name).is_file():
-        raise LlmoptError(f"heads: there is no file {name}")
-    return read_scores(Path(name))

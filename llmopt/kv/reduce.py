@@ -4,7 +4,7 @@ from llmopt_kernels import NONE
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llmopt.cache import Entries
+from llmopt.runtime.cache_layer import Entries
 
 CHUNK = 1024        # dropped entries compared with the kept ones at a time
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from llmopt.errors import FieldError
 from llmopt.kv.base import Scorer
 from llmopt.kv.view import LayerKV
-from llmopt.method import FieldError, register
+from llmopt.parts import register
 
 
 @register("kv.snapkv")

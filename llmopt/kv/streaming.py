@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmopt.kv.base import Scorer
 from llmopt.kv.view import LayerKV
-from llmopt.method import register
+from llmopt.parts import register
 
 
 @register("kv.streaming")

@@ -7,9 +7,9 @@ from accelerate.utils import align_module_device
 from llmopt_kernels import NONE, Rule, attention_weights, column_sums, rotate, unrotate
 from torch import Tensor, nn
 
-from llmopt.blocks import blocks
-from llmopt.geometry import rotary_tables
 from llmopt.method import Record
+from llmopt.model.blocks import blocks
+from llmopt.model.positions import rotary_tables
 
 
 @dataclass(frozen=True)

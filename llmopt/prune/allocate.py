@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.method import BudgetError
+from llmopt.errors import BudgetError
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, blocks, layer_list, refuse_units
-from llmopt.method import BudgetError, FieldError, LlmoptError, Method, Pace, Record, Run, timed
+from llmopt.calibration.walk import Visit, each, visits
+from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.method import Method, Pace, Record, Run
+from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
+from llmopt.model.shapes import shapes
+from llmopt.progress import timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
 from llmopt.prune.refit import refit, refit_bytes
-from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
-from llmopt.room import Room, Scene
-from llmopt.walk import Visit, each, visits
+from llmopt.scale.room import Room, Scene
 
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
 Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.blocks import Block, Projection
+from llmopt.model.blocks import Block, Projection
 
 FINE = ("ffn", "kv_groups", "q_heads")
 COARSE = ("attention", "mlp", "blocks")

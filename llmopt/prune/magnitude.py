@@ -16,11 +16,11 @@ layer 2.53, none 3.04 (local 2.49; lamp with `refit` 1.32). Left out: gradual sc
 """
 from dataclasses import dataclass
 
-from llmopt.blocks import Block
-from llmopt.method import register
+from llmopt.calibration.walk import Visit
+from llmopt.model.blocks import Block
+from llmopt.parts import register
 from llmopt.prune.base import Pruner, Scores
 from llmopt.prune.groups import mean_square, members
-from llmopt.walk import Visit
 
 
 @register("prune.magnitude")

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from llmopt import activations
-from llmopt.blocks import Block, Projection
-from llmopt.finite import all_finite
-from llmopt.method import LlmoptError, Run
-from llmopt.moments import Gram
+from llmopt.calibration.second_moments import Gram
+from llmopt.calibration.walk import Visit, visits
+from llmopt.errors import LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import Block, Projection
+from llmopt.model.finite import all_finite
 from llmopt.prune.surgery import LayerPlan, head_columns
-from llmopt.ranks import Ranks
-from llmopt.room import Scene
-from llmopt.walk import Visit, visits
+from llmopt.scale import activations
+from llmopt.scale.processes import Ranks
+from llmopt.scale.room import Scene
 
 DAMPING = 0.01
 

@@ -5,19 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Block, Projection, blocks, layer_list, replace_layers, tell_shapes
-from llmopt.method import LlmoptError, Run
-from llmopt.modeling import FAMILIES, skip_part
-from llmopt.prune.shapes import (
-    LayerShape,
-    check_droppable,
-    check_storable,
-    shape_of,
-    slice_config,
-    spec_of,
-    sync_config,
-)
-from llmopt.walk import reshaped
+from llmopt.calibration.walk import reshaped
+from llmopt.errors import LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import Block, Projection, blocks, layer_list, replace_layers, spec_of, tell_shapes
+from llmopt.model.modeling import FAMILIES, skip_part
+from llmopt.model.shapes import LayerShape, check_droppable, check_storable, shape_of, slice_config, sync_config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llmopt.method import BudgetError
+from llmopt.errors import BudgetError
 
 STATES = 200_000    # beyond this many budget units, costs are rounded up to coarser ones (still within the budget)
 SLACK = 1e-9

@@ -8,19 +8,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmopt import activations
-from llmopt.blocks import Block, Projection, blocks
-from llmopt.finite import all_finite
-from llmopt.gauge import give_back_freed
-from llmopt.method import FieldError, LlmoptError, Method, Pace, Record, Run, naming
-from llmopt.moments import Gram, energy, mirrored_
+from llmopt.calibration.second_moments import Gram, energy, mirrored_
+from llmopt.calibration.walk import Visit, each, visits
+from llmopt.errors import FieldError, LlmoptError, naming
+from llmopt.method import Method, Pace, Record, Run
+from llmopt.model.blocks import Block, Projection, blocks
+from llmopt.model.codes import DTYPES, Quantized, quantized_modules
+from llmopt.model.finite import all_finite
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
-from llmopt.quant.grid import DTYPES, Quantized, Spec
+from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
-from llmopt.ranks import Ranks
-from llmopt.room import Room, Scene
-from llmopt.walk import Visit, each, visits
+from llmopt.scale import activations
+from llmopt.scale.gauge import give_back_freed
+from llmopt.scale.processes import Ranks
+from llmopt.scale.room import Room, Scene
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 
@@ -309,12 +311,6 @@ def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:
     codes, scales, zeros = (None if rows is None else team.rows(rows, projection.out_features)
                             for rows in (part.codes, part.scales, part.zeros))
     return replace(part, codes=codes, scales=scales, zeros=zeros)
-
-
-def quantized_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
-    """The modules that carry codes, by name."""
-    return {name: (module, vars(module)["llmopt_quantized"]) for name, module in model.named_modules()
-            if "llmopt_quantized" in vars(module)}
 
 
 def _check_width(key: str, bits: object) -> None:

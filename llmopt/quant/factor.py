@@ -10,9 +10,9 @@ number of processes.
 import torch
 from torch import Tensor
 
-from llmopt.finite import all_finite
-from llmopt.moments import blocks_of
-from llmopt.ranks import Ranks
+from llmopt.calibration.second_moments import blocks_of
+from llmopt.model.finite import all_finite
+from llmopt.scale.processes import Ranks
 
 MAX_DAMPING = 1.0
 

@@ -16,12 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmopt.finite import all_finite
-from llmopt.method import FieldError, LlmoptError, register
-from llmopt.moments import row_errors
+from llmopt.calibration.second_moments import row_errors
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.model.codes import Quantized, decode
+from llmopt.model.finite import all_finite
+from llmopt.parts import register
 from llmopt.quant.base import Quantizer, Stats
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
-from llmopt.quant.grid import Quantized, Spec, as_codes, decode, encode, fit, round_to_nearest
+from llmopt.quant.grid import Spec, as_codes, encode, fit, round_to_nearest
 
 
 @dataclass(frozen=True)

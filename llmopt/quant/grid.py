@@ -9,15 +9,16 @@
 Scales are rounded to the type that is stored, then to the model's, BEFORE codes are chosen: what a loader rebuilds
 from the checkpoint (a product in the model's type) is what the solver saw. Frantar et al. (arXiv:2210.17323), quant.py.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llmopt.model.codes import Quantized, decode
+
 CLIP_STEPS, CLIP_NORM = 80, 2.4
 COARSE = 4         # the clip search takes every 4th step, then looks around the best
 CHUNK = 1 << 16    # weights whose scales are searched together
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,6 @@ class Spec:
     def width(self, columns: int) -> int:
         """Columns that share a scale."""
         return columns if self.group_size == -1 else self.group_size
-
-
-@dataclass
-class Quantized:
-    """A weight [out, in] as integer codes; the value is scales * (codes - zeros), computed in the model's type."""
-
-    codes: Tensor                       # [out, in] int8 (int32 beyond 8 bits)
-    scales: Tensor                      # [out, groups], in the stored type
-    bits: int
-    group_size: int                     # -1: one group
-    zeros: Tensor | None = None         # [out, groups], signed like the codes; None: symmetric
-    groups: Tensor | None = None        # [in] the group of each column, where that is not column // group_size
-    figures: dict = field(default_factory=dict)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] exactly as a loader computes it for a model of type `dtype`."""
-        if self.groups is not None:
-            zeros = None if self.zeros is None else self.zeros[:, self.groups]
-            return decode(self.codes, self.scales[:, self.groups], zeros, dtype)
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1))                          # [out, groups, width]
-        zeros = None if self.zeros is None else self.zeros.unsqueeze(-1)
-        return decode(codes, self.scales.unsqueeze(-1), zeros, dtype).flatten(1)
-
-
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scale * (codes - zero), multiplied in `dtype`. The shapes broadcast."""
-    steps = codes.float() if zero is None else codes.float() - zero.float()
-    return steps.to(dtype) * scale.to(dtype)
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:

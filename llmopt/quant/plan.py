@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError, nearest
+from llmopt.errors import LlmoptError, nearest
+from llmopt.model.blocks import blocks
 
 DENSE = 16    # this many bits: the weight is left as it is
 

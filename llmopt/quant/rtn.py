@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llmopt.method import register
+from llmopt.model.codes import Quantized
+from llmopt.parts import register
 from llmopt.quant.base import Quantizer, Stats
-from llmopt.quant.grid import Quantized, Spec, round_to_nearest
+from llmopt.quant.grid import Spec, round_to_nearest
 
 
 @register("quant.rtn")

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmopt.blocks import Projection, layer_list
+from llmopt.calibration.walk import each, visits
 from llmopt.method import Run
-from llmopt.room import Scene
-from llmopt.walk import each, visits
+from llmopt.model.blocks import Projection, layer_list
+from llmopt.scale.room import Scene
 
 LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
 TOKENS = 2048       # and of at most this many tokens: every entry of the table costs one forward pass over them

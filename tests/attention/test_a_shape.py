@@ -4,10 +4,11 @@ import torch
 from llmopt_kernels import dense_attention
 from torch.testing import assert_close
 
-from llmopt import attention, kv, live, runtime
+from llmopt import attention, kv, runtime
 from llmopt.attention.a_shape import a_shape_pairs, window_for
 from llmopt.attention.base import causal_pairs
-from llmopt.method import FieldError
+from llmopt.errors import FieldError
+from llmopt.runtime import hooks
 from tests.tiny import ids, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt",
@@ -53,7 +54,7 @@ def test_equals_a_masked_dense_run(family, monkeypatch):
         pieces = model(tokens[:, :70], use_cache=True)
         rest = model(tokens[:, 70:], past_key_values=pieces.past_key_values)
     assert_close(torch.cat([pieces.logits, rest.logits], 1), got, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(live, "dense_attention", masked)
+    monkeypatch.setattr(hooks, "dense_attention", masked)
     with runtime.attached(model, kv.Streaming(budget=1000)):
         assert_close(got, model(tokens).logits, atol=1e-5, rtol=1e-5)
 
@@ -119,4 +120,4 @@ def test_a_bad_field_is_named(given, key):
 
 
 def test_dense_attention_is_the_module_that_is_replaced():
-    assert live.dense_attention is dense_attention
+    assert hooks.dense_attention is dense_attention

@@ -9,10 +9,12 @@ from llmopt_evals import large
 from llmopt_evals.evaluate import evaluate, figures
 from llmopt_evals.world import reference_path
 
-from llmopt import checkpoint, pipeline, recipe
-from llmopt.loading import load_tokenizer
-from llmopt.method import LlmoptError
-from llmopt.recipe import ModelSpec
+from llmopt import recipe
+from llmopt.checkpoint import save as checkpoint
+from llmopt.errors import LlmoptError
+from llmopt.model.loading import load_tokenizer
+from llmopt.run import pipeline
+from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.command import call
 

@@ -4,19 +4,20 @@ import torch
 from llmopt_evals import synthetic
 from transformers import AutoModelForCausalLM
 
-from llmopt import shards, store
-from llmopt.method import LlmoptError
+from llmopt.errors import LlmoptError
+from llmopt.files import shards
+from llmopt.model import skeleton
 from tests import tiny
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("llama-7b", 6_738_415_616), ("llama-1b", 1_235_814_400),
                                                   ("qwen3-0.6b", 596_049_920)])
 def test_the_shapes_are_the_true_ones(name, parameters):
-    assert store.skeleton(synthetic.shape_of(name), torch.bfloat16).num_parameters() == parameters
+    assert skeleton.skeleton(synthetic.shape_of(name), torch.bfloat16).num_parameters() == parameters
 
 
 def test_another_number_of_blocks_changes_nothing_else():
-    whole, cut = (store.skeleton(synthetic.shape_of("qwen3-0.6b", layers), torch.bfloat16) for layers in (None, 2))
+    whole, cut = (skeleton.skeleton(synthetic.shape_of("qwen3-0.6b", layers), torch.bfloat16) for layers in (None, 2))
     block = sum(p.numel() for p in whole.model.layers[0].parameters())
     assert whole.num_parameters() - cut.num_parameters() == 26 * block
 

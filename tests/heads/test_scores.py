@@ -4,15 +4,17 @@ import json
 import pytest
 import torch
 
-from llmopt.blocks import blocks
+from llmopt.calibration.head_scores import check_scores
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.heads import Gradient, Span, load_scores, plot, save_scores
-from llmopt.heads import rows as rows_of
-from llmopt.heads.base import check_scores, undisturbed
+from llmopt.runtime import attention_rows as rows_of
+from llmopt.heads.base import undisturbed
 from llmopt.heads.gradient import gates, losses
-from llmopt.heads.rows import Rows, attention_rows
 from llmopt.heads.span import distance
-from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
 from llmopt.prune.surgery import LayerPlan, apply_plan
+from llmopt.runtime.attention_rows import Rows, attention_rows
 from tests import tiny
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt", "mixtral",

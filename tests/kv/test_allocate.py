@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import tensor
 
+from llmopt.errors import BudgetError
 from llmopt.kv import allocate
-from llmopt.method import BudgetError
 
 
 def test_water_fill_hand_computed():

@@ -7,8 +7,10 @@ from llmopt_kernels import Rule
 from torch.testing import assert_close
 
 from llmopt import kv, runtime
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.view import LayerKV
-from llmopt.method import FieldError, LlmoptError, Run, build
+from llmopt.method import Run
+from llmopt.parts import build
 from tests.tiny import ids, make
 
 

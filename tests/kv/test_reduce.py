@@ -5,8 +5,8 @@ from llmopt_kernels import NONE
 from torch.testing import assert_close
 
 from llmopt import kv, runtime
-from llmopt.cache import Entries
 from llmopt.kv import reduce
+from llmopt.runtime.cache_layer import Entries
 from tests.tiny import ids, make
 
 

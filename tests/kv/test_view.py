@@ -6,8 +6,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from llmopt import kv, runtime
-from llmopt.blocks import blocks
-from llmopt.recipe import ModelSpec
+from llmopt.model.blocks import blocks
+from llmopt.specs import ModelSpec
 from tests.tiny import ids, make
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}

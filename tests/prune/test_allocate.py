@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import tensor
 
-from llmopt.method import BudgetError
+from llmopt.errors import BudgetError
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.base import _slices
 

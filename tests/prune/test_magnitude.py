@@ -4,14 +4,16 @@ import json
 import pytest
 import torch
 
-from llmopt.blocks import blocks
-from llmopt.method import BudgetError, FieldError, LlmoptError, Run, build
-from llmopt.modeling import saved_config
-from llmopt.moments import Gram
+from llmopt.calibration.second_moments import Gram
+from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
+from llmopt.model.modeling import saved_config
+from llmopt.model.shapes import shapes
+from llmopt.parts import build
 from llmopt.prune import Magnitude
 from llmopt.prune.groups import COARSE, FINE, mean_square
 from llmopt.prune.refit import refit, solve
-from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 

@@ -2,10 +2,11 @@
 import pytest
 import torch
 
-from llmopt.blocks import blocks
-from llmopt.method import LlmoptError, Run
+from llmopt.errors import LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
+from llmopt.model.shapes import shapes
 from llmopt.prune.groups import cost, members
-from llmopt.prune.shapes import shapes
 from llmopt.prune.surgery import LayerPlan, apply_plan, head_columns
 from tests import tiny
 

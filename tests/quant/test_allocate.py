@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import tensor
 
-from llmopt.method import BudgetError, FieldError, LlmoptError, Run
+from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.method import Run
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.allocate import around, exact, two_level
 from llmopt.quant.plan import average_bits

@@ -9,11 +9,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmopt.blocks import blocks
-from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.checkpoint.compressed_tensors import export, predicted_bytes
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
+from llmopt.model.codes import check_consistent, quantized_modules
 from llmopt.quant import GPTQ, RTN
-from llmopt.quant.base import quantized_modules
-from llmopt.quant.export import check_consistent, export, predicted_bytes
 from llmopt.quant.grid import Spec, round_to_nearest
 from tests.quant.quant_data import batches, logits
 from tests.tiny import ids, make

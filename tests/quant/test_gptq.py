@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from llmopt.method import FieldError, LlmoptError, Run
-from llmopt.moments import row_errors
+from llmopt.calibration.second_moments import row_errors
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.method import Run
 from llmopt.quant import GPTQ, RTN, gptq
 from llmopt.quant.base import Stats
 from llmopt.quant.gptq import inverse_factor

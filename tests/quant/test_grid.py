@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from llmopt.quant.grid import Quantized, Spec, fit_groups, round_to_nearest
+from llmopt.model.codes import Quantized
+from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
 
 
 def test_symmetric_by_hand():

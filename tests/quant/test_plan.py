@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from llmopt.method import FieldError, LlmoptError, Run
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.method import Run
+from llmopt.model.codes import quantized_modules
 from llmopt.quant import RTN
-from llmopt.quant.base import quantized_modules
 from tests.tiny import make
 
 

@@ -20,9 +20,10 @@ from tempfile import TemporaryDirectory
 import psutil
 import torch
 
-from llmopt.gauge import EVERY, Taken, taken
-from llmopt.method import LlmoptError, Progress, nearest
-from llmopt.shards import written_bytes
+from llmopt.errors import LlmoptError, nearest
+from llmopt.files.shards import written_bytes
+from llmopt.progress import Progress
+from llmopt.scale.gauge import EVERY, Taken, taken
 from llmopt_evals.synthetic import SHAPES, shape_of, write
 
 IMPORTS = "import sys, llmopt, llmopt.dryrun; print(flush=True); sys.stdin.read()"

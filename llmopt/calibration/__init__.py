@@ -1,0 +1,1 @@
+"""Calibration data, and what is learned from it block by block."""

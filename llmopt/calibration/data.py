@@ -1,0 +1,194 @@
+"""Calibration batches from the embedded world, a text or .jsonl file, token ids, or a dataset of the hub.
+
+A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic.
+"""
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmopt.errors import LlmoptError, naming
+from llmopt.files.checks import parse_json, refusals
+from llmopt.specs import DataSpec
+
+END_OF_DOCUMENT = "<|endoftext|>"
+DEFAULT_LENGTH = 512
+MIN_TOKENS = 32                 # fewer say nothing about a model
+MAX_TOKENS = 50_000_000         # take 800 MB, ids and mask
+Batch = dict[str, Tensor]
+
+
+def load(spec: DataSpec, config: Any, tokenizer: Any) -> list[Batch]:
+    """The batches that `spec` describes, checked against the model's vocabulary and maximum length."""
+    limit = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+    if spec.length is not None and spec.length > limit:
+        raise LlmoptError(f"data.length is {spec.length}, but the model reads at most {limit} tokens")
+    length = spec.length or min(DEFAULT_LENGTH, limit)
+    with naming(f"data ({spec.name}{': ' + spec.path if spec.path else ''})"):
+        rows = SOURCES[spec.name](spec, length, tokenizer)
+        rows = [row for row in rows if len(row) > 1][:spec.samples]
+        batches = as_batches(rows, config.vocab_size, spec.batch_size)
+        _check_lengths([len(row) for row in rows], limit)
+        return batches
+
+
+def _check_lengths(lengths: list[int], limit: int) -> None:
+    """Raise LlmoptError for a row too long for the model, or too few tokens altogether to calibrate on."""
+    if max(lengths) > limit:
+        raise LlmoptError(f"a row has {max(lengths)} tokens, but the model reads at most {limit}; set data.length")
+    if sum(lengths) < MIN_TOKENS:
+        raise LlmoptError(f"too short: {sum(lengths)} tokens in all; at least {MIN_TOKENS} are needed")
+
+
+def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
+    """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+        return [_ready(batch, vocab_size) for batch in rows]
+    if isinstance(rows, str) or any(isinstance(row, (int, str)) or isinstance(row, Tensor) and row.ndim != 1
+                                    for row in rows):
+        raise LlmoptError("token ids [N, T], a list of lists of ids, or batches {input_ids, attention_mask} expected")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    if not rows or min(map(len, rows)) == 0:
+        raise LlmoptError("no document of at least 2 tokens was found")
+    _check_ids(((min(row), max(row)) for row in rows), vocab_size)
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return [_pad(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def _ready(batch: Batch, vocab_size: int) -> Batch:
+    if "input_ids" not in batch:
+        raise LlmoptError(f"a batch needs input_ids; this one has {', '.join(map(str, batch)) or 'nothing'}")
+    ids = batch["input_ids"]
+    _check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
+    return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
+
+
+def _check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
+    """Raise LlmoptError for a token that the model does not have; ranges: least and greatest id of each row."""
+    for foreign in (token for both in ranges for token in both if not 0 <= token < vocab_size):
+        raise LlmoptError(f"token id {foreign} does not fit the model's vocabulary of {vocab_size}: "
+                          "the tokenizer or the ids belong to another model")
+
+
+def fingerprint(batches: list[Batch]) -> str:
+    """SHA-256 of the ids and masks, in order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key in ("input_ids", "attention_mask"):
+            digest.update(str(tuple(batch[key].shape)).encode() + batch[key].to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pad(rows: list[Tensor]) -> Batch:
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)], mask[i, :len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
+    from llmopt_evals import world
+    from llmopt_evals.world.words import ID
+
+    if tokenizer is None or tokenizer.get_vocab() != dict(ID):
+        raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
+                          "another. Give calibration text of your own: data: {name: text, path: FILE}")
+    if spec.samples * length > MAX_TOKENS:
+        raise LlmoptError(f"{spec.samples:,} samples of {length:,} tokens are too many; at most {MAX_TOKENS:,} tokens")
+    return list(world.calibration_ids(spec.samples, length, spec.seed))
+
+
+def _text(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
+    text = _read(spec.path)
+    if spec.path.endswith(".jsonl"):
+        documents = [_column(record, spec, f"line {i + 1}") for i, record in enumerate(_json_lines(text))]
+    else:
+        documents = [part.strip() for part in text.split(END_OF_DOCUMENT)]
+    return _tokenise([d for d in documents if d], spec, length, tokenizer)
+
+
+def _ids(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
+    rows = _json_lines(_read(spec.path))
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in row):
+            raise LlmoptError(f"line {i + 1} is not a list of token ids")
+    return [row if spec.length is None else row[:length] for row in rows]
+
+
+def _hub(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(spec.path, spec.config, split=spec.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise LlmoptError(f"the dataset cannot be loaded: {str(error).splitlines()[0]}") from error
+    chosen = dataset.shuffle(seed=spec.seed).select(range(min(len(dataset), spec.samples * 4)))
+    return _tokenise([_column(r, spec, f"row {i}") for i, r in enumerate(chosen)], spec, length, tokenizer)
+
+
+SOURCES = {"world": _world, "text": _text, "ids": _ids, "hub": _hub}
+
+
+def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
+    if tokenizer is None:
+        raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
+    if spec.template == "chat":
+        return [_chat(d, tokenizer)[:length] for d in documents[:spec.samples]]
+    bos = tokenizer.bos_token_id
+    rows = []
+    for document in documents[:spec.samples]:
+        with refusals(f"the tokenizer refuses {document[:60]!r}"):
+            ids = tokenizer(document, truncation=False)["input_ids"]
+        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        rows.append(ids[:length])
+    return rows
+
+
+def _chat(document: Any, tokenizer: Any) -> list[int]:
+    """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
+    if tokenizer.chat_template is None:
+        raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
+    messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
+    with refusals(f"the chat template refuses {str(messages)[:60]}"):
+        return tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def _read(path: str) -> str:
+    """The text of a file, a byte order mark left out."""
+    file = Path(path)
+    if not file.is_file():
+        raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
+    if file.stat().st_size == 0:
+        raise LlmoptError("the file is empty")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LlmoptError(f"not UTF-8 text (byte {error.start})") from error
+
+
+def _json_lines(text: str) -> list:
+    rows = []
+    for i, line in enumerate(text.split("\n")):          # splitlines() also cuts inside JSON strings
+        if line.strip():
+            rows.append(parse_json(line, f"line {i + 1}"))
+    return rows
+
+
+def _column(record: Any, spec: DataSpec, where: str) -> Any:
+    if not isinstance(record, dict) or spec.column not in record:
+        known = ", ".join(record) if isinstance(record, dict) else repr(record)[:60]
+        raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known})")
+    value = record[spec.column]
+    turns = spec.template == "chat" and isinstance(value, list)
+    if value is not None and not isinstance(value, str) and not (turns and all(map(_is_message, value))):
+        expected = "text, or a list of {role, content}" if spec.template == "chat" else "text"
+        raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected")
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)

@@ -1,0 +1,185 @@
+"""Going through a model's blocks one after the other, with calibration data or without: the only such loops there are.
+
+Weights come and go with the run's Memory; blocks that a run which was cut off had finished are passed over.
+"""
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply, send_to_device
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import Block, blocks, layer_list
+from llmopt.progress import Progress, silent
+from llmopt.scale.memory import Memory
+
+
+class Shared:
+    """Stands in for each tensor of a call: the same one for the blocks of a batch, and for batches that are alike."""
+
+    def __init__(self, hold: Callable[[Tensor], Tensor]):
+        self.hold = hold
+        self.before: list[Tensor] = []                      # what the last batch held
+        self.now: dict[int, tuple[Tensor, Tensor]] = {}     # by its address: as it came, as it is held
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.now:
+            alike = (held for held in self.before if held.dtype == tensor.dtype and torch.equal(held, tensor))
+            held = next(alike, None)
+            self.now[id(tensor)] = tensor, self.hold(tensor) if held is None else held
+        return self.now[id(tensor)][1]
+
+    def next_batch(self) -> None:
+        self.before, self.now = [held for _, held in self.now.values()], {}
+
+
+class _Enough(Exception):
+    """Leaves a forward the rest of which nobody reads."""
+
+
+@dataclass
+class Visit:
+    """One stop of the walk: a block and everything needed to run it over the calibration set.
+
+    inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
+    never reaches an observer. A process without a row of the data has no batch.
+    """
+
+    block: Block
+    inputs: list[Tensor]
+    calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
+    masks: list[Tensor]                 # [B, T] bool, True at real tokens
+    left: list[Tensor] = field(default_factory=list)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The block's outputs [B, T, E], batch by batch, with its present weights."""
+        for index in range(len(self.inputs)):
+            yield self._forward(index)
+
+    @torch.no_grad()
+    def _forward(self, index: int) -> Tensor:
+        x, (args, kwargs), weight = self.inputs[index], self.calls[index], next(self.block.module.parameters(), None)
+        if weight is not None:                                      # all of it may wait in files, on the CPU
+            x, args, kwargs = send_to_device((x, args, kwargs), weight.device)
+        return _first(self.block.module(x, *args, **kwargs))
+
+    def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
+        """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far."""
+        watched, waiting = [p for p in self.block.projections() if p.name in readers], set()
+
+        def hook(name):
+            def pre(module, args):
+                readers[name](args[0].reshape(-1, args[0].shape[-1])[mask.reshape(-1)])
+                waiting.discard(name)
+                if not waiting:
+                    raise _Enough
+            return pre
+
+        handles = [p.module.register_forward_pre_hook(hook(p.name)) for p in watched]
+        try:
+            for index, mask in enumerate(self.masks):       # noqa: B007  the hooks read the mask
+                waiting.update(p.name for p in watched)
+                with suppress(_Enough):
+                    self._forward(index)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def each(model: nn.Module, run: Run, label: str, edits: bool = True,
+         only: Collection[int] | None = None) -> Iterator[Block]:
+    """The blocks in order, each with its weights there; edits: False where the caller changes none of them.
+
+    only: the indices to go through. Of a run that was cut off, edited blocks that were done are passed over: what is
+    learned of a block while it is edited belongs into the block (Quantized.figures), not into a list of the caller's.
+    """
+    memory = run.memory.editing() if edits else run.memory.reading
+    for index in run.progress([i for i in range(len(layer_list(model))) if only is None or i in only], label):
+        if not memory.restored(model, index):
+            with memory.block(model, index):
+                yield blocks(model)[index]
+
+
+def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> Iterator[Block]:
+    """The blocks at the indices `only`, for a caller who quickly changes their shapes."""
+    memory = run.memory.editing(again=True)
+    for index in run.progress(sorted(only), label):
+        with memory.block(model, index):
+            yield blocks(model)[index]
+
+
+def visits(model: nn.Module, run: Run, label: str, edits: bool = True, shared: bool = False) -> Iterator[Visit]:
+    """`walk` over the run's calibration data; `edits` and what a resumed run passes over: as in `each`.
+
+    shared: each process sees its own rows, maybe none, and the caller sums what it counts over `run.ranks`.
+    """
+    if not run.batches:
+        raise LlmoptError("this step needs calibration data and there is none")
+    memory = run.memory.editing() if edits else run.memory.reading
+    return walk(model, run.own_batches if shared else run.batches, run.progress, label, memory)
+
+
+def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,
+         label: str = "blocks", memory: Memory = Memory()) -> Iterator[Visit]:    # noqa: B008  it holds nothing
+    """Visit the blocks in order; each one's inputs are the outputs of the (edited) blocks before it.
+
+    batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...]. A walk that edits nothing repeats the plain
+    forward exactly. The caller edits `visit.block` between two visits.
+    """
+    done = {index for index in range(len(layer_list(model))) if memory.restored(model, index)}
+    ahead = [index for index in range(len(layer_list(model))) if index not in done]
+    if not ahead:
+        return
+    inputs, calls = _record_calls(model, batches, memory)
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    for index in progress(range(ahead[-1] + 1), label):
+        with (memory.reading if index in done else memory).block(model, index):
+            visit = Visit(blocks(model)[index], inputs, calls[index], masks)
+            if index not in done:
+                yield visit
+            inputs = visit.left = memory.keep(visit.outputs())
+
+
+@torch.no_grad()
+def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Memory) -> tuple[list[Tensor], list]:
+    """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
+    calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
+    first: list[Tensor] = []
+    shared = Shared(memory.keeper())
+
+    def recorder(index):
+        def forward(hidden, *args, **kwargs):
+            if index == 0:
+                first.append(hidden)
+            calls[index].append(recursively_apply(shared, (args, kwargs)))
+            return hidden
+        return forward
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in batches:
+            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            shared.next_batch()
+            yield first.pop()
+
+    with memory.outside(model), _forwards(layer_list(model), recorder):
+        return memory.keep(inputs()), calls
+
+
+@contextmanager
+def _forwards(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
+    """Replace the forward of each module for a while; nothing of it remains afterwards."""
+    try:
+        for index, module in enumerate(modules):
+            module.forward = make(index)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result

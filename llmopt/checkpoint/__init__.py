@@ -1,0 +1,1 @@
+"""What is written: the checkpoint, its verification, its provenance and its card."""

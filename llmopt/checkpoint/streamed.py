@@ -1,0 +1,71 @@
+"""The checkpoint that a streamed run writes: block by block, and read back block by block."""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.verify import VerificationError
+from llmopt.files import shards, tensors
+from llmopt.model import skeleton
+from llmopt.model.finite import all_finite
+from llmopt.model.state import plain_state
+from llmopt.scale.stream import Streamed
+
+
+class StreamedWeights(checkpoint.Weights):
+    """A streamed model's weights for `checkpoint.save`: written block by block, and read back block by block."""
+
+    def __init__(self, model: nn.Module, memory: Streamed):
+        super().__init__(model, memory.format)
+        self.memory = memory
+
+    def write(self, stage: Path, max_shard_size: str) -> None:
+        with shards.full_disks():
+            writer = shards.Writer(stage, max_shard_size)
+            for group in self.memory.groups(self.model):
+                writer.add(group)
+            writer.close()
+
+    @torch.no_grad()
+    def verify(self, stage: Path) -> None:
+        """Raise VerificationError unless every tensor reads back as it was written and has the config's shape."""
+        written, expected = tensors.places(stage), set()
+        for group in self.memory.groups(self.model):
+            if absent := group.keys() - written.keys():
+                raise VerificationError(f"{stage.name}: {min(absent)} was not written")
+            back = tensors.read({name: written[name] for name in group})
+            for name, tensor in group.items():
+                if not torch.equal(back[name], tensor.cpu()) or not all_finite(tensor):
+                    raise VerificationError(f"{stage.name}: {name} does not read back as it was written")
+            expected |= group.keys()
+        if foreign := written.keys() - expected:
+            raise VerificationError(f"{stage.name}: {min(foreign)} belongs to no part of the model")
+        _verify_shapes(stage, written, self.model)
+
+
+def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> None:
+    """Raise VerificationError unless the written config makes a model of the written shapes; `model` has the names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(stage)
+    fresh = skeleton.skeleton(config, config.dtype)
+    fresh._weight_conversions = model._weight_conversions
+    for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
+        told = f"{name.removesuffix('weight')}weight_shape"
+        if name not in written and told not in written:
+            raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
+        known = tensors.read({"it": written.get(name) or written[told]})["it"]
+        shape = list(known.shape) if name in written else known.tolist()
+        if shape != list(like.shape):
+            raise VerificationError(f"{stage.name}: {name} is {shape}, the config wants {list(like.shape)}")
+
+
+def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
+                 finish: Callable[[Path], None]) -> None:
+    """Write the weights of a model that was cut short; without a config, nothing loads them."""
+    with checkpoint.staged(output, weights.memory.work) as stage:
+        weights.write(stage, max_shard_size)
+        shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
+        finish(stage)

@@ -1,0 +1,54 @@
+"""Whether a written folder gives the model in memory back: a fresh load, compared by names, logits and greedy text."""
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+
+
+class VerificationError(LlmoptError):
+    """The written folder does not give the model in memory back."""
+
+    exit_code = 3
+
+
+@torch.no_grad()
+def verify(folder: Path, model: nn.Module) -> None:
+    """Load `folder` afresh and raise VerificationError unless weights, logits and greedy text equal the model's."""
+    from transformers import AutoModelForCausalLM
+
+    fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    fresh = fresh.to(model.device).eval()
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            raise VerificationError(f"{folder.name}: {kind}: {sorted(map(str, info[kind]))[:3]}")
+    ids = probe(model)
+    mine, theirs = model(ids).logits.float(), fresh(ids).logits.float()
+    worst = (mine - theirs).abs().max().item()
+    bound = 64 * torch.finfo(model.dtype).eps * mine.abs().max().item()
+    if not worst <= bound:
+        raise VerificationError(f"the reloaded model's logits differ by {worst:.3g} (allowed {bound:.3g})")
+    if worst == 0 and greedy(model, ids[:1]) != greedy(fresh, ids[:1]):
+        raise VerificationError("the reloaded model writes another greedy text than the model in memory")
+
+
+def probe(model: nn.Module) -> Tensor:
+    """Fixed random ids [2, T] that any vocabulary holds."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (2, probe_length(model)), generator=generator).to(model.device)
+
+
+def probe_length(model: nn.Module) -> int:
+    """Tokens in a row of the probe."""
+    return min(64, model.config.max_position_embeddings // 2)
+
+
+def greedy(model: nn.Module, ids: Tensor, count: int = 8) -> list[int]:
+    """The next `count` tokens; without `generate`, which listens to whatever the model's generation config says."""
+    cache, written = None, []
+    for _ in range(count):
+        step = model(ids, past_key_values=cache, use_cache=True)
+        cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+        written.append(ids.item())
+    return written

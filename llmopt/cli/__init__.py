@@ -1,0 +1,4 @@
+"""The command: what it is told, and what it prints."""
+from llmopt.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,281 @@
+"""What the commands print: rich tables and progress on a terminal, plain lines or JSON elsewhere."""
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import re
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tqdm import tqdm
+
+from llmopt.errors import one_line
+from llmopt.parts import get, names
+from llmopt.progress import silent
+from llmopt.scale.processes import is_main
+
+ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
+_TQDM_START = tqdm.__init__
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
+    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else {"disable": True})
+
+
+def _tame_bars(settings: dict[str, Any]) -> None:
+    """Every library's tqdm bar: only while it takes long, only on a terminal. TQDM_* would be read too late."""
+    tqdm.__init__ = lambda self, *args, **kwargs: _TQDM_START(self, *args, **kwargs | settings)
+
+
+def say(text: str) -> None:
+    """One line about what happens now; only where someone watches."""
+    if ERR.is_terminal:
+        ERR.print(one_line(text), style="dim", markup=False)
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A `Progress` for methods: bars on a terminal, silence elsewhere."""
+    if not ERR.is_terminal:
+        yield silent
+        return
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, transient=True) as bars:
+        def track(items: Iterable, label: str) -> Iterable:
+            items = items if hasattr(items, "__len__") else list(items)
+            return bars.track(items, description=label)
+
+        yield track
+
+
+def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table on stdout; columns that begin with a figure to the right, words to the left."""
+    table = Table(title=one_line(title), title_justify="left")
+    rows = [[one_line(str(cell)) for cell in row] for row in rows]
+    for i, name in enumerate(header):
+        figures = i > 0 and all(row[i][:1] in "0123456789-." for row in rows)
+        table.add_column(name, justify="right" if figures else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if Console().is_terminal else 120
+    Console(width=width, markup=False, emoji=False).print(table)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def human(size: float) -> str:
+    """1234567 -> "1.23 MB" (powers of ten, as disks and hubs count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
+    """The table at the end of `llmopt compress`."""
+    if as_json:
+        print_json(facts)
+        return
+    steps = " -> ".join(record["method"] for record in facts["records"])
+    print_table(f"{facts['base_model']}: {steps}", ["", "before", "after"], facts["table"])
+    if told := facts.get("predictions"):
+        forms = {"memory": ("peak memory", human), "seconds": ("time without evaluation", duration)}
+        print_table("predictions", ["", "predicted", "measured"],
+                    [(forms[what][0], *map(forms[what][1], figures)) for what, figures in told.items()])
+    for way, result in facts["loads_with"].items():
+        click.echo(f"  loads with {way:<18} {result}")
+    click.echo(f"written to {output}")
+
+
+def show_times(seconds: dict[str, float], output: Path, as_json: bool) -> None:
+    """How long each part of a run over some blocks took."""
+    if as_json:
+        print_json(seconds)
+        return
+    print_table("seconds", ["part", "seconds"], [(part, f"{value:.1f}") for part, value in seconds.items()])
+    click.echo(f"{output}: some blocks only, to measure; not a model")
+
+
+def show_scores(columns: dict[str, dict], as_json: bool) -> None:
+    """Scores of one or two models side by side."""
+    if as_json:
+        print_json({name: {f"{task}/{metric}": v for (task, metric), v in column.items()}
+                    for name, column in columns.items()})
+        return
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    rows = [(task, metric, *(f"{column.get((task, metric), float('nan')):.4f}" for column in columns.values()))
+            for task, metric in keys]
+    print_table("lm-eval", ["task", "metric", *columns], rows)
+
+
+def show_heads(name: str, scores: list, as_json: bool) -> None:
+    """One row per layer."""
+    if as_json:
+        print_json({name: [layer.tolist() for layer in scores]})
+        return
+    _print_heads(name, [layer.tolist() for layer in scores])
+
+
+def _print_heads(title: str, layers: list[list[float]]) -> None:
+    """One row per layer, a cell for each head; layers of fewer heads end early."""
+    width = max((len(layer) for layer in layers), default=0)
+    rows = [(i, *(f"{v:.3f}" for v in layer), *[""] * (width - len(layer))) for i, layer in enumerate(layers)]
+    print_table(title, ["layer", *(f"{h}" for h in range(width))], rows)
+
+
+def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
+    """A checkpoint's provenance, sizes and per-layer shapes."""
+    if as_json:
+        print_json(facts)
+        return
+    rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
+            ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
+    rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
+    rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
+    print_table("checkpoint", ["", "value"], rows)
+    print_table("steps", ["step", "asked for", "what came of it"],
+                [(r["method"], _brief(_changed(r)), _brief(r["meta"])) for r in facts.get("records", [])])
+    for record in facts.get("records", []):
+        show_bits(record["method"], record["meta"].get("modules", {}))
+        show_shares(record["method"], record["meta"].get("shares", []))
+    layers = config.get("per_layer_config", {})
+    if layers:
+        print_table("layers with shapes of their own", ["layer", "config"], [(i, _brief(c)) for i, c in layers.items()])
+
+
+def show_bits(step: str, modules: dict[str, dict]) -> None:
+    """Bits of every weight, a row for each layer, where they differ; `modules` is a quantization step's record."""
+    found = [(re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", name), entry["bits"]) for name, entry in modules.items()]
+    layers: dict[str, dict[str, int]] = {}
+    for place, bits in found:
+        if place:
+            layers.setdefault(place[1], {})[place[2].removesuffix("_proj")] = bits
+    if len({bits for _, bits in found}) > 1:
+        names = list(dict.fromkeys(name for row in layers.values() for name in row))
+        print_table(f"bits of {step}", ["layer", *names],
+                    [(layer, *(row.get(name, "") for name in names)) for layer, row in layers.items()])
+
+
+def show_shares(step: str, shares: list[list[float]]) -> None:
+    """How a kv step divides the cache over the KV heads of every layer."""
+    if shares:
+        _print_heads(f"weights of the KV heads in the budget of {step}", shares)
+
+
+def _changed(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
+    known = dataclasses.fields(get(record["method"])) if record["method"] in names() else ()
+    defaults = {f.name: f.default for f in known}
+    return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
+
+
+def _brief(meta: dict[str, Any]) -> str:
+    lists = {k: " ".join(map(str, v)) for k, v in meta.items()
+             if isinstance(v, list) and v and len(v) < 9 and isinstance(v[0], (int, str))}
+    plain = {k: v for k, v in meta.items() if isinstance(v, (int, float, str, bool))} | lists
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())
+
+
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """The dry run: each step's plan, how long each part takes, then size, memory and time."""
+    if as_json:
+        print_json(plan)
+        return
+    print_table("plan (nothing was written)", ["step", "what it will do"], plan["steps"])
+    print_table("time", ["part", "seconds", "from"], [(part, f"{s:.2f}", how) for part, s, how in plan["seconds"]])
+    print_table("memory above the imports", ["part", "private", "mapped from files"],
+                [(part, human(private), human(mapped)) for part, private, mapped in plan["peaks"]])
+    click.echo(f"predicted size {human(plan['predicted_bytes'])}, dense {human(plan['dense_bytes'])}")
+    click.echo(f"predicted peak memory {human(plan['predicted_memory'])}, {human(plan['available_memory'])} available")
+    click.echo(f"predicted time {duration(plan['predicted_seconds'])}, evaluation not included")
+    for line in plan["advice"]:
+        click.echo(line)
+
+
+def duration(seconds: float) -> str:
+    """7384 -> "2 h 3 min"; below a minute with a decimal."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_scale(found: dict[str, Any], as_json: bool) -> None:
+    """`llmopt bench scale`: a row for each number of blocks, then the processes, then the commands."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["blocks"], human(row["model_bytes"]), human(row["peak_private"]), human(row["peak_mapped"]),
+             f"{row['seconds_per_block']:.2f} s", f"{row['journal']:.1%}") for row in found["memory"]]
+    print_table("streamed, one thread", ["blocks", "model", "peak private memory", "mapped files", "steps, a block",
+                                         "journal"], rows)
+    both = found["processes"]
+    print_table(f"quant.gptq, {both['shape']}, one block", ["", "seconds"],
+                [("one process", f"{both['one']:.1f}"), ("two processes", f"{both['two']:.1f}"),
+                 ("times faster", f"{both['ratio']:.2f}")])
+    for line in found["commands"]:
+        click.echo(line)
+
+
+def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
+    """The registry, or one method's fields."""
+    if as_json:
+        print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
+                               "fields": {f.name: _default(f) for f in dataclasses.fields(cls)}} for cls in classes})
+        return
+    if not detailed:
+        print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
+        return
+    cls, = classes
+    click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
+    hints = typing.get_type_hints(cls)
+    rows = [(f.name, _kind(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
+    print_table("fields", ["field", "type", "default"], rows)
+
+
+def _kind(hint: Any) -> str:
+    """A field's type as its user writes values: `uniform | lim`, `int | float`, `list of int`."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _kind(part) for part in parts)
+    if origin in (list, tuple):
+        return f"list of {_kind(parts[0])}"
+    return (origin or hint).__name__
+
+
+def _default(item: dataclasses.Field) -> str:
+    if item.default is not dataclasses.MISSING:
+        return repr(item.default)
+    return repr(item.default_factory()) if item.default_factory is not dataclasses.MISSING else "(needed)"
+
+
+def _first_line(cls: type) -> str:
+    return inspect.getmodule(cls).__doc__.strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""safetensors, JSON and hub folders: checked, read, written."""

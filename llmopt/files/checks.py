@@ -1,0 +1,201 @@
+"""What can be wrong with the files of a model's folder, found before any weight is read: one clear line each."""
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import LlmoptError
+
+MAX_HEADER, MAX_JSON = 100_000_000, 500_000_000     # bytes
+MAX_COUNTED = {"layer": 10_000, "label": 100_000}   # keys of a config with these words make as many objects
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WORK = ".llmopt-work"                               # behind the name of an output: where a run keeps unfinished work
+COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CONVERT = 'python -c "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}).save_pretrained(NEW)"'
+
+
+def check_folder(folder: Path) -> None:
+    """Raise LlmoptError for a folder that is no model: no config, a missing, truncated or foreign weight file."""
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        unfinished = folder.name.endswith(WORK)
+        raise LlmoptError(f"{folder}: no config.json; this is " + (
+            "an adapter: merge it into its model first (peft: merge_and_unload)" if adapter else
+            "the unfinished work of llmopt compress, which --resume goes on with" if unfinished else
+            "not a model folder"))
+    config = check_config(file)
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    tensors = sum(len(check_safetensors(shard)) for shard in weight_files(folder))
+    for key, value in counted(config, "layer"):
+        if key in LAYERS and value > tensors:
+            raise LlmoptError(f"{file}: {key} is {value:,}, but the weight files hold {tensors:,} tensors")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON mapping; raises LlmoptError for a file that is missing or holds anything else."""
+    content = load_json(file)
+    if not isinstance(content, dict):
+        raise LlmoptError(f"{file}: not a JSON mapping")
+    return content
+
+
+def load_json(file: Path) -> Any:
+    """What a JSON file says; raises LlmoptError for one that is missing, too large or damaged."""
+    try:
+        if file.stat().st_size > MAX_JSON:
+            raise LlmoptError(f"{file}: {file.stat().st_size:,} bytes are too many for JSON")
+        return parse_json(file.read_bytes(), str(file))
+    except OSError as error:
+        raise LlmoptError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """What `text` says; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()      # a whole pair passes, a half could never be written
+        return content
+    except (ValueError, RecursionError) as error:
+        raise LlmoptError(f"{where}: not JSON: {fact_of(error)}") from error
+
+
+def check_config(file: Path) -> dict[str, Any]:
+    """The content of config.json; raises LlmoptError for sizes no model has, and for choices that are not its own.
+
+    Both are looked at before transformers reads the file: it makes one object for each layer and label, fetches an
+    attention kernel that the file names from the hub, and opens whatever weight file is named, a pickled one too.
+    """
+    config = read_json(file)
+    for word, limit in MAX_COUNTED.items():
+        for key, value in counted(config, word):
+            if value > limit:
+                raise LlmoptError(f"{file}: {key} is {value:,}; at most {limit:,} are read")
+    if "transformers_weights" in config:
+        raise LlmoptError(f"{file}: transformers_weights chooses the weight file; remove this key")
+    for key, value in config.items():
+        if "attn_implementation" in key and "/" in str(value):
+            raise LlmoptError(f"{file}: {key} names code of the hub, {str(value)[:80]!r}; remove this key")
+    return config
+
+
+def counted(config: dict[str, Any], word: str) -> Iterator[tuple[str, float]]:
+    """(key, number) for every numeric entry, at any depth, whose key holds `word`."""
+    pending: list[Any] = [config]
+    while pending:
+        item = pending.pop()
+        for key, value in item.items() if isinstance(item, dict) else enumerate(item):
+            if isinstance(value, (dict, list)):
+                pending.append(value)
+            elif isinstance(value, (int, float)) and word in str(key):
+                yield key, value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would open, in order; raises LlmoptError for a missing or foreign one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [_own(folder, single)]
+    if not index.is_file():
+        raise LlmoptError(f"{folder}: no model.safetensors{_other_format(folder)}")
+    files = []
+    for name in indexed(index):
+        if os.sep in name or "\0" in name or not name.endswith(".safetensors"):
+            raise LlmoptError(f"{index}: {name!r} is not a file of this folder")
+        if not (folder / name).is_file():
+            raise LlmoptError(f"{folder / name}: listed in the index and missing; fetch this shard again")
+        files.append(_own(folder, folder / name))
+    return files
+
+
+def indexed(index: Path) -> list[str]:
+    """The names of the weight files that an index lists, whatever they are, in order."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
+    return sorted(set(map(str, shards.values())))
+
+
+def _own(folder: Path, file: Path) -> Path:
+    """`file`; raises LlmoptError where it is a link out of the folder. The hub's cache links to its own blobs."""
+    home = folder.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    if not file.resolve().is_relative_to(home):
+        raise LlmoptError(f"{file}: a link out of the folder, to {file.resolve()}; put the file itself here")
+    return file
+
+
+def _other_format(folder: Path) -> str:
+    """A hint about weights that are there, but in a format that is not read."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            return (f"; {file.name} is pickled and may run code when it is opened. If you trust it, convert it: "
+                    + CONVERT.format(str(folder)))
+        if file.suffix in (".gguf", ".onnx", ".h5", ".msgpack", ".safetensors"):
+            return f"; {file.name} is not read: take the model's original safetensors"
+    return ""
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(name -> {dtype, shape, data_offsets}, bytes in front of the values) of a safetensors file."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        size, actual = int.from_bytes(start, "little") if len(start) == 8 else 0, file.stat().st_size
+        if not 2 <= size <= MAX_HEADER or size + 8 > actual:
+            raise LlmoptError(f"{file}: not a safetensors file (its header claims {size:,} bytes, the file has "
+                              f"{actual:,})")
+        header = parse_json(stream.read(size), f"{file}: its safetensors header")
+    if not isinstance(header, dict):
+        raise LlmoptError(f"{file}: its safetensors header is not a mapping")
+    header.pop("__metadata__", None)
+    return header, size + 8
+
+
+def check_safetensors(file: Path) -> dict[str, Any]:
+    """The header; raises LlmoptError if the file's length is not what it promises, or an entry lacks a part."""
+    header, start = read_header(file)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise LlmoptError(f"{file}: {name!r} in the safetensors header lacks shape, dtype or data_offsets")
+    promised = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    actual = file.stat().st_size
+    if promised != actual:
+        raise LlmoptError(f"{file}: header says {promised:,} bytes, the file has {actual:,}. "
+                          "The download was cut off; fetch this shard again.")
+    return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is {dtype: name, shape: [n, ...], data_offsets: [start, end]}; safetensors checks how they fit."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    numbers = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets))
+    return numbers and len(offsets) == 2
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Every way in which a library refuses a foreign file becomes one line; tokenizers raises bare exceptions."""
+    try:
+        yield
+    except LlmoptError:
+        raise
+    except Exception as error:
+        raise LlmoptError(f"{what}: {fact_of(error)}") from error
+
+
+def fact_of(error: Exception) -> str:
+    """The first line of a message, with the next where it ends in a colon; a bare key says that it is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which runs only with --trust-remote-code; read that code first"
+    if isinstance(error, KeyError):
+        return f"unknown or missing key {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,0 +1,1 @@
+"""Size and memory before the work."""

@@ -1,0 +1,247 @@
+"""Models of every supported architecture in one view: blocks, projections, norms, geometry.
+
+Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.architectures import SPECS, UNITS, Form, Spec
+from llmopt.model.modeling import is_skipped
+
+
+def spec_of(model: nn.Module) -> Spec:
+    """The architecture's table entry; an unknown one is refused with the list of those supported."""
+    kind = model.config.model_type
+    if kind not in SPECS:
+        raise LlmoptError(f"architecture {kind!r} is not supported. Supported: {', '.join(SPECS)}")
+    return SPECS[kind]
+
+
+def refuse_units(model: nn.Module, unit: str) -> None:
+    """Raise LlmoptError if this architecture cannot lose `unit` (of UNITS), or store per_layer_shapes or _heads."""
+    refused = spec_of(model).refuse
+    if unit in refused:
+        verb, left = "pruned", ", ".join(u for u in UNITS if u not in refused)
+        if unit not in UNITS:
+            verb, left = "stored", "scope: local, which keeps the layers alike"
+        raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
+
+
+@dataclass
+class Projection:
+    """One linear map of a block, seen as weight [out, in] whatever its layout on disk.
+
+    parts: rows of each logical output, e.g. {"q": [H, D], "k": [G, D], "v": [G, D]} or {"gate": [F, 1], "up": [F, 1]}.
+    """
+
+    name: str
+    module: nn.Module
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def transposed(self) -> bool:
+        return not isinstance(self.module, nn.Linear)    # Conv1D keeps [in, out]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [out, in]; a view, so in-place writes reach the module."""
+        return self.module.weight.data.T if self.transposed else self.module.weight.data
+
+    @property
+    def out_features(self) -> int:          # as the module tells it: a packed weight has no such shape
+        return self.module.nf if self.transposed else self.module.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx if self.transposed else self.module.in_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.data
+
+    def write(self, weight: Tensor) -> None:
+        """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
+        self.weight.copy_(weight)
+
+    def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Cut the weight down to the given output rows and input columns (index tensors)."""
+        weight = self.weight
+        if rows is not None:
+            weight = weight[rows]
+            if self.module.bias is not None:
+                self.module.bias = nn.Parameter(self.module.bias.data[rows].clone(), requires_grad=False)
+        if columns is not None:
+            weight = weight[:, columns]
+        out, width = weight.shape
+        stored = weight.T if self.transposed else weight
+        self.module.weight = nn.Parameter(stored.contiguous().clone(), requires_grad=False)
+        if self.transposed:
+            self.module.nf, self.module.nx = out, width
+        else:
+            self.module.out_features, self.module.in_features = out, width
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
+
+    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
+    name: str
+    module: nn.Module
+    kind: Literal["rms", "layer"]
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> Tensor | float:              # [E] float32
+        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
+        weight = self.module.weight
+        return 1.0 if weight is None else self.offset + weight.data.float()
+
+
+@dataclass
+class Block:
+    """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists."""
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: nn.Module | None
+    heads: int                       # H
+    kv_heads: int                    # G
+    head_dim: int                    # D
+    width: int                       # F
+    attn_in: list[Projection]        # readers of the residual stream: q, k, v (or one fused)
+    attn_out: Projection | None      # writer
+    ffn_in: list[Projection]         # readers: gate, up (or one fused; or one up)
+    ffn_out: Projection | None       # writer
+    norms: dict[str, Norm]
+    form: Form
+
+    def groups(self) -> list[list[Projection]]:
+        """Projections that read the same input together, in the order of the data flow."""
+        listed = [self.attn_in, [self.attn_out] if self.attn_out else [],
+                  self.ffn_in, [self.ffn_out] if self.ffn_out else []]
+        return [group for group in listed if group]
+
+    def projections(self) -> list[Projection]:
+        return [p for group in self.groups() for p in group]
+
+    def part(self, which: str) -> tuple[Projection, Tensor]:
+        """The projection that computes `which` (q, k, v, gate, up) and its rows [units, rows per unit]."""
+        for projection in self.attn_in + self.ffn_in:
+            if which in projection.parts:
+                return projection, projection.parts[which]
+        raise KeyError(which)
+
+
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers."""
+    return model.get_submodule(spec_of(model).layers)
+
+
+def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Put `layers` in place of the decoder layers and renumber what looks up a cache by layer."""
+    parent, _, leaf = spec_of(model).layers.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList(layers))
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+
+
+def tell_shapes(model: nn.Module) -> None:
+    """Bring the numbers that modules keep about themselves in line with the present shapes of their weights."""
+    for block in blocks(model):
+        told = {"intermediate_size": block.width}
+        if block.attention is not None:
+            told |= {"num_heads": block.heads, "num_key_value_heads": block.kv_heads,
+                     "num_key_value_groups": block.heads // block.kv_heads}
+        for module in block.module.modules():
+            for key in told.keys() & module.__dict__.keys():
+                setattr(module, key, told[key])
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module | None]:
+    """The attention module of every layer; None where attention is skipped."""
+    spec = spec_of(model)
+    found = [layer.get_submodule(spec.attention) for layer in layer_list(model)]
+    return [None if is_skipped(m) else m for m in found]
+
+
+def final_norm(model: nn.Module) -> Norm:
+    """The norm in front of the output embedding."""
+    spec = spec_of(model)
+    return _norm("final", spec.final_norm, model.get_submodule(spec.final_norm), spec.norm_offset)
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """Views of every decoder layer, made anew from the modules' present shapes."""
+    spec = spec_of(model)
+    return [_block(spec, i, layer) for i, layer in enumerate(layer_list(model))]
+
+
+def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
+    name = f"{spec.layers}.{index}"
+    attention = layer.get_submodule(spec.attention)
+    ffn_skipped = not spec.ffn_out or (spec.ffn is not None and is_skipped(layer.get_submodule(spec.ffn)))
+    shape = dict(heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
+    if is_skipped(attention):
+        attention = None
+    else:
+        shape = _attention_view(spec, f"{name}.{spec.attention}", attention)
+    ffn = dict(width=0, ffn_in=[], ffn_out=None) if ffn_skipped else _ffn_view(spec, name, layer)
+    norms = {role: _norm(role, f"{name}.{child}", layer.get_submodule(child), spec.norm_offset)
+             for role, child in spec.norms if not isinstance(layer.get_submodule(child), nn.Identity)}
+    return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn)
+
+
+def _form(spec: Spec, layer: nn.Module) -> Form:
+    if spec.form == "parallel" and not layer.use_parallel_residual:
+        return "pre"
+    if spec.ffn_in == ("fc1",) and not layer.do_layer_norm_before:   # OPT-350m
+        return "residual_post"
+    return spec.form
+
+
+def _norm(role: str, name: str, module: nn.Module, offset: float) -> Norm:
+    return Norm(role, name, module, "layer" if isinstance(module, nn.LayerNorm) else "rms", offset)
+
+
+def _attention_view(spec: Spec, name: str, module: nn.Module) -> dict[str, Any]:
+    readers = [Projection(f"{name}.{child}", module.get_submodule(child)) for child in spec.qkv]
+    writer = Projection(f"{name}.{spec.out}", module.get_submodule(spec.out))
+    dim = getattr(module, spec.head_dim)
+    heads = writer.in_features // dim
+    if len(readers) == 3:
+        kv_heads = readers[1].out_features // dim
+        for reader, part, units in zip(readers, "qkv", (heads, kv_heads, kv_heads), strict=True):
+            reader.parts = {part: torch.arange(units * dim).view(units, dim)}
+    else:
+        kv_heads = (readers[0].out_features // dim - heads) // 2
+        readers[0].parts = _fused_rows(heads, kv_heads, dim, spec.interleaved)
+    return dict(heads=heads, kv_heads=kv_heads, head_dim=dim, attn_in=readers, attn_out=writer)
+
+
+def _fused_rows(heads: int, kv_heads: int, dim: int, interleaved: bool) -> dict[str, Tensor]:
+    if interleaved:                                              # [H, 3, D]
+        rows = torch.arange(3 * heads * dim).view(heads, 3, dim)
+        return {part: rows[:, i] for i, part in enumerate("qkv")}
+    rows = torch.arange((heads + 2 * kv_heads) * dim).view(-1, dim)
+    q, k, v = rows.split([heads, kv_heads, kv_heads])
+    return {"q": q, "k": k, "v": v}
+
+
+def _ffn_view(spec: Spec, name: str, layer: nn.Module) -> dict[str, Any]:
+    readers = [Projection(f"{name}.{child}", layer.get_submodule(child)) for child in spec.ffn_in]
+    writer = Projection(f"{name}.{spec.ffn_out}", layer.get_submodule(spec.ffn_out))
+    width = writer.in_features
+    rows = torch.arange(2 * width if spec.ffn_gated else width).view(-1, width, 1)
+    if len(readers) == 2:
+        readers[0].parts, readers[1].parts = {"gate": rows[0]}, {"up": rows[0]}
+    else:
+        readers[0].parts = {"gate": rows[0], "up": rows[1]} if spec.ffn_gated else {"up": rows[0]}
+    return dict(width=width, ffn_in=readers, ffn_out=writer)

@@ -1,0 +1,32 @@
+"""What a layer's attention looks like from outside: its sliding window and its rotary tables."""
+import torch
+from torch import Tensor, nn
+
+from llmopt.model.blocks import attention_modules, spec_of
+
+
+def attention_windows(model: nn.Module) -> list[int | None]:
+    """Per layer, how many tokens back its queries see, themselves included; None: all."""
+    spec, config = spec_of(model), model.config
+    layers = range(len(attention_modules(model)))
+    if not spec.sliding:
+        return [None for _ in layers]
+    return [config.sliding_window if spec.sliding == "all" or config.layer_types[i] == "sliding_attention" else None
+            for i in layers]
+
+
+@torch.no_grad()
+def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines [length, R] by which this layer turns queries and keys at positions 0, 1, ...
+
+    R <= D: the other channels stay. None where the architecture has no rotary embedding. The model's own module makes
+    them (partial, scaled, per layer type), in the dtype and on the device of `like`; `length` is to be the number of
+    positions that the model has seen, for scalings that depend on it.
+    """
+    spec = spec_of(model)
+    if spec.rotary is None:
+        return None
+    typed = "rope_type" not in model.config.rope_parameters          # one entry per layer type, as in Gemma-3
+    at = torch.arange(length, device=like.device).unsqueeze(0)
+    cos, sin = model.get_submodule(spec.rotary)(like, at, *([model.config.layer_types[layer]] if typed else []))
+    return cos[0], sin[0]

@@ -1,0 +1,124 @@
+"""From the shapes of the layers to a config that describes them, or a reason why none can."""
+import copy
+from typing import NamedTuple
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.blocks import Block, blocks, refuse_units, spec_of
+from llmopt.model.modeling import FAMILIES, heads_fit, write_layers
+
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")
+
+
+class LayerShape(NamedTuple):
+    """What of a layer a config can say: H, G, F, and the parts that are gone."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    skip: tuple[str, ...] = ()
+
+
+def shape_of(block: Block, has_ffn: bool = True) -> LayerShape:
+    """The present shape of a block; has_ffn: False for Mixture-of-Experts, whose FFN is not seen as one."""
+    skip = ("attention",) * (block.attention is None) + ("mlp",) * (has_ffn and block.ffn_out is None)
+    return LayerShape(block.heads, block.kv_heads, block.width, skip)
+
+
+def shapes(model: nn.Module) -> list[LayerShape]:
+    """The present shape of every layer."""
+    has_ffn = bool(spec_of(model).ffn_out)
+    return [shape_of(block, has_ffn) for block in blocks(model)]
+
+
+def uniform(layers: list[LayerShape]) -> bool:
+    """Whether one plain config describes them all."""
+    return len(set(layers)) == 1 and not layers[0].skip
+
+
+def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
+    """The pairs (H, G) that occur."""
+    return {(layer.heads, layer.kv_heads) for layer in layers if "attention" not in layer.skip}
+
+
+def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
+    """Raise LlmoptError if no config of this architecture can describe `layers`."""
+    if not uniform(layers):
+        refuse_units(model, "per_layer_shapes")
+    counts = head_counts(layers)
+    if len(counts) > 1 or not heads_fit(model.config, next(iter(counts))[0]):
+        refuse_units(model, "per_layer_heads")
+    else:
+        _check_heads(model.config, *next(iter(counts)))
+
+
+def _check_heads(config, heads: int, kv_heads: int) -> None:
+    """Raise LlmoptError where the config's own checks refuse these counts, as Phi-3's do with longrope."""
+    trial = copy.deepcopy(config)
+    trial.per_layer_config = None
+    trial.num_attention_heads, trial.num_key_value_heads = heads, kv_heads
+    try:
+        trial.validate()
+    except StrictDataclassError as error:
+        raise LlmoptError(f"{config.model_type}: its config refuses {heads} query heads: {error.__cause__}") from error
+
+
+def check_droppable(model: nn.Module) -> None:
+    """Raise LlmoptError if a layer of this model depends on its place among the others."""
+    config = model.config.to_dict()
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        raise LlmoptError(f"{config['model_type']}: blocks cannot be pruned: attention is scaled by the layer's number")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise LlmoptError(f"{config['model_type']}: blocks cannot be pruned: experts are placed by the layer's number")
+
+
+def slice_config(model: nn.Module, kept: list[int]) -> None:
+    """Let the lists with one entry per layer follow the layers that remain."""
+    config = model.config
+    config.per_layer_config = None
+    for key in PER_LAYER_LISTS:
+        entries = config.to_dict().get(key)
+        if entries is not None:
+            setattr(config, key, [entries[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def sync_config(model: nn.Module) -> None:
+    """Make `model.config` describe the model's present shapes; raises LlmoptError where it cannot."""
+    layers, config = shapes(model), model.config
+    check_storable(model, layers)
+    config.per_layer_config = None
+    config.allow_global_per_layer_attribute_access = False
+    counts = head_counts(layers)
+    together = len(counts) == 1 and (uniform(layers) or heads_fit(config, next(iter(counts))[0]))
+    if together:
+        _write_heads(model, *next(iter(counts)))
+    if uniform(layers):
+        if layers[0].width:
+            setattr(config, FAMILIES[config.model_type].width, layers[0].width)
+        return
+    if not together:
+        config.head_dim = _head_dim(model)
+    write_layers(config, [_entry(layer, FAMILIES[config.model_type].width, layers, together) for layer in layers])
+
+
+def _write_heads(model: nn.Module, heads: int, kv_heads: int) -> None:
+    config = model.config
+    known = config.to_dict()        # GPT-2 and the like keep their heads under other names, and keep them all
+    if (known.get("num_attention_heads", heads), known.get("num_key_value_heads", kv_heads)) == (heads, kv_heads):
+        return
+    config.head_dim = _head_dim(model)
+    config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+
+
+def _head_dim(model: nn.Module) -> int:
+    return next(block.head_dim for block in blocks(model) if block.attention is not None)
+
+
+def _entry(layer: LayerShape, width: str, layers: list[LayerShape], together: bool) -> dict:
+    entry: dict = {width: layer.width or max(other.width for other in layers)}
+    if not together and "attention" not in layer.skip:
+        entry |= {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
+    return entry | ({"skip": list(layer.skip)} if layer.skip else {})

@@ -1,0 +1,154 @@
+"""A model's shapes without its weights, and which of its files' tensors each parameter is made from."""
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.files.checks import read_header, refusals, weight_files
+from llmopt.files.tensors import TYPES, Places, places, read
+from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.loading import check_dense, examine
+from llmopt.specs import ModelSpec
+
+
+def converted(model: nn.Module, folder: Path) -> frozenset[str]:
+    """The model's parameters that are not mapped from the folder's files: of another type there, or put together."""
+    stored = {name: TYPES.get(entry["dtype"]) for file in weight_files(folder)
+              for name, entry in read_header(file)[0].items()}
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(name for name, parameter in model.named_parameters()
+                     if parameter.dtype not in (stored.get(name), stored.get(name.removeprefix(prefix))))
+
+
+def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
+    """The model of a config in eval mode: its weights on the meta device, what it computes from its config real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    model.tie_weights()             # each weight was moved by itself, which has cut the ties
+    return model.eval()
+
+
+def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
+    """(skeleton, where its weights lie) of a model in a folder; the checks of `load_dense`.
+
+    What can be known of single values, NaN and Inf, is found when they are read.
+    """
+    from transformers import GenerationConfig
+
+    check_dense(spec)
+    source, config = examine(spec)
+    folder = Path(source)
+    found = places(folder)
+    model = skeleton(config, getattr(torch, spec.dtype) if spec.dtype else config.dtype or _first_dtype(found),
+                     spec.trust_remote_code)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(spec.device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:
+        model.generation_config = GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
+    return model, match(model, found, source)
+
+
+def _first_dtype(found: Places) -> torch.dtype:
+    """The type of the first floating-point tensor: what transformers takes where the config names none."""
+    for file, name in found.values():
+        dtype = TYPES.get(read_header(file)[0][name]["dtype"])
+        if dtype is not None and dtype.is_floating_point:
+            return dtype
+    return torch.float32
+
+
+def match(model: nn.Module, found: Places, source: str) -> Places:
+    """The places of the model's tensors, named as in the model, or as parts that `merged` puts together.
+
+    Files may name them without the base model's prefix, and keep the experts of a layer one by one. Raises LlmoptError
+    for missing or foreign tensors, and for shapes that the config does not want.
+    """
+    tied, state = model.all_tied_weights_keys, model.state_dict()
+    known = _as_known(model, found, state)
+    made = _merged_shapes(model, known, source)
+    wanted = {name: state[name].shape for name in state if name not in tied}
+    missing = [name for name in wanted if name not in made]
+    foreign = [name for name in made if name not in state and name.endswith(".weight")]
+    for kind, names in (("missing", missing), ("unknown to the config", foreign)):
+        if names:
+            raise LlmoptError(f"{source}: {len(names)} tensors {kind}, such as {min(names)}; "
+                              "the checkpoint does not fit its config")
+    for name, shape in wanted.items():
+        if made[name] != shape:
+            raise LlmoptError(f"{source}: {name} is {list(made[name])}, the config wants {list(shape)}; "
+                              "the checkpoint does not fit its config")
+    for twin, original in tied.items():
+        if twin in known and not torch.equal(*read({"a": known[twin], "b": known[original]}).values()):
+            raise LlmoptError(f"{source}: {twin} and {original} are tied by the config, but differ in the files; set "
+                              "tie_word_embeddings to false in config.json")
+    return {name: place for name, place in known.items() if name in wanted or name not in made}
+
+
+def _as_known(model: nn.Module, found: Places, state: dict[str, Tensor]) -> Places:
+    """The same places under the names that transformers gives them, before it puts any together.
+
+    The model is told, as by `from_pretrained`, which of the conversions its files need: they are written likewise.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, apply_converters, rename_source_key
+
+    listed = get_model_conversion_mapping(model)
+    renamings = [entry for entry in listed if not isinstance(entry, WeightConverter)]
+    merging = [entry for entry in listed if isinstance(entry, WeightConverter)]
+    known = {rename_source_key(name, renamings, [], model.base_model_prefix, state)[0]: place
+             for name, place in found.items()}
+    for name in known:
+        apply_converters(name, merging)
+    model._weight_conversions = [entry for entry in listed if entry.was_used()]
+    return known
+
+
+def converters(model: nn.Module) -> list[Any]:
+    """What puts tensors of the files together to one of this matched model."""
+    from transformers.core_model_loading import WeightConverter
+
+    return [entry for entry in model._weight_conversions if isinstance(entry, WeightConverter)]
+
+
+def _merged_shapes(model: nn.Module, known: Places, source: str) -> dict[str, torch.Size]:
+    """The shapes of the model's tensors that these places make."""
+    headers = {file: read_header(file)[0] for file in {file for file, _ in known.values()}}
+    parts = {name: torch.empty(headers[file][key]["shape"], device="meta") for name, (file, key) in known.items()}
+    with refusals(f"{source}: the experts do not fit together"):
+        return {name: tensor.shape for name, tensor in merged(converters(model), parts).items()}
+
+
+def merged(merging: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A block's tensors as transformers makes them of those in its files: the experts of a layer become one tensor."""
+    from transformers.core_model_loading import apply_converters, dot_natural_key
+
+    ready, parts = {}, {}
+    by_pattern = {pattern: entry for entry in merging for pattern in entry.source_patterns}
+    for name in sorted(tensors, key=dot_natural_key) if merging else tensors:     # expert 10 comes after expert 9
+        target, pattern = apply_converters(name, merging)
+        if pattern is None:
+            ready[name] = tensors[name]
+        else:
+            collecting = parts.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            collecting.add_tensor(target, name, pattern, tensors[name])
+    for target, collected in parts.items():
+        ready |= collected.convert(target)
+    return ready
+
+
+def by_layer(model: nn.Module, found: Places) -> tuple[dict[nn.Module, Places], Places]:
+    """(the places of each decoder layer's tensors under their names in the layer, all other places)."""
+    layers, rest = {}, dict(found)
+    for index, layer in enumerate(layer_list(model)):
+        prefix = f"{spec_of(model).layers}.{index}."
+        layers[layer] = {name.removeprefix(prefix): rest.pop(name) for name in found if name.startswith(prefix)}
+    return layers, rest

@@ -1,0 +1,4 @@
+"""YAML -> Recipe, every error with its line."""
+from llmopt.recipe.reader import Recipe, check_order, find, load, parse, values
+
+__all__ = ["Recipe", "check_order", "find", "load", "parse", "values"]

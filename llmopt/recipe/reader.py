@@ -1,0 +1,239 @@
+"""The text of a recipe -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import FieldError, KeyUnknown, LlmoptError, naming, nearest
+from llmopt.method import STAGES, Method
+from llmopt.parts import build, fill
+from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
+from llmopt.specs import DataSpec, EvalSpec, ModelSpec
+
+PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run of `llmopt compress` is told."""
+
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    steps: tuple[Method, ...] = ()
+    eval: EvalSpec = field(default_factory=EvalSpec)
+    format: str = "portable"
+    seed: int = 0
+    max_shard_size: str = "2GB"
+    text: str = ""                       # the file, verbatim
+    changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out."""
+        return {"model": asdict(self.model), "data": asdict(self.data), "steps": [s.to_dict() for s in self.steps],
+                "eval": asdict(self.eval), "format": self.format, "seed": self.seed,
+                "max_shard_size": self.max_shard_size}
+
+
+SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
+KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
+
+
+def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id."""
+    path = find(name)
+    if path.stat().st_size > 4 * MAX_BYTES:            # a character takes up to 4
+        raise LlmoptError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlmoptError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return parse(text, str(path), sets, model)
+
+
+def find(name: str) -> Path:
+    """The recipe's file: `name` as a path, else NAME.yaml in the checkout's or the wheel's recipes."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    for folder in PACKAGED:
+        packaged = folder / f"{name.removesuffix('.yaml')}.yaml"
+        if packaged.is_file():
+            return packaged
+    known = sorted({p.stem for folder in PACKAGED for p in folder.glob("*.yaml")})
+    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
+
+
+def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+    """Build a Recipe from YAML text; `source` names it in errors."""
+    data, lines = read_yaml(text, source)
+    data, where = {} if data is None else data, Where(source, lines)
+    if not isinstance(data, dict):
+        raise LlmoptError(f"{source}:1: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    for assignment in sets:
+        _assign(data, assignment)
+    if model is not None:
+        given = data.get("model") or {}
+        if not isinstance(given, dict):
+            raise where.error(("model",), "a mapping such as {id: NAME} expected")
+        data["model"] = given | {"id": model}
+    for key in data:
+        if key not in KEYS:
+            raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
+    parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
+    steps = _steps(where, data.get("steps"))
+    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_seed(where, data),
+                  max_shard_size=_shard_size(where, data), text=text, changes=_changes(sets, model))
+
+
+def _changes(sets: tuple[str, ...], model: str | None) -> tuple[str, ...]:
+    words = ("--model", model) if model is not None else ()
+    return (*words, *(word for given in sets for word in ("--set", given)))
+
+
+@dataclass(frozen=True)
+class Where:
+    """Turns a key path into FILE:LINE for messages."""
+
+    source: str
+    lines: dict[KeyPath, int]
+
+    def error(self, path: KeyPath, fact: str) -> LlmoptError:
+        probe = path
+        while probe and probe not in self.lines:
+            probe = probe[:-1]
+        return LlmoptError(f"{self.source}:{self.lines.get(probe, 1)}: {fact}")
+
+
+def _section(where: Where, key: str, given: Any) -> Any:
+    if given is None:
+        return fill(SECTIONS[key], {})
+    if not isinstance(given, dict):
+        raise where.error((key,), f"{key}: a mapping expected, {given!r} given")
+    return _filled(where, (key,), key, lambda: fill(SECTIONS[key], given))
+
+
+def _steps(where: Where, given: Any) -> tuple[Method, ...]:
+    if not isinstance(given, list) or not given:
+        raise where.error(("steps",), "steps: a list with at least one {family.method: {fields}} expected")
+    steps = []
+    for i, entry in enumerate(given):
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise where.error(("steps", i), f"steps.{i}: one {{family.method: {{fields}}}} expected, {entry!r} given")
+        (name, fields_given), = entry.items()
+        if fields_given is not None and not isinstance(fields_given, dict):
+            raise where.error(("steps", i, name), f"{name}: a mapping of fields expected, {fields_given!r} given")
+        steps.append(_filled(where, ("steps", i, name), "", lambda n=name, f=fields_given: build(str(n), f or {})))
+    try:
+        check_order(tuple(steps))
+    except LlmoptError as fact:
+        raise where.error(("steps",), str(fact)) from fact
+    return tuple(steps)
+
+
+def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
+    prefix = f"{label}: " if label else ""
+    try:
+        return make()
+    except LlmoptError as fact:
+        cause = fact.__cause__ if isinstance(fact.__cause__, (FieldError, KeyUnknown)) else fact
+        key = cause.key if isinstance(cause, (FieldError, KeyUnknown)) else ""
+        raise where.error((*path, key.split("[")[0]), f"{prefix}{fact}") from fact
+
+
+def check_order(steps: tuple[Method, ...]) -> None:
+    """Raise LlmoptError unless the stages come in order and no two runtime steps want the same place."""
+    for before, after in zip(steps, steps[1:], strict=False):
+        if STAGES.index(after.stage) < STAGES.index(before.stage):
+            raise LlmoptError(f"{after.name} must come before {before.name}: the order is {' -> '.join(STAGES)}")
+    for place, members in _places(steps).items():
+        if len(members) > 1:
+            raise LlmoptError(f"at most one {place} in a recipe, found {' and '.join(members)}")
+
+
+def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    for step in steps:
+        family = step.name.split(".")[0]
+        place = {"kv": "evicting kv method", "attention": "prefill selector", "quant": "quantization step"}.get(family)
+        place = "kv.quant" if step.name == "kv.quant" else place
+        if place:
+            places.setdefault(place, []).append(step.name)
+    return places
+
+
+def _format(where: Where, data: dict) -> str:
+    value = data.get("format", "portable")
+    if value not in ("portable", "dense"):
+        raise where.error(("format",), f"unknown format {value!r}{nearest(str(value), ('portable', 'dense'))}")
+    return value
+
+
+def _shard_size(where: Where, data: dict) -> str:
+    value = data.get("max_shard_size", "2GB")
+    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", str(value)):
+        raise where.error(("max_shard_size",), f"max_shard_size: {value!r} given, a size such as 2GB expected")
+    return str(value)
+
+
+def _plain(where: Where, data: dict, key: str, default: Any, kind: type) -> Any:
+    value = data.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise where.error((key,), f"{key}: {value!r} given, a value of type {kind.__name__} expected")
+    return value
+
+
+def _seed(where: Where, data: dict) -> int:
+    value = _plain(where, data, "seed", 0, int)
+    if not 0 <= value < 2**32:
+        raise where.error(("seed",), f"seed: {value} given, a number from 0 to {2**32 - 1} expected")
+    return value
+
+
+def _assign(data: dict, assignment: str) -> None:
+    """Apply "steps.1.bits=3"; a number after `steps` counts from 0, the next word is a field of that step."""
+    path, sign, value = assignment.partition("=")
+    if not sign:
+        raise LlmoptError(f"--set {assignment}: KEY=VALUE expected, such as steps.1.bits=3")
+    target: Any = data
+    *parents, last = path.split(".")
+    for i, word in enumerate(parents):
+        target = _descend(target, word, assignment)
+        if i == 1 and parents[0] == "steps":
+            if not isinstance(target, dict) or len(target) != 1:
+                raise LlmoptError(f"--set {assignment}: step {word} is not written as {{family.method: {{fields}}}}")
+            name, = target
+            target = _descend(target, name, assignment)
+    if not isinstance(target, (dict, list)):
+        raise LlmoptError(f"--set {assignment}: {'.'.join(parents)} has no keys")
+    if isinstance(target, list):
+        _descend(target, last, assignment)
+    target[int(last) if isinstance(target, list) else last] = _value(value, assignment)
+
+
+def values(sets: tuple[str, ...]) -> dict[str, Any]:
+    """{"window": 8} from ("window=8",), for the commands that take one method."""
+    pairs = [(given.partition("="), given) for given in sets]
+    for (_, sign, _), given in pairs:
+        if not sign:
+            raise LlmoptError(f"--set {given}: FIELD=VALUE expected")
+    return {field: _value(value, given) for (field, _, value), given in pairs}
+
+
+def _value(text: str, assignment: str) -> Any:
+    with naming(f"--set {assignment}"):
+        return read_yaml(text, "value")[0]
+
+
+def _descend(target: Any, word: str, assignment: str) -> Any:
+    """What lies under `word`; a mapping that is missing, or written as null, is made."""
+    if isinstance(target, list):
+        if word not in map(str, range(len(target))):
+            raise LlmoptError(f"--set {assignment}: there is no step {word}; steps run from 0 to {len(target) - 1}")
+        return target[int(word)]
+    if not isinstance(target, dict):
+        raise LlmoptError(f"--set {assignment}: nothing below {word!r}")
+    if target.get(word) is None:
+        target[word] = {}
+    return target[word]

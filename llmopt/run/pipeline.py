@@ -1,0 +1,194 @@
+"""The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt import runtime
+from llmopt.calibration import data
+from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.facts import FILE, read_facts
+from llmopt.checkpoint.streamed import StreamedWeights, save_partial
+from llmopt.errors import LlmoptError, naming
+from llmopt.files import shards
+from llmopt.files.checks import WORK
+from llmopt.files.hub import companion
+from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.method import Method, Run
+from llmopt.model import skeleton, state
+from llmopt.model.codes import quantized_modules
+from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.progress import Clock, Progress, silent
+from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.opening import Streaming, open_model
+from llmopt.run.report import Report, describe
+from llmopt.runtime.rehearsal import cache_bytes_per_token
+from llmopt.scale.gauge import Gauge
+from llmopt.scale.journal import Journal, checksum
+from llmopt.scale.processes import Ranks
+from llmopt.scale.room import Scene
+from llmopt.scale.stream import Streamed
+
+
+def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
+             tokenizer: Any = None) -> Report:
+    """Apply `steps` to `model` in place.
+
+    batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
+    Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
+    """
+    if batches is not None:
+        batches = data.as_batches(batches, model.config.vocab_size)
+    return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
+
+
+def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    check_order(tuple(steps))
+    refuse_compressed(model)
+    run.multiple = group_multiple(steps)
+    training = model.training
+    model.eval()                            # dropout would make statistics and sizes a matter of chance
+    try:
+        return _apply(model, steps, run)
+    finally:
+        model.train(training)
+
+
+def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    start = time.perf_counter()
+    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+                    dense_bytes=shards.file_bytes(state.plain_state(model)),
+                    dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
+    report.seconds["cache"] = time.perf_counter() - start
+    for i, step in enumerate(steps):
+        start = time.perf_counter()
+        torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
+        run.memory.begin(i)
+        with naming(f"steps.{i} {step.name}"):
+            if step.needs_data and not run.batches:
+                raise LlmoptError("needs calibration data, and none was given")
+            record = step.apply(model, run)
+        report.records.append(describe(step, record))
+        report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
+    report.parameters = model.num_parameters()
+    start = time.perf_counter()
+    report.cache_after = cache_bytes_per_token(model)
+    report.seconds["cache"] += time.perf_counter() - start
+    return report
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
+    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+        raise LlmoptError("the model is already quantized; start from the dense checkpoint")
+    if runtime.runtime_config(model)["steps"]:
+        raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
+
+
+def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress = silent,
+        streaming: Streaming = Streaming(), resume: bool = False, ranks: Ranks = Ranks(),       # noqa: B008  frozen
+        gauge: Gauge | None = None) -> Report:
+    """Carry out `recipe` into the folder `output`, in memory or streamed.
+
+    What is finished is kept in OUTPUT.llmopt-work until all is; resume: go on with what a run that was cut off has
+    left there. ranks: the processes that do this together; one of them writes, all come back when it has. gauge:
+    watches this one, so that the log can tell how much memory it took.
+    Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
+    """
+    clock = time.perf_counter()
+    source = resolve(recipe.model.id)
+    output = checkpoint.prepare_output(output, source, overwrite)
+    journal = journal_of(output, ranks)
+    if ranks.is_main and not resume:
+        journal.refuse_unfinished()
+    model, tokenizer, memory = open_model(recipe, journal, streaming)
+    streamed = isinstance(memory, Streamed)
+    batches = load_batches(recipe, model, tokenizer)
+    with journal.opened(marks(recipe, batches, streaming)):
+        pace = Clock(progress)
+        run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
+        predicted = foresee(recipe, model, run, streaming)
+        loaded = time.perf_counter() - clock
+        report = _compress(model, list(recipe.steps), run)
+        journal.hold = True
+        report.predicted_bytes, report.streamed, report.told = predicted.bytes, streamed, journal.told
+        weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
+        report.seconds = {"load": loaded, **report.seconds}
+        report.predict(predicted, pace.seconds)
+
+        def finish(stage: Path) -> None:
+            total = time.perf_counter() - clock
+            report.seconds |= {"save and verify": total - sum(report.seconds.values()), "total": total,
+                               "of which for the journal": journal.seconds}
+            report.memory = gauge.look().private if gauge else None
+            _write_log(stage, report)
+
+        if streaming.blocks and ranks.is_main:
+            save_partial(weights, output, recipe.max_shard_size, finish)
+        elif ranks.is_main:
+            checkpoint.save(model, output, tokenizer, report=report, source=source, recipe=recipe,
+                            format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
+                            finish=finish, weights=weights, work=journal.folder)
+        ranks.wait()
+    return report
+
+
+def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
+    """The calibration data, if a step asks for it."""
+    wanted = any(step.needs_data for step in recipe.steps)
+    return data.load(recipe.data, model.config, tokenizer) if wanted else None
+
+
+def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:
+    """Size and memory of the run to come."""
+    streamed, batches = isinstance(run.memory, Streamed), run.own_batches if run.batches else []
+    scene = Scene(tuple(tuple(batch["input_ids"].shape) for batch in batches),
+                  any(not bool(batch["attention_mask"].all()) for batch in batches),
+                  streaming.activations // run.ranks.size if streamed else None, streamed,
+                  skeleton.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
+    return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
+
+
+def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
+    """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
+    config = companion(resolve(recipe.model.id), "config.json", recipe.model.revision)
+    files = [config, *sorted(config.parent.glob("*.safetensors"))]
+    return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
+            "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
+            "versions": checkpoint.versions()}
+
+
+def score_heads(recipe: Recipe, progress: Progress = silent,
+                ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
+    """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
+    step, = recipe.steps
+    model, tokenizer = load_dense(recipe.model)
+    batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
+    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
+    with naming(step.name):
+        record = step.apply(model, run)
+    return run.scores[step.name], record.meta
+
+
+def is_finished(output: Path, recipe: Recipe) -> bool:
+    """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
+    return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
+
+
+def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen
+    """Where a run into `output` keeps what it has finished."""
+    return Journal(output.with_name(output.name + WORK), ranks)
+
+
+def _write_log(stage: Path, report: Report) -> None:
+    lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    if report.streamed:
+        lines.append("streamed: one block in memory at a time")
+    lines += report.told
+    lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
+    lines += [f"{what}: {told:,.0f} predicted, {found:,.0f} measured" for what, (told, found) in
+              report.predictions().items()]
+    (stage / "llmopt.log").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,174 @@
+"""What is in force while the model runs: methods that act then, attach and detach.
+
+An attached model behaves as before (`generate`, `model(ids, use_cache=True)`); its attention modules call `llmopt`
+instead of SDPA, its caches are `LlmoptCache`, and after each multi-token forward the attached kv method compresses.
+"""
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from llmopt_kernels import Rule
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.method import Method, Record, Run
+from llmopt.model.modeling import tensors_below
+from llmopt.parts import build
+from llmopt.runtime.cache import LlmoptCache
+from llmopt.runtime.hooks import EVICTOR, SELECTOR, Attachment
+from llmopt.runtime.interface import KEY
+
+__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
+           "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
+
+
+class RuntimeMethod(Method):
+    """A method that acts while the model runs. `place`: at most one attached method each."""
+
+    stage = "runtime"
+    place: ClassVar[str]
+
+    @property
+    def needs_whole(self) -> bool:
+        return self.needs_data            # a plan made from data runs the model
+
+    def plan(self, model: nn.Module, run: Run) -> Record:
+        """What is decided once, from head scores or calibration data: plain JSON and small tensors."""
+        return Record()
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        record = self.plan(model, run)
+        attach(model, self, record)
+        return record
+
+    def restore(self, model: nn.Module, record: Record) -> None:
+        attach(model, self, record)
+
+
+class CacheMethod(RuntimeMethod):
+    """A method that makes the cache smaller after a forward.
+
+    layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
+    computed, and a prefill never holds more than one layer in full.
+    """
+
+    place = EVICTOR
+    every: int | None
+    layer_by_layer: bool = False
+
+    def queries(self) -> int | None:
+        """How many of the last queries it wants to see in `layer.queries`; None: all since the last compression."""
+        return 0
+
+    @abstractmethod
+    def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
+        """Drop entries of these layers of `cache` in place. live.rules[l] tells how layer l attends."""
+
+
+class PrefillMethod(RuntimeMethod):
+    """A method that computes attention over a prompt from fewer pairs."""
+
+    place = SELECTOR
+
+    @abstractmethod
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, rule: Rule, layer: int,
+                live: Attachment) -> Tensor | None:
+        """Attention of the last T tokens [B, H, T, D] over the last S [B, G, S, D]; None asks for dense.
+
+        real: bool [B, tokens seen], False at padding.
+        """
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`."""
+    return model.__dict__.get(KEY)
+
+
+def attach(model: nn.Module, method: RuntimeMethod, record: Record | None = None) -> None:
+    """Put `method` in force; a second one for the same place is refused."""
+    (attachment(model) or Attachment(model)).add(method, record or Record())
+
+
+def detach(model: nn.Module) -> None:
+    """Take off all that is attached; the model is again as it was, bit by bit."""
+    live = attachment(model)
+    if live is not None:
+        live.switch_off()
+
+
+@contextmanager
+def attached(model: nn.Module, *methods: RuntimeMethod, run: Run | None = None) -> Iterator[nn.Module]:
+    """`with attached(model, llmopt.kv.SnapKV(budget=256)): ...`; afterwards the model is as before."""
+    live = attachment(model)
+    before = dict(live.parts) if live else {}
+    try:
+        for method in methods:
+            method.apply(model, run or Run())
+        yield model
+    finally:
+        live = attachment(model)
+        if live is not None and before:
+            live.keep(before)
+        elif live is not None:
+            live.switch_off()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is compressed and new tokens attend densely to what the cache holds."""
+    live = attachment(model)
+    if live is None:
+        yield
+        return
+    before, live.frozen = live.frozen, True
+    try:
+        yield
+    finally:
+        live.frozen = before
+
+
+def new_cache(model: nn.Module) -> LlmoptCache:
+    """An empty cache for a model with attached methods."""
+    live = attachment(model)
+    if live is None:
+        raise LlmoptError("nothing is attached to this model")
+    return live.new_cache()
+
+
+def has_eviction(model: nn.Module) -> bool:
+    """Whether an attached method drops cache entries."""
+    live = attachment(model)
+    return live is not None and live.method(EVICTOR) is not None
+
+
+def runtime_config(model: nn.Module) -> dict[str, Any]:
+    """What config.json keeps of the attached methods under the key `llmopt`.
+
+    {"steps": [{"method", "meta"}], "tensors": {"<step>.<name>": {"shape", "dtype"}}}; no tensors, no such key. The
+    tensors themselves are the model's buffers `llmopt.<step>.<name>`.
+    """
+    live = attachment(model)
+    if live is None:
+        return {"steps": []}
+    config: dict[str, Any] = {"steps": [{"method": method.to_dict(), "meta": meta}
+                                        for method, meta in live.parts.values()]}
+    tensors = tensors_below(model)
+    if tensors:
+        config["tensors"] = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+                             for name, t in tensors.items()}
+    return config
+
+
+def attach_from_config(model: nn.Module) -> None:
+    """Attach what `model.config.llmopt` describes, with the tensors among its buffers; nothing if that is done."""
+    if attachment(model) is not None:
+        return
+    config = model.config.to_dict().get("llmopt") or {}
+    missing = config.get("tensors", {}).keys() - tensors_below(model).keys()
+    if missing:
+        raise LlmoptError(f"the tensor llmopt.{min(missing)} is missing; load the model through AutoModelForCausalLM "
+                          "after `import llmopt`")
+    for step, entry in enumerate(config.get("steps", [])):
+        (name, given), = entry["method"].items()
+        build(name, given).restore(model, Record(entry["meta"], tensors_below(model, str(step))))

@@ -1,0 +1,226 @@
+"""One layer of the cache: old entries flat (`Ragged`), new tokens in a dense tail, folded in at the next compression.
+
+Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
+"""
+from dataclasses import dataclass
+
+import torch
+from llmopt_kernels import NONE, Ragged
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass
+class Entries:
+    """All entries of one batch row in one layer, heads padded at the end to equal length.
+
+    keys, values: [G, T, D]; positions: [G, T], NONE at holes; bias: [G, T] or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """[G] entries per KV head."""
+        return (self.positions != NONE).sum(-1)
+
+
+class RaggedLayer(CacheLayerMixin):
+    """`kept` (flat, or None before the first compression) and the dense tail [B, G, S, D].
+
+    groups: G; 0 where this layer has lost its attention: it counts tokens and holds nothing. window: of a
+    sliding-window layer.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, groups: int, window: int | None = None):
+        super().__init__()
+        self.groups = groups
+        self.window = window
+        self.seen = 0
+        self.kept: Ragged | None = None
+        self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
+        self.query_positions: Tensor | None = None  # [B, W], NONE at holes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append [B, G, T, D] to the tail and return the tail; kept entries are read by the attention function."""
+        self.seen += key_states.shape[2]
+        if self.groups == 0:
+            return key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        return self.keys, self.values
+
+    def slide(self) -> None:
+        """Drop the tail tokens that neither the last query nor one to come can see, in lots, so as to copy seldom."""
+        if self.window is None or self.keys.shape[2] < 2 * self.window:
+            return
+        late = self.keys.shape[2] - self.window
+        self.keys, self.values = self.keys[:, :, late:].clone(), self.values[:, :, late:].clone()
+
+    @property
+    def tail_start(self) -> int:
+        """Position of the first token of the tail."""
+        return self.seen - (self.keys.shape[2] if self.is_initialized else 0)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0] if self.is_initialized else -1
+
+    def reset(self) -> None:
+        self.__init__(self.groups, self.window)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make the batch consist of `rows` [B'] of the present one."""
+        if not self.is_initialized:
+            return
+        place = rows.to(self.device)
+        self.keys, self.values = self.keys[place], self.values[place]
+        if self.kept is not None:
+            self.kept = self.kept.select_rows(rows)
+        if self.queries is not None:
+            self.queries, self.query_positions = self.queries[place], self.query_positions[place]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def fork(self) -> "RaggedLayer":
+        """A layer that holds the same tensors; none is ever written in place, so the two can part ways."""
+        twin = RaggedLayer(self.groups, self.window)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def without_last(self) -> "RaggedLayer":
+        """This layer before it saw its last token, but for what was evicted since."""
+        twin = self.fork()
+        twin.seen -= 1
+        twin.forget_queries()
+        if self.is_initialized and self.keys.shape[2]:
+            twin.keys, twin.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        elif self.kept is not None:
+            twin.kept = self.kept.where(self.kept.positions != twin.seen)
+        return twin
+
+    def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool) -> None:
+        """Keep the `last` real queries of every row (all, if None): query [B, H, T, D], positions [B, T].
+
+        holes: whether `positions` may hold NONE, at padding.
+        """
+        if self.queries is not None:
+            query = torch.cat([self.queries, query], 2)
+            positions = torch.cat([self.query_positions, positions], 1)
+        if holes:
+            order = positions.argsort(dim=1, stable=True)
+            positions = positions.gather(1, order)
+            query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        self.queries, self.query_positions = query, positions
+        self.forget_queries(last)
+
+    def forget_queries(self, keep: int | None = 0) -> None:
+        """Hold the last `keep` queries only; None forgets nothing."""
+        if keep == 0 or self.queries is None:
+            self.queries = self.query_positions = None
+        elif keep is not None:
+            start = max(0, self.queries.shape[2] - keep)
+            self.queries = self.queries[:, :, start:].clone()       # a view would hold on to all of them
+            self.query_positions = self.query_positions[:, start:].clone()
+
+    def coming(self, real: Tensor | None, row: int, total: int) -> Tensor:
+        """[G] entries that this row will hold once `total` tokens are seen, unless something is dropped.
+
+        real: bool [total] or None. Asked before this layer has seen them all as well as after.
+        """
+        oldest = -1 if self.window is None else total - self.window
+        columns = torch.arange(max(self.tail_start, oldest + 1), total)
+        tail = len(columns) if real is None else int(real[columns.to(real.device)].sum())
+        counts = torch.full((self.groups,), tail)
+        if self.kept is None:
+            return counts
+        if self.window is None:
+            return counts + self.kept.counts[row]
+        return counts + torch.stack([(self.kept.positions[where] > oldest).sum().cpu()
+                                     for r, _, where in self.kept.heads() if r == row])
+
+    def row(self, index: int, real: Tensor | None) -> Entries:
+        """The entries of one batch row: real tokens [seen] only, and none that slid out of this layer's window."""
+        columns = torch.arange(self.tail_start, self.seen, device=self.device)
+        keys, values = self.keys[index], self.values[index]                              # [G, S, D]
+        wanted = columns >= 0 if real is None else real[self.tail_start:]
+        if self.window is not None:
+            wanted = wanted & (columns > self.seen - self.window)
+        if not bool(wanted.all()):
+            keys, values, columns = keys[:, wanted], values[:, wanted], columns[wanted]
+        tail = Entries(keys, values, columns.expand(keys.shape[0], -1))
+        return tail if self.kept is None else self._joined(index, tail)
+
+    def _joined(self, index: int, tail: Entries) -> Entries:
+        """Resumable entries of a row, then its tail, head by head."""
+        parts = []
+        for row, head, where in self.kept.heads():
+            if row != index:
+                continue
+            old = self.kept.positions[where].long()
+            bias = self.kept.bias[where] if self.kept.bias is not None else self.kept.keys.new_zeros(len(old)).float()
+            live = old > (NONE if self.window is None else self.seen - self.window)
+            parts.append((torch.cat([self.kept.keys[where][live], tail.keys[head]]),
+                          torch.cat([self.kept.values[where][live], tail.values[head]]),
+                          torch.cat([old[live], tail.positions[head]]),
+                          torch.cat([bias[live], bias.new_zeros(tail.positions.shape[1])])))
+        fills = (0.0, 0.0, NONE, 0.0)
+        stacked = [torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
+                   for column, fill in zip(zip(*parts, strict=True), fills, strict=True)]
+        return Entries(stacked[0], stacked[1], stacked[2], stacked[3] if self.kept.bias is not None else None)
+
+    def fold(self, rows: list[Entries]) -> None:
+        """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
+        masks = [entry.positions != NONE for entry in rows]
+
+        def flat(name: str) -> Tensor:
+            return torch.cat([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
+
+        bias = None
+        if any(entry.bias is not None for entry in rows):
+            bias = torch.cat([entry.bias[mask] if entry.bias is not None else mask[mask].float() * 0
+                              for entry, mask in zip(rows, masks, strict=True)])
+        counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
+        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, bias)
+        self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
+
+    def counts(self) -> Tensor:
+        """[B, G] entries held, padding in the tail included."""
+        if not self.is_initialized:
+            return torch.zeros(0, 0, dtype=torch.long)
+        tail = torch.full(self.keys.shape[:2], self.keys.shape[2])
+        return tail if self.kept is None else tail + self.kept.counts
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor this layer holds."""
+        held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
+        return held if self.kept is None else held + self.kept.tensors()

@@ -1,0 +1,39 @@
+"""The one attention function and the one mask function that transformers calls while methods are attached."""
+from llmopt_kernels import Rule
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from llmopt.errors import LlmoptError
+
+NAME = "llmopt"             # of the attention function
+KEY = "_llmopt_runtime"     # where model and attention modules keep their attachment
+
+
+def llmopt_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+                     softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+    """The attention function: query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D]."""
+    if KEY not in module.__dict__:
+        raise LlmoptError("attention 'llmopt' works on a model with attached methods only; see llmopt.attached")
+    if s_aux is not None:
+        raise LlmoptError("attention sinks (s_aux) are not supported")
+    if dropout:
+        raise LlmoptError("attention dropout is not supported while methods are attached; call model.eval()")
+    live, index = module.__dict__[KEY]
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    out = live.attend(index, query, key, value, attention_mask, rule)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def llmopt_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+                attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
+    """The mask function: the padding mask as it came, bool [B, seen], or None; a 4-D mask for packed sequences."""
+    if not allow_is_causal_skip:
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
+                         allow_is_causal_skip=False, **kwargs)
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+AttentionInterface.register(NAME, llmopt_attention)
+AttentionMaskInterface.register(NAME, llmopt_mask)

@@ -1,0 +1,256 @@
+"""What a run has finished, on disk, so that a run that was cut off goes on where it was.
+
+    OUT.llmopt-work/
+      journal             a line for each finished block or decision: checksum, JSON; the first says whose work this is
+      step-K/P-INDEX      what pass P of step K made of a block
+      output/             the checkpoint while it is written
+
+A file is written and synced before its line is, and a line counts only with its checksum: a crash at any moment loses
+at most the block at work. Checksums (CRC-32) are against accidents, not against forgery; no file's name is ever taken
+from the journal.
+"""
+import errno
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from llmopt.errors import LlmoptError
+from llmopt.files import shards
+from llmopt.files.checks import parse_json
+from llmopt.files.json_shapes import check_shape
+from llmopt.files.shards import DiskFull
+from llmopt.scale.processes import Ranks
+
+CHUNK = 1 << 22                     # bytes read at a time
+Key = tuple[int, int, int]          # step, pass over the blocks, block
+HEADER = {"marks": {str: object}}
+ENTRY = {"key": str, "checksum": range(2**32), "record": {str: object}}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what becomes of the work done so far."""
+
+
+class Journal:
+    """The work folder of one run, which the first of its processes writes.
+
+    seconds: what keeping it has cost. told: what a user should know of it, such as files found damaged. hold: keep what
+    is finished whatever happens, set when all steps are done.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks = Ranks()):        # noqa: B008  frozen
+        self.folder, self.file = folder, folder / "journal"
+        self.ranks, self.writes = ranks, ranks.is_main
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.told: list[str] = []
+        self.seconds, self.hold = 0.0, False
+
+    def refuse_unfinished(self) -> None:
+        """Raise LlmoptError if an earlier run has left its work here."""
+        if not self.folder.exists():
+            return
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.folder.stat().st_mtime))
+        raise LlmoptError(f"{self.folder}: an unfinished run of {when}, {max(0, len(self._read()) - 1)} parts done; "
+                          "give --resume to go on with it, or remove the folder")
+
+    @contextmanager
+    def opened(self, marks: dict[str, Any]) -> Iterator[None]:
+        """The folder, for as long as a run needs it.
+
+        It is gone afterwards if the run is done, or is one that can never be done; else what is finished is kept.
+        marks: what makes this run this run. Raises LlmoptError naming the first difference to what the folder holds.
+        """
+        if not self.writes:
+            self.ranks.wait()
+            self.entries = {entry["key"]: entry for entry in map(_entry, self._read()[1:])}
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self._take_up(json.loads(json.dumps(marks)))
+            self.ranks.wait()
+            try:
+                with self._keeping():
+                    yield
+            finally:
+                if not self.entries:
+                    self.remove()
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"interrupted; {self._left()}") from error
+        except (OSError, DiskFull) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                raise
+            raise DiskFull(f"{self.folder.parent}: the disk is full; {self._left()}") from error
+        except LlmoptError as error:
+            if self.hold:
+                error.args = (f"{error}; {self._left()}",)
+            else:
+                self.remove()                           # the same again would end the same way
+            raise
+        else:
+            self.remove()
+
+    def remove(self) -> None:
+        """Forget the run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def found(self, key: Key) -> tuple[Path, dict[str, Any]] | None:
+        """(file, record) of a finished block; None if there is none, or one that is not whole any more."""
+        entry, file = self.entries.get(_text(key)), self.path(key)
+        if entry is None:
+            return None
+        with self._timed():
+            if file.is_file() and checksum(file) == entry["checksum"]:
+                return file, entry["record"]
+        self.told.append(f"{file.relative_to(self.folder)} was damaged on disk and is done anew")
+        return None
+
+    def commit(self, key: Key, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
+        """Make it known that a block is done; the file that now holds `tensors`."""
+        with self._timed():
+            file = self.write(self.path(key), tensors)
+            if self.writes:
+                shards.sync(file.parent, [file])
+                self._append({"key": _text(key), "checksum": checksum(file), "record": record})
+        return file
+
+    def remember(self, step: int, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives in every process, plain JSON data; an earlier run's answer if there is one."""
+        key = f"{step}.{name}"
+        if key not in self.entries:
+            entry = {"key": key, "checksum": 0, "record": compute()}
+            if not self.writes:
+                return _entry(_line(entry))["record"]
+            with self._timed():
+                self._append(entry)
+        return self.entries[key]["record"]
+
+    def path(self, key: Key) -> Path:
+        """Where the tensors of a block belong."""
+        step, sweep, index = key
+        return self.folder / f"step-{step}" / f"{sweep}-{index:05d}"
+
+    def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
+        """One file, whole or not there; tensors of an older file of this name stay mapped."""
+        if self.writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with shards.full_disks():
+                shards.save(tensors, beside := file.with_name(f"{file.name}.partial"))
+            os.replace(beside, file)
+        self.ranks.wait()               # all have read what the layer was, and can read what it is
+        return file
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = _line(entry)
+        with self.file.open("ab") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.entries[entry["key"]] = _entry(line)
+
+    def _take_up(self, marks: dict[str, Any]) -> None:
+        """Go on with what is there, or begin."""
+        lines = self._read()
+        if not lines:
+            self.file.write_bytes(_line({"marks": marks}))
+            shards.sync(self.folder, [self.file])
+            return
+        if found := difference(_body(lines[0], HEADER)["marks"], marks):
+            raise LlmoptError(f"{self.folder}: holds the unfinished work of another run: {found}. Go on with that run, "
+                              "or remove the folder")
+        self.entries = {entry["key"]: entry for entry in map(_entry, lines[1:])}
+        os.truncate(self.file, sum(map(len, lines)))
+        if self.entries:
+            self.told.append(f"resumed: {len(self.entries)} parts were done")
+
+    def _read(self) -> list[bytes]:
+        """The lines up to the first that is not whole."""
+        whole: list[bytes] = []
+        try:
+            for line in self.file.read_bytes().splitlines(keepends=True):
+                _body(line, ENTRY if whole else HEADER)
+                whole.append(line)
+        except (OSError, LlmoptError):
+            pass
+        return whole
+
+    def _left(self) -> str:
+        if not self.entries:
+            return "nothing was finished yet and nothing is left"
+        return f"what is finished is kept in {self.folder}, --resume goes on with it"
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Raise LlmoptError if another process is at work here."""
+        lock = FileLock(self.folder / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise LlmoptError(f"{self.folder}: in use by another run") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
+def _text(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    body = json.dumps(content, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def _body(line: bytes, shape: dict) -> dict[str, Any]:
+    """What a line says; raises LlmoptError unless it is whole and of this shape."""
+    check, _, body = line[:-1].partition(b" ")
+    if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(body):
+        raise LlmoptError("a damaged line")
+    content = parse_json(body, "journal")
+    check_shape(content, shape, "journal")
+    return content
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    return _body(line, ENTRY)
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ, in words; None if they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return next((found for key in keys if (found := difference(old.get(key), new.get(key), f"{path}.{key}"))), None)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return next((found for i, (a, b) in pairs if (found := difference(a, b, f"{path}.{i}"))), None)
+    return None if old == new else f"{path.strip('.')} was {str(old)[:100]}, is {str(new)[:100]}"

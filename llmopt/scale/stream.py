@@ -1,0 +1,164 @@
+"""Models larger than memory: each block's weights come from disk when a step needs them, and go back when it is done.
+
+The model is a skeleton whose weights are on the meta device, so that everything about shapes, names and config works as
+ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
+checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
+"""
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import naming
+from llmopt.files import shards, tensors
+from llmopt.model import skeleton
+from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.codes import quantized_modules, rebuilt, refuse_unportable, stored, told
+from llmopt.model.finite import check_finite
+from llmopt.model.state import as_filed, packs, plain_state
+from llmopt.scale.gauge import give_back_freed
+from llmopt.scale.journal import Journal
+from llmopt.scale.memory import Resumable
+
+SCRATCH = ".scratch"        # files of blocks that a resumed run makes anew
+
+
+class Streamed(Resumable):
+    """The weights of a skeleton, one block at a time; `places` say where they are at the beginning.
+
+    journal: its folder holds what blocks become. format: of the checkpoint to come. device: where blocks are worked
+    on. room: bytes of calibration activations held in memory.
+    """
+
+    def __init__(self, journal: Journal, places: tensors.Places, model: nn.Module, format: str, device: str,
+                 room: int):
+        super().__init__(journal)
+        self.layers, self.rest = skeleton.by_layer(model, places)
+        self.merging = skeleton.converters(model)
+        self.work, self.format, self.room = journal.folder, format, room
+        self.device = torch.device(device)
+
+    @contextmanager
+    def outside(self, model: nn.Module) -> Iterator[None]:
+        decoder = model.get_decoder()
+        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
+        before = {name: model.get_parameter(name) for name in places}
+        self._fill(model, places)
+        try:
+            yield
+        finally:
+            for name, parameter in before.items():          # the very same: the output head may be tied to it
+                _put(model, name, parameter)
+
+    @contextmanager
+    def block(self, model: nn.Module, index: int) -> Iterator[None]:
+        layer = layer_list(model)[index]
+        with naming(f"{spec_of(model).layers}.{index}"):
+            self._fill(layer, self.layers[layer], told(layer))
+        try:
+            yield
+            if self.commits:
+                with naming(f"{spec_of(model).layers}.{index}"):
+                    self._commit(layer, index)
+        finally:
+            _empty(layer)
+            give_back_freed()
+
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
+
+        def held(tensor: Tensor) -> Tensor:
+            nonlocal room
+            fits = tensor.nbytes <= room
+            room -= min(tensor.nbytes, room)
+            return tensor if fits else spilled(tensor, self.work / f"{os.getpid()}-activations")
+
+        return held
+
+    def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
+        self.layers[layer] = tensors.of_file(file)
+        for name, result in rebuilt(layer, tensors.read(self.layers[layer]), record)[1].items():
+            layer.get_submodule(name).llmopt_quantized = result
+        _empty(layer)
+
+    def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None) -> None:
+        """Give the parameters of `root` their values, in the model's type; record: of what is stored as codes."""
+        fresh = {}
+        for name, tensor in (rebuilt(root, tensors.read(places), record)[0] if record else self._read(places)).items():
+            like = root.get_parameter(name)
+            fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
+        self._check(fresh, places)
+        for name, parameter in fresh.items():
+            _put(root, name, parameter)
+
+    def _read(self, places: tensors.Places) -> dict[str, Tensor]:
+        """The tensors at these places, under the names of the modules."""
+        return skeleton.merged(self.merging, tensors.read(places))
+
+    def _check(self, tensors: dict[str, Tensor], places: tensors.Places) -> None:
+        """Raise LlmoptError for NaN or Inf in what was read from the model's own files."""
+        files = {name: file for name, (file, _) in places.items() if not file.is_relative_to(self.work)}
+        for name, tensor in tensors.items() if files else ():
+            check_finite({name: tensor}, str(files.get(name) or ", ".join(sorted({f.name for f in files.values()}))))
+
+    def _commit(self, layer: nn.Module, index: int) -> None:
+        """Write what the layer has become; what it was before is then of no more use."""
+        if self.format != "dense":
+            refuse_unportable(layer)
+        tensors, record = stored(layer)
+        if self.lasting:
+            file = self.journal.commit(self.key(index), tensors, record)
+        else:
+            file = self.journal.write(self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
+        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.journal.writes else ():
+            if old.suffix == SCRATCH and old.is_relative_to(self.work):
+                old.unlink()
+        self.layers[layer] = {name: (file, name) for name in tensors}
+
+    def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
+        homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
+        renamed = not packs(model, self.format)
+        for group in shards.by_block(plain_state(model, renamed)):
+            first = next(iter(group))
+            prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
+            layer = homes.get(prefix)
+            places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
+            record = told(layer) if layer is not None and self.format == "dense" else None
+            read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
+            found = {prefix + name: tensor for name, tensor in read.items()}
+            found = as_filed(model, found) if renamed else found
+            cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
+            self._check(cast, {prefix + name: place for name, place in places.items()})
+            yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
+            give_back_freed()
+
+
+def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    root.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _empty(layer: nn.Module) -> None:
+    """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
+    for name, parameter in list(layer.named_parameters()):
+        _put(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    for module, codes in quantized_modules(layer).values():
+        module.llmopt_quantized = replace(codes, **{
+            part: None if tensor is None else tensor.to("meta") for part, tensor in
+            (("codes", codes.codes), ("scales", codes.scales), ("zeros", codes.zeros), ("groups", codes.groups))})
+
+
+def spilled(tensor: Tensor, file: Path) -> Tensor:
+    """The same values in a mapped file that has no name any more, so that it is gone when the tensor is."""
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, tensor.numel() * tensor.element_size())      # or the disk is full
+    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    file.unlink()
+    return mapped.copy_(tensor)
