@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 import llmopt
-from llmopt.blocks import blocks
+from llmopt.model.blocks import blocks
 
 assert type(model).__module__.startswith("transformers_modules")
 ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ import pytest
 import llmopt
 from llmopt import recipe
 from llmopt.errors import LlmoptError
+from llmopt.recipe import reader
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}
@@ -104,7 +105,7 @@ def test_an_unknown_recipe_lists_the_packaged_ones():
 
 
 def test_every_packaged_recipe_can_be_read():
-    files = sorted(recipe.PACKAGED[0].glob("*.yaml"))
+    files = sorted(reader.PACKAGED[0].glob("*.yaml"))
     assert len(files) >= 2
     for file in files:
         assert recipe.load(str(file)).steps, file

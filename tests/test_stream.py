@@ -27,6 +27,7 @@ from llmopt.runtime import rehearsal
 from llmopt.scale import stream
 from llmopt.scale.memory import Memory
 from llmopt.scale.stream import Streamed
+from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.test_contract import FIELDS
 
@@ -107,7 +108,7 @@ def test_a_file_may_leave_out_the_prefix_of_the_base_model(tmp_path):
 
 def test_one_block_at_a_time(tmp_path, monkeypatch):
     """Counted whenever a quantizer looks at a weight: the weights there are those of one block and no embedding."""
-    seen, model = [], skeleton.open_model(recipe.ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
+    seen, model = [], skeleton.open_model(ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
     block = sum(p.numel() for p in blocks(model)[0].module.parameters())
     solve = GPTQ._solve
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[1]
 WHERE = """
 import json, llmopt, llmopt_evals, llmopt_kernels
-from llmopt.loading import resolve
+from llmopt.model.loading import resolve
 from llmopt.recipe import find
 print(json.dumps([llmopt.__file__, llmopt_evals.__file__, llmopt_kernels.__file__, str(find("quickstart")),
                   resolve("llmopt/reference")]))

@@ -7,13 +7,13 @@ import torch
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.heads import Gradient, Span, load_scores, plot, save_scores
-from llmopt.runtime import attention_rows as rows_of
 from llmopt.heads.base import undisturbed
 from llmopt.heads.gradient import gates, losses
 from llmopt.heads.span import distance
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.prune.surgery import LayerPlan, apply_plan
+from llmopt.runtime import attention_rows as rows_of
 from llmopt.runtime.attention_rows import Rows, attention_rows
 from tests import tiny
 

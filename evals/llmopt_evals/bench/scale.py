@@ -1,7 +1,7 @@
 """`llmopt bench scale`: memory, time and the journal's cost against the number of blocks; two processes against one.
 
 Every figure comes from a real `llmopt compress --stream` in a process of its own, on checkpoints with random weights of
-true shapes. Memory is looked at from outside, as private pages of the whole process tree (llmopt/gauge.py), above what
+true shapes. Memory is looked at from outside, as private pages of the whole process tree (llmopt/scale/gauge.py), above what
 a process takes that has done no more than import the same modules. Ratios are those of one run on one machine.
 """
 import os
@@ -26,7 +26,7 @@ from llmopt.progress import Progress
 from llmopt.scale.gauge import EVERY, Taken, taken
 from llmopt_evals.synthetic import SHAPES, shape_of, write
 
-IMPORTS = "import sys, llmopt, llmopt.dryrun; print(flush=True); sys.stdin.read()"
+IMPORTS = "import sys, llmopt, llmopt.run.dry_run; print(flush=True); sys.stdin.read()"
 RTN = "steps: [quant.rtn: {bits: 4}]\n"
 GPTQ = "data: {{name: ids, path: {ids}}}\nsteps: [quant.gptq: {{bits: 4}}]\n"
 JOURNAL = "of which for the journal"
