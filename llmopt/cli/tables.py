@@ -158,6 +158,8 @@ def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) ->
         return
     rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
             ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
+    if told := facts.get("calibration"):
+        rows.append(("calibration", f"{told['samples']:,} rows, {told['tokens']:,} tokens"))
     rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
     rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
     print_table("checkpoint", ["", "value"], rows)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import LlmoptError
 from llmopt.method import Method, Pace, Record, Run
@@ -84,12 +85,6 @@ class HeadScore(Method):
         first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
         spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
         return spent * total / first
-
-
-def amount(batches: list[Batch]) -> dict[str, int]:
-    """How many samples and real tokens there are."""
-    return {"samples": sum(len(batch["input_ids"]) for batch in batches),
-            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
 @contextmanager

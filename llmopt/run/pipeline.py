@@ -59,7 +59,9 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     start = time.perf_counter()
-    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+    batches = run.batches or []
+    report = Report(seed=run.seed, calibration=data.fingerprint(batches) if batches else None,
+                    calibrated=data.amount(batches) if batches else {},
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
