@@ -25,8 +25,8 @@ def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tens
 def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, record) of a decoder layer, its quantized weights as codes alone: what `rebuilt` makes it from again.
 
-    Holds asymmetric and scattered grids too; of a stack of experts, none yet. Raises LlmoptError where codes and weights
-    disagree.
+    Holds asymmetric and scattered grids too; of a stack of experts, none yet. Raises LlmoptError where codes and
+    weights disagree.
     """
     check_consistent(layer)
     parts: dict[str, dict[str, Tensor]] = {}
