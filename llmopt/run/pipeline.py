@@ -102,8 +102,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
-    if ranks.is_main and not resume:
-        journal.refuse_unfinished()
+    if ranks.is_main:
+        journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
