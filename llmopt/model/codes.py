@@ -135,4 +135,5 @@ def check_consistent(model: nn.Module) -> None:
         weight = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
         if weight.shape != result.codes.shape or not torch.equal(result.dequantize(weight.dtype), weight):
             raise LlmoptError(f"{name}: the weight was changed after it was quantized; quantization must be the last "
-                              "step that edits weights")
+                              "step that edits weights; to train or write them as they are, call "
+                              "llmopt.model.loaded.forget_codes(model) first")

@@ -20,7 +20,9 @@ from llmopt.forecast.size import Prediction, group_multiple, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
 from llmopt.model.codes import quantized_modules
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.modeling import let_save
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.opening import Streaming, open_model
@@ -48,13 +50,10 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
+    let_save(model)
     run.multiple = group_multiple(steps)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
