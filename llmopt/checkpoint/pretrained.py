@@ -15,9 +15,9 @@ from llmopt.checkpoint.card import write_card
 from llmopt.checkpoint.save import Weights, fill, vanishing
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
-from llmopt.model.codes import quantized_modules
 from llmopt.model.loaded import with_codes
 from llmopt.model.modeling import heads_fit
+from llmopt.model.weights import coded
 from llmopt.runtime import runtime_config
 
 NOT_TAKEN = {"push_to_hub": "model.push_to_hub(REPO), or `llmopt push DIR REPO` afterwards", "variant": "no variant",
@@ -50,7 +50,7 @@ def is_compressed(model: nn.Module) -> bool:
     """Whether transformers alone would write something else than this model."""
     config = model.config
     loaded = any(getattr(config, key, None) for key in ("llmopt", "quantization_config"))
-    return bool(loaded or quantized_modules(model) or runtime_config(model)["steps"] or config.is_heterogeneous
+    return bool(loaded or coded(model) or runtime_config(model)["steps"] or config.is_heterogeneous
                 or not heads_fit(config, config.num_attention_heads))
 
 

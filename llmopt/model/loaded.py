@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
+from llmopt.model.weights import CODES, Weight
 
 LEFTOVERS = ("weight_scale", "weight_shape")        # what compressed-tensors keeps beside a weight it has unpacked
 
@@ -40,12 +41,12 @@ def with_codes(model: nn.Module) -> Iterator[None]:
     taken: dict[nn.Module, dict[str, Tensor]] = {}
     try:
         for name, module in modules.items():
-            module.llmopt_quantized = _codes(name, module)
+            Weight(name, module).codes = _codes(name, module)
             taken[module] = {key: module._parameters.pop(key) for key in LEFTOVERS if key in module._parameters}
         yield
     finally:
         for module, parameters in taken.items():
-            del module.llmopt_quantized
+            del module.__dict__[CODES]
             module._parameters.update(parameters)
 
 
@@ -80,7 +81,7 @@ def forget_codes(model: nn.Module) -> None:
     with with_codes(model):
         pass                                                        # unpacks what has not been used yet
     for module in model.modules():
-        module.__dict__.pop("llmopt_quantized", None)
+        module.__dict__.pop(CODES, None)
         if _scheme(module) is not None:
             del module.quantization_scheme
             for key in LEFTOVERS:
