@@ -25,10 +25,12 @@ from llmopt.checkpoint.verify import verify
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import own, shards
 from llmopt.files.hub import companion
-from llmopt.model.codes import check_consistent, packed_in_place
+from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
+from llmopt.model.stored import packed_in_place
+from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
 
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
@@ -149,20 +151,27 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
     load differs.
     """
     output = prepare_output(Path(output), source, overwrite)
-    weights = weights or Weights(model, format)
-    config, remote = described(model, format)
-    with staged(output, work) as stage:
-        weights.write(stage, max_shard_size)
-        _write_json(stage / "config.json", config)
-        for name, text in remote.items():
-            (stage / name).write_text(text)
-        _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
-        _write_provenance(stage, model, report, source, recipe, format)
-        weights.verify(stage)
+    with with_codes(model), staged(output, work) as stage:
+        fill(stage, model, tokenizer, report=report, source=source, recipe=recipe, max_shard_size=max_shard_size,
+             weights=weights or Weights(model, format))
         if finish:
             finish(stage)
         write_card(stage)
     return output
+
+
+def fill(stage: Path, model: nn.Module, tokenizer: Any, *, weights: "Weights", max_shard_size: str,
+         report: Any = None, source: str | None = None, recipe: Any = None) -> None:
+    """Write everything but the card into `stage`, and check it by a fresh load."""
+    config, remote = described(model, weights.format)
+    weights.write(stage, max_shard_size)
+    _write_json(stage / "config.json", config)
+    for name, text in remote.items():
+        (stage / name).write_text(text)
+    _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
+    _write_provenance(stage, model, report, source, recipe, weights.format)
+    with evaluating(model):
+        weights.verify(stage)
 
 
 def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
@@ -183,7 +192,8 @@ def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, 
     """(config.json, code files) of the checkpoint that `model` would make; its weights may be on the meta device."""
     config, needs_code = saved_config(model)
     config = dict(config)
-    config.pop("llmopt", None)
+    for key in ("llmopt", "quantization_config"):       # of the time when it was loaded
+        config.pop(key, None)
     if packs(model, format):
         config["quantization_config"] = quantization_config(model)
     attached = runtime.runtime_config(model)

@@ -171,9 +171,11 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 @click.option("--plot", type=FILE, help="Write a heat map to this .png, .pdf or .svg file.")
 @click.option("--data", "data_path", help="Calibration text; default: the embedded world.")
 @click.option("--samples", type=COUNT, default=64, show_default=True)
+@click.option("--length", type=COUNT, help="Tokens of a sample; default: 512, or the model's maximum.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True)
 @model_options
 @JSON
-def heads(model, method, sets, output, plot, data_path, samples, as_json, **loading) -> None:
+def heads(model, method, sets, output, plot, data_path, samples, length, batch_size, as_json, **loading) -> None:
     """Score every attention head of a model."""
     from llmopt.cli import tables
 
@@ -195,7 +197,8 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         raise LlmoptError(f"{plot}: a plot is a .png, .pdf or .svg file")
     for target in (output, plot):
         check_target(target)
-    data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
+    data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples, length=length,
+                    batch_size=batch_size)
     with tables.progress() as progress:
         team = join(loading["device"])
         scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
@@ -203,7 +206,7 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:
         draw(scores, plot)
-    tables.show_heads(step.name, scores, as_json)
+    tables.show_heads({step.name: scores} | {key: meta[key] for key in step.beside}, as_json)
 
 
 @cli.command()

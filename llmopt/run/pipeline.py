@@ -19,8 +19,10 @@ from llmopt.files.hub import companion
 from llmopt.forecast.size import Prediction, group_multiple, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.codes import quantized_modules
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.modeling import let_save
+from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.opening import Streaming, open_model
@@ -48,18 +50,17 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
+    let_save(model)
     run.multiple = group_multiple(steps)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     start = time.perf_counter()
-    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+    batches = run.batches or []
+    report = Report(seed=run.seed, calibration=data.fingerprint(batches) if batches else None,
+                    calibrated=data.amount(batches) if batches else {},
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
@@ -82,7 +83,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+    if getattr(model.config, "quantization_config", None) is not None or coded(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
