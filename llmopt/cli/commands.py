@@ -78,6 +78,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
     from llmopt.run.dry_run import dry_run as rehearsed
+    from llmopt.run.marks import is_finished
     from llmopt.run.opening import Streaming
     from llmopt.scale.gauge import Gauge
 
@@ -102,7 +103,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
                            f"{plan.model.id}", err=True)
             tasks = []
     team, told = join(plan.model.device), {}
-    if team.agree(resume and pipeline.is_finished(output, plan)):
+    if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
