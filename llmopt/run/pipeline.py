@@ -16,7 +16,7 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.files.hub import companion
-from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
 from llmopt.model.loading import load_dense, local_folder, resolve
@@ -48,7 +48,6 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
-    run.multiple = group_multiple(steps)
     training = model.training
     model.eval()                            # dropout would make statistics and sizes a matter of chance
     try:
@@ -69,6 +68,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         start = time.perf_counter()
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
