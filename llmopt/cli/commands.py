@@ -29,8 +29,9 @@ def model_options(command):
 
 def check_target(file: Path | None) -> None:
     """Raise LlmoptError, before any work, for a result file that could not be written after it."""
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
+    if file and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
+        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "is a device, socket or FIFO, not a file"
+                                         if file.exists() else "its folder does not exist"))
 
 
 def join(device: str) -> processes.Ranks:

@@ -117,4 +117,5 @@ def check_consistent(model: nn.Module) -> None:
         codes, weight = found.codes, found.weight
         if weight.shape != codes.codes.shape or not torch.equal(codes.dequantize(weight.dtype), weight):
             raise LlmoptError(f"{found.name}: the weight was changed after it was quantized; quantization must be the "
-                              "last step that edits weights")
+                              "last step that edits weights; to train or write it as it is, call "
+                              "llmopt.model.loaded.forget_codes(model) first")

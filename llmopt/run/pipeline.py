@@ -19,7 +19,9 @@ from llmopt.files.hub import companion
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.modeling import let_save
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
@@ -48,12 +50,9 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    let_save(model)
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
@@ -104,8 +103,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
-    if ranks.is_main and not resume:
-        journal.refuse_unfinished()
+    if ranks.is_main:
+        journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
