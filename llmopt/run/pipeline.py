@@ -14,7 +14,7 @@ from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
-from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
 from llmopt.model.loaded import evaluating
@@ -50,7 +50,6 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
     let_save(model)
-    run.multiple = group_multiple(steps)
     with evaluating(model):
         return _apply(model, steps, run)
 
@@ -67,6 +66,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         start = time.perf_counter()
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
