@@ -31,8 +31,9 @@ def model_options(command):
 
 def check_target(file: Path | None) -> None:
     """Raise LlmoptError, before any work, for a result file that could not be written after it."""
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
+    if file and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
+        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "is a device, socket or FIFO, not a file"
+                                         if file.exists() else "its folder does not exist"))
 
 
 def join(device: str) -> processes.Ranks:
@@ -81,6 +82,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
     from llmopt.run.dry_run import dry_run as rehearsed
+    from llmopt.run.marks import is_finished
     from llmopt.run.opening import Streaming
     from llmopt.scale.gauge import Gauge
 
@@ -105,7 +107,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
                            f"{plan.model.id}", err=True)
             tasks = []
     team, told = join(plan.model.device), {}
-    if team.agree(resume and pipeline.is_finished(output, plan)):
+    if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
