@@ -8,6 +8,7 @@ model unless its config carries one of our keys:
 """
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -133,7 +134,17 @@ def _layers_by_config(family: Family, config):
             cls.__init__ = stock
 
 
-class _Shaped:
+class _Saving:
+    """A causal LM whose `save_pretrained` writes what was made of it: transformers would write dense weights."""
+
+    def save_pretrained(self, *args, **kwargs):
+        if importlib.util.find_spec("llmopt") is None:
+            return super().save_pretrained(*args, **kwargs)
+        save = importlib.import_module("llmopt.checkpoint.pretrained").save_pretrained
+        return save(self, super().save_pretrained, *args, **kwargs)
+
+
+class _Shaped(_Saving):
     """What every generated class adds in front of its stock class."""
 
     _llmopt_family: Family
@@ -151,7 +162,6 @@ class _Shaped:
         if getattr(model.config, "llmopt", None):
             _attach(model)
         return loaded
-
 
 def declare_tensors(model: nn.Module) -> None:
     """Make room for the runtime tensors that the config declares, so that from_pretrained fills them.
@@ -210,6 +220,20 @@ def _subclass(family: Family) -> type:
 
 CLASSES: dict[str, type] = {kind: _subclass(family) for kind, family in FAMILIES.items()}
 globals().update({cls.__name__: cls for cls in CLASSES.values()})       # remote code looks its class up by name
+
+
+@functools.cache
+def _saving_class(cls: type) -> type:
+    """`cls`, or the class of this file that stands before it, or one made here: such that `_Saving` is a base."""
+    if any(base.__name__ == _Saving.__name__ for base in cls.__mro__):      # by name: remote code brings its own copy
+        return cls
+    known = next((own for own in CLASSES.values() if cls in own.__bases__), None)
+    return known or type(cls.__name__, (_Saving, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def let_save(model: nn.Module) -> None:
+    """Make `save_pretrained` of a model that is being compressed write what it has become."""
+    model.__class__ = _saving_class(type(model))
 
 
 def register_models() -> None:

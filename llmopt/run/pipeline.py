@@ -10,24 +10,25 @@ from torch import Tensor, nn
 from llmopt import runtime
 from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
-from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
-from llmopt.files.hub import companion
-from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.codes import quantized_modules
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.modeling import let_save
+from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.marks import marks, written
 from llmopt.run.opening import Streaming, open_model
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
-from llmopt.scale.journal import Journal, checksum
+from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Scene
 from llmopt.scale.stream import Streamed
@@ -48,18 +49,16 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
-    run.multiple = group_multiple(steps)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    let_save(model)
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     start = time.perf_counter()
-    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+    batches = run.batches or []
+    report = Report(seed=run.seed, calibration=data.fingerprint(batches) if batches else None,
+                    calibrated=data.amount(batches) if batches else {},
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
@@ -67,6 +66,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         start = time.perf_counter()
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
@@ -82,7 +82,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+    if getattr(model.config, "quantization_config", None) is not None or coded(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
@@ -102,12 +102,13 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
-    if ranks.is_main and not resume:
-        journal.refuse_unfinished()
+    if ranks.is_main:
+        journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
-    with journal.opened(marks(recipe, batches, streaming)):
+    made_from = marks(recipe, batches, streaming)
+    with journal.opened(made_from):
         pace = Clock(progress)
         run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
         predicted = foresee(recipe, model, run, streaming)
@@ -118,6 +119,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds)
+        report.made_from = written(made_from)
 
         def finish(stage: Path) -> None:
             total = time.perf_counter() - clock
@@ -152,15 +154,6 @@ def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) ->
     return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
 
 
-def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
-    """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
-    config = companion(resolve(recipe.model.id), "config.json", recipe.model.revision)
-    files = [config, *sorted(config.parent.glob("*.safetensors"))]
-    return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
-            "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
-            "versions": checkpoint.versions()}
-
-
 def score_heads(recipe: Recipe, progress: Progress = silent,
                 ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
@@ -171,11 +164,6 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
     with naming(step.name):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
-
-
-def is_finished(output: Path, recipe: Recipe) -> bool:
-    """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
-    return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
 def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen
