@@ -25,10 +25,11 @@ from llmopt.checkpoint.verify import verify
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.files.hub import companion
-from llmopt.model.codes import check_consistent, packed_in_place
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
+from llmopt.model.stored import packed_in_place
+from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
 
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")

@@ -96,7 +96,7 @@ def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Ten
         raise LlmoptError("nothing is left to quantize")
     for t in found:
         if t.bits != DENSE:
-            packed[f"{t.name}.weight"] = _packed(t, scale)
+            packed[t.key] = _packed(t, scale)
     return (f"{len(found)} weights at {step.bits:g} bits, "
             + ("one scale per channel" if step.group_size == -1 else f"groups of {step.group_size}")
             + (f", bits by {step.allocate}" if step.allocate != "uniform" else "")
@@ -105,6 +105,6 @@ def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Ten
 
 def _packed(t: Target, scale: torch.dtype) -> dict[str, Tensor]:
     words = -int(-t.columns * t.bits // 32)
-    return {f"{t.name}.weight_packed": torch.empty(t.out, words, dtype=torch.int32, device="meta"),
-            f"{t.name}.weight_scale": torch.empty(t.out, t.groups, dtype=scale, device="meta"),
-            f"{t.name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta")}
+    return {f"{t.key}_packed": torch.empty(t.out, words, dtype=torch.int32, device="meta"),
+            f"{t.key}_scale": torch.empty(t.out, t.groups, dtype=scale, device="meta"),
+            f"{t.key}_shape": torch.empty(2, dtype=torch.int64, device="meta")}

@@ -2,7 +2,7 @@
 
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.architectures import SPECS, UNITS, Form, Spec
 from llmopt.model.modeling import is_skipped
+from llmopt.model.weights import Projection
 
 
 def spec_of(model: nn.Module) -> Spec:
@@ -29,60 +30,6 @@ def refuse_units(model: nn.Module, unit: str) -> None:
         if unit not in UNITS:
             verb, left = "stored", "scope: local, which keeps the layers alike"
         raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
-
-
-@dataclass
-class Projection:
-    """One linear map of a block, seen as weight [out, in] whatever its layout on disk.
-
-    parts: rows of each logical output, e.g. {"q": [H, D], "k": [G, D], "v": [G, D]} or {"gate": [F, 1], "up": [F, 1]}.
-    """
-
-    name: str
-    module: nn.Module
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def transposed(self) -> bool:
-        return not isinstance(self.module, nn.Linear)    # Conv1D keeps [in, out]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as [out, in]; a view, so in-place writes reach the module."""
-        return self.module.weight.data.T if self.transposed else self.module.weight.data
-
-    @property
-    def out_features(self) -> int:          # as the module tells it: a packed weight has no such shape
-        return self.module.nf if self.transposed else self.module.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.module.nx if self.transposed else self.module.in_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.module.bias is None else self.module.bias.data
-
-    def write(self, weight: Tensor) -> None:
-        """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
-        self.weight.copy_(weight)
-
-    def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        """Cut the weight down to the given output rows and input columns (index tensors)."""
-        weight = self.weight
-        if rows is not None:
-            weight = weight[rows]
-            if self.module.bias is not None:
-                self.module.bias = nn.Parameter(self.module.bias.data[rows].clone(), requires_grad=False)
-        if columns is not None:
-            weight = weight[:, columns]
-        out, width = weight.shape
-        stored = weight.T if self.transposed else weight
-        self.module.weight = nn.Parameter(stored.contiguous().clone(), requires_grad=False)
-        if self.transposed:
-            self.module.nf, self.module.nx = out, width
-        else:
-            self.module.out_features, self.module.in_features = out, width
 
 
 @dataclass(frozen=True)

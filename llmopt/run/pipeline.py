@@ -19,8 +19,8 @@ from llmopt.files.hub import companion
 from llmopt.forecast.size import Prediction, group_multiple, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.codes import quantized_modules
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.opening import Streaming, open_model
@@ -82,7 +82,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+    if getattr(model.config, "quantization_config", None) is not None or coded(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
