@@ -35,11 +35,11 @@ class FieldError(LlmoptError):
         return FieldError(f"{path}.{self.key}" if self.key else path, self.value, self.expected, self.tail)
 
 
-class KeyUnknown(LlmoptError):
+class KeyUnknown(FieldError):
     """A key that its place does not have."""
 
     def __init__(self, key: str, tail: str):
-        super().__init__(f"unknown key {key!r}{tail}")
+        LlmoptError.__init__(self, f"unknown key {key!r}{tail}")
         self.key, self.tail = key, tail
 
     def below(self, path: str) -> "KeyUnknown":

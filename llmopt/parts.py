@@ -3,6 +3,7 @@
 A piece is a frozen pydantic dataclass. A field is declared once, `bits: int = Field(4, ge=2, le=8, description="...")`:
 type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt schema` tell of it.
 """
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validat
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, core_schema
+from typing_extensions import is_typeddict
 
 from llmopt.errors import FieldError, KeyUnknown, LlmoptError, closest, naming, nearest
 
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)]
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", Any: "a value"}
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}
 
 
 class Checked:
@@ -54,7 +56,7 @@ class Part(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry that builds this instance, with every field: {name: fields}."""
-        return {self.name: {key: _plain(getattr(self, key)) for key in fields_of(self)}}
+        return {self.name: {key: plain(getattr(self, key)) for key in fields_of(self)}}
 
     @classmethod
     def of(cls, given: Any) -> "Part":
@@ -68,7 +70,7 @@ class Part(Checked):
             raise FieldError("", name, wanted(cls), closest(name, choices(cls)))
         try:
             return get(name, cls.kind)(**values or {})
-        except (FieldError, KeyUnknown) as error:
+        except FieldError as error:
             raise error.below(name) from None
         except LlmoptError as error:
             raise LlmoptError(f"{name}: {error}") from None
@@ -88,12 +90,12 @@ def _named(cls: type[Part], given: Any) -> Part:
         raise PydanticCustomError("part", "{fact}", {"fact": error}) from None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A field's value as a recipe writes it; a piece with all its defaults is its name."""
     if isinstance(value, Part):
-        usual = all(getattr(value, key) == _default(item) for key, item in fields_of(value).items())
+        usual = all(getattr(value, key) == default_of(item) for key, item in fields_of(value).items())
         return value.name if usual else value.to_dict()
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- registry
@@ -141,7 +143,7 @@ def build(name: str, given: dict[str, Any]) -> Part:
         return cls(**given)
 
 
-# ---------------------------------------------------------------------------------------------- what fields say of themselves
+# --------------------------------------------------------------------------------------- what fields say of themselves
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
     """The fields of a Checked class or instance, by name, as pydantic knows them."""
@@ -159,7 +161,7 @@ def wanted(hint: Any, metadata: Any = ()) -> str:
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (list, tuple):
-        return f"a list, of each {wanted(args[0])}"
+        return f"a list, each item {wanted(args[0])}"
     if isinstance(hint, type) and issubclass(hint, Part):
         return "one of " + ", ".join(choices(hint))
     return WORDS.get(origin or hint, "a mapping") + _bounds(metadata)
@@ -180,9 +182,9 @@ def _bounds(metadata: Any) -> str:
 
 
 def field_lines(cls: type[Checked]) -> Iterator[tuple[str, str, str, str]]:
-    """(field, values it takes, default, meaning) of every field, those of named pieces below the field that takes them."""
+    """(field, values it takes, default, meaning) of every field, those of named pieces behind the field for them."""
     for key, item in fields_of(cls).items():
-        default = "(needed)" if item.is_required() else _as_text(_default(item))
+        default = "(needed)" if item.is_required() else _as_text(default_of(item))
         yield key, wanted(item.annotation, item.metadata), default, item.description or ""
         for hint in (item.annotation, *typing.get_args(item.annotation)):
             if isinstance(hint, type) and issubclass(hint, Part):
@@ -191,13 +193,14 @@ def field_lines(cls: type[Checked]) -> Iterator[tuple[str, str, str, str]]:
                         yield (f"{key}.{name}.{inner}", *rest)
 
 
-def _default(item: FieldInfo) -> Any:
+def default_of(item: FieldInfo) -> Any:
+    """A field's default; PydanticUndefined where one is needed."""
     return item.get_default(call_default_factory=True)
 
 
 def _as_text(value: Any) -> str:
     """A default as a recipe writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(_plain(value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(plain(value))
 
 
 class WithFields:
@@ -212,7 +215,7 @@ class WithFields:
         return "\n".join([self.text.rstrip(), "", "Fields:", *told]) if told else self.text
 
 
-# -------------------------------------------------------------------------------------------- pydantic's errors in our words
+# ------------------------------------------------------------------------------------- pydantic's errors in our words
 
 def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     """The most telling of pydantic's errors: an unknown key, a missing one, else the first value that does not fit."""
@@ -226,12 +229,15 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     if fact["type"] == "missing":
         return LlmoptError(f"the field {place!r} is missing")
     inner = fact.get("ctx", {}).get("fact")
-    if isinstance(inner, (FieldError, KeyUnknown)):
+    if isinstance(inner, FieldError):
         return inner.below(place)
     if isinstance(inner, LlmoptError):
         return LlmoptError(f"{place}.{inner}")
-    tail = closest(fact["input"], typing.get_args(hint)) if isinstance(fact["input"], str) else ""
-    return FieldError(place, fact["input"], wanted(hint, metadata), tail)
+    given = fact["input"]
+    if isinstance(given, float) and not math.isfinite(given):
+        return FieldError(place, given, "a finite number")
+    tail = closest(given, typing.get_args(hint)) if isinstance(given, str) else ""
+    return FieldError(place, given, wanted(hint, metadata), tail)
 
 
 def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, Any]:
@@ -246,7 +252,7 @@ def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, An
             key, hint = f"{key}[{step}]", inside[0]
         elif origin is dict:
             key, hint = f"{key}.{step}", inside[1]
-        elif typing.is_typeddict(hint):
+        elif is_typeddict(hint):
             key, hint = f"{key}.{step}", hint.__annotations__.get(step, hint)
         else:
             break                                   # the name of one choice among several

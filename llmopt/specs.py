@@ -50,7 +50,7 @@ class DataSpec(Checked):
 class EvalSpec(Checked):
     """lm-eval tasks that score the dense and the compressed model."""
 
-    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows; none: no scores")
+    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows")
     limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
     batch_size: int = Field(16, ge=1, description="requests computed together")
     text: str | None = Field(None, description="the file that the task text_ppl reads")

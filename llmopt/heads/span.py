@@ -9,10 +9,11 @@ block by block.
 From the preplan-and-anchor study of attention (arXiv:2510.13554), which splits heads at the lowest and the highest
 30 %. Left out: its WAAD and FAI signals per token.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.walk import visits
