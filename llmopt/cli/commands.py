@@ -4,12 +4,16 @@ Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchru
 """
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llmopt.errors import LlmoptError
-from llmopt.scale import processes
+from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
+
+if TYPE_CHECKING:
+    from llmopt.scale.processes import Ranks
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
@@ -33,10 +37,12 @@ def check_target(file: Path | None) -> None:
         raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
 
 
-def join(device: str) -> processes.Ranks:
+def join(device: str) -> "Ranks":
     """The processes of this run; raises LlmoptError for a device that all of them would take."""
-    if processes.count() > 1 and device.startswith("cuda:"):
+    if launch.count() > 1 and device.startswith("cuda:"):
         raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
+    from llmopt.scale import processes
+
     return processes.join(device)
 
 
@@ -45,10 +51,10 @@ def join(device: str) -> processes.Ranks:
 @click.pass_context
 def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
-    if processes.started_alone():
+    if launch.started_alone():
         click.echo("accelerate launch has started one process; for several: torchrun --nproc-per-node N -m llmopt ...",
                    err=True)
-    if context.invoked_subcommand not in SHARED and not processes.is_main():
+    if context.invoked_subcommand not in SHARED and not launch.is_main():
         context.exit()
 
 
@@ -72,7 +78,6 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.cli import tables
 
     tables.quiet_libraries()
-    import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import recipe
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
@@ -84,7 +89,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
     plan = recipe.load(recipe_name, (*sets, *trust), model)
     if dry_run:
-        if processes.is_main():
+        if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
     if output is None:
@@ -96,7 +101,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
 
         task_manager(tasks)                          # an unknown task is an error before the work, not after it
         if fact := obstacle(plan, output):
-            if processes.is_main():
+            if launch.is_main():
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
                            f"{plan.model.id}", err=True)
             tasks = []
@@ -210,7 +215,6 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
 @JSON
 def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
-    import llmopt  # noqa: F401  fills the registry: a step's defaults
     from llmopt.checkpoint.facts import read_facts, read_layers
     from llmopt.cli import tables
 
@@ -265,7 +269,6 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
-    import llmopt  # noqa: F401  fills the registry
     from llmopt.recipe.reader import values
 
     counts = values([f"blocks=[{blocks}]"])["blocks"]
@@ -278,11 +281,11 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
-    if processes.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
+    if launch.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
         whole_pages()
     try:
-        with processes.one_voice():
-            code = cli.main(standalone_mode=False)
+        with launch.one_voice():
+            code = cli.main(prog_name="llmopt", standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
@@ -298,7 +301,7 @@ def main() -> None:
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except processes.Lost as error:
+    except launch.Lost as error:
         click.echo(f"error: {error}", err=True)
         code = 1
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llmopt.errors import one_line
 from llmopt.parts import get, names
 from llmopt.progress import silent
-from llmopt.scale.processes import is_main
+from llmopt.scale.launch import is_main
 
 ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
 _TQDM_START = tqdm.__init__
