@@ -155,7 +155,7 @@ def test_registered_it_loads_exactly_and_again_after_save_pretrained(made, name,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_ordinary_config_gives_the_stock_model(family, tmp_path):
     ours = tiny.make(family)
-    stock = type(ours).__mro__[2]
+    stock = type(ours).__bases__[1]
     assert type(ours).__name__ == stock.__name__ and stock.__module__.startswith("transformers.")
     ours.save_pretrained(tmp_path)
     theirs = stock.from_pretrained(tmp_path).eval()

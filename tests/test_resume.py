@@ -16,7 +16,8 @@ from llmopt.errors import LlmoptError
 from llmopt.files.shards import DiskFull
 from llmopt.heads import Gradient
 from llmopt.model.blocks import layer_list
-from llmopt.model.codes import quantized_modules, rebuilt, stored
+from llmopt.model.stored import rebuilt, stored
+from llmopt.model.weights import coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
@@ -307,7 +308,8 @@ def test_a_layer_is_rebuilt_from_what_is_stored(family, step, tmp_path):
     state, results = rebuilt(like, tensors, json.loads(json.dumps(record)))
     assert state.keys() == layer.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
-    for name, (_, result) in quantized_modules(layer).items():
-        assert {k: v for k, v in vars(results[name]).items() if not isinstance(v, torch.Tensor)} == \
-               {k: v for k, v in vars(result).items() if not isinstance(v, torch.Tensor)}
-        assert torch.equal(results[name].dequantize(torch.float32), result.dequantize(torch.float32))
+    for weight, (again, codes) in zip(coded(layer), results, strict=True):
+        assert (again.key, again.transposed) == (weight.key, weight.transposed)
+        assert {k: v for k, v in vars(codes).items() if not isinstance(v, torch.Tensor)} == \
+               {k: v for k, v in vars(weight.codes).items() if not isinstance(v, torch.Tensor)}
+        assert torch.equal(codes.dequantize(torch.float32), weight.codes.dequantize(torch.float32))

@@ -33,8 +33,9 @@ def model_options(command):
 
 def check_target(file: Path | None) -> None:
     """Raise LlmoptError, before any work, for a result file that could not be written after it."""
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "its folder does not exist"))
+    if file and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
+        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "is a device, socket or FIFO, not a file"
+                                         if file.exists() else "its folder does not exist"))
 
 
 def join(device: str) -> "Ranks":
@@ -175,9 +176,11 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 @click.option("--plot", type=FILE, help="Write a heat map to this .png, .pdf or .svg file.")
 @click.option("--data", "data_path", help="Calibration text; default: the embedded world.")
 @click.option("--samples", type=COUNT, default=64, show_default=True)
+@click.option("--length", type=COUNT, help="Tokens of a sample; default: 512, or the model's maximum.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True)
 @model_options
 @JSON
-def heads(model, method, sets, output, plot, data_path, samples, as_json, **loading) -> None:
+def heads(model, method, sets, output, plot, data_path, samples, length, batch_size, as_json, **loading) -> None:
     """Score every attention head of a model."""
     from llmopt.cli import tables
 
@@ -199,7 +202,8 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         raise LlmoptError(f"{plot}: a plot is a .png, .pdf or .svg file")
     for target in (output, plot):
         check_target(target)
-    data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples)
+    data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples, length=length,
+                    batch_size=batch_size)
     with tables.progress() as progress:
         team = join(loading["device"])
         scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
@@ -207,7 +211,7 @@ def heads(model, method, sets, output, plot, data_path, samples, as_json, **load
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:
         draw(scores, plot)
-    tables.show_heads(step.name, scores, as_json)
+    tables.show_heads({step.name: scores} | {key: meta[key] for key in step.beside}, as_json)
 
 
 @cli.command()

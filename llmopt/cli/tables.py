@@ -134,12 +134,14 @@ def show_scores(columns: dict[str, dict], as_json: bool) -> None:
     print_table("lm-eval", ["task", "metric", *columns], rows)
 
 
-def show_heads(name: str, scores: list, as_json: bool) -> None:
-    """One row per layer."""
+def show_heads(figures: dict[str, list], as_json: bool) -> None:
+    """Scores of every head, and what was measured beside them: a table each, a row per layer."""
+    plain = {name: [list(map(float, layer)) for layer in layers] for name, layers in figures.items()}
     if as_json:
-        print_json({name: [layer.tolist() for layer in scores]})
+        print_json(plain)
         return
-    _print_heads(name, [layer.tolist() for layer in scores])
+    for name, layers in plain.items():
+        _print_heads(name, layers)
 
 
 def _print_heads(title: str, layers: list[list[float]]) -> None:
@@ -156,6 +158,8 @@ def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) ->
         return
     rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
             ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
+    if told := facts.get("calibration"):
+        rows.append(("calibration", f"{told['samples']:,} rows, {told['tokens']:,} tokens"))
     rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
     rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
     print_table("checkpoint", ["", "value"], rows)

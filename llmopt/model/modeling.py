@@ -134,7 +134,17 @@ def _layers_by_config(family: Family, config):
             cls.__init__ = stock
 
 
-class _Shaped:
+class _Saving:
+    """A causal LM whose `save_pretrained` writes what was made of it: transformers would write dense weights."""
+
+    def save_pretrained(self, *args, **kwargs):
+        if importlib.util.find_spec("llmopt") is None:
+            return super().save_pretrained(*args, **kwargs)
+        save = importlib.import_module("llmopt.checkpoint.pretrained").save_pretrained
+        return save(self, super().save_pretrained, *args, **kwargs)
+
+
+class _Shaped(_Saving):
     """What `shaped` adds in front of a stock class."""
 
     _llmopt_family: Family
@@ -216,6 +226,21 @@ def __getattr__(name: str) -> type:
         if family.model == name:
             return shaped(_stock(family, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _saving_class(cls: type) -> type:
+    """`cls`, or a subclass made here under its name, such that `_Saving` is a base."""
+    if any(base.__name__ == _Saving.__name__ for base in cls.__mro__):      # by name: remote code brings its own copy
+        return cls
+    if cls.config_class.model_type in FAMILIES:
+        return shaped(cls)
+    return type(cls.__name__, (_Saving, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def let_save(model: nn.Module) -> None:
+    """Make `save_pretrained` of a model that is being compressed write what it has become."""
+    model.__class__ = _saving_class(type(model))
 
 
 def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:

@@ -16,11 +16,13 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.files.hub import companion
-from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.codes import quantized_modules
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
+from llmopt.model.modeling import let_save
+from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.opening import Streaming, open_model
@@ -48,18 +50,16 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
-    run.multiple = group_multiple(steps)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    let_save(model)
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     start = time.perf_counter()
-    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+    batches = run.batches or []
+    report = Report(seed=run.seed, calibration=data.fingerprint(batches) if batches else None,
+                    calibrated=data.amount(batches) if batches else {},
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
@@ -67,6 +67,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         start = time.perf_counter()
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
@@ -82,7 +83,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+    if getattr(model.config, "quantization_config", None) is not None or coded(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
@@ -102,8 +103,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
-    if ranks.is_main and not resume:
-        journal.refuse_unfinished()
+    if ranks.is_main:
+        journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
