@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llmopt.cli import log
+from llmopt.cli.log import LOG
 from llmopt.errors import LlmoptError
 from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
@@ -49,6 +51,7 @@ def join(device: str) -> "Ranks":
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llmopt")
+@log.verbosity
 @click.pass_context
 def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
@@ -60,6 +63,7 @@ def cli(context) -> None:
 
 
 @cli.command()
+@log.verbosity
 @click.option("--recipe", "recipe_name", required=True, help="A recipe file, or the name of a packaged one.")
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
@@ -83,6 +87,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
     from llmopt.run.dry_run import dry_run as rehearsed
+    from llmopt.run.marks import is_finished
     from llmopt.run.opening import Streaming
     from llmopt.scale.gauge import Gauge
 
@@ -107,27 +112,28 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
                            f"{plan.model.id}", err=True)
             tasks = []
     team, told = join(plan.model.device), {}
-    if team.agree(resume and pipeline.is_finished(output, plan)):
+    if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
-        with tables.progress() as progress, Gauge() as gauge:
+        with log.progress() as progress, Gauge() as gauge:
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
                                   resume=resume, ranks=team, gauge=gauge)
         told = report.predictions()
         for line in report.told:
-            tables.say(line)
+            LOG.info(line)
         if max_blocks:
             tables.show_times(report.seconds, output, as_json)
             return
         if report.streamed:
-            tables.say("streamed: one block in memory at a time")
+            LOG.info("streamed: one block in memory at a time")
     from llmopt_evals.report import complete
 
-    tables.show_result(complete(output, plan, tasks, tables.say, team) | {"predictions": told}, output, as_json)
+    tables.show_result(complete(output, plan, tasks, LOG.info, team) | {"predictions": told}, output, as_json)
 
 
 @cli.command("eval")
+@log.verbosity
 @click.argument("model")
 @click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.")
 @click.option("--compare", help="A second model, scored beside the first.")
@@ -158,7 +164,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
         read_config(spec)                            # both must be there before the first is scored
     columns, team = {}, join(loading["device"])
     for spec in models:
-        tables.say(f"scoring {spec.id}")
+        LOG.info("scoring %s", spec.id)
         results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
         if not team.is_main:
             continue
@@ -169,6 +175,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 
 
 @cli.command()
+@log.verbosity
 @click.argument("model")
 @click.option("--method", default="heads.span", show_default=True, help="A heads.* method.")
 @click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="A field of the method; repeatable.")
@@ -204,7 +211,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
         check_target(target)
     data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples, length=length,
                     batch_size=batch_size)
-    with tables.progress() as progress:
+    with log.progress() as progress:
         team = join(loading["device"])
         scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
     if output and team.is_main:
@@ -260,6 +267,7 @@ def bench() -> None:
 
 
 @bench.command()
+@log.verbosity
 @click.option("--shape", default="qwen3-0.6b", show_default=True, help="Whose memory: qwen3-0.6b, llama-1b, llama-7b.")
 @click.option("--blocks", default="4,8,16,32", show_default=True, help="How many of them, one run each.")
 @click.option("--recipe", "recipe_name", help="Recipe of these runs; default: quant.rtn at 4 bits.")
@@ -278,7 +286,7 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     counts = values([f"blocks=[{blocks}]"])["blocks"]
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise LlmoptError(f"--blocks: {blocks!r} given, numbers such as 4,8,16,32 expected")
-    with tables.progress() as progress:
+    with log.progress() as progress:
         found = measure(QUICK if quick else Plan(shape, tuple(counts), recipe_name, solve), progress)
     tables.show_scale(found, as_json)
 
@@ -288,7 +296,7 @@ def main() -> None:
     if launch.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
         whole_pages()
     try:
-        with launch.one_voice():
+        with launch.one_voice(), log.talking(launch.is_main()):
             code = cli.main(prog_name="llmopt", standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
