@@ -3,6 +3,7 @@
 A piece is a frozen pydantic dataclass. A field is declared once, `bits: int = Field(4, ge=2, le=8, description="...")`:
 type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt schema` tell of it.
 """
+import importlib
 import math
 import types
 import typing
@@ -100,7 +101,16 @@ def plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- registry
 
+FAMILIES = ("attention", "heads", "kv", "prune", "quant")          # the folders whose import registers their methods
 _REGISTRY: dict[str, dict[str, type[Part]]] = {}          # kind -> name -> class
+
+
+def _known(kind: str) -> dict[str, type[Part]]:
+    """The registered pieces of a kind by name; the methods of every family, whether it has been imported or not."""
+    if kind == "method":
+        for family in FAMILIES:
+            importlib.import_module(f"llmopt.{family}")
+    return _REGISTRY.get(kind, {})
 
 
 def register(name: str) -> Callable[[type], type]:
@@ -121,19 +131,20 @@ def register(name: str) -> Callable[[type], type]:
 
 def get(name: str, kind: str = "method") -> type[Part]:
     """The class registered under `name`; an unknown name lists the nearest valid ones."""
-    if name not in _REGISTRY.get(kind, {}):
-        raise LlmoptError(f"there is no {kind} {name!r}{nearest(name, names(kind))}")
-    return _REGISTRY[kind][name]
+    known = _known(kind)
+    if name not in known:
+        raise LlmoptError(f"there is no {kind} {name!r}{nearest(name, known)}")
+    return known[name]
 
 
 def names(kind: str = "method") -> list[str]:
     """Every registered piece of a kind, sorted; by default every method."""
-    return sorted(_REGISTRY.get(kind, {}))
+    return sorted(_known(kind))
 
 
 def choices(base: type[Part]) -> list[str]:
     """The names that a field of the type `base` takes."""
-    return [name for name in names(base.kind) if issubclass(_REGISTRY[base.kind][name], base)]
+    return sorted(name for name, cls in _known(base.kind).items() if issubclass(cls, base))
 
 
 def build(name: str, given: dict[str, Any]) -> Part:

@@ -46,9 +46,10 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     skeleton, told, packed = _skeleton(model), [], {}
     forecast = Forecast(skeleton, scene)
     forecast.cache()
-    run = Run(seed=seed, multiple=group_multiple(steps), memory=memory)
+    run = Run(seed=seed, memory=memory)
     pruned = False
     for i, step in enumerate(steps):
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             rooms = step.rooms(skeleton, scene)
             if step.stage == "prune":
@@ -66,12 +67,6 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     forecast.cache()
     forecast.save(tensors)
     return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
-
-
-def group_multiple(steps: list[Method]) -> int:
-    """Pruned widths must be divisible by this, so that the groups of the quantization step fit."""
-    sizes = [step.group_size for step in steps if step.stage == "quant"]
-    return max([size for size in sizes if size > 0], default=1)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -10,6 +10,8 @@ from llmopt.model.codes import Quantized
 
 CODES = "_llmopt_codes"     # where a module keeps the codes of its weights, by (parameter, expert)
 
+ROWS = 1024                 # that are worked on at once
+
 
 @dataclass
 class Weight:
@@ -59,6 +61,11 @@ class Weight:
     def write(self, weight: Tensor) -> None:
         """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
         self.weight.copy_(weight)
+
+    def scale_columns_(self, factor: Tensor) -> None:
+        """Multiply every input column by its `factor` [in], in float32, some rows at a time."""
+        for rows in self.weight.split(ROWS):
+            rows.copy_(rows.float() * factor)
 
 
 @dataclass
@@ -117,4 +124,5 @@ def check_consistent(model: nn.Module) -> None:
         codes, weight = found.codes, found.weight
         if weight.shape != codes.codes.shape or not torch.equal(codes.dequantize(weight.dtype), weight):
             raise LlmoptError(f"{found.name}: the weight was changed after it was quantized; quantization must be the "
-                              "last step that edits weights")
+                              "last step that edits weights; to train or write it as it is, call "
+                              "llmopt.model.loaded.forget_codes(model) first")

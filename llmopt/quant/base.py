@@ -110,6 +110,10 @@ class Quantizer(Method):
         return self.uses_inputs or self.allocate in ("lim", "sensitivity")
 
     @property
+    def multiple(self) -> int:
+        return max(1, self.group_size)
+
+    @property
     def needs_whole(self) -> bool:
         return self.allocate == "sensitivity"
 
