@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmopt.scale.processes import Ranks
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the model, or with task files, run.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
