@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmopt.scale.processes import Ranks
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
@@ -92,8 +92,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
-    plan = recipe.load(recipe_name, (*sets, *trust), model)
+    plan = recipe.load(recipe_name, sets, model, trust_remote_code)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
@@ -105,7 +104,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.evaluate import task_manager
         from llmopt_evals.large import obstacle
 
-        task_manager(tasks)                          # an unknown task is an error before the work, not after it
+        task_manager(tasks, trust_remote_code)       # an unknown task is an error before the work, not after it
         if fact := obstacle(plan, output):
             if launch.is_main():
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
