@@ -3,13 +3,14 @@
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import SPECS, UNITS, Form, Spec
+from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, Form, Spec
+from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
 from llmopt.model.weights import Projection
 
@@ -32,21 +33,11 @@ def refuse_units(model: nn.Module, unit: str) -> None:
         raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
-
-    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
-    name: str
-    module: nn.Module
-    kind: Literal["rms", "layer"]
-    offset: float = 0.0
-
-    @property
-    def gain(self) -> Tensor | float:              # [E] float32
-        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
-        weight = self.module.weight
-        return 1.0 if weight is None else self.offset + weight.data.float()
+def refuse_folding(model: nn.Module) -> None:
+    """Raise LlmoptError if no norm of this model stands in front of its readers."""
+    reason = NORMS_KEPT.get(blocks(model)[0].form)
+    if reason:
+        raise LlmoptError(f"{model.config.model_type}: norms cannot be folded: {reason}")
 
 
 @dataclass
@@ -83,6 +74,24 @@ class Block:
             if which in projection.parts:
                 return projection, projection.parts[which]
         raise KeyError(which)
+
+    def links(self) -> list[Link]:
+        """What feeds what: norms in front of readers; the rows of v the writer's columns; those of up the FFN writer's.
+
+        An FFN without a gate has a nonlinearity there, and no link.
+        """
+        found = [] if self.form in NORMS_KEPT else [Link(self.norms[role], readers) for role, readers in
+                                                    (("attn_in", self.attn_in), ("ffn_in", self.ffn_in))
+                                                    if readers and role in self.norms]
+        if self.attention is not None:
+            projection, rows = self.part("v")
+            group = torch.arange(self.heads) // (self.heads // self.kv_heads)          # [H]: whose values a head reads
+            columns = group[:, None] * self.head_dim + torch.arange(self.head_dim)     # [H, D]
+            found.append(Link(Rows(projection, rows.flatten()), [self.attn_out], columns.flatten()))
+        if any("gate" in reader.parts for reader in self.ffn_in):
+            projection, rows = self.part("up")
+            found.append(Link(Rows(projection, rows.flatten()), [self.ffn_out]))
+        return found
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:

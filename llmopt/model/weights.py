@@ -10,6 +10,8 @@ from llmopt.model.codes import Quantized
 
 CODES = "_llmopt_codes"     # where a module keeps the codes of its weights, by (parameter, expert)
 
+ROWS = 1024                 # that are worked on at once
+
 
 @dataclass
 class Weight:
@@ -59,6 +61,11 @@ class Weight:
     def write(self, weight: Tensor) -> None:
         """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
         self.weight.copy_(weight)
+
+    def scale_columns_(self, factor: Tensor) -> None:
+        """Multiply every input column by its `factor` [in], in float32, some rows at a time."""
+        for rows in self.weight.split(ROWS):
+            rows.copy_(rows.float() * factor)
 
 
 @dataclass

@@ -38,8 +38,11 @@ SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
 KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
 
 
-def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
-    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id."""
+def load(name: str, sets: tuple[str, ...] = (), model: str | None = None, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id.
+
+    trust_remote_code: let code that comes with the model, or with tasks of its own files, run. No recipe can say so.
+    """
     path = find(name)
     if path.stat().st_size > 4 * MAX_BYTES:            # a character takes up to 4
         raise LlmoptError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe")
@@ -47,7 +50,7 @@ def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Rec
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise LlmoptError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return parse(text, str(path), sets, model)
+    return parse(text, str(path), sets, model, trust_remote_code)
 
 
 def find(name: str) -> Path:
@@ -63,7 +66,8 @@ def find(name: str) -> Path:
     raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
 
 
-def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None,
+          trust_remote_code: bool = False) -> Recipe:
     """Build a Recipe from YAML text; `source` names it in errors."""
     data, lines = read_yaml(text, source)
     data, where = {} if data is None else data, Where(source, lines)
@@ -72,17 +76,27 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     for assignment in sets:
         _assign(data, assignment)
     if model is not None:
-        given = data.get("model") or {}
-        if not isinstance(given, dict):
-            raise where.error(("model",), "a mapping such as {id: NAME} expected")
-        data["model"] = given | {"id": model}
+        data["model"] = _model_section(where, data) | {"id": model}
+    if trust_remote_code:
+        data["model"] = _model_section(where, data) | {"trust_remote_code": True}
+    elif isinstance(data.get("model"), dict) and data["model"].get("trust_remote_code"):
+        raise where.error(("model", "trust_remote_code"), "model.trust_remote_code: a recipe cannot let code run; read "
+                          "the model's code, and if you trust it give --trust-remote-code on the command line")
     for key in data:
         if key not in KEYS:
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
     steps = _steps(where, data.get("steps"))
+    words = ("--trust-remote-code",) if trust_remote_code else ()
     return Recipe(**parts, steps=steps, format=_format(where, data), seed=_seed(where, data),
-                  max_shard_size=_shard_size(where, data), text=text, changes=_changes(sets, model))
+                  max_shard_size=_shard_size(where, data), text=text, changes=(*words, *_changes(sets, model)))
+
+
+def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
+    given = data.get("model") or {}
+    if not isinstance(given, dict):
+        raise where.error(("model",), "a mapping such as {id: NAME} expected")
+    return given
 
 
 def _changes(sets: tuple[str, ...], model: str | None) -> tuple[str, ...]:
