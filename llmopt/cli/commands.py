@@ -2,6 +2,7 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path)
+
+
+class HomePath(click.Path):
+    """A path in which `~` stands for the user's home wherever it comes from; shells leave it in `--text=~/x`."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = HomePath(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
@@ -245,7 +255,7 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)
 def push(folder, repo, private) -> None:

@@ -63,7 +63,7 @@ def load(name: str, sets: tuple[str, ...] = (), model: str | None = None, trust_
 
 def find(name: str) -> Path:
     """The recipe's file: `name` as a path, else NAME.yaml in the checkout's or the wheel's recipes."""
-    given = Path(name)
+    given = Path(name).expanduser()
     if given.is_file():
         return given
     for folder in PACKAGED:
