@@ -2,21 +2,35 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llmopt.cli import log
 from llmopt.cli.log import LOG
 from llmopt.errors import LlmoptError
-from llmopt.scale import processes
+from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
 
+if TYPE_CHECKING:
+    from llmopt.scale.processes import Ranks
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path)
+
+
+class HomePath(click.Path):
+    """A path in which `~` stands for the user's home wherever it comes from; shells leave it in `--text=~/x`."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = HomePath(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
@@ -36,10 +50,12 @@ def check_target(file: Path | None) -> None:
                                          if file.exists() else "its folder does not exist"))
 
 
-def join(device: str) -> processes.Ranks:
+def join(device: str) -> "Ranks":
     """The processes of this run; raises LlmoptError for a device that all of them would take."""
-    if processes.count() > 1 and device.startswith("cuda:"):
+    if launch.count() > 1 and device.startswith("cuda:"):
         raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
+    from llmopt.scale import processes
+
     return processes.join(device)
 
 
@@ -49,10 +65,10 @@ def join(device: str) -> processes.Ranks:
 @click.pass_context
 def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
-    if processes.started_alone():
+    if launch.started_alone():
         click.echo("accelerate launch has started one process; for several: torchrun --nproc-per-node N -m llmopt ...",
                    err=True)
-    if context.invoked_subcommand not in SHARED and not processes.is_main():
+    if context.invoked_subcommand not in SHARED and not launch.is_main():
         context.exit()
 
 
@@ -77,7 +93,6 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.cli import tables
 
     tables.quiet_libraries()
-    import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import recipe
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
@@ -87,10 +102,9 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
-    plan = recipe.load(recipe_name, (*sets, *trust), model)
+    plan = recipe.load(recipe_name, sets, model, trust_remote_code)
     if dry_run:
-        if processes.is_main():
+        if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
     if output is None:
@@ -100,9 +114,9 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.evaluate import task_manager
         from llmopt_evals.large import obstacle
 
-        task_manager(tasks)                          # an unknown task is an error before the work, not after it
+        task_manager(tasks, trust_remote_code)       # an unknown task is an error before the work, not after it
         if fact := obstacle(plan, output):
-            if processes.is_main():
+            if launch.is_main():
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
                            f"{plan.model.id}", err=True)
             tasks = []
@@ -221,7 +235,6 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
 @JSON
 def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
-    import llmopt  # noqa: F401  fills the registry: a step's defaults
     from llmopt.checkpoint.facts import read_facts, read_layers
     from llmopt.cli import tables
 
@@ -242,7 +255,7 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)
 def push(folder, repo, private) -> None:
@@ -277,7 +290,6 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
-    import llmopt  # noqa: F401  fills the registry
     from llmopt.recipe.reader import values
 
     counts = values([f"blocks=[{blocks}]"])["blocks"]
@@ -290,11 +302,11 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
-    if processes.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
+    if launch.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
         whole_pages()
     try:
-        with processes.one_voice(), log.talking(processes.is_main()):
-            code = cli.main(standalone_mode=False)
+        with launch.one_voice(), log.talking(launch.is_main()):
+            code = cli.main(prog_name="llmopt", standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
@@ -310,7 +322,7 @@ def main() -> None:
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except processes.Lost as error:
+    except launch.Lost as error:
         click.echo(f"error: {error}", err=True)
         code = 1
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine
