@@ -4,13 +4,13 @@ from typing import Any
 
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import check_config, read_json
-from llmopt.files.json_shapes import COUNT, NUMBER, SIZE, check_shape
+from llmopt.files.json_shapes import COUNT, NUMBER, SIZE, check_shape, finite
 
 FORMAT_VERSION = 1
 FILE = "llmopt.json"
-# A shape is a type, a range of integers, [each item], (item, item), or {key: value}: `?` after a key that may be
-# missing, `str` for the keys that are not named.
-META = {"modules?": {str: {"bits": NUMBER, str: object}}, "shares?": [[NUMBER]], "bits?": NUMBER, str: object}
+# A shape is a type, a range of integers, `finite`, [each item], (item, item), or {key: value}: `?` after a key that may
+# be missing, `str` for the keys that are not named.
+META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]], "bits?": finite, str: object}
 FACTS = {
     "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_licence": str | None,
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],

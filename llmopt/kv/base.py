@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration.head_scores import find_scores
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.files.json_shapes import check_shape, finite
 from llmopt.kv import allocate
 from llmopt.kv.reduce import REDUCERS
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
@@ -99,6 +100,13 @@ class Scorer(CacheMethod):
             raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
         return Record({"shares": [[max(group) for group in zip(*[iter(s)] * (v.heads // v.kv_heads), strict=True)]
                                   if v.heads else [] for s, v in zip(scores, views, strict=True)]})
+
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        if self.allocate == "heads":
+            check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
+            found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
+            if found != heads:
+                raise LlmoptError(f"{self.name}: shares for {found} KV heads per layer; the model has {heads}")
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 
