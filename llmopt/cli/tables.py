@@ -24,7 +24,7 @@ ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # 
 _TQDM_START = tqdm.__init__
 
 
-ROWS, COLUMNS = 1000, 200           # of a table
+ROWS, COLUMNS = 500, 130           # of a table
 
 
 def quiet_libraries() -> None:

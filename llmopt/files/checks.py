@@ -10,6 +10,7 @@ from llmopt.errors import LlmoptError
 
 # A model of a thousand experts has 300,000 tensors, a large tokenizer 2 million values; what is read takes below 1 GB.
 MAX_HEADER, MAX_JSON, MAX_VALUES, MAX_TENSORS = 100_000_000, 100_000_000, 4_000_000, 400_000      # the first two: bytes
+MAX_ADDED = 20_000                                  # tokens beside the vocabulary; Gemma 3 has 6,000
 MAX_COUNTED = {"layer": 1_000, "label": 100_000}    # keys of a config with these words make as many objects
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WORK = ".llmopt-work"                               # behind the name of an output: where a run keeps unfinished work
@@ -33,7 +34,7 @@ def check_folder(folder: Path) -> None:
             raise LlmoptError(f"{place}: is a device, socket or FIFO, where a file is to be")
     for name in COMPANIONS:
         if (folder / name).is_file():
-            read_json(folder / name)
+            _check_added(read_json(folder / name), folder / name)
     tensors = 0
     for shard in weight_files(folder):
         tensors += len(check_safetensors(shard))
@@ -42,6 +43,14 @@ def check_folder(folder: Path) -> None:
     for key, value in counted(config, "layer"):
         if key in LAYERS and value > tensors:
             raise LlmoptError(f"{file}: {key} is {value:,}, but the weight files hold {tensors:,} tensors")
+
+
+def _check_added(content: dict[str, Any], file: Path) -> None:
+    """Raise LlmoptError for more added tokens than any model has; a tokenizer takes a while for each of them."""
+    for key, value in content.items():
+        if ("added_tokens" in key or "special_tokens" in key) and isinstance(value, (list, dict)) and \
+                len(value) > MAX_ADDED:
+            raise LlmoptError(f"{file}: {key} has {len(value):,} entries; at most {MAX_ADDED:,} are read")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -110,6 +119,10 @@ def check_bounds(folder: Path) -> None:
 
 
 def _check_counts(config: dict[str, Any], file: Path) -> None:
+    own = config.get("llmopt")
+    declared = own.get("tensors") if isinstance(own, dict) else None
+    if isinstance(declared, (dict, list)) and len(declared) > MAX_COUNTED["layer"] * 10:
+        raise LlmoptError(f"{file}: llmopt.tensors has {len(declared):,} entries; no method needs as many")
     for word, limit in MAX_COUNTED.items():
         for key, value in counted(config, word):
             if value > limit:

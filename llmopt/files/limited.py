@@ -3,6 +3,7 @@
 A template may loop for years, a tokenizer's rules may double a text sixty times or take exponential time: no check of
 the files tells these from honest ones. Where the system cannot fork there are no limits.
 """
+import faulthandler
 import json
 import math
 import os
@@ -77,6 +78,7 @@ def _answer(act: Callable[[], Any], answer: BinaryIO, seconds: int, memory: int)
 def _limit(seconds: int, memory: int) -> None:
     import resource
 
+    faulthandler.disable()
     for number in (signal.SIGALRM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(20 * seconds)          # of the clock: on a busy machine CPU time passes slowly
