@@ -2,14 +2,21 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llmopt.errors import LlmoptError
 from llmopt.scale import processes
 from llmopt.scale.gauge import whole_pages
+
+if TYPE_CHECKING:
+    from llmopt.recipe.reader import Recipe
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
@@ -91,15 +98,11 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
     tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
-        from llmopt_evals.evaluate import task_manager
-        from llmopt_evals.large import obstacle
+        from llmopt_evals.preflight import agreed_tasks
 
-        task_manager(tasks)                          # an unknown task is an error before the work, not after it
-        if fact := obstacle(plan, output):
-            if processes.is_main():
-                click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
-                           f"{plan.model.id}", err=True)
-            tasks = []
+        tasks, notes = agreed_tasks(plan, output)    # an error before the work, not after it
+        for note in notes if processes.is_main() else ():
+            click.echo(note, err=True)
     team, told = join(plan.model.device), {}
     if team.agree(resume and pipeline.is_finished(output, plan)):
         if team.is_main:
@@ -116,9 +119,28 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             return
         if report.streamed:
             tables.say("streamed: one block in memory at a time")
-    from llmopt_evals.report import complete
+    score(plan, output, tasks, team, lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
 
-    tables.show_result(complete(output, plan, tasks, tables.say, team) | {"predictions": told}, output, as_json)
+
+def score(plan: Recipe, output: Path, tasks: list[str], team: processes.Ranks, show: Callable[[dict], None]) -> None:
+    """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
+    from llmopt.cli import tables
+
+    facts, leave = {}, f"the checkpoint in {output} is finished"
+    try:
+        from llmopt_evals import preflight, report
+
+        if tasks:
+            leave += f". To score it: the same command with --resume, or {preflight.later(plan, output, tasks)}"
+        facts = report.known(output, team)
+        facts = report.scored(output, facts, plan, tasks, tables.say, team)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {leave}") from error
+    except LlmoptError as error:
+        raise LlmoptError(f"{error}; {leave}") from error
+    finally:
+        if facts:
+            show(facts)
 
 
 @cli.command("eval")
@@ -137,8 +159,8 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 
     tables.quiet_libraries()
     from llmopt_evals import evaluate as scores
+    from llmopt_evals.preflight import check_tasks
 
-    from llmopt.model.loading import read_config
     from llmopt.specs import ModelSpec
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -148,8 +170,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
-    for spec in models:
-        read_config(spec)                            # both must be there before the first is scored
+    check_tasks(models, chosen, text)                # before the first is scored
     columns, team = {}, join(loading["device"])
     for spec in models:
         tables.say(f"scoring {spec.id}")
