@@ -1,4 +1,5 @@
 """Named pieces with checked fields, and the registry of those that a recipe can name."""
+import importlib
 import math
 import types
 import typing
@@ -88,7 +89,15 @@ def _nested(key: str, value: Any, base: type) -> "Part":
     return made
 
 
+FAMILIES = ("attention", "heads", "kv", "prune", "quant")          # the folders whose import registers their methods
 _REGISTRY: dict[str, type[Part]] = {}
+
+
+def _all() -> dict[str, type[Part]]:
+    """The registry, with the methods of every family in it."""
+    for family in FAMILIES:
+        importlib.import_module(f"llmopt.{family}")
+    return _REGISTRY
 
 
 def register(name: str) -> Callable[[type], type]:
@@ -106,14 +115,15 @@ def register(name: str) -> Callable[[type], type]:
 
 def get(name: str) -> type[Part]:
     """The class registered under `name`; an unknown name lists the nearest valid ones."""
-    if name not in _REGISTRY:
-        raise LlmoptError(f"there is no method {name!r}{nearest(name, _REGISTRY)}")
-    return _REGISTRY[name]
+    known = _all()
+    if name not in known:
+        raise LlmoptError(f"there is no method {name!r}{nearest(name, known)}")
+    return known[name]
 
 
 def names() -> list[str]:
     """Every registered method, sorted."""
-    return sorted(_REGISTRY)
+    return sorted(_all())
 
 
 def build(name: str, given: dict[str, Any]) -> Part:

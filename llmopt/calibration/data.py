@@ -1,9 +1,11 @@
 """Calibration batches from the embedded world, a text or .jsonl file, token ids, or a dataset of the hub.
 
-A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic.
+A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic. A document
+longer than a row is cut into several: first come the first rows of all documents, then their second rows, and so on.
 """
 import hashlib
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 DEFAULT_LENGTH = 512
 MIN_TOKENS = 32                 # fewer say nothing about a model
 MAX_TOKENS = 50_000_000         # take 800 MB, ids and mask
+WIDEST = 16                     # characters of a token: what lies beyond all rows of a document is not tokenised
 Batch = dict[str, Tensor]
 
 
@@ -71,6 +74,12 @@ def _check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
     for foreign in (token for both in ranges for token in both if not 0 <= token < vocab_size):
         raise LlmoptError(f"token id {foreign} does not fit the model's vocabulary of {vocab_size}: "
                           "the tokenizer or the ids belong to another model")
+
+
+def amount(batches: list[Batch]) -> dict[str, int]:
+    """{"samples": rows, "tokens": real tokens} of all batches."""
+    return {"samples": sum(len(batch["input_ids"]) for batch in batches),
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
 def fingerprint(batches: list[Batch]) -> str:
@@ -138,14 +147,21 @@ def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> l
         raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
     if spec.template == "chat":
         return [_chat(d, tokenizer)[:length] for d in documents[:spec.samples]]
-    bos = tokenizer.bos_token_id
-    rows = []
+    cut = []
     for document in documents[:spec.samples]:
         with refusals(f"the tokenizer refuses {document[:60]!r}"):
-            ids = tokenizer(document, truncation=False)["input_ids"]
-        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        rows.append(ids[:length])
-    return rows
+            ids = tokenizer(document[:spec.samples * length * WIDEST], truncation=False)["input_ids"]
+        cut.append(_rows(ids, length, tokenizer.bos_token_id))
+    return [row for turn in zip_longest(*cut) for row in turn if row is not None]
+
+
+def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
+    """A document in rows of `length` tokens, BOS in front of each; a rest of fewer than MIN_TOKENS is left out."""
+    ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
+    front = [] if bos is None else [bos]
+    step = length - len(front)
+    starts = range(0, max(1, len(ids) - min(step, MIN_TOKENS) + 1), step)
+    return [front + ids[start:start + step] for start in starts]
 
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:

@@ -1,12 +1,12 @@
 """The tensors of a model under the names of its files."""
 from torch import Tensor, nn
 
-from llmopt.model.codes import quantized_modules
+from llmopt.model.weights import coded
 
 
 def packs(model: nn.Module, format: str) -> bool:
     """Whether the checkpoint will hold packed weights."""
-    return format != "dense" and bool(quantized_modules(model))
+    return format != "dense" and bool(coded(model))
 
 
 def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
+import math
 from abc import abstractmethod
 from collections import Counter
 from contextlib import suppress
@@ -82,7 +83,7 @@ class Pruner(Method):
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
         self._carry_out(model, run, plan)
         return Record(meta=meta | {
-            "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
+            "multiple": _multiple(run), "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
@@ -111,7 +112,7 @@ class Pruner(Method):
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """What stays of each layer, and figures for the record. A method that searches overrides this."""
-        return self._chosen(blocks(model), self._rate(model, run), run.multiple)
+        return self._chosen(blocks(model), self._rate(model, run), _multiple(run))
 
     def guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -121,7 +122,7 @@ class Pruner(Method):
         views = blocks(model)
         alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
                   if (found := members(block, kind))} for block in views]
-        return self._chosen(views, alike, run.multiple)
+        return self._chosen(views, alike, _multiple(run))
 
     def _chosen(self, views: list[Block], rated: list[Scores], multiple: int) -> tuple[list[LayerPlan], dict[str, Any]]:
         units = [u for block, scores in zip(views, rated, strict=True) for u in self._units(block, scores, multiple)]
@@ -189,6 +190,11 @@ class Pruner(Method):
                               f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
                               + ("" if coarse or self.scope == "global" else " or use scope: global"))
         return removed
+
+
+def _multiple(run: Run) -> int:
+    """The number of channels to which widths are rounded, so that every step to come fits."""
+    return math.lcm(*(step.multiple for step in run.ahead))
 
 
 def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [H/G, G]

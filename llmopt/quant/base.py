@@ -13,8 +13,9 @@ from llmopt.calibration.walk import Visit, each, visits
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, Projection, blocks
-from llmopt.model.codes import DTYPES, Quantized, quantized_modules
+from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.finite import all_finite
+from llmopt.model.weights import coded
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import Spec
@@ -101,6 +102,10 @@ class Quantizer(Method):
     @property
     def needs_data(self) -> bool:
         return self.uses_inputs or self.allocate in ("lim", "sensitivity")
+
+    @property
+    def multiple(self) -> int:
+        return max(1, self.group_size)
 
     @property
     def needs_whole(self) -> bool:
@@ -290,13 +295,13 @@ class Quantizer(Method):
         if stats is not None:
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
         projection.write(team.rows(rounded, projection.out_features))
-        projection.module.llmopt_quantized = whole
+        projection.codes = whole
 
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
-        results = quantized_modules(model)
+        figures = {weight.name: weight.codes.figures for weight in coded(model)}
         scale = torch.finfo(DTYPES[self.scale_dtype] if self.scale_dtype else model.dtype).bits
         modules = {t.name: {"bits": t.bits, "group_size": t.group_size,
-                            **({} if t.bits == DENSE else results[t.name][1].figures)} for t in decided}
+                            **({} if t.bits == DENSE else figures[t.name])} for t in decided}
         return {"bits": average_bits(decided), "effective_bits": effective_bits(decided, scale, self.symmetric),
                 "weights": sum(t.size for t in decided), "modules": modules}
 

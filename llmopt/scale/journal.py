@@ -12,11 +12,11 @@ from the journal.
 import errno
 import json
 import os
-import shutil
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.files import shards
+from llmopt.files import own, shards
 from llmopt.files.checks import parse_json
 from llmopt.files.json_shapes import check_shape
 from llmopt.files.shards import DiskFull
 from llmopt.scale.processes import Ranks
 
+OWN = re.compile(r"journal|lock|step-\d+(/[\w.-]+)?|\d+-activations|"
+                 rf"output(/({own.CHECKPOINT.pattern}))?")
+TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} [^\n]*")        # the first line of a run that died while it was written
 CHUNK = 1 << 22                     # bytes read at a time
 Key = tuple[int, int, int]          # step, pass over the blocks, block
 HEADER = {"marks": {str: object}}
@@ -54,13 +57,27 @@ class Journal:
         self.told: list[str] = []
         self.seconds, self.hold = 0.0, False
 
-    def refuse_unfinished(self) -> None:
-        """Raise LlmoptError if an earlier run has left its work here."""
-        if not self.folder.exists():
+    def check(self, resume: bool) -> None:
+        """Raise LlmoptError if somebody else's files are here, or an earlier run's that is not to be gone on with."""
+        if not os.path.lexists(self.folder):
+            return
+        own.check_is_folder(self.folder)
+        strange = own.foreign(self.folder, OWN)
+        if strange or self.folder.is_symlink() or not self._is_own():
+            found = ", ".join(strange[:9]) or "nothing that says so"
+            raise LlmoptError(f"{self.folder}: not the work folder of a run of llmopt (it holds {found}); move it "
+                              "away, or choose another output")
+        if resume:
             return
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.folder.stat().st_mtime))
         raise LlmoptError(f"{self.folder}: an unfinished run of {when}, {max(0, len(self._read()) - 1)} parts done; "
                           "give --resume to go on with it, or remove the folder")
+
+    def _is_own(self) -> bool:
+        """Whether the folder is empty, or has been a run's: its lock is there, or a journal's first line."""
+        if (self.folder / "lock").exists() or self._read() or not any(self.folder.iterdir()):
+            return True
+        return self.file.is_file() and self.file.stat().st_size < CHUNK and bool(TORN.fullmatch(self.file.read_bytes()))
 
     @contextmanager
     def opened(self, marks: dict[str, Any]) -> Iterator[None]:
@@ -74,6 +91,7 @@ class Journal:
             self.entries = {entry["key"]: entry for entry in map(_entry, self._read()[1:])}
             yield
             return
+        self.check(resume=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._take_up(json.loads(json.dumps(marks)))
@@ -105,8 +123,10 @@ class Journal:
             self.remove()
 
     def remove(self) -> None:
-        """Forget the run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget the run; what it did not write stays."""
+        with suppress(OSError):
+            if not self.folder.is_symlink() and self._is_own():
+                own.remove(self.folder, OWN)
 
     def found(self, key: Key) -> tuple[Path, dict[str, Any]] | None:
         """(file, record) of a finished block; None if there is none, or one that is not whole any more."""

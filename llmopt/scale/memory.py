@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import naming
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.model.codes import rebuilt, stored
+from llmopt.model.stored import rebuilt, stored
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.journal import Journal
 
@@ -111,5 +111,5 @@ class Resumable(Memory):
         values, results = rebuilt(layer, load_file(file, str(device)), record)
         for name, tensor in layer.state_dict(keep_vars=True).items():
             tensor.data.copy_(values[name])
-        for name, result in results.items():
-            layer.get_submodule(name).llmopt_quantized = result
+        for weight, codes in results:
+            weight.codes = codes

@@ -18,9 +18,10 @@ from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.model.codes import quantized_modules, rebuilt, refuse_unportable, stored, told
 from llmopt.model.finite import check_finite
 from llmopt.model.state import as_filed, packs, plain_state
+from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
+from llmopt.model.weights import coded
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
@@ -60,7 +61,7 @@ class Streamed(Resumable):
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
         with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer], told(layer))
+            self._fill(layer, self.layers[layer], described(layer))
         try:
             yield
             if self.commits:
@@ -83,8 +84,8 @@ class Streamed(Resumable):
 
     def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
         self.layers[layer] = tensors.of_file(file)
-        for name, result in rebuilt(layer, tensors.read(self.layers[layer]), record)[1].items():
-            layer.get_submodule(name).llmopt_quantized = result
+        for weight, codes in rebuilt(layer, tensors.read(self.layers[layer]), record)[1]:
+            weight.codes = codes
         _empty(layer)
 
     def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None) -> None:
@@ -130,7 +131,7 @@ class Streamed(Resumable):
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
             layer = homes.get(prefix)
             places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
-            record = told(layer) if layer is not None and self.format == "dense" else None
+            record = described(layer) if layer is not None and self.format == "dense" else None
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
@@ -149,8 +150,9 @@ def _empty(layer: nn.Module) -> None:
     """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
     for name, parameter in list(layer.named_parameters()):
         _put(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
-    for module, codes in quantized_modules(layer).values():
-        module.llmopt_quantized = replace(codes, **{
+    for weight in coded(layer):
+        codes = weight.codes
+        weight.codes = replace(codes, **{
             part: None if tensor is None else tensor.to("meta") for part, tensor in
             (("codes", codes.codes), ("scales", codes.scales), ("zeros", codes.zeros), ("groups", codes.groups))})
 
