@@ -109,8 +109,8 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.preflight import agreed_tasks
 
         tasks, notes = agreed_tasks(plan, output)    # an error before the work, not after it
-        for note in notes if launch.is_main() else ():
-            click.echo(note, err=True)
+        for note in notes:
+            LOG.warning(note)
     team, told = join(plan.model.device), {}
     if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
