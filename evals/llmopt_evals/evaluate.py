@@ -35,7 +35,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
 
     from llmopt_evals.lm import LlmoptLM
 
-    manager = prepared(tasks, text)
+    manager = prepared(tasks, text, isinstance(model, ModelSpec) and model.trust_remote_code)
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words):
         refuse_foreign(tasks, words)
@@ -45,9 +45,9 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
                                    random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0)
 
 
-def prepared(tasks: list[str], text: str | None = None) -> Any:
+def prepared(tasks: list[str], text: str | None = None, trust: bool = False) -> Any:
     """A manager whose tasks have all been built once: their data are on this machine, their files can be read."""
-    manager = task_manager(tasks, text)
+    manager = task_manager(tasks, trust, text)
     if text is not None:
         documents(text)                             # asked for by no task, perhaps, and still meant
     with _quiet(), _naming(tasks):
@@ -77,24 +77,29 @@ def foreign_tasks(tasks: list[str], tokenizer: Any) -> list[str]:
     return [] if speaks_world(tokenizer) else [task for task in tasks if task.startswith("world")]
 
 
-def task_manager(tasks: list[str], text: str | None = None) -> Any:
+def task_manager(tasks: list[str], trust: bool = False, text: str | None = None) -> Any:
     """A manager that knows `tasks`; lm-eval's own index (12 to 20 s) is read only if one of them is not ours.
 
+    trust: a task may also be a YAML file, whose `!function`, `include` and templates can run any code.
     text: the file that the task `text_ppl` reads.
     """
     from lm_eval.tasks import TaskManager
 
+    files = {task for task in tasks if Path(task).suffix in (".yaml", ".yml") and Path(task).expanduser().is_file()}
+    if files and not trust:
+        raise LlmoptError(f"{min(files)}: a task of a file can run code of its own; read it, and if you trust it give "
+                          "--trust-remote-code on the command line")
     metadata = {"text": text} if text is not None else {}
     with _quiet():
         ours = TaskManager(include_path=str(tasks_path()), include_defaults=False, metadata=metadata)
-        if set(tasks) <= set(ours.all_tasks):
+        if set(tasks) <= {*ours.all_tasks, *files}:
             return ours
         for task in tasks:
-            if task.startswith("world") and task not in ours.all_tasks:
+            if task.startswith("world") and task not in (*ours.all_tasks, *files):
                 raise LlmoptError(f"there is no task {task!r}{nearest(task, ours.all_tasks)}")
         manager = TaskManager(include_path=str(tasks_path()), metadata=metadata)
     for task in tasks:
-        if not manager.match_tasks([task]):
+        if task not in (*manager.all_tasks, *files):           # no pattern: lm-eval would open a file of that name
             hint = nearest(task, manager.all_tasks).split(". Choices")[0]       # 14,000 names are no choice
             raise LlmoptError(f"there is no task {task!r}{hint}")
     return manager

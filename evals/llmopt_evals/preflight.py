@@ -12,7 +12,7 @@ def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> 
     """Raise LlmoptError unless each model is there and can be asked each task; no weight is read."""
     for spec in models:
         read_config(spec)
-    prepared(tasks, text)
+    prepared(tasks, text, models[0].trust_remote_code)
     for spec in models:
         refuse_foreign(tasks, _tokenizer(spec))
 
@@ -28,7 +28,7 @@ def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
     if not tasks:
         return [], []
     read_config(spec)
-    prepared(tasks, recipe.eval.text)
+    prepared(tasks, recipe.eval.text, spec.trust_remote_code)
     if fact := obstacle(recipe, output):
         return [], [f"not scored: {fact}. Later: {later(recipe, output, tasks)}"]
     tokenizer = _tokenizer(spec)
