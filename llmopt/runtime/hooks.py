@@ -17,6 +17,7 @@ from llmopt.model.positions import attention_windows
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.interface import KEY, NAME
+from llmopt.runtime.prompt import Prompt
 
 EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
 OTHER_CACHES = ("static", "offloaded", "offloaded_static", "quantized")
@@ -30,6 +31,7 @@ class Forward(threading.local):
         self.tokens = 0
         self.due = False                                # it ends in a compression
         self.plan: dict[int, Any] = {}                  # what the kv method decides once, by batch row
+        self.shared: dict[Any, Any] = {}                # what methods tell themselves from layer to layer
 
     def __reduce__(self) -> tuple:
         return Forward, ()
@@ -120,7 +122,7 @@ class Attachment:
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         named = dict(zip(self.arguments, args, strict=False)) | kwargs
         given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        self.now.tokens, self.now.due, self.now.plan = given.shape[1], False, {}
+        self.now.tokens, self.now.due, self.now.plan, self.now.shared = given.shape[1], False, {}, {}
         use = self.model.config.use_cache if named.get("use_cache") is None else named["use_cache"]
         if named.get("past_key_values") is None and use:
             named["past_key_values"] = self.new_cache()
@@ -166,7 +168,7 @@ class Attachment:
         cache.position_ids = torch.cat([x.expand(batch, -1) for x in (before, given)], 1)
 
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache, self.now.cache = self.now.cache, None
+        cache, self.now.cache, self.now.shared = self.now.cache, None, {}
         if cache is None or output is None:             # None: the forward has raised
             return
         cache.pending += self.now.tokens
@@ -180,7 +182,7 @@ class Attachment:
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
         """The cache after a prompt with these queries, keys and values in its layers: no weight is read."""
         cache = self.new_cache()
-        self.now.cache, self.now.tokens, self.now.plan = cache, length, {}
+        self.now.cache, self.now.tokens, self.now.plan, self.now.shared = cache, length, {}, {}
         self.now.due = self._is_due()
         for index, (query, keys, values) in enumerate(layers):
             keys, values = cache.update(keys, values, index)
@@ -198,39 +200,36 @@ class Attachment:
 
         A kv method that can decide on this layer alone makes it smaller before the next layer fills its own.
         """
-        if mask is not None and mask.ndim == 4:
-            return self._custom_mask(query, keys, values, mask, rule)
-        self.rules[index] = rule
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
+        prompt = Prompt(query, keys, values, None if layer is None else layer.kept, mask, seen, rule, index)
+        if mask is not None and mask.ndim == 4:
+            return self._custom_mask(prompt)
+        self.rules[index] = rule
         if mask is not None and mask.shape[1] != seen:
             raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
         if layer is None:
-            return self._over_tail(index, query, keys, values, mask, rule)
+            return self._attention(prompt)
         layer.window = rule.window
         self._record(layer, query, mask)
-        if layer.kept is None:
-            out = self._over_tail(index, query, keys, values, mask, rule)
-        else:
-            first = seen - query.shape[2]
-            visible = dense_visible(query, keys, mask, first, rule)
-            out = ragged_attention(query, layer.kept, (keys, values), visible, first, rule)
+        out = self._attention(prompt)
         if self.now.due and self.method(EVICTOR).layer_by_layer:
             self.method(EVICTOR).compress(self.now.cache, self, self.record(EVICTOR), [index])
         layer.slide()
         return out
 
-    def _over_tail(self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
-                   rule: Rule) -> Tensor:
-        """Attention of the newest tokens over all of a layer's: by the prefill selector if there is one."""
-        seen = keys.shape[2] if self.now.cache is None else self.now.cache.layers[index].seen
-        selector = self.method(SELECTOR)
-        if selector is not None and query.shape[2] > 1 and not self.frozen:
-            real = query.new_ones(query.shape[0], seen, dtype=torch.bool) if mask is None else mask
-            out = selector.prefill(query, keys, values, real, rule, index, self)
-            if out is not None:
-                return out
-        return dense_attention(query, keys, values, mask, seen - query.shape[2], rule)
+    def _attention(self, prompt: Prompt) -> Tensor:
+        """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
+        if self._is_selected(prompt):
+            return self.method(SELECTOR).prefill(prompt, self)
+        query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
+        if prompt.kept is None:
+            return dense_attention(query, *tail, prompt.mask, first, rule)
+        visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
+        return ragged_attention(query, prompt.kept, tail, visible, first, rule)
+
+    def _is_selected(self, prompt: Prompt) -> bool:
+        return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.frozen
 
     def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them."""
@@ -243,8 +242,14 @@ class Attachment:
             positions = positions.masked_fill(~mask[:, first:], NONE)
         layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None)
 
-    def _custom_mask(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-        if rule.softcap is not None or (self.now.cache is not None and self.method(EVICTOR) is not None):
+    def _custom_mask(self, prompt: Prompt) -> Tensor:
+        """Attention under a 4-D mask, which a prefill selector must be able to read."""
+        kept = prompt.kept is not None or (self.now.cache is not None and self.method(EVICTOR) is not None)
+        selected = self._is_selected(prompt)
+        if kept or (prompt.rule.softcap is not None and not selected):
             raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
                               "or with softcap; pass a 2-D attention_mask")
-        return scaled_dot_product_attention(query, keys, values, mask, scale=rule.scaling, enable_gqa=True)
+        if selected:
+            return self.method(SELECTOR).prefill(prompt, self)
+        return scaled_dot_product_attention(prompt.query, prompt.keys, prompt.values, prompt.mask,
+                                            scale=prompt.rule.scaling, enable_gqa=True)
