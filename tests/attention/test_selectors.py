@@ -14,6 +14,7 @@ from llmopt import runtime
 from llmopt.attention.base import Selector, State
 from llmopt.method import Record
 from llmopt.runtime.prompt import Prompt
+from tests.attention.test_sequences import turns
 from tests.kernels.test_reference import RULES, draw, one_query
 from tests.kernels.test_sparse import visible_by_hand
 from tests.tiny import ids, make
@@ -74,9 +75,10 @@ def model():
 OLD, NEW = 20, 12           # columns before this forward, and in it
 ROWS = [                    # (real tokens before, real new ones, places that each KV head still holds)
     (20, 12, [range(20), range(20)]),                                   # nothing is lost
-    (17, 9, [[0, 1, 5, 14, 15, 16], [2, 3, 15, 16]]),                   # the run begins at 15
+    (17, 9, [[0, 1, 5, 13, 14, 15, 16], [2, 3, 14, 15, 16]]),           # the run begins at 15, behind a merged entry
     (14, 12, [[3], []]),                                                # a head has lost all
 ]
+BIAS = {(1, 0, 14): 0.7}    # of a kept entry that stands for others: (row, KV head, place)
 
 
 def noise(row):
@@ -88,17 +90,18 @@ def noise(row):
 def batch(rule, layer):
     """The rows as a padded batch, old entries flat."""
     query, (keys, values) = torch.zeros(len(ROWS), 4, NEW, 8), torch.zeros(2, len(ROWS), 2, NEW, 8)
-    mask, flat = torch.zeros(len(ROWS), OLD + NEW, dtype=torch.bool), ([], [], [])
+    mask, flat = torch.zeros(len(ROWS), OLD + NEW, dtype=torch.bool), ([], [], [], [])
     for row, (old, new, heads) in enumerate(ROWS):
         q, k, v = noise(row)
         mask[row, OLD - old:OLD] = mask[row, OLD + NEW - new:] = True
         query[row, :, NEW - new:], keys[row, :, NEW - new:], values[row, :, NEW - new:] = q, k[:, old:], v[:, old:]
         for head, places in enumerate(heads):
             at = torch.tensor(list(places), dtype=torch.long)
-            for part, x in zip(flat, (k[head, at], v[head, at], at + OLD - old), strict=True):
+            bias = torch.tensor([BIAS.get((row, head, j), 0.0) for j in places])
+            for part, x in zip(flat, (k[head, at], v[head, at], at + OLD - old, bias), strict=True):
                 part.append(x)
     counts = torch.tensor([[len(places) for places in heads] for _, _, heads in ROWS])
-    kept = Ragged(torch.cat(flat[0]), torch.cat(flat[1]), torch.cat(flat[2]).int(), counts)
+    kept = Ragged(torch.cat(flat[0]), torch.cat(flat[1]), torch.cat(flat[2]).int(), counts, torch.cat(flat[3]))
     return Prompt(query, keys, values, kept, mask, OLD + NEW, rule, layer), mask[:, OLD:]
 
 
@@ -106,7 +109,8 @@ def by_hand(method, record, rule, layer, row):
     """[4, T, 8] of one row and the pairs [4], computed and dense: its run by the method's lists, all older entries."""
     old, new, heads = ROWS[row]
     q, k, v = noise(row)
-    begin = next(s for s in range(old + 1) if all(set(range(s, old)) <= set(places) for places in heads))
+    whole = [{j for j in places if (row, head, j) not in BIAS} for head, places in enumerate(heads)]
+    begin = next(s for s in range(old + 1) if all(set(range(s, old)) <= places for places in whole))
     begin = max(begin, old - (rule.window or 99) + 1)
     state = State(layer, rule, v[:, begin:], old - begin, begin, record)
     stripes = method.select(q, k[:, begin:], state)
@@ -118,7 +122,8 @@ def by_hand(method, record, rule, layer, row):
         seen = [j for j in heads[h // 2] if reach < j < begin]
         dense[h] += len(seen) + old + t + 1 - max(begin, reach + 1)
         seen += [begin + j for j in run[h, t].nonzero().flatten().tolist()]
-        out[h, t] = one_query(q[h, t], k[h // 2, seen], v[h // 2, seen], rule)
+        bias = torch.tensor([BIAS.get((row, h // 2, j), 0.0) for j in seen])
+        out[h, t] = one_query(q[h, t], k[h // 2, seen], v[h // 2, seen], rule, bias)
         pairs[h] += len(seen)
     return out, torch.tensor([pairs, dense])
 
@@ -160,3 +165,21 @@ def test_a_method_gets_its_record_and_a_dict_from_layer_to_layer(model):
     windows = [1, 2, 3, 60]
     assert counter.computed.tolist() == [5 * sum(min(i + 1, w + min(2, max(0, i + 1 - w))) for i in range(30))
                                          for w in windows]
+
+
+def test_what_a_method_sees_depends_on_no_neighbour():
+    """A sliding layer holds more of a short row than of one that stands beside a long row."""
+    model, seen = make("mistral", sliding_window=12), []
+
+    @dataclass(frozen=True)
+    class Looks(LocalHeads):
+        def select(self, q, k, state):
+            seen.append((q.shape[1], k.shape[1], state.offset, state.dropped))
+            return super().select(q, k, state)
+
+    with runtime.attached(model, Looks(min_length=0)):
+        turns(model, [[ids(1, 20)[0], ids(1, 5)[0]]])
+        alone = seen[::3]
+        seen.clear()
+        turns(model, [[ids(1, 40)[0], ids(1, 5)[0]], [ids(1, 20)[0], ids(1, 5)[0]]])
+    assert alone == seen[1::6] == [(20, 20, 0, 0), (5, 16, 11, 9)]
