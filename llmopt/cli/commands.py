@@ -2,6 +2,7 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,18 @@ if TYPE_CHECKING:
     from llmopt.scale.processes import Ranks
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path)
+
+
+class HomePath(click.Path):
+    """A path in which `~` stands for the user's home wherever it comes from; shells leave it in `--text=~/x`."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = HomePath(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
@@ -92,8 +102,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
-    plan = recipe.load(recipe_name, (*sets, *trust), model)
+    plan = recipe.load(recipe_name, sets, model, trust_remote_code)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
@@ -105,7 +114,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         from llmopt_evals.evaluate import task_manager
         from llmopt_evals.large import obstacle
 
-        task_manager(tasks)                          # an unknown task is an error before the work, not after it
+        task_manager(tasks, trust_remote_code)       # an unknown task is an error before the work, not after it
         if fact := obstacle(plan, output):
             if launch.is_main():
                 click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
@@ -246,7 +255,7 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)
 def push(folder, repo, private) -> None:

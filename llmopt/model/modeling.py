@@ -258,6 +258,10 @@ def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     family = FAMILIES.get(config.model_type)
     config.architectures = [family.model if family else type(model).__name__]
     config.dtype = model.dtype
+    head = model.get_output_embeddings()
+    if head is not None:                        # as the weights are: by hand, or by files that contradict their config
+        config.tie_word_embeddings = (
+            head._parameters.get("weight") is model.get_input_embeddings()._parameters.get("weight"))
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
     if not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
         config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)
