@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from llmopt.errors import LlmoptError
+
 
 def _extend_auto_model(auto: ModuleType) -> None:
     """Put the classes of modeling.py behind AutoModelForCausalLM; each is made when its model is built."""
@@ -35,11 +37,26 @@ def _by_config(cls: type) -> type:
 
     def make(_: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         ours = config.is_heterogeneous or getattr(config, "llmopt", None)
-        return (shaped(cls) if ours else cls)(config, *args, **kwargs)
+        model = (shaped(cls) if ours else cls)(config, *args, **kwargs)
+        _refuse_strange_names(model)
+        return model
 
     if hasattr(cls, "_llmopt_family") or getattr(cls.config_class, "model_type", None) not in FAMILIES:
         return cls
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": make})
+
+
+def _refuse_strange_names(model: Any) -> None:
+    """Raise LlmoptError where compressed-tensors, which goes by full names, would leave all weights as random numbers.
+
+    The names are those of the causal LM; in the decoder alone (AutoModel) they begin one level further down.
+    """
+    config, prefix = getattr(model.config, "quantization_config", None) or {}, f"{model.base_model_prefix}."
+    groups = (config if isinstance(config, dict) else config.to_dict()).get("config_groups") or {}
+    names = [name for group in groups.values() for name in group["targets"] if name.startswith(prefix)]
+    if names and model.base_model is model:
+        raise LlmoptError(f"{type(model).__name__} cannot read quantized weights, whose names ({names[0]}) are those "
+                          f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
 
 
 def _extend_models(utilities: ModuleType) -> None:
