@@ -3,7 +3,7 @@
 Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size,
 L layers.
 """
-from llmopt import attention, heads, kv, prune, quant
+from llmopt import attention, heads, kv, prune, quant, transform
 from llmopt.checkpoint.save import load, save
 from llmopt.checkpoint.verify import VerificationError
 from llmopt.errors import LlmoptError
@@ -17,4 +17,5 @@ from llmopt.runtime.attach import attached
 register_models()       # plain AutoModelForCausalLM now loads per-layer shapes and attaches runtime parts
 
 __all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "attached", "attention", "compress", "get",
-           "heads", "kv", "load", "names", "prune", "quant", "register", "save"]
+           "heads", "kv", "load", "names", "prune", "quant", "register", "save",
+           "transform"]
