@@ -64,8 +64,9 @@ class Pace:
 
 
 class Method(Part, ABC):
-    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
+    """One entry of a recipe. Subclasses are frozen pydantic dataclasses registered under `family.method`."""
 
+    kind = "method"
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block

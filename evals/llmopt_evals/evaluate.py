@@ -32,7 +32,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
 
     from llmopt_evals.lm import LlmoptLM
 
-    manager = task_manager(tasks)
+    manager = task_manager(tasks, isinstance(model, ModelSpec) and model.trust_remote_code)
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words), _quiet():
         lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
@@ -44,20 +44,27 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
             raise LlmoptError(f"the tasks {', '.join(tasks)} cannot be run: {str(error).splitlines()[0]}") from error
 
 
-def task_manager(tasks: list[str]) -> Any:
-    """A manager that knows `tasks`; lm-eval's own index (12 to 20 s) is read only if one of them is not ours."""
+def task_manager(tasks: list[str], trust: bool = False) -> Any:
+    """A manager that knows `tasks`; lm-eval's own index (12 to 20 s) is read only if one of them is not ours.
+
+    trust: a task may also be a YAML file, whose `!function`, `include` and templates can run any code.
+    """
     from lm_eval.tasks import TaskManager
 
+    files = {task for task in tasks if Path(task).suffix in (".yaml", ".yml") and Path(task).expanduser().is_file()}
+    if files and not trust:
+        raise LlmoptError(f"{min(files)}: a task of a file can run code of its own; read it, and if you trust it give "
+                          "--trust-remote-code on the command line")
     with _quiet():
         ours = TaskManager(include_path=str(tasks_path()), include_defaults=False)
-        if set(tasks) <= set(ours.all_tasks):
+        if set(tasks) <= {*ours.all_tasks, *files}:
             return ours
         for task in tasks:
-            if task.startswith("world") and task not in ours.all_tasks:
+            if task.startswith("world") and task not in (*ours.all_tasks, *files):
                 raise LlmoptError(f"there is no task {task!r}{nearest(task, ours.all_tasks)}")
         manager = TaskManager(include_path=str(tasks_path()))
     for task in tasks:
-        if not manager.match_tasks([task]):
+        if task not in (*manager.all_tasks, *files):           # no pattern: lm-eval would open a file of that name
             hint = nearest(task, manager.all_tasks).split(". Choices")[0]       # 14,000 names are no choice
             raise LlmoptError(f"there is no task {task!r}{hint}")
     return manager

@@ -22,7 +22,8 @@ def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str]
     check_shape(facts, RUN, str(output / FILE))
     if tasks and "scores" not in facts:
         facts["scores"] = {}
-        after = ModelSpec(id=str(output), device=recipe.model.device)      # its dtype is the computed one
+        after = ModelSpec(id=str(output), device=recipe.model.device,        # its dtype is the computed one
+                          trust_remote_code=recipe.model.trust_remote_code)
         for which, model in (("before", recipe.model), ("after", after)):
             say(f"scoring the model {which} compression")
             results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text,

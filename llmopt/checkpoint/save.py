@@ -24,6 +24,7 @@ from llmopt.checkpoint.facts import FILE, FORMAT_VERSION, read_facts
 from llmopt.checkpoint.verify import verify
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import own, shards
+from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
 from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
@@ -211,10 +212,21 @@ def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str 
         tokenizer.save_pretrained(stage)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
+    _leave_code_behind(stage, tokenizer)
     for name in own.LICENCES if source else ():
         file = companion(source, name, revision)
         if file:
             shutil.copyfile(file, stage / name)
+
+
+def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
+    """Strike out the code that a source's configs name, but for that of a tokenizer which its user has let run."""
+    allowed = type(tokenizer).__module__.startswith("transformers_modules")
+    names = ("generation_config.json", *(() if allowed else ("tokenizer_config.json",)))
+    for file in (stage / name for name in names if (stage / name).is_file()):
+        content = read_json(file)
+        if content.pop("auto_map", None) is not None:
+            _write_json(file, content)
 
 
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:

@@ -1,9 +1,10 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.head_scores import find_scores
@@ -53,28 +54,21 @@ class Scorer(CacheMethod):
     min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries.
     """
 
-    ratio: float | None = None       # fraction removed
-    budget: int | None = None        # mean entries per KV head, sinks and window included
-    minimum: int = 7                 # floor of any one head
-    sinks: int = 0                   # first tokens, always kept
-    window: int = 0                  # last tokens, always kept
+    ratio: float | None = Field(None, ge=0, lt=1, description="fraction removed")
+    budget: int | None = Field(None, description="mean entries per KV head, sinks and window included")
+    minimum: int = Field(7, ge=1, description="floor of any one head")
+    sinks: int = Field(0, ge=0, description="first tokens, always kept")
+    window: int = Field(0, ge=0, description="last tokens, always kept")
     allocate: Literal["uniform", "ada", "global", "pyramid", "prefix", "heads"] = "uniform"
-    heads: str | None = None         # head scores: name of a score step, or a .json file
-    every: int | None = None         # compress again after so many tokens of decoding
+    heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
+    every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
     reduce: Literal["evict", "merge"] = "evict"       # what becomes of the others
 
     def check(self) -> None:
         if (self.ratio is None) == (self.budget is None):
             raise FieldError("ratio", self.ratio, "exactly one of ratio and budget")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise FieldError("ratio", self.ratio, "a fraction to remove, at least 0 and below 1")
-        for key, value, least in (("minimum", self.minimum, 1), ("sinks", self.sinks, 0), ("window", self.window, 0)):
-            if value < least:
-                raise FieldError(key, value, f"at least {least}")
         if self.budget is not None and self.budget < max(1, self.sinks + self.window):
             raise FieldError("budget", self.budget, f"at least sinks + window = {self.sinks} + {self.window}")
-        if self.every is not None and self.every < 1:
-            raise FieldError("every", self.every, "at least 1")
         if (self.heads is None) == (self.allocate == "heads"):
             raise FieldError("heads", self.heads, "head scores together with allocate: heads, and only then,")
 

@@ -18,7 +18,7 @@ from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.model.finite import check_finite
+from llmopt.model.finite import cast, check_finite
 from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
 from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
@@ -120,7 +120,7 @@ class Streamed(Resumable):
         fresh = {}
         for name, tensor in (rebuilt(root, tensors.read(places), record)[0] if record else self._read(places)).items():
             like = root.get_parameter(name)
-            fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
+            fresh[name] = nn.Parameter(cast(tensor.to(self.device), like.dtype, name), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
@@ -162,9 +162,9 @@ class Streamed(Resumable):
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
-            cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
-            self._check(cast, {prefix + name: place for name, place in places.items()})
-            yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
+            made = {name: cast(t, group[name].dtype, name) if name in group else t for name, t in found.items()}
+            self._check(made, {prefix + name: place for name, place in places.items()})
+            yield made | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
 
 

@@ -1,8 +1,8 @@
 """The family base of transforms: the walk over the blocks, what belongs to no block, the record."""
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from llmopt.calibration.walk import Visit, each, outside, visits

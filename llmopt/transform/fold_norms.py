@@ -8,8 +8,9 @@ the output head, which gets a weight of its own where it was tied to the embeddi
 behind, as b / g, where a reader has none. Norms that feed no reader stay: those behind the writers of Gemma, and those
 in front of experts.
 """
-from dataclasses import dataclass
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from llmopt.calibration.walk import Visit
@@ -26,7 +27,7 @@ from llmopt.transform.base import Figures, Transform
 class FoldNorms(Transform):
     """No data needed."""
 
-    head: bool = True           # the final norm too, into the output head, which unties a tied one
+    head: bool = Field(True, description="the final norm too, into the output head, which unties a tied one")
 
     def refuse(self, model: nn.Module) -> None:
         refuse_folding(model)

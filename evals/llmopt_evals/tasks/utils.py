@@ -68,7 +68,7 @@ def any_text(text: str | None = None, **metadata):
     path = text or os.environ.get("LLMOPT_TEXT")
     if not path:
         raise ValueError('text_ppl needs a file: set LLMOPT_TEXT=FILE or pass --metadata \'{"text": "FILE"}\'')
-    content = Path(path).read_text(encoding="utf-8")
+    content = Path(path).expanduser().read_text(encoding="utf-8")
     if path.endswith(".jsonl"):
         texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
     else:
