@@ -17,7 +17,7 @@ from llmopt.scale.memory import Memory
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Room, Scene
 
-Stage = Literal["score", "prune", "quant", "runtime"]
+Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
 
 
@@ -35,7 +35,7 @@ class Run:
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
     scores: head scores by step name: L tensors of [H_l], float32.
-    multiple: pruned widths are rounded to this many channels, so that a later quantization step fits.
+    ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
@@ -44,7 +44,7 @@ class Run:
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = silent
-    multiple: int = 1
+    ahead: tuple["Method", ...] = ()
     tokenizer: Any = None
     memory: Memory = field(default_factory=Memory)
     ranks: Ranks = field(default_factory=Ranks)
@@ -64,11 +64,17 @@ class Pace:
 
 
 class Method(Part, ABC):
-    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
+    """One entry of a recipe. Subclasses are frozen pydantic dataclasses registered under `family.method`."""
 
+    kind = "method"
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
+
+    @property
+    def multiple(self) -> int:
+        """Columns that must go evenly into every width it finds; steps before it keep to that."""
+        return 1
 
     def whole_bytes(self, model, tokens: int) -> int:
         """Bytes beside the weights that a step which needs_whole takes at least, for batches of so many tokens.

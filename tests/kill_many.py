@@ -20,6 +20,7 @@ from tqdm import tqdm
 import llmopt  # noqa: F401  fills the registry
 from llmopt import recipe
 from llmopt.run import pipeline
+from llmopt.run.marks import is_finished
 from llmopt.run.opening import Streaming
 
 TORN = ("fsync", "replace", "truncate", "rename")
@@ -53,7 +54,7 @@ def run(job: dict) -> int:
     streaming = Streaming(job["stream"], activations=1 << 14)
     plan, output = recipe.load(job["recipe"]), Path(job["output"])
     try:
-        if pipeline.is_finished(output, plan):              # as the command does
+        if is_finished(output, plan):              # as the command does
             pipeline.journal_of(output).remove()
         else:
             pipeline.run(plan, output, streaming=streaming, resume=True)

@@ -26,9 +26,26 @@ def test_text_is_cut_into_documents_behind_bos(tmp_path):
     file.write_text("the fox runs .<|endoftext|>" + "the bird sings in the forest .\n" * 9)
     batch, = load(DataSpec(name="text", path=str(file), length=30))
     bos = build_tokenizer().bos_token_id
-    assert batch["input_ids"][:, 0].tolist() == [bos, bos]
-    assert batch["attention_mask"].sum(1).tolist() == [5, 30]
+    assert batch["input_ids"][:, 0].tolist() == [bos, bos, bos]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 30, 30]
     assert batch["input_ids"][0, 5] == 0
+
+
+def test_a_long_document_becomes_rows_after_the_first_rows_of_the_others(tmp_path):
+    file = tmp_path / "t.txt"
+    words = ["fox", "bird", "river", "forest"] * 25                                       # 100 tokens
+    file.write_text(" ".join(words) + "<|endoftext|>the fox runs .<|endoftext|>" + " ".join(words[:45]))
+    tokenizer = build_tokenizer()
+    batch, = load(DataSpec(name="text", path=str(file), length=41))
+    bos, text = tokenizer.bos_token_id, tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+    rows = [row[:n].tolist() for row, n in zip(batch["input_ids"], batch["attention_mask"].sum(1), strict=True)]
+    assert [len(row) for row in rows] == [41, 5, 41, 41]         # rests of 20 and 5 tokens are left out
+    assert all(row[0] == bos for row in rows)
+    assert rows[0][1:] + rows[3][1:] == text[:80] and rows[2][1:] == text[:40]
+    few, = load(DataSpec(name="text", path=str(file), length=41, samples=3))
+    assert torch.equal(few["input_ids"], batch["input_ids"][:3])
+    short = load(DataSpec(name="text", path=str(file), length=11))
+    assert data.amount(short) == {"samples": 15, "tokens": 10 * 11 + 5 + 4 * 11}
 
 
 def test_a_byte_order_mark_and_odd_line_ends_are_no_part_of_the_text(tmp_path):

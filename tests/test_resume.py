@@ -1,6 +1,7 @@
 """A run that was cut off, at any moment and in any way, goes on where it was and ends in the same bytes."""
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from llmopt.errors import LlmoptError
 from llmopt.files.shards import DiskFull
 from llmopt.heads import Gradient
 from llmopt.model.blocks import layer_list
-from llmopt.model.codes import quantized_modules, rebuilt, stored
+from llmopt.model.stored import rebuilt, stored
+from llmopt.model.weights import coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
@@ -307,7 +309,47 @@ def test_a_layer_is_rebuilt_from_what_is_stored(family, step, tmp_path):
     state, results = rebuilt(like, tensors, json.loads(json.dumps(record)))
     assert state.keys() == layer.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
-    for name, (_, result) in quantized_modules(layer).items():
-        assert {k: v for k, v in vars(results[name]).items() if not isinstance(v, torch.Tensor)} == \
-               {k: v for k, v in vars(result).items() if not isinstance(v, torch.Tensor)}
-        assert torch.equal(results[name].dequantize(torch.float32), result.dequantize(torch.float32))
+    for weight, (again, codes) in zip(coded(layer), results, strict=True):
+        assert (again.key, again.transposed) == (weight.key, weight.transposed)
+        assert {k: v for k, v in vars(codes).items() if not isinstance(v, torch.Tensor)} == \
+               {k: v for k, v in vars(weight.codes).items() if not isinstance(v, torch.Tensor)}
+        assert torch.equal(codes.dequantize(torch.float32), weight.codes.dequantize(torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------ a finished run
+
+def other_model(made: Path) -> None:
+    other_weights(made, None)
+
+
+def other_generation(made: Path) -> None:
+    (made.parent / "dense" / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+
+
+def other_template(made: Path) -> None:
+    (made.parent / "dense" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (other_model, r"files.model-\d+-of-\d+.safetensors.1 was \d+, is \d+"),
+    (other_generation, r"files.generation_config.json.[01] was"),
+    (other_template, r"files.chat_template.jinja was None"),
+    (lambda made: other_ids(made, None), "data was [0-9a-f]{64}, is [0-9a-f]{64}")])
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_model_is_never_taken_for_the_same(made, change, said, finished, monkeypatch, capsys):
+    """Finished or cut off; with --overwrite a finished output is made anew."""
+    words = ("compress", "--recipe", made, "--output", made.parent / "out", "--no-eval", "--resume")
+    with monkeypatch.context() as patch:
+        if not finished:
+            cut_off(patch, 9, KeyboardInterrupt())
+        assert call(monkeypatch, *words) == (0 if finished else 130)
+    if finished:
+        assert call(monkeypatch, *words) == 0                   # the same: nothing is done
+    capsys.readouterr()
+    change(made)
+    assert call(monkeypatch, *words) == 2
+    assert re.search(said, capsys.readouterr().err)
+    if finished:
+        before = (made.parent / "out" / "llmopt.json").read_text()
+        assert call(monkeypatch, *words, "--overwrite") == 0
+        assert (made.parent / "out" / "llmopt.json").read_text() != before

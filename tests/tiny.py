@@ -47,8 +47,11 @@ CONFIGS = {
 }
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
-    """A model in eval mode with weights large enough that every part matters to the logits."""
+def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, norms: bool = False, **changes):
+    """A model in eval mode with weights large enough that every part matters to the logits.
+
+    norms: gains and biases are drawn too, as in a trained model; else they are 1 and 0, as transformers begins.
+    """
     config = copy.deepcopy(CONFIGS[family])
     for key, value in changes.items():
         setattr(config, key, value)
@@ -59,6 +62,8 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chang
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.12)
+                elif norms:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
 
 

@@ -2,12 +2,14 @@
 
 Notation as in `reference.py`; X lists of keys, one per KV head (X = G) or per query head (X = H).
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmopt_kernels.reference import NONE, Rule, product, softmax
+from llmopt_kernels.partial import Partial, merged, weighted
+from llmopt_kernels.reference import NONE, Rule
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Pooled:
     """Stand-ins for runs of far keys: a mean key and value with the logarithm of how many they stand for.
 
     keys [X, P, D], values [X, P, D], log_counts [X, P] fp32; ends: int64 [P], last key that each one stands for. Row i
-    reads those that end before its local window; that none of their keys is listed besides is the selector's business.
+    reads those that end before its first local key; that none of their keys is listed too is the selector's business.
     """
 
     keys: Tensor
@@ -26,20 +28,30 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Stripes:
-    """Which keys each row tile reads: `sinks` first keys, `window` last keys, chosen columns, chosen blocks of keys.
+    """Which keys each row tile reads: a dense base of `sinks` first and some local keys, chosen columns, chosen blocks.
 
+    window: row i reads the local keys from i - window + 1 on; int64 [X]: each head has its own.
+    start: instead of a window, the first local key of each row tile: int64 [tiles], or [X, tiles] by head.
     columns: int64 [X, tiles, C], in any order, NONE as filler; None: no columns.
     blocks: int64 [X, tiles, K], n standing for the keys from n * block to (n + 1) * block - 1; NONE as filler.
     tile: number of query rows that share one list. A key named twice counts once, a key after its row not at all.
+    done: attention over the base, out [H, T, D] and lse [H, T], where the selector has computed it already: it is
+    merged with what the lists give, and not computed again.
     """
 
     sinks: int
-    window: int
+    window: int | Tensor | None = None
     columns: Tensor | None = None
     tile: int = 128
     blocks: Tensor | None = None
     block: int = 64
     pooled: Pooled | None = None
+    start: Tensor | None = None
+    done: Partial | None = None
+
+    def __post_init__(self) -> None:
+        if (self.window is None) == (self.start is None):
+            raise ValueError("Stripes: exactly one of window and start")
 
     def listed(self, number: int, total: int) -> Tensor | None:
         """The keys below `total` that the lists name for one tile, each once: int64 [X, C], NONE as filler."""
@@ -58,47 +70,128 @@ class Stripes:
 
 def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
                      rule: Rule) -> tuple[Tensor, Tensor]:
-    """Attention over the listed keys only, gathered tile by tile: [H, T, D] and computed pairs [H].
+    """Attention over the base and the listed keys only, gathered tile by tile: [H, T, D] and computed pairs [H].
 
     query [H, T, D], keys and values [G, S, D]; the queries are the last T of the S tokens.
     """
-    heads, tokens, dim = query.shape
-    offset = keys.shape[1] - tokens
-    out = query.new_empty(heads, tokens, values.shape[-1])
-    pairs = torch.zeros(heads, dtype=torch.int64, device=query.device)
-    for start in range(0, tokens, stripes.tile):
-        part = slice(start, min(start + stripes.tile, tokens))
-        rows = range(part.start + offset, part.stop + offset)
-        read = _tile_keys(keys, values, stripes, start // stripes.tile, (rows, rule))
-        out[:, part], count = _attend(query[:, part], read, rule)
-        pairs += count
-    return out, pairs
+    part, pairs = sparse_partial(query, keys, values, stripes, rule)
+    return part.out.to(query.dtype), pairs
+
+
+def sparse_partial(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
+                   rule: Rule) -> tuple[Partial, Tensor]:
+    """As `sparse_attention`, but fit to be merged with attention over other keys."""
+    out = query.new_empty(*query.shape[:2], values.shape[-1], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    pairs = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    for tile in _tiles(query, keys, stripes):
+        heads = tile.index(len(query))
+        got, count = _attend(query[heads, tile.part], _read(tile, (keys, values), stripes, rule), rule)
+        out[heads, tile.part], lse[heads, tile.part] = got.out, got.lse
+        pairs[heads] += count if stripes.done is None else count + _base_pairs(tile, stripes.sinks, rule)
+    part = Partial(out, lse)
+    return (part if stripes.done is None else merged(stripes.done, part)), pairs
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The rows of one tile, for those of `of` lists whose local keys begin alike; lists: int64 [n], None for all."""
+
+    number: int
+    part: slice                 # of the queries
+    rows: Tensor                # int64 [R], their positions
+    first: Tensor               # int64 [R], the first local key of each; ascending
+    bounds: tuple[int, int]     # the first of `rows` and of `first`
+    of: int
+    lists: Tensor | None
+
+    def index(self, count: int) -> slice | Tensor:
+        """Which of `count` heads belong to these lists; where lists share a head, it is named once for each."""
+        if self.lists is None:
+            return slice(None)
+        if count <= self.of:
+            return self.lists * count // self.of
+        each = count // self.of
+        return (self.lists.unsqueeze(1) * each + torch.arange(each, device=self.lists.device)).flatten()
+
+    def in_base(self, keys: Tensor, sinks: int) -> Tensor:
+        """Is key j [..., C], not after its row, part of the dense base of row i [R]? bool [..., R, C]."""
+        keys = keys.unsqueeze(-2)
+        return (keys < sinks) | (keys >= self.first.unsqueeze(-1))
+
+
+def _tiles(query: Tensor, keys: Tensor, stripes: Stripes) -> Iterator[_Tile]:
+    """Every tile of rows, once for each different local part among the lists."""
+    tokens, offset = query.shape[1], keys.shape[1] - query.shape[1]
+    for number, begin in enumerate(range(0, tokens, stripes.tile)):
+        part = slice(begin, min(begin + stripes.tile, tokens))
+        rows = torch.arange(part.start + offset, part.stop + offset, device=query.device)
+        local = stripes.window if stripes.start is None else stripes.start[..., number]
+        for value, of, lists in _alike(local):
+            lowest = value if stripes.start is not None else begin + offset - value + 1
+            first = torch.full_like(rows, value) if stripes.start is not None else rows - value + 1
+            yield _Tile(number, part, rows, first, (begin + offset, lowest), of, lists)
+
+
+def _alike(local: int | Tensor) -> list[tuple[int, int, Tensor | None]]:
+    """(value, number of lists, those that have it) of a number, or of one number for each list [X]."""
+    values = local if isinstance(local, int) else local.tolist()
+    if isinstance(values, int) or len(set(values)) == 1:
+        return [(values if isinstance(values, int) else values[0], 1, None)]
+    return [(value, len(values), (local == value).nonzero().squeeze(1)) for value in sorted(set(values))]
 
 
 Read = tuple[Tensor, Tensor, Tensor, Tensor | None]    # keys, values [X, C, D], visible [X, R, C], bias [X, C] or None
 
 
-def _tile_keys(keys: Tensor, values: Tensor, stripes: Stripes, number: int, place: tuple[range, Rule]) -> Read:
-    """All that tile `number` reads; place = (positions of its rows, rule)."""
-    rows, rule = place
-    i = torch.arange(rows.start, rows.stop, device=keys.device)
-    base = _base_columns(stripes, rows, rule, keys.device)
-    near = (rule.visible(i, base) & _in_base(stripes, i, base)).unsqueeze(0)         # [1, R, C]
-    read = [(keys[:, base], values[:, base], near, None)]
-    extra = stripes.listed(number, keys.shape[1])
+def _read(tile: _Tile, kv: tuple[Tensor, Tensor], stripes: Stripes, rule: Rule) -> list[Read]:
+    """All that a tile still has to read: the base, the lists, the pooled keys."""
+    read = [_base_keys(tile, kv, stripes, rule)]
+    extra = stripes.listed(tile.number, kv[0].shape[1])
     if extra is not None:
-        owner = torch.arange(len(extra), device=keys.device).unsqueeze(1) * len(keys) // len(extra)
-        far = rule.visible(i, extra) & ~_in_base(stripes, i, extra)
-        read.append((keys[owner, extra.clamp(min=0)], values[owner, extra.clamp(min=0)], far, None))
+        extra = extra[tile.index(len(extra))]
+        owner = torch.arange(len(kv[0]), device=extra.device)[tile.index(len(kv[0]))]
+        owner = owner[torch.arange(len(extra), device=extra.device) * len(owner) // len(extra)].unsqueeze(1)
+        far = rule.visible(tile.rows, extra) & ~tile.in_base(extra, stripes.sinks)
+        read.append((kv[0][owner, extra.clamp(min=0)], kv[1][owner, extra.clamp(min=0)], far, None))
     if stripes.pooled is not None:
-        read.append(_pooled_keys(stripes, i))
-    return read[0] if len(read) == 1 else _joined(read)
+        pooled = stripes.pooled
+        keys, values, bias = (x[tile.index(len(x))] for x in (pooled.keys, pooled.values, pooled.log_counts))
+        read.append((keys, values, (pooled.ends < tile.first.unsqueeze(-1)).unsqueeze(0), bias))
+    return read
 
 
-def _pooled_keys(stripes: Stripes, i: Tensor) -> Read:
-    pooled = stripes.pooled
-    seen = pooled.ends <= i.unsqueeze(-1) - stripes.window                           # [R, P]
-    return pooled.keys, pooled.values, seen.unsqueeze(0), pooled.log_counts
+def _base_keys(tile: _Tile, kv: tuple[Tensor, Tensor], stripes: Stripes, rule: Rule) -> Read:
+    """The dense base of a tile, sinks and then local keys; none of it where it has been computed already."""
+    row, lowest = tile.bounds
+    reach = 0 if rule.window is None else max(0, row - rule.window + 1)
+    local = max(reach, lowest)
+    spans = [(reach, min(stripes.sinks, local)), (local, row + len(tile.rows))] if stripes.done is None else []
+    spans = [(begin, end) for begin, end in spans if begin < end] or [(0, 0)]
+    columns = torch.cat([torch.arange(*span, device=tile.rows.device) for span in spans])
+    near = (rule.visible(tile.rows, columns) & tile.in_base(columns, stripes.sinks)).unsqueeze(0)    # [1, R, C]
+    at = tile.index(len(kv[0]))
+    keys, values = (torch.cat([x[at, begin:end] for begin, end in spans], 1) for x in kv)
+    return keys, values, near, None
+
+
+def _base_pairs(tile: _Tile, sinks: int, rule: Rule) -> Tensor:
+    """Pairs of a tile's base, for one head."""
+    after = tile.rows + 1
+    reach = torch.zeros_like(after) if rule.window is None else (after - rule.window).clamp(min=0)
+    local = torch.minimum(torch.maximum(tile.first, reach), after)
+    return (after - local + (local.clamp(max=sinks) - reach).clamp(min=0)).sum()
+
+
+def _attend(query: Tensor, read: list[Read], rule: Rule) -> tuple[Partial, Tensor]:
+    """Attention of one tile [H, R, D] over what it reads, and the pairs [H] that this took."""
+    keys, values, seen, bias = read[0] if len(read) == 1 else _joined(read)
+    logits = rule.logits(query.unflatten(0, (len(keys), -1)), keys.unsqueeze(1))         # [X, h, R, C]
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    got = weighted(logits, values.unsqueeze(1), seen.unsqueeze(1))
+    count = seen.sum((-1, -2)).expand(len(keys)).repeat_interleave(len(query) // len(keys))
+    return Partial(got.out.flatten(0, 1), got.lse.flatten(0, 1)), count
 
 
 def _joined(read: list[Read]) -> Read:
@@ -120,30 +213,3 @@ def _as_many(lists: list[Tensor]) -> list[Tensor]:
 def _repeated(x: Tensor, count: int) -> Tensor:
     """[X, ...] -> [count, ...], each entry standing for the heads of its group."""
     return x if len(x) == count else x.repeat_interleave(count // len(x), 0)
-
-
-def _attend(query: Tensor, read: Read, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Attention of one tile [H, R, D] over what it reads, and the pairs [H] that this took."""
-    keys, values, seen, bias = read
-    heads, tokens, dim = query.shape
-    rows = query.view(len(keys), -1, tokens, dim)                                    # [X, h, R, D]
-    logits = rule.logits(rows, keys.unsqueeze(1))
-    if bias is not None:
-        logits = logits + bias[:, None, None]
-    weights = softmax(logits, seen.unsqueeze(1))
-    out = product(weights, values.float().unsqueeze(1)).to(query.dtype)
-    count = seen.sum((-1, -2)).expand(len(keys)).repeat_interleave(heads // len(keys))
-    return out.reshape(heads, tokens, -1), count
-
-
-def _base_columns(stripes: Stripes, rows: range, rule: Rule, device: torch.device) -> Tensor:
-    """Sorted key indices that the dense base of this tile can touch."""
-    reach = 0 if rule.window is None else max(0, rows.start - rule.window + 1)
-    local = max(reach, rows.start - stripes.window + 1, 0)
-    sinks = torch.arange(min(reach, stripes.sinks), min(stripes.sinks, local), device=device)
-    return torch.cat([sinks, torch.arange(local, rows.stop, device=device)])
-
-
-def _in_base(stripes: Stripes, i: Tensor, j: Tensor) -> Tensor:
-    """Is key j [..., C] part of the dense base of row i [R]? bool [..., R, C]."""
-    return (j < stripes.sinks).unsqueeze(-2) | (i.unsqueeze(-1) - j.unsqueeze(-2) < stripes.window)

@@ -1,9 +1,12 @@
 """Calibration batches from the embedded world, a text or .jsonl file, token ids, or a dataset of the hub.
 
-A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic.
+A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic. A document
+longer than a row is cut into several: first come the first rows of all documents, then their second rows, and so on.
 """
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 DEFAULT_LENGTH = 512
 MIN_TOKENS = 32                 # fewer say nothing about a model
 MAX_TOKENS = 50_000_000         # take 800 MB, ids and mask
+WIDEST = 16                     # characters of a token: what lies beyond all rows of a document is not tokenised
 Batch = dict[str, Tensor]
 
 
@@ -45,7 +49,8 @@ def _check_lengths(lengths: list[int], limit: int) -> None:
 
 def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
     """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+    rows = [rows] if isinstance(rows, Mapping) else rows            # one batch, as a tokenizer returns it
+    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
         return [_ready(batch, vocab_size) for batch in rows]
     if isinstance(rows, str) or any(isinstance(row, (int, str)) or isinstance(row, Tensor) and row.ndim != 1
                                     for row in rows):
@@ -62,6 +67,8 @@ def _ready(batch: Batch, vocab_size: int) -> Batch:
     if "input_ids" not in batch:
         raise LlmoptError(f"a batch needs input_ids; this one has {', '.join(map(str, batch)) or 'nothing'}")
     ids = batch["input_ids"]
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+        raise LlmoptError('input_ids of a batch is not a tensor [B, T]; ask the tokenizer for return_tensors="pt"')
     _check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
     return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
 
@@ -71,6 +78,12 @@ def _check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
     for foreign in (token for both in ranges for token in both if not 0 <= token < vocab_size):
         raise LlmoptError(f"token id {foreign} does not fit the model's vocabulary of {vocab_size}: "
                           "the tokenizer or the ids belong to another model")
+
+
+def amount(batches: list[Batch]) -> dict[str, int]:
+    """{"samples": rows, "tokens": real tokens} of all batches."""
+    return {"samples": sum(len(batch["input_ids"]) for batch in batches),
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
 def fingerprint(batches: list[Batch]) -> str:
@@ -123,7 +136,7 @@ def _hub(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(spec.path, spec.config, split=spec.split)
+        dataset = datasets.load_dataset(os.path.expanduser(spec.path), spec.config, split=spec.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise LlmoptError(f"the dataset cannot be loaded: {str(error).splitlines()[0]}") from error
     chosen = dataset.shuffle(seed=spec.seed).select(range(min(len(dataset), spec.samples * 4)))
@@ -138,14 +151,21 @@ def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> l
         raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
     if spec.template == "chat":
         return [_chat(d, tokenizer)[:length] for d in documents[:spec.samples]]
-    bos = tokenizer.bos_token_id
-    rows = []
+    cut = []
     for document in documents[:spec.samples]:
         with refusals(f"the tokenizer refuses {document[:60]!r}"):
-            ids = tokenizer(document, truncation=False)["input_ids"]
-        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        rows.append(ids[:length])
-    return rows
+            ids = tokenizer(document[:spec.samples * length * WIDEST], truncation=False)["input_ids"]
+        cut.append(_rows(ids, length, tokenizer.bos_token_id))
+    return [row for turn in zip_longest(*cut) for row in turn if row is not None]
+
+
+def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
+    """A document in rows of `length` tokens, BOS in front of each; a rest of fewer than MIN_TOKENS is left out."""
+    ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
+    front = [] if bos is None else [bos]
+    step = length - len(front)
+    starts = range(0, max(1, len(ids) - min(step, MIN_TOKENS) + 1), step)
+    return [front + ids[start:start + step] for start in starts]
 
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:
@@ -159,7 +179,7 @@ def _chat(document: Any, tokenizer: Any) -> list[int]:
 
 def _read(path: str) -> str:
     """The text of a file, a byte order mark left out."""
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
     if file.stat().st_size == 0:

@@ -5,7 +5,9 @@ with the exact name of every module as a target.
 """
 from torch import Tensor, nn
 
-from llmopt.model.codes import DTYPES, check_consistent, packed, quantized_modules, refuse_unportable
+from llmopt.model.codes import DTYPES
+from llmopt.model.stored import packed, refuse_unportable
+from llmopt.model.weights import check_consistent, coded
 from llmopt.quant.base import Quantizer
 from llmopt.quant.plan import DENSE, packed_bytes
 
@@ -17,13 +19,12 @@ def export(model: nn.Module) -> Exported | None:
 
     Raises LlmoptError for what compressed-tensors cannot hold, or where codes and dense weights disagree.
     """
-    found = quantized_modules(model)
+    found = coded(model)
     if not found:
         return None
     refuse_unportable(model)
     check_consistent(model)
-    tensors = {f"{name}.weight": packed(name, result) for name, (_, result) in found.items()}
-    return tensors, quantization_config(model)
+    return {weight.key: packed(weight) for weight in found}, quantization_config(model)
 
 
 def widths(config: dict) -> dict[str, int]:
@@ -34,11 +35,12 @@ def widths(config: dict) -> dict[str, int]:
 
 def quantization_config(model: nn.Module) -> dict:
     """What config.json says of the quantized modules: one group for each (bits, group size), exact names as targets."""
-    found = quantized_modules(model)
+    found = coded(model)
     schemes: dict[tuple[int, int], list[str]] = {}
-    for name, (_, result) in found.items():
-        schemes.setdefault((result.bits, result.group_size), []).append(name)
-    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in found and n != "lm_head"]
+    for weight in found:
+        schemes.setdefault((weight.codes.bits, weight.codes.group_size), []).append(weight.path)
+    packed = {weight.path for weight in found}
+    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed and n != "lm_head"]
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "ignore": ["lm_head", *dense],
             "config_groups": {f"group_{i}": _scheme(bits, size, names)

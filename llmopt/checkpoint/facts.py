@@ -14,6 +14,7 @@ META = {"modules?": {str: {"bits": NUMBER, str: object}}, "shares?": [[NUMBER]],
 FACTS = {
     "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_licence": str | None,
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],
+    "calibration?": {"samples?": COUNT, "tokens?": COUNT},
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],
     "scores?": {str: [(str, str, NUMBER)]}, str: object,
 }

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from llmopt import runtime
 from llmopt.checkpoint.card import write_card
 from llmopt.checkpoint.compressed_tensors import export, quantization_config
-from llmopt.checkpoint.facts import FILE, FORMAT_VERSION
+from llmopt.checkpoint.facts import FILE, FORMAT_VERSION, read_facts
 from llmopt.checkpoint.verify import verify
-from llmopt.errors import LlmoptError
-from llmopt.files import shards
+from llmopt.errors import LlmoptError, naming
+from llmopt.files import own, shards
+from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
-from llmopt.model.codes import check_consistent, packed_in_place
+from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
+from llmopt.model.stored import packed_in_place
+from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
 
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 
 
 def versions() -> dict[str, str]:
@@ -41,25 +43,45 @@ def versions() -> dict[str, str]:
 
 
 def prepare_output(output: Path, source: str | None, overwrite: bool) -> Path:
-    """`output`, absolute; refused when it is in use, or inside the model's own folder."""
-    output = Path(output).expanduser().resolve()
+    """`output`, absolute. Raises LlmoptError unless it is a folder that does not exist, is empty, or may be replaced.
+
+    Only a checkpoint of llmopt, with nothing in it that llmopt did not write, is replaced, and only with `overwrite`.
+    """
+    try:
+        output = Path(output).expanduser().resolve()
+    except RuntimeError as error:               # links in a circle, ~ of an unknown user
+        raise LlmoptError(f"{output}: {error}") from error
     _check_place(output)
+    own.check_is_folder(output)
     if source and Path(source).is_dir() and output.is_relative_to(Path(source).resolve()):
         raise LlmoptError(f"{output}: lies inside the model's folder {source}; choose another output")
-    if output.is_file():
-        raise LlmoptError(f"{output}: is a file; an output is a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise LlmoptError(f"{output}: is not empty; give --overwrite to replace it, or another output")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise LlmoptError(f"{output}: is not empty and not a checkpoint; it is not replaced")
+    if output.is_dir() and any(output.iterdir()):
+        _check_replaceable(output, overwrite)
     return output
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raise LlmoptError unless all that a folder holds was written by llmopt, and is to be given up."""
+    if not (output / FILE).exists():
+        raise LlmoptError(f"{output}: is not empty and not a checkpoint made by llmopt (no {FILE}); it is not replaced")
+    if not overwrite:
+        raise LlmoptError(f"{output}: is not empty; give --overwrite to replace it, or another output")
+    with naming(f"{output}: is not replaced"):
+        facts = read_facts(output)
+    if strange := own.foreign(output, own.CHECKPOINT):
+        raise LlmoptError(f"{output}: holds {', '.join(strange[:9])}, which llmopt did not write; move it "
+                          "elsewhere, or choose another output")
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    if size not in (0, facts["bytes"]):
+        raise LlmoptError(f"{output}: its weights are not those that llmopt wrote ({size:,} bytes, {FILE} says "
+                          f"{facts['bytes']:,}); it is not replaced")
 
 
 def _check_place(output: Path) -> None:
     """Raise LlmoptError for a place where no folder can be made, before any work is done."""
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir():
-        raise LlmoptError(f"{output}: {above} is a file; an output is a folder")
+        raise LlmoptError(f"{output}: {above} is a file or device; an output is a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise LlmoptError(f"{output}: {above} may not be written to")
 
@@ -97,7 +119,9 @@ def _replace(stage: Path, output: Path) -> None:
         output.rename(old)
     stage.rename(output)
     for leftover in output.parent.glob(f".{glob.escape(output.name)}.llmopt-old-*"):    # of killed runs too
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover == old or (leftover / FILE).is_file():
+            with suppress(OSError):
+                own.remove(leftover, own.CHECKPOINT)
 
 
 class Weights:
@@ -128,20 +152,30 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
     load differs.
     """
     output = prepare_output(Path(output), source, overwrite)
-    weights = weights or Weights(model, format)
-    config, remote = described(model, format)
-    with staged(output, work) as stage:
-        weights.write(stage, max_shard_size)
-        _write_json(stage / "config.json", config)
-        for name, text in remote.items():
-            (stage / name).write_text(text)
-        _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
-        _write_provenance(stage, model, report, source, recipe, format)
-        weights.verify(stage)
+    with with_codes(model), staged(output, work) as stage:
+        fill(stage, model, tokenizer, report=report, source=source, recipe=recipe, max_shard_size=max_shard_size,
+             weights=weights or Weights(model, format))
         if finish:
             finish(stage)
         write_card(stage)
     return output
+
+
+def fill(stage: Path, model: nn.Module, tokenizer: Any, *, weights: "Weights", max_shard_size: str,
+         report: Any = None, source: str | None = None, recipe: Any = None) -> None:
+    """Write everything but the card into `stage`, and check it by a fresh load."""
+    if model.get_output_embeddings() is None:
+        raise LlmoptError(f"a {type(model).__name__} has no language-model head, and a checkpoint is that of a causal "
+                          "LM; load the model with AutoModelForCausalLM")
+    config, remote = described(model, weights.format)
+    weights.write(stage, max_shard_size)
+    _write_json(stage / "config.json", config)
+    for name, text in remote.items():
+        (stage / name).write_text(text)
+    _copy_companions(stage, model, tokenizer, source, recipe.model.revision if recipe else None)
+    _write_provenance(stage, model, report, source, recipe, weights.format)
+    with evaluating(model):
+        weights.verify(stage)
 
 
 def contents(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
@@ -162,7 +196,8 @@ def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, 
     """(config.json, code files) of the checkpoint that `model` would make; its weights may be on the meta device."""
     config, needs_code = saved_config(model)
     config = dict(config)
-    config.pop("llmopt", None)
+    for key in ("llmopt", "quantization_config"):       # of the time when it was loaded
+        config.pop(key, None)
     if packs(model, format):
         config["quantization_config"] = quantization_config(model)
     attached = runtime.runtime_config(model)
@@ -180,10 +215,21 @@ def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str 
         tokenizer.save_pretrained(stage)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
-    for name in LICENCES if source else ():
+    _leave_code_behind(stage, tokenizer)
+    for name in own.LICENCES if source else ():
         file = companion(source, name, revision)
         if file:
             shutil.copyfile(file, stage / name)
+
+
+def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
+    """Strike out the code that a source's configs name, but for that of a tokenizer which its user has let run."""
+    allowed = type(tokenizer).__module__.startswith("transformers_modules")
+    names = ("generation_config.json", *(() if allowed else ("tokenizer_config.json",)))
+    for file in (stage / name for name in names if (stage / name).is_file()):
+        content = read_json(file)
+        if content.pop("auto_map", None) is not None:
+            _write_json(file, content)
 
 
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:

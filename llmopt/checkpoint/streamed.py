@@ -53,7 +53,7 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
     fresh = skeleton.skeleton(config, config.dtype)
     fresh._weight_conversions = model._weight_conversions
     for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
-        told = f"{name.removesuffix('weight')}weight_shape"
+        told = f"{name}_shape"
         if name not in written and told not in written:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
         known = tensors.read({"it": written.get(name) or written[told]})["it"]

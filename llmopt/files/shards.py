@@ -131,6 +131,7 @@ def save(tensors: dict[str, Tensor], file: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write `text` beside `file` and rename it: a full disk or Ctrl-C leaves what was there before."""
+    file = file.resolve()           # a link stays one
     beside = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")

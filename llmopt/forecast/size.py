@@ -46,14 +46,17 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     skeleton, told, packed = _skeleton(model), [], {}
     forecast = Forecast(skeleton, scene)
     forecast.cache()
-    run = Run(seed=seed, multiple=group_multiple(steps), memory=memory)
+    run = Run(seed=seed, memory=memory)
     pruned = False
     for i, step in enumerate(steps):
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             rooms = step.rooms(skeleton, scene)
             if step.stage == "prune":
                 text = _prune(skeleton, step, run, None if pruned or step.uses_inputs else model)
                 pruned = True
+            elif step.stage == "transform":
+                text = step.sketch(skeleton, run)
             elif step.stage == "quant":
                 text = _quantize(skeleton, step, packed)
             else:
@@ -66,12 +69,6 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     forecast.cache()
     forecast.save(tensors)
     return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
-
-
-def group_multiple(steps: list[Method]) -> int:
-    """Pruned widths must be divisible by this, so that the groups of the quantization step fit."""
-    sizes = [step.group_size for step in steps if step.stage == "quant"]
-    return max([size for size in sizes if size > 0], default=1)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -96,7 +93,7 @@ def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Ten
         raise LlmoptError("nothing is left to quantize")
     for t in found:
         if t.bits != DENSE:
-            packed[f"{t.name}.weight"] = _packed(t, scale)
+            packed[t.key] = _packed(t, scale)
     return (f"{len(found)} weights at {step.bits:g} bits, "
             + ("one scale per channel" if step.group_size == -1 else f"groups of {step.group_size}")
             + (f", bits by {step.allocate}" if step.allocate != "uniform" else "")
@@ -105,6 +102,6 @@ def _quantize(skeleton: nn.Module, step: Method, packed: dict[str, dict[str, Ten
 
 def _packed(t: Target, scale: torch.dtype) -> dict[str, Tensor]:
     words = -int(-t.columns * t.bits // 32)
-    return {f"{t.name}.weight_packed": torch.empty(t.out, words, dtype=torch.int32, device="meta"),
-            f"{t.name}.weight_scale": torch.empty(t.out, t.groups, dtype=scale, device="meta"),
-            f"{t.name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta")}
+    return {f"{t.key}_packed": torch.empty(t.out, words, dtype=torch.int32, device="meta"),
+            f"{t.key}_scale": torch.empty(t.out, t.groups, dtype=scale, device="meta"),
+            f"{t.key}_shape": torch.empty(2, dtype=torch.int64, device="meta")}

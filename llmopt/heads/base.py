@@ -2,13 +2,15 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import LlmoptError
 from llmopt.method import Method, Pace, Record, Run
@@ -23,12 +25,14 @@ class HeadScore(Method):
     """Family base. The author writes `score`; the model comes out of it unchanged.
 
     mean_over: what `score` takes its mean over, so that processes can share the rows; None: each takes them all.
+    beside: names of the figures that `measure` gives beside the scores.
     """
 
     stage: ClassVar = "score"
     needs_data: ClassVar[bool] = True
     needs_whole: ClassVar[bool] = True
     mean_over: ClassVar[Literal["samples", "tokens"] | None] = None
+    beside: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
@@ -36,6 +40,10 @@ class HeadScore(Method):
 
         One that goes through the blocks by walk.visits, without edits, sets needs_whole = False.
         """
+
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
+        """{"scores": what `score` gives}, and under the names in `beside` what else the record tells of each head."""
+        return {"scores": self.score(model, run)}
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         """What becomes of the mean over all data."""
@@ -50,22 +58,26 @@ class HeadScore(Method):
 
     def _measured(self, model: nn.Module, run: Run) -> dict[str, Any]:
         with undisturbed(model):
-            found = self.finish(self._mean(model, run))
-        scores = run.ranks.agree([s.detach().float().cpu() for s in found])
-        check_scores(scores, [block.heads for block in blocks(model)])
-        return {"kind": self.name, **amount(run.batches), "scores": [s.tolist() for s in scores]}
+            found = self._mean(model, run)
+        found["scores"] = self.finish(found["scores"])
+        found = run.ranks.agree({key: [s.detach().float().cpu() for s in layers] for key, layers in found.items()})
+        for layers in found.values():
+            check_scores(layers, [block.heads for block in blocks(model)])
+        return {"kind": self.name, **amount(run.batches),
+                **{key: [s.tolist() for s in layers] for key, layers in found.items()}}
 
-    def _mean(self, model: nn.Module, run: Run) -> list[Tensor]:
-        """`score` over all data, of which each process sees its own rows."""
+    def _mean(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
+        """`measure` over all data, of which each process sees its own rows."""
         if self.mean_over is None or run.ranks.size == 1:
-            return self.score(model, run)
+            return self.measure(model, run)
         count = amount(run.own_batches)[self.mean_over]
         if count:
-            found = [s.detach().double() for s in self.score(model, replace(run, batches=run.own_batches))]
+            found = self.measure(model, replace(run, batches=run.own_batches))
         else:                                       # fewer rows than processes
-            found = [torch.zeros(block.heads, dtype=torch.float64, device=model.device) for block in blocks(model)]
-        total = sum(run.ranks.gather(count))
-        return [run.ranks.sum_(s * (count / total)) for s in found]
+            zeros = [torch.zeros(block.heads, device=model.device) for block in blocks(model)]
+            found = dict.fromkeys(("scores", *self.beside), zeros)
+        share = count / sum(run.ranks.gather(count))
+        return {key: [run.ranks.sum_(s.detach().double() * share) for s in layers] for key, layers in found.items()}
 
     def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
         """Of the whole model: the first batch for real, the others by their number of tokens."""
@@ -74,12 +86,6 @@ class HeadScore(Method):
         first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
         spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
         return spent * total / first
-
-
-def amount(batches: list[Batch]) -> dict[str, int]:
-    """How many samples and real tokens there are."""
-    return {"samples": sum(len(batch["input_ids"]) for batch in batches),
-            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches))}
 
 
 @contextmanager

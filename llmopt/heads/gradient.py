@@ -11,17 +11,21 @@ Michel et al., 2019 (arXiv:1905.10650). Left out: pruning in steps with scores t
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
+from llmopt.model.head import logits_of
 from llmopt.parts import register
+
+LOGITS = 1 << 24        # held at a time, in three copies: 200 MB of fp32
 
 
 @contextmanager
@@ -45,12 +49,28 @@ def gates(views: list[Block], values: list[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, V], [B, T], [B, T] -> [B]
-    """Mean next-token cross-entropy of each sample over its real targets."""
+def target_shares(mask: Tensor) -> Tensor:      # [B, T] -> [B, T - 1]
+    """The share of each next token in its sample's mean loss; 0 where the token or its target is padding."""
     real = (mask[:, 1:] * mask[:, :-1]).float()
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    each = cross_entropy(wide.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (each * real).sum(1) / real.sum(1).clamp(min=1)
+    return real / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def losses(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:      # [B, t, V], [B, t], [B, t] -> [B]
+    """Cross-entropy of these tokens, in float32 at least, summed by their shares."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (cross_entropy(wide.transpose(1, 2), targets, reduction="none") * shares).sum(1)
+
+
+def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E]
+    """dL/dhidden of the samples' mean losses, as many tokens at a time as LOGITS allows."""
+    shares, found = target_shares(mask), torch.zeros_like(hidden)
+    step = max(1, LOGITS // (len(ids) * model.get_output_embeddings().weight.shape[0]))
+    for start in range(0, shares.shape[1], step):
+        part = slice(start, min(start + step, shares.shape[1]))
+        some = hidden[:, part].detach().requires_grad_()
+        total = losses(logits_of(model, some), ids[:, 1:][:, part], shares[:, part]).sum()
+        found[:, part] = torch.autograd.grad(total, some)[0]
+    return found
 
 
 @register("heads.gradient")
@@ -60,7 +80,7 @@ class Gradient(HeadScore):
 
     mean_over: ClassVar = "samples"
 
-    normalize: Literal["layer", "none"] = "layer"
+    normalize: Literal["layer", "none"] = Field("layer", description="divide by the norm of each layer's scores")
 
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         model.requires_grad_(False)
@@ -78,12 +98,12 @@ class Gradient(HeadScore):
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
         """What the backward pass of a batch reads: the inputs of norms and products."""
         size, table = model.dtype.itemsize, model.get_input_embeddings().weight       # [V, E]
-        token = table.shape[0] * 12                       # logits, their logarithms and slopes
+        token, vocabulary = 0, table.shape[0]
         for block in blocks(model):
             readers = sum(p.out_features for p in block.attn_in + block.ffn_in)
             writers = sum(p.in_features for p in (block.attn_out, block.ffn_out) if p is not None)
             token += len(block.norms) * table.shape[1] * 4 + (readers + 2 * writers) * size
-        return tokens * token
+        return tokens * token + 12 * min(tokens * vocabulary, max(LOGITS, vocabulary))    # logits, logarithms, slopes
 
     def _slopes(self, model: nn.Module, views: list[Block], batch: Batch) -> list[Tensor]:
         """dL/dxi per sample: L tensors [B, H_l]."""
@@ -92,6 +112,7 @@ class Gradient(HeadScore):
         like = dict(dtype=wide, device=model.device, requires_grad=True)
         open_ = [torch.ones(len(ids), block.heads, **like) for block in views]
         with torch.enable_grad(), gates(views, open_):
-            total = losses(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).sum()
-            found = torch.autograd.grad(total, open_, allow_unused=True)      # a skipped attention has no gates
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [B, T, E]
+            slopes = loss_slopes(model, hidden, ids, mask)
+            found = torch.autograd.grad(hidden, open_, slopes, allow_unused=True)     # skipped attention: no gates
         return [torch.zeros_like(gate) if g is None else g for g, gate in zip(found, open_, strict=True)]

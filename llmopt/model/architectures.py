@@ -11,6 +11,10 @@ HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_
 EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
+NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them
+    "branch_post": "its norms stand behind the writers",
+    "residual_post": "its norms normalise the residual stream itself"}
+
 
 @dataclass(frozen=True)
 class Spec:

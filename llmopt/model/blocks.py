@@ -2,15 +2,17 @@
 
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import SPECS, UNITS, Form, Spec
+from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, Form, Spec
+from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
+from llmopt.model.weights import Projection
 
 
 def spec_of(model: nn.Module) -> Spec:
@@ -31,75 +33,11 @@ def refuse_units(model: nn.Module, unit: str) -> None:
         raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
 
 
-@dataclass
-class Projection:
-    """One linear map of a block, seen as weight [out, in] whatever its layout on disk.
-
-    parts: rows of each logical output, e.g. {"q": [H, D], "k": [G, D], "v": [G, D]} or {"gate": [F, 1], "up": [F, 1]}.
-    """
-
-    name: str
-    module: nn.Module
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def transposed(self) -> bool:
-        return not isinstance(self.module, nn.Linear)    # Conv1D keeps [in, out]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as [out, in]; a view, so in-place writes reach the module."""
-        return self.module.weight.data.T if self.transposed else self.module.weight.data
-
-    @property
-    def out_features(self) -> int:          # as the module tells it: a packed weight has no such shape
-        return self.module.nf if self.transposed else self.module.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.module.nx if self.transposed else self.module.in_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.module.bias is None else self.module.bias.data
-
-    def write(self, weight: Tensor) -> None:
-        """Replace all values; `weight` is [out, in] and is cast to the module's dtype."""
-        self.weight.copy_(weight)
-
-    def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        """Cut the weight down to the given output rows and input columns (index tensors)."""
-        weight = self.weight
-        if rows is not None:
-            weight = weight[rows]
-            if self.module.bias is not None:
-                self.module.bias = nn.Parameter(self.module.bias.data[rows].clone(), requires_grad=False)
-        if columns is not None:
-            weight = weight[:, columns]
-        out, width = weight.shape
-        stored = weight.T if self.transposed else weight
-        self.module.weight = nn.Parameter(stored.contiguous().clone(), requires_grad=False)
-        if self.transposed:
-            self.module.nf, self.module.nx = out, width
-        else:
-            self.module.out_features, self.module.in_features = out, width
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
-
-    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
-    name: str
-    module: nn.Module
-    kind: Literal["rms", "layer"]
-    offset: float = 0.0
-
-    @property
-    def gain(self) -> Tensor | float:              # [E] float32
-        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
-        weight = self.module.weight
-        return 1.0 if weight is None else self.offset + weight.data.float()
+def refuse_folding(model: nn.Module) -> None:
+    """Raise LlmoptError if no norm of this model stands in front of its readers."""
+    reason = NORMS_KEPT.get(blocks(model)[0].form)
+    if reason:
+        raise LlmoptError(f"{model.config.model_type}: norms cannot be folded: {reason}")
 
 
 @dataclass
@@ -137,10 +75,33 @@ class Block:
                 return projection, projection.parts[which]
         raise KeyError(which)
 
+    def links(self) -> list[Link]:
+        """What feeds what: norms in front of readers; the rows of v the writer's columns; those of up the FFN writer's.
+
+        An FFN without a gate has a nonlinearity there, and no link.
+        """
+        found = [] if self.form in NORMS_KEPT else [Link(self.norms[role], readers) for role, readers in
+                                                    (("attn_in", self.attn_in), ("ffn_in", self.ffn_in))
+                                                    if readers and role in self.norms]
+        if self.attention is not None:
+            projection, rows = self.part("v")
+            group = torch.arange(self.heads) // (self.heads // self.kv_heads)          # [H]: whose values a head reads
+            columns = group[:, None] * self.head_dim + torch.arange(self.head_dim)     # [H, D]
+            found.append(Link(Rows(projection, rows.flatten()), [self.attn_out], columns.flatten()))
+        if any("gate" in reader.parts for reader in self.ffn_in):
+            projection, rows = self.part("up")
+            found.append(Link(Rows(projection, rows.flatten()), [self.ffn_out]))
+        return found
+
+
+def at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path of the table, which begins at a causal LM; a model without that head holds it as well."""
+    return model.base_model.get_submodule(path.removeprefix(f"{model.base_model_prefix}."))
+
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
     """The decoder layers."""
-    return model.get_submodule(spec_of(model).layers)
+    return at(model, spec_of(model).layers)
 
 
 def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
@@ -175,7 +136,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module | None]:
 def final_norm(model: nn.Module) -> Norm:
     """The norm in front of the output embedding."""
     spec = spec_of(model)
-    return _norm("final", spec.final_norm, model.get_submodule(spec.final_norm), spec.norm_offset)
+    return _norm("final", spec.final_norm, at(model, spec.final_norm), spec.norm_offset)
 
 
 def blocks(model: nn.Module) -> list[Block]:

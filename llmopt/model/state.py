@@ -1,12 +1,23 @@
 """The tensors of a model under the names of its files."""
 from torch import Tensor, nn
 
-from llmopt.model.codes import quantized_modules
+from llmopt.model.weights import coded
 
 
 def packs(model: nn.Module, format: str) -> bool:
     """Whether the checkpoint will hold packed weights."""
-    return format != "dense" and bool(quantized_modules(model))
+    return format != "dense" and bool(coded(model))
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """The names of weights that are another's under a second name: an output head that is the embedding, or nothing.
+
+    By the weights themselves: heads are tied by hand, and files hold another head than their config promises.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head._parameters.get("weight") is not model.get_input_embeddings()._parameters.get("weight"):
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
 
 
 def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
@@ -14,7 +25,7 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
 
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
     return as_filed(model, state) if renamed else state
 

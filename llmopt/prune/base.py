@@ -1,11 +1,13 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
+import math
 from abc import abstractmethod
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.walk import Visit, each, visits
@@ -13,6 +15,7 @@ from llmopt.errors import BudgetError, FieldError, LlmoptError
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
+from llmopt.parts import Several
 from llmopt.progress import timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
@@ -26,29 +29,20 @@ Scores = dict[str, Tensor]        # unit -> one score per unit of a block, large
 
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Family base. ratio: share of the chosen units' parameters that leaves; rounding removes fewer, never more.
-
-    scope: local keeps all layers alike, so that the checkpoint loads in plain transformers; global lets layers differ.
-    normalize: what makes the scores of different layers comparable (scope: global).
-    minimum: share of its FFN channels that every layer keeps; one KV group stays in any case.
-    refit: the writers of the pruned parts are refitted by least squares on calibration data.
-    """
+    """Family base: how much leaves, of what, and how layers compare. A method writes `score` alone."""
 
     stage: ClassVar = "prune"
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
 
-    ratio: float = 0.2
-    scope: Literal["local", "global"] = "local"
-    units: tuple[Unit, ...] = ("ffn", "kv_groups")
-    normalize: Literal["lamp", "layer", "none"] = "lamp"
-    minimum: float = 0.05
-    refit: bool = False
+    ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters that leaves; never more")
+    scope: Literal["local", "global"] = Field("local", description="local: all layers alike, for plain transformers")
+    units: Several[Unit] = Field(("ffn", "kv_groups"), description="what may leave")
+    normalize: Literal["lamp", "layer", "none"] = Field(
+        "lamp", description="how the scores of different layers become comparable (scope: global)")
+    minimum: float = Field(0.05, gt=0, le=1, description="share of its FFN channels that every layer keeps")
+    refit: bool = Field(False, description="refit the writers of the pruned parts by least squares on calibration data")
 
     def check(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise FieldError("ratio", self.ratio, "a share from 0 to below 1")
-        if not 0 < self.minimum <= 1:
-            raise FieldError("minimum", self.minimum, "a share above 0, at most 1")
         chosen = set(self.units)
         coarse = chosen & set(COARSE)
         if not chosen or len(chosen) < len(self.units) or {"q_heads", "kv_groups"} <= chosen:
@@ -82,7 +76,7 @@ class Pruner(Method):
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
         self._carry_out(model, run, plan)
         return Record(meta=meta | {
-            "multiple": run.multiple, "parameters": [before, model.num_parameters()], "layers": kept,
+            "multiple": _multiple(run), "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
@@ -111,7 +105,7 @@ class Pruner(Method):
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """What stays of each layer, and figures for the record. A method that searches overrides this."""
-        return self._chosen(blocks(model), self._rate(model, run), run.multiple)
+        return self._chosen(blocks(model), self._rate(model, run), _multiple(run))
 
     def guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -121,7 +115,7 @@ class Pruner(Method):
         views = blocks(model)
         alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
                   if (found := members(block, kind))} for block in views]
-        return self._chosen(views, alike, run.multiple)
+        return self._chosen(views, alike, _multiple(run))
 
     def _chosen(self, views: list[Block], rated: list[Scores], multiple: int) -> tuple[list[LayerPlan], dict[str, Any]]:
         units = [u for block, scores in zip(views, rated, strict=True) for u in self._units(block, scores, multiple)]
@@ -189,6 +183,11 @@ class Pruner(Method):
                               f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
                               + ("" if coarse or self.scope == "global" else " or use scope: global"))
         return removed
+
+
+def _multiple(run: Run) -> int:
+    """The number of channels to which widths are rounded, so that every step to come fits."""
+    return math.lcm(*(step.multiple for step in run.ahead))
 
 
 def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [H/G, G]

@@ -15,10 +15,11 @@ DENSE = 16    # this many bits: the weight is left as it is
 class Target:
     """One weight matrix to be quantized; bits None: not decided yet; fixed: by `overrides`.
 
-    block, group: names of the block and of the first projection that reads the same input.
+    block, group: names of the block and of the first projection that reads the same input. key: its parameter's name.
     """
 
     name: str
+    key: str
     block: str
     group: str
     out: int
@@ -58,7 +59,7 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
         if given.get("bits") == DENSE:
             continue
         width = given.get("group_size", group_size)
-        target = Target(p.name, block.name, group[0].name, p.out_features, p.in_features, width)
+        target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width)
         check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():

@@ -16,7 +16,7 @@ from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
-from llmopt.forecast.size import Prediction, group_multiple
+from llmopt.forecast.size import Prediction
 from llmopt.method import Method, Pace, Run
 from llmopt.model import state
 from llmopt.model.blocks import layer_list
@@ -54,8 +54,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder:
         start, times = time.perf_counter(), Times()
         model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
-        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory,
-                  multiple=group_multiple(recipe.steps))
+        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
         told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(state.plain_state(model))
         times.add("load", time.perf_counter() - start, "measured")
         times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
@@ -73,7 +72,7 @@ def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times
     probe = timed(cache_bytes_per_token, model)
     times.add("cache before and after", 2 * probe, "measured")
     pace = Pace(len(layer_list(model)), probe / prompt_length(model))
-    at_once = {i: _seconds(i, step, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
+    at_once = {i: _seconds(i, recipe, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
     weights = _block_bytes(model)
     cut_short(model, 1)
     run.scores = {name: scores[:1] for name, scores in run.scores.items()}
@@ -81,7 +80,7 @@ def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times
         if i in at_once:
             times.add(f"steps.{i} {step.name}", at_once[i], f"first of {len(run.batches)} batches, measured")
         elif step.stage != "runtime":
-            times.add(f"steps.{i} {step.name}", _seconds(i, step, model, run, pace),
+            times.add(f"steps.{i} {step.name}", _seconds(i, recipe, model, run, pace),
                       f"first of {pace.blocks} blocks, measured")
     times.add("save and verify", *_saving(model, recipe, run.memory, told.bytes, weights))
 
@@ -116,7 +115,8 @@ def _needs_all(step: Method) -> bool:
     return step.needs_whole and step.stage == "score"
 
 
-def _seconds(index: int, step: Method, model: nn.Module, run: Run, pace: Pace) -> float:
+def _seconds(index: int, recipe: Recipe, model: nn.Module, run: Run, pace: Pace) -> float:
+    step, run.ahead = recipe.steps[index], recipe.steps[index + 1:]
     run.memory.begin(index)
     with naming(f"steps.{index} {step.name}"):
         if step.needs_data and not run.batches:

@@ -1,4 +1,5 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
+import logging
 import platform
 import time
 from pathlib import Path
@@ -10,27 +11,30 @@ from torch import Tensor, nn
 from llmopt import runtime
 from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
-from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
-from llmopt.files.hub import companion
-from llmopt.forecast.size import Prediction, group_multiple, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.codes import quantized_modules
+from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
-from llmopt.progress import Clock, Progress, silent
+from llmopt.model.modeling import let_save
+from llmopt.model.weights import coded
+from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.marks import marks, written
 from llmopt.run.opening import Streaming, open_model
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
-from llmopt.scale.journal import Journal, checksum
+from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Scene
 from llmopt.scale.stream import Streamed
+
+LOG = logging.getLogger(__name__)
 
 
 def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
@@ -48,31 +52,34 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
     refuse_compressed(model)
-    run.multiple = group_multiple(steps)
-    training = model.training
-    model.eval()                            # dropout would make statistics and sizes a matter of chance
-    try:
+    let_save(model)
+    with evaluating(model):
         return _apply(model, steps, run)
-    finally:
-        model.train(training)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     start = time.perf_counter()
-    report = Report(seed=run.seed, calibration=data.fingerprint(run.batches) if run.batches else None,
+    batches = run.batches or []
+    report = Report(seed=run.seed, calibration=data.fingerprint(batches) if batches else None,
+                    calibrated=data.amount(batches) if batches else {},
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
+    progress = run.progress
     for i, step in enumerate(steps):
-        start = time.perf_counter()
+        start, place = time.perf_counter(), f"step {i + 1} of {len(steps)}"
+        LOG.info("%s: %s", place, step.name)
+        run.progress = numbered(progress, place)
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
+        run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
+        LOG.debug("%s: %s, %s", place, step.name, duration(time.perf_counter() - start))
     report.parameters = model.num_parameters()
     start = time.perf_counter()
     report.cache_after = cache_bytes_per_token(model)
@@ -82,7 +89,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
 
 def refuse_compressed(model: nn.Module) -> None:
     """Raise LlmoptError for a model whose weights are already quantized or that has runtime parts attached."""
-    if getattr(model.config, "quantization_config", None) is not None or quantized_modules(model):
+    if getattr(model.config, "quantization_config", None) is not None or coded(model):
         raise LlmoptError("the model is already quantized; start from the dense checkpoint")
     if runtime.runtime_config(model)["steps"]:
         raise LlmoptError("the model already has runtime parts attached; start from the dense checkpoint")
@@ -102,12 +109,13 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     source = resolve(recipe.model.id)
     output = checkpoint.prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
-    if ranks.is_main and not resume:
-        journal.refuse_unfinished()
+    if ranks.is_main:
+        journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
-    with journal.opened(marks(recipe, batches, streaming)):
+    made_from = marks(recipe, batches, streaming)
+    with journal.opened(made_from):
         pace = Clock(progress)
         run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
         predicted = foresee(recipe, model, run, streaming)
@@ -118,6 +126,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds)
+        report.made_from = written(made_from)
 
         def finish(stage: Path) -> None:
             total = time.perf_counter() - clock
@@ -138,8 +147,11 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
 
 def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
     """The calibration data, if a step asks for it."""
-    wanted = any(step.needs_data for step in recipe.steps)
-    return data.load(recipe.data, model.config, tokenizer) if wanted else None
+    if not any(step.needs_data for step in recipe.steps):
+        return None
+    batches = data.load(recipe.data, model.config, tokenizer)
+    LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
+    return batches
 
 
 def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:
@@ -152,15 +164,6 @@ def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) ->
     return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
 
 
-def marks(recipe: Recipe, batches: Any, streaming: Streaming) -> dict[str, Any]:
-    """What makes two runs the same: recipe, model files, data, seeds and versions; not whether they are streamed."""
-    config = companion(resolve(recipe.model.id), "config.json", recipe.model.revision)
-    files = [config, *sorted(config.parent.glob("*.safetensors"))]
-    return {"recipe": recipe.resolved(), "files": {f.name: [f.stat().st_size, checksum(f)] for f in files},
-            "blocks": streaming.blocks, "data": data.fingerprint(batches) if batches else None,
-            "versions": checkpoint.versions()}
-
-
 def score_heads(recipe: Recipe, progress: Progress = silent,
                 ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
@@ -171,11 +174,6 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
     with naming(step.name):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
-
-
-def is_finished(output: Path, recipe: Recipe) -> bool:
-    """Whether `output` is a checkpoint made by this very recipe, so that only its evaluation can be missing."""
-    return (Path(output) / FILE).is_file() and read_facts(Path(output)).get("recipe") == recipe.resolved()
 
 
 def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen

@@ -17,7 +17,9 @@ class Report:
 
     records: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
-    calibration: str | None = None
+    calibration: str | None = None     # SHA-256 of the calibration data
+    made_from: dict[str, Any] | None = None         # see run/marks.py; None where no recipe was run
+    calibrated: dict[str, int] = field(default_factory=dict)       # how many samples and tokens it has
     dense_bytes: int = 0
     dense_parameters: int = 0
     parameters: int = 0
@@ -45,6 +47,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {"records": self.records, "seed": self.seed, "calibration_sha256": self.calibration,
+                "calibration": self.calibrated, "made_from": self.made_from,
                 "dense_bytes": self.dense_bytes, "parameters": [self.dense_parameters, self.parameters],
                 "predicted_bytes": self.predicted_bytes,
                 "cache_bytes_per_token": [self.cache_before, self.cache_after]}

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks
-from llmopt.model.modeling import drop_tensors, put_tensor, tensors_below
+from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
@@ -43,6 +43,8 @@ class Attachment:
         self.model.set_attn_implementation(NAME)
         if any(config._attn_implementation != NAME for config in self.configs):
             raise LlmoptError(f"{type(self.model).__name__} does not let its attention be replaced")
+        self.kind = type(self.model)
+        let_save(self.model)
         self.handles = [decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
                         decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True)]
         self.model.__dict__[KEY] = self
@@ -60,6 +62,7 @@ class Attachment:
         self.model.__dict__.pop("_prepare_cache_for_generation", None)
         self.now.cache = None
         drop_tensors(self.model)
+        self.model.__class__ = self.kind
         self.model.set_attn_implementation(self.before)
 
     # ----------------------------------------------------------------------------------------------------- parts

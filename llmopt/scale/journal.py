@@ -2,7 +2,8 @@
 
     OUT.llmopt-work/
       journal             a line for each finished block or decision: checksum, JSON; the first says whose work this is
-      step-K/P-INDEX      what pass P of step K made of a block
+      step-K/P-INDEX      what pass P of step K made of a block; P-outside: of all that belongs to no block
+      step-K/kept-NAME    tensors that step K wants to find again
       output/             the checkpoint while it is written
 
 A file is written and synced before its line is, and a line counts only with its checksum: a crash at any moment loses
@@ -12,26 +13,30 @@ from the journal.
 import errno
 import json
 import os
-import shutil
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
-from llmopt.files import shards
+from llmopt.files import own, shards
 from llmopt.files.checks import parse_json
 from llmopt.files.json_shapes import check_shape
 from llmopt.files.shards import DiskFull
 from llmopt.scale.processes import Ranks
 
+OWN = re.compile(r"journal|lock|step-\d+(/[\w.-]+)?|\d+-activations|"
+                 rf"output(/({own.CHECKPOINT.pattern}))?")
+TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} [^\n]*")        # the first line of a run that died while it was written
 CHUNK = 1 << 22                     # bytes read at a time
-Key = tuple[int, int, int]          # step, pass over the blocks, block
+Key = tuple[int, int | str, int | str]      # step, pass over the blocks, block; or step, "kept", name
 HEADER = {"marks": {str: object}}
 ENTRY = {"key": str, "checksum": range(2**32), "record": {str: object}}
 
@@ -54,13 +59,27 @@ class Journal:
         self.told: list[str] = []
         self.seconds, self.hold = 0.0, False
 
-    def refuse_unfinished(self) -> None:
-        """Raise LlmoptError if an earlier run has left its work here."""
-        if not self.folder.exists():
+    def check(self, resume: bool) -> None:
+        """Raise LlmoptError if somebody else's files are here, or an earlier run's that is not to be gone on with."""
+        if not os.path.lexists(self.folder):
+            return
+        own.check_is_folder(self.folder)
+        strange = own.foreign(self.folder, OWN)
+        if strange or self.folder.is_symlink() or not self._is_own():
+            found = ", ".join(strange[:9]) or "nothing that says so"
+            raise LlmoptError(f"{self.folder}: not the work folder of a run of llmopt (it holds {found}); move it "
+                              "away, or choose another output")
+        if resume:
             return
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.folder.stat().st_mtime))
         raise LlmoptError(f"{self.folder}: an unfinished run of {when}, {max(0, len(self._read()) - 1)} parts done; "
                           "give --resume to go on with it, or remove the folder")
+
+    def _is_own(self) -> bool:
+        """Whether the folder is empty, or has been a run's: its lock is there, or a journal's first line."""
+        if (self.folder / "lock").exists() or self._read() or not any(self.folder.iterdir()):
+            return True
+        return self.file.is_file() and self.file.stat().st_size < CHUNK and bool(TORN.fullmatch(self.file.read_bytes()))
 
     @contextmanager
     def opened(self, marks: dict[str, Any]) -> Iterator[None]:
@@ -74,6 +93,7 @@ class Journal:
             self.entries = {entry["key"]: entry for entry in map(_entry, self._read()[1:])}
             yield
             return
+        self.check(resume=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._take_up(json.loads(json.dumps(marks)))
@@ -105,8 +125,10 @@ class Journal:
             self.remove()
 
     def remove(self) -> None:
-        """Forget the run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget the run; what it did not write stays."""
+        with suppress(OSError):
+            if not self.folder.is_symlink() and self._is_own():
+                own.remove(self.folder, OWN)
 
     def found(self, key: Key) -> tuple[Path, dict[str, Any]] | None:
         """(file, record) of a finished block; None if there is none, or one that is not whole any more."""
@@ -141,8 +163,9 @@ class Journal:
 
     def path(self, key: Key) -> Path:
         """Where the tensors of a block belong."""
-        step, sweep, index = key
-        return self.folder / f"step-{step}" / f"{sweep}-{index:05d}"
+        step, sweep, place = key
+        name = f"{place:05d}" if isinstance(place, int) else quote(place, safe="")
+        return self.folder / f"step-{step}" / f"{sweep}-{name}"
 
     def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
         """One file, whole or not there; tensors of an older file of this name stay mapped."""

@@ -18,9 +18,11 @@ from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.model.codes import quantized_modules, rebuilt, refuse_unportable, stored, told
-from llmopt.model.finite import check_finite
+from llmopt.model.finite import cast, check_finite
+from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
+from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
+from llmopt.model.weights import coded
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
@@ -44,7 +46,33 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module) -> Iterator[None]:
+    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+            yield
+
+    @contextmanager
+    def _editing_outside(self, rest: Outside) -> Iterator[None]:
+        self._fill(rest.model, self.rest)
+        rest.tie_again()
+        try:
+            yield
+            file, names = self.commit_outside(rest), list(rest.parameters())
+            self.rest.clear()                               # shared with the memory of all other loops
+            self.rest.update({name: (file, name) for name in names})
+        finally:
+            for name, parameter in rest.parameters().items():
+                _put(rest.model, name, _absent(parameter))
+            rest.tie_again()
+            give_back_freed()
+
+    def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:
+        if not record["tied"]:
+            rest.untie()
+        self.rest.clear()
+        self.rest.update(tensors.of_file(file))
+
+    @contextmanager
+    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
@@ -60,7 +88,7 @@ class Streamed(Resumable):
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
         with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer], told(layer))
+            self._fill(layer, self.layers[layer], described(layer))
         try:
             yield
             if self.commits:
@@ -83,8 +111,8 @@ class Streamed(Resumable):
 
     def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:
         self.layers[layer] = tensors.of_file(file)
-        for name, result in rebuilt(layer, tensors.read(self.layers[layer]), record)[1].items():
-            layer.get_submodule(name).llmopt_quantized = result
+        for weight, codes in rebuilt(layer, tensors.read(self.layers[layer]), record)[1]:
+            weight.codes = codes
         _empty(layer)
 
     def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None) -> None:
@@ -92,7 +120,7 @@ class Streamed(Resumable):
         fresh = {}
         for name, tensor in (rebuilt(root, tensors.read(places), record)[0] if record else self._read(places)).items():
             like = root.get_parameter(name)
-            fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
+            fresh[name] = nn.Parameter(cast(tensor.to(self.device), like.dtype, name), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
@@ -130,13 +158,13 @@ class Streamed(Resumable):
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
             layer = homes.get(prefix)
             places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
-            record = told(layer) if layer is not None and self.format == "dense" else None
+            record = described(layer) if layer is not None and self.format == "dense" else None
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
-            cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
-            self._check(cast, {prefix + name: place for name, place in places.items()})
-            yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
+            made = {name: cast(t, group[name].dtype, name) if name in group else t for name, t in found.items()}
+            self._check(made, {prefix + name: place for name, place in places.items()})
+            yield made | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
 
 
@@ -145,12 +173,18 @@ def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     root.get_submodule(path)._parameters[leaf] = parameter
 
 
+def _absent(parameter: nn.Parameter) -> nn.Parameter:
+    """Shape and type of a parameter without its values."""
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
 def _empty(layer: nn.Module) -> None:
     """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
     for name, parameter in list(layer.named_parameters()):
-        _put(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
-    for module, codes in quantized_modules(layer).values():
-        module.llmopt_quantized = replace(codes, **{
+        _put(layer, name, _absent(parameter))
+    for weight in coded(layer):
+        codes = weight.codes
+        weight.codes = replace(codes, **{
             part: None if tensor is None else tensor.to("meta") for part, tensor in
             (("codes", codes.codes), ("scales", codes.scales), ("zeros", codes.zeros), ("groups", codes.groups))})
 

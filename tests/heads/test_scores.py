@@ -6,10 +6,10 @@ import torch
 
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.heads import Gradient, Span, load_scores, plot, save_scores
+from llmopt.heads import Gradient, Span, gradient, load_scores, plot, save_scores
 from llmopt.heads.base import undisturbed
-from llmopt.heads.gradient import gates, losses
-from llmopt.heads.span import distance
+from llmopt.heads.gradient import gates, losses, target_shares
+from llmopt.heads.span import Columns, sinks
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.prune.surgery import LayerPlan, apply_plan
@@ -32,17 +32,52 @@ def scores(method, model, batches):
     return run.scores[method.name]
 
 
-def test_identity_has_no_span_and_uniform_rows_half_their_index():
-    def spans(weights, real):
-        return distance(Rows(0, weights.expand(1, 2, 6, 6), torch.arange(6), torch.arange(6), real))
+def totals(weights, real=None, tiles=1):
+    """(distance, attention on sinks) of the one map [T, T] of two heads, in tiles of rows."""
+    count = len(weights)
+    real, found = torch.ones(count) if real is None else real, Columns(2)
+    for part in torch.arange(count).chunk(tiles):
+        seen = torch.arange(int(part[-1]) + 1)
+        found.add(Rows(0, weights[part][:, seen].expand(1, 2, -1, -1), part, seen, real[None, part]))
+    assert torch.equal(found.totals()[:, 0], found.totals()[:, 1])
+    return found.totals()[:, 0].tolist()
 
-    uniform = torch.tril(torch.ones(6, 6))
-    uniform = uniform / uniform.sum(1, keepdim=True)
-    real = torch.ones(1, 6)
-    assert spans(torch.eye(6), real).tolist() == [0, 0]
-    torch.testing.assert_close(spans(uniform, real), torch.full((2,), sum(t / 2 for t in range(6))))
-    only_last = torch.tensor([[0., 0, 0, 0, 0, 1]])
-    torch.testing.assert_close(spans(uniform, only_last), torch.full((2,), 2.5))
+
+def even(count):
+    weights = torch.tril(torch.ones(count, count))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def test_identity_has_no_span_and_even_rows_half_their_index():
+    assert totals(torch.eye(6)) == [0, 1]                               # the first token reads itself
+    harmonic = sum(1 / (t + 1) for t in range(6))                       # attention on token 0
+    for tiles in (1, 3):
+        expected = [sum(t / 2 - t / (t + 1) for t in range(6)), harmonic]
+        assert totals(even(6), tiles=tiles) == pytest.approx(expected, rel=1e-5)
+    only_last = torch.tensor([0., 0, 0, 0, 0, 1])                       # it is the first real token: a sink
+    assert totals(even(6), only_last) == pytest.approx([2.5 - 0, 1 / 6], rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 9])
+def test_a_planted_sink_is_no_distance(at):
+    """Every later query puts .7 on one token: what is left is the distance of the rest, and .7 is told beside it."""
+    count, weights = 64, even(64)
+    weights[at + 1:] *= 0.3
+    weights[at + 1:, at] += 0.7
+    found, marked = totals(weights), sinks(weights.sum(0)[None], torch.ones(count, dtype=torch.bool))[0]
+    assert marked.nonzero().flatten().tolist() == sorted({0, at})
+    apart = torch.arange(count)[:, None] - torch.arange(count)
+    kept = (weights * apart)[:, ~marked].sum()
+    assert found == pytest.approx([float(kept), float(weights[:, marked].sum())], rel=1e-5)
+    assert float((weights * apart).sum()) > 3 * found[0]                # with the sink the span is another one
+
+
+def test_even_attention_and_a_word_that_few_tokens_read_are_no_sinks():
+    assert sinks(even(300).sum(0)[None], torch.ones(300).bool())[0].nonzero().tolist() == [[0]]
+    late = even(64)
+    late[60:] = 0
+    late[60:, 59] = 1                                                   # the last four read one word
+    assert sinks(late.sum(0)[None], torch.ones(64).bool())[0].nonzero().tolist() == [[0]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,9 +107,12 @@ def test_span_of_a_model_that_attends_evenly():
     model = tiny.make("llama")
     for block in blocks(model):
         projection, rows = block.part("q")
-        projection.weight[rows.flatten()] = 0        # equal logits: uniform causal rows, mean span (T - 1) / 4
-    for layer in scores(Span(), model, [batch(tiny.ids(2, 21))]):
-        torch.testing.assert_close(layer, torch.full((4,), 5.0))
+        projection.weight[rows.flatten()] = 0        # equal logits: even causal rows, mean span (T - 1) / 4 and token 0
+    run = Run(batches=[batch(tiny.ids(2, 21))])
+    record, first = Span().apply(model, run), sum(t / (t + 1) for t in range(21)) / 21
+    for layer, mass in zip(run.scores["heads.span"], record.meta["sink_mass"], strict=True):
+        torch.testing.assert_close(layer, torch.full((4,), 5.0 - first))
+        assert mass == pytest.approx([1 - first] * 4, rel=1e-5)
 
 
 @torch.no_grad()
@@ -149,11 +187,25 @@ def test_slopes_equal_finite_differences(family):
         open_ = [torch.ones(2, b.heads, dtype=torch.float64) for b in views]
         open_[layer][:, head] = value
         with gates(views, open_):
-            return losses(model(ids).logits, ids, given["attention_mask"])
+            return losses(model(ids).logits[:, :-1], ids[:, 1:], target_shares(given["attention_mask"]))
 
     for layer, head in ((0, 0), (1, 3), (2, 2)):
         measured = (loss(layer, head, 1.005) - loss(layer, head, 0.995)) / 0.01
         torch.testing.assert_close(slopes[layer][:, head], measured, atol=1e-4, rtol=2e-3, check_dtype=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_taken_a_few_tokens_at_a_time(family, monkeypatch):
+    model, given = tiny.make(family), batch(tiny.ids(3, 20))
+    given["attention_mask"][0, 11:] = 0
+    whole = Gradient()._slopes(model, blocks(model), given)
+    sizes, plain = [], gradient.losses
+    monkeypatch.setattr(gradient, "losses", lambda logits, *rest: (sizes.append(logits.shape), plain(logits, *rest))[1])
+    monkeypatch.setattr(gradient, "LOGITS", 3 * tiny.VOCABULARY * 7)
+    parts = Gradient()._slopes(model, blocks(model), given)
+    assert [size[1] for size in sizes] == [7, 7, 5]
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_slopes_of_a_layer_add_up_to_the_slope_of_its_whole_output():
@@ -162,7 +214,7 @@ def test_slopes_of_a_layer_add_up_to_the_slope_of_its_whole_output():
     slopes = Gradient()._slopes(model, views, batch(ids))
     scale = torch.ones(1, requires_grad=True)
     handle = views[1].attn_out.module.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
-    total = losses(model(ids).logits, ids, torch.ones_like(ids)).sum()
+    total = losses(model(ids).logits[:, :-1], ids[:, 1:], target_shares(torch.ones_like(ids))).sum()
     handle.remove()
     torch.testing.assert_close(torch.autograd.grad(total, scale)[0], slopes[1].sum()[None], atol=1e-5, rtol=1e-4)
 

@@ -1,7 +1,22 @@
 """Sparse attention against explicit loops over the keys that each row may read."""
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
-from llmopt_kernels import NONE, Pooled, Rule, Stripes, dense_attention, sparse_attention
+from llmopt_kernels import (
+    NONE,
+    Partial,
+    Pooled,
+    Ragged,
+    Rule,
+    Stripes,
+    dense_attention,
+    merged,
+    ragged_partial,
+    sparse_attention,
+    sparse_partial,
+)
 from torch.testing import assert_close
 
 from tests.kernels.test_reference import RULES, draw, one_query
@@ -100,3 +115,109 @@ def test_pooled_entries_weigh_as_much_as_the_keys_they_stand_for(lists):
             want = one_query(query[h, t], keys[h // 2, seen], values[h // 2, seen], Rule(0.4))
             assert_close(got[h, t], want, atol=1e-5, rtol=1e-5)
     assert pairs.tolist() == [sum(min(t + 1, 5) + (t >= 8) for t in range(12))] * 4
+
+
+# ------------------------------------------------------------------ every kind of base and list, entry by entry
+
+TOTAL, TILE, BLOCK, SINKS = 30, 8, 5, 2
+TILES = 4
+BASES = {
+    "window": dict(window=4),
+    "window by group": dict(window=torch.tensor([3, 9])),
+    "window by head": dict(window=torch.tensor([3, 9, 3, 40])),
+    "start": dict(start=torch.tensor([0, 3, 3, 14])),
+    "start by group": dict(start=torch.tensor([[0, 3, 3, 14], [0, 8, 9, 14]])),
+    "start by head": dict(start=torch.tensor([[0, 3, 3, 14], [0, 8, 9, 14], [2, 3, 20, 30], [0, 0, 0, 14]])),
+}
+
+
+def lists(columns, blocks):
+    g, drawn = torch.Generator().manual_seed(5), {}
+    for name, count, high in (("columns", columns, TOTAL), ("blocks", blocks, TOTAL // BLOCK)):
+        if count:
+            picked = [torch.randperm(high, generator=g)[:3] for _ in range(count * TILES)]
+            drawn[name] = torch.stack(picked).view(count, TILES, 3)
+            drawn[name][:, :, 1] = NONE
+    return drawn
+
+
+def visible_by_hand(stripes, rule, heads, tokens):
+    """bool [heads, tokens, TOTAL], twice: of the base, and of everything; one entry after the other."""
+    window, start, columns, blocks = (None if x is None else torch.as_tensor(x).tolist() for x in
+                                      (stripes.window, stripes.start, stripes.columns, stripes.blocks))
+    base, every = ([[[False] * TOTAL for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
+
+    def own(x, h, t):
+        """The entry of a list [tiles] or [X, tiles] for head h and query t."""
+        x = x[h * len(x) // heads] if isinstance(x[0], list) else x
+        return x[t // TILE]
+
+    for h, t in product(range(heads), range(tokens)):
+        i = t + TOTAL - tokens
+        width = window if not isinstance(window, list) else window[h * len(window) // heads]
+        first = i + 1 - width if start is None else own(start, h, t)
+        for j in range(max(0, i - (rule.window or 99) + 1), i + 1):
+            base[h][t][j] = j < stripes.sinks or j >= first
+            every[h][t][j] = bool(base[h][t][j] or (columns and j in own(columns, h, t))
+                                  or (blocks and j // BLOCK in own(blocks, h, t)))
+    return torch.tensor(base), torch.tensor(every)
+
+
+def masked(query, keys, values, visible, rule):
+    """The plain formula: out [H, T, D] and lse [H, T] where only `visible` is seen."""
+    group = len(query) // len(keys)
+    logits = query @ keys.repeat_interleave(group, 0).mT * rule.scaling
+    logits = rule.softcap * torch.tanh(logits / rule.softcap) if rule.softcap else logits
+    logits = logits.masked_fill(~visible, -torch.inf)
+    return Partial(logits.softmax(-1).nan_to_num(0.0) @ values.repeat_interleave(group, 0), logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("offset", [0, 5])
+def test_every_base_with_every_list_equals_a_mask_built_entry_by_entry(rule, base, offset):
+    tokens = TOTAL - offset
+    query, keys, values = draw(4, tokens, 8), draw(2, TOTAL, 8, seed=1), draw(2, TOTAL, 8, seed=2)
+    for columns, blocks in ((0, 0), (2, 0), (4, 0), (0, 2), (4, 2), (2, 4)):
+        stripes = Stripes(SINKS, tile=TILE, block=BLOCK, **BASES[base], **lists(columns, blocks))
+        near, every = visible_by_hand(stripes, rule, 4, tokens)
+        want, done = (masked(query, keys, values, seen, rule) for seen in (every, near))
+        for given in (stripes, replace(stripes, done=done)):
+            got, pairs = sparse_partial(query, keys, values, given, rule)
+            assert_close(got.out, want.out, atol=1e-5, rtol=1e-5)
+            assert_close(got.lse, want.lse, atol=1e-5, rtol=1e-5)
+            assert pairs.tolist() == every.sum((-1, -2)).tolist()
+
+
+def test_a_base_that_is_done_is_not_computed_again():
+    query, keys, values = draw(4, 30, 8), draw(2, 30, 8, seed=1), draw(2, 30, 8, seed=2)
+    done = Partial(draw(4, 30, 8, seed=3), draw(4, 30, seed=4))
+    got, pairs = sparse_attention(query, keys, values, Stripes(0, 6, tile=8, done=done), Rule(0.5))
+    assert torch.equal(got, done.out)
+    assert pairs.tolist() == [6 * 7 // 2 + 24 * 6] * 4
+
+
+def test_the_base_is_a_window_or_a_start():
+    for given in (dict(), dict(window=3, start=torch.tensor([0]))):
+        with pytest.raises(ValueError, match="window and start"):
+            Stripes(1, **given)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
+    counts = torch.tensor([[5, 0]])
+    bias = draw(5, seed=9) if biased else None
+    kept = Ragged(draw(5, 8, seed=3), draw(5, 8, seed=4), torch.tensor([0, 2, 3, 6, 8]).int(), counts, bias)
+    query, keys, values = draw(4, 6, 8), draw(2, 6, 8, seed=1), draw(2, 6, 8, seed=2)
+    new, _ = sparse_partial(query, keys, values, Stripes(0, 6), rule)
+    old = ragged_partial(query[None], kept, 10, rule, block=4)
+    got = merged(Partial(old.out[0], old.lse[0]), new)
+    for h, t in product(range(4), range(6)):
+        reach = 10 + t - (rule.window or 99)
+        past, near = (kept.positions > reach) & (h < 2), torch.arange(6) + 10 > reach
+        near &= torch.arange(6) <= t
+        more = torch.cat([bias[past], torch.zeros(int(near.sum()))]) if biased else None
+        want = one_query(query[h, t], torch.cat([kept.keys[past], keys[h // 2, near]]),
+                         torch.cat([kept.values[past], values[h // 2, near]]), rule, more)
+        assert_close(got.out[h, t], want, atol=1e-5, rtol=1e-5)

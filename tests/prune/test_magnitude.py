@@ -4,8 +4,10 @@ import json
 import pytest
 import torch
 
+import llmopt
 from llmopt.calibration.second_moments import Gram
 from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.kv import Streaming
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.model.modeling import saved_config
@@ -15,6 +17,7 @@ from llmopt.prune import Magnitude
 from llmopt.prune.groups import COARSE, FINE, mean_square
 from llmopt.prune.refit import refit, solve
 from llmopt.prune.surgery import LayerPlan, apply_plan
+from llmopt.quant import RTN
 from tests import tiny
 
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -139,7 +142,7 @@ def test_gains_have_no_say_in_which_block_leaves():
 def test_widths_are_rounded_to_the_multiple_and_the_record_says_so():
     for scope in ("local", "global"):
         model = model_of("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
-        record = Magnitude(ratio=0.4, scope=scope).apply(model, Run(multiple=32))
+        record = Magnitude(ratio=0.4, scope=scope).apply(model, Run(ahead=(RTN(group_size=32),)))
         for shape in shapes(model):
             assert shape.width % 32 == 0
             assert shape.heads * 8 % 32 == 0
@@ -257,3 +260,13 @@ def test_refit_touches_only_what_loses_inputs():
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     assert not model.state_dict()[changed[0]][:, 90:].any()
+
+
+def test_widths_fit_the_groups_of_the_steps_ahead_and_of_no_other():
+    """In one recipe: the quantization behind the pruning counts, whatever runs at run time does not."""
+    model = tiny.make("llama")
+    llmopt.compress(model, [Magnitude(ratio=0.4, units=["ffn"]), RTN(bits=4, group_size=16), Streaming(budget=16)])
+    assert {shape.width for shape in shapes(model)} == {64}             # of 96; 57 without the step ahead
+    model = tiny.make("llama")
+    assert Magnitude(ratio=0.4, units=["ffn"]).apply(model, Run()).meta["multiple"] == 1
+    assert {shape.width for shape in shapes(model)} == {58}

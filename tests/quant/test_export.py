@@ -13,7 +13,7 @@ from llmopt.checkpoint.compressed_tensors import export, predicted_bytes
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.model.codes import check_consistent, quantized_modules
+from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
 from tests.quant.quant_data import batches, logits
@@ -89,8 +89,8 @@ def test_a_cast_while_loading_casts_the_scales_first(tmp_path):
     write(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     loaded(ids(1, 4))                                                # unpacks
-    for name, (_, result) in quantized_modules(model).items():
-        assert torch.equal(loaded.get_submodule(name).weight, result.dequantize(torch.float32))
+    for weight in coded(model):
+        assert torch.equal(loaded.get_parameter(weight.key), weight.codes.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
@@ -181,4 +181,4 @@ def test_dense_model_exports_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     record = RTN(bits=16, group_size=16).apply(model, Run())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert export(model) is None and not quantized_modules(model) and record.meta["bits"] == 16
+    assert export(model) is None and not coded(model) and record.meta["bits"] == 16

@@ -5,7 +5,7 @@ import torch
 
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
-from llmopt.model.codes import quantized_modules
+from llmopt.model.weights import coded
 from llmopt.quant import RTN
 from tests.tiny import make
 
@@ -78,6 +78,6 @@ def test_record_is_json_and_counts_the_scales():
     meta = RTN(bits=4.0, group_size=32).apply(model, Run()).meta
     assert json.loads(json.dumps(meta)) == meta
     assert meta["bits"] == 4 and meta["effective_bits"] == 4 + 16 / 32
-    assert meta["weights"] == sum(r.codes.numel() for _, r in quantized_modules(model).values())
+    assert meta["weights"] == sum(w.codes.codes.numel() for w in coded(model))
     assert RTN(bits=4, group_size=32, symmetric=False).apply(make("llama"), Run()).meta["effective_bits"] == \
         4 + (32 + 4) / 32

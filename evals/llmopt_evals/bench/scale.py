@@ -1,8 +1,8 @@
 """`llmopt bench scale`: memory, time and the journal's cost against the number of blocks; two processes against one.
 
 Every figure comes from a real `llmopt compress --stream` in a process of its own, on checkpoints with random weights of
-true shapes. Memory is looked at from outside, as private pages of the whole process tree (llmopt/scale/gauge.py), above what
-a process takes that has done no more than import the same modules. Ratios are those of one run on one machine.
+true shapes. Memory is looked at from outside, as private pages of the whole process tree (llmopt/scale/gauge.py), above
+what a process takes that has done no more than import the same modules. Ratios are those of one run on one machine.
 """
 import os
 import re

@@ -1,0 +1,28 @@
+"""The output head by itself: logits of some hidden states, as the model computes them."""
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Decoded(tuple):
+    """The output of a decoder that gave hidden states and nothing else, read by name or by place."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return None                         # no cache, no attention maps, no router logits
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:      # [B, t, E] -> [B, t, V]
+    """Logits of the decoder's output `hidden`, by the model's own code behind its decoder (scaling, softcap).
+
+    All logits of a batch take B x T x V numbers; this takes those of as many tokens as `hidden` has.
+    """
+    decoder = model.get_decoder()
+    decoder.forward = lambda *args, **kwargs: _Decoded((hidden,))
+    try:
+        return model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        del decoder.forward

@@ -1,0 +1,104 @@
+"""What feeds what inside a model, and the edits along such a link that change no output.
+
+    scale:  producer * s, readers' columns / s           fold:  y = g n + b,  W y + c = (W g) n + (W b + c)
+
+n is the normalised stream, g and b a norm's gain and bias. A head without a bias c keeps b: y = g (n + b / g).
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.weights import Projection
+
+LEAST = 1e-4        # of the largest gain: a smaller one is not divided by
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
+
+    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
+    name: str
+    module: nn.Module
+    kind: Literal["rms", "layer"]
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> Tensor | float:              # [E] float32
+        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
+        weight = self.module.weight
+        return 1.0 if weight is None else self.offset + weight.data.float()
+
+    @property
+    def bias(self) -> Tensor | None:               # [E]
+        """What it adds afterwards; RMS norms add nothing."""
+        bias = self.module.bias if self.kind == "layer" else None
+        return None if bias is None else bias.data
+
+    def set_gain_(self, gain: Tensor) -> None:
+        """Multiply the normalised stream by `gain` [E] from now on."""
+        if self.module.weight is None:
+            raise LlmoptError(f"{self.name}: has no gain that could be changed")
+        self.module.weight.data.copy_(gain - self.offset)
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply what the norm puts out by `factor` [E]."""
+        self.set_gain_(self.gain * factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The channels that some output rows of a projection compute: rows [C]."""
+
+    projection: Projection
+    rows: Tensor
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply these channels by `factor` [C]."""
+        weight, bias = self.projection.weight, self.projection.bias
+        weight[self.rows] = (weight[self.rows].float() * factor[:, None]).to(weight.dtype)
+        if bias is not None:
+            bias[self.rows] = (bias[self.rows].float() * factor).to(bias.dtype)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A producer of channels and all the projections that read them, and nothing else.
+
+    columns: the channel [in] that each input column of the readers reads (the value heads of a KV group are read by
+    several query heads); None: column i reads channel i.
+    """
+
+    producer: Norm | Rows
+    readers: Sequence[Projection]
+    columns: Tensor | None = None
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the producer's channels by `factor` [C], and divide it out of what reads them."""
+        self.producer.scale_(factor)
+        for reader in self.readers:
+            reader.scale_columns_(1 / (factor if self.columns is None else factor[self.columns]))
+
+    def fold_(self) -> None:
+        """Move a norm's gain, and its bias where all readers have one, into the readers: it then only normalises."""
+        norm = self.producer
+        if norm.module.weight is None:
+            return
+        gain, left = norm.gain, torch.ones_like(norm.module.weight, dtype=torch.float32)
+        if norm.bias is not None and all(reader.bias is not None for reader in self.readers):
+            for reader in self.readers:
+                reader.bias.add_(reader.weight.float() @ norm.bias.float())
+            norm.bias.zero_()
+        elif norm.bias is not None:
+            divisible = gain.abs() > LEAST * gain.abs().max()
+            gain, left = torch.where(divisible, gain, 1.0), torch.where(divisible, left, gain)
+            norm.bias.div_(gain)
+        for reader in self.readers:
+            reader.scale_columns_(gain)
+        norm.set_gain_(left)

@@ -1,0 +1,91 @@
+"""A model that transformers loaded from packed weights, brought back into the form in which llmopt compressed it."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.codes import Quantized
+from llmopt.model.weights import CODES, Weight
+
+LEFTOVERS = ("weight_scale", "weight_shape")        # what compressed-tensors keeps beside a weight it has unpacked
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode, as dropout would make results a matter of chance; then as it was before."""
+    modes, root = {module: module.training for module in model.modules()}, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, root)
+
+
+@contextmanager
+def with_codes(model: nn.Module) -> Iterator[None]:
+    """Inside, weights that were loaded packed carry their codes, as after compression, and nothing else beside them.
+
+    Raises LlmoptError for weights in a form that llmopt does not write.
+    """
+    modules = {name: module for name, module in model.named_modules() if _scheme(module) is not None}
+    if not modules:
+        _refuse_foreign(model)
+        yield
+        return
+    if any("weight_packed" in module._parameters for module in modules.values()):
+        model.hf_quantizer.compressor.decompress_model(model)       # what its first forward would do
+    taken: dict[nn.Module, dict[str, Tensor]] = {}
+    try:
+        for name, module in modules.items():
+            Weight(name, module).codes = _codes(name, module)
+            taken[module] = {key: module._parameters.pop(key) for key in LEFTOVERS if key in module._parameters}
+        yield
+    finally:
+        for module, parameters in taken.items():
+            del module.__dict__[CODES]
+            module._parameters.update(parameters)
+
+
+def _scheme(module: nn.Module) -> Any:
+    """How compressed-tensors says that the weights of a module are quantized; None where they are not."""
+    return getattr(module.__dict__.get("quantization_scheme"), "weights", None)
+
+
+@torch.no_grad()
+def _codes(name: str, module: nn.Module) -> Quantized:
+    """The codes of an unpacked weight, from the weight and its scales."""
+    scheme, scales = _scheme(module), module._parameters.get("weight_scale")
+    if scheme.type != "int" or not scheme.symmetric or scales is None or scheme.strategy not in ("group", "channel"):
+        raise LlmoptError(f"{name}: quantized in a form that llmopt does not write ({scheme.type}, {scheme.strategy}, "
+                          f"symmetric: {scheme.symmetric}); save the model with the tool that made it")
+    steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
+    codes = steps.nan_to_num(0, 0, 0).round().flatten(1).to(torch.int8)                # a scale of 0 stands for zeros
+    return Quantized(codes, scales.data, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size)
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raise LlmoptError for a model that another library has quantized and still holds so."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    name = getattr(method, "quant_method", "compressed-tensors")
+    if str(getattr(name, "value", name)) != "compressed-tensors":
+        raise LlmoptError(f"the model is quantized by {getattr(name, 'value', name)}, which llmopt does not write; "
+                          "save it with that library")
+
+
+def forget_codes(model: nn.Module) -> None:
+    """Make a quantized model an ordinary dense one with the weights it has now, which may then be trained and saved."""
+    with with_codes(model):
+        pass                                                        # unpacks what has not been used yet
+    for module in model.modules():
+        module.__dict__.pop(CODES, None)
+        if _scheme(module) is not None:
+            del module.quantization_scheme
+            for key in LEFTOVERS:
+                module._parameters.pop(key, None)
+    model.config.__dict__.pop("quantization_config", None)
+    for key in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(key, None)

@@ -1,0 +1,64 @@
+"""What of a model belongs to no block: embeddings, final norm, output head; and the tie between two of them."""
+from dataclasses import dataclass
+
+from torch import nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.blocks import final_norm, spec_of
+from llmopt.model.links import Link, Norm
+from llmopt.model.weights import Projection
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The parts of a model around its blocks."""
+
+    model: nn.Module
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The table [V, E] of the input tokens."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def final_norm(self) -> Norm:
+        return final_norm(self.model)
+
+    @property
+    def head(self) -> Projection:
+        """The output embedding [V, E]; a tied one has the table of the input tokens for its weight, see `untie`."""
+        head = self.model.get_output_embeddings()
+        return Projection(next(name for name, module in self.model.named_modules() if module is head), head)
+
+    def links(self) -> list[Link]:
+        """The final norm and the head that reads it. Raises LlmoptError where something stands between the two."""
+        norm, head = self.final_norm, self.head
+        if norm.module.weight is not None and len(norm.module.weight) != head.in_features:
+            raise LlmoptError(f"{norm.name} and {head.path} differ in width: another map stands between them")
+        return [Link(norm, [head])]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares its weight with the embeddings."""
+        return self.head.key in self.model.all_tied_weights_keys
+
+    def untie(self) -> None:
+        """Give the head a weight of its own, and say so in the config: the checkpoint grows by it."""
+        if self.tied:
+            module = self.head.module
+            own = module.weight.detach().clone()
+            del self.model.all_tied_weights_keys[self.head.key]
+            module.weight = nn.Parameter(own, requires_grad=False)
+            self.model.config.tie_word_embeddings = False
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that belong to no block, by name; one that is tied under the name of the original alone."""
+        inside, tied = f"{spec_of(self.model).layers}.", self.model.all_tied_weights_keys
+        return {name: parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)
+                if not name.startswith(inside) and name not in tied}
+
+    def tie_again(self) -> None:
+        """Let tied weights be the ones that the originals are now."""
+        for twin, original in self.model.all_tied_weights_keys.items():
+            path, _, leaf = twin.rpartition(".")
+            self.model.get_submodule(path)._parameters[leaf] = self.model.get_parameter(original)

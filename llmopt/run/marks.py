@@ -1,0 +1,64 @@
+"""What makes two runs the same, so that only such a run goes on with another's work or takes its output for its own."""
+import re
+from pathlib import Path
+from typing import Any
+
+from llmopt.calibration import data
+from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.facts import FILE, read_facts
+from llmopt.errors import LlmoptError
+from llmopt.files import own
+from llmopt.files.hub import companion
+from llmopt.model.loading import load_tokenizer, read_config, resolve
+from llmopt.recipe.reader import Recipe
+from llmopt.run.opening import Streaming
+from llmopt.scale.journal import checksum, difference
+
+READ = re.compile(rf"config\.json|generation_config\.json|[^/]+\.safetensors|{own.TOKENIZER}")
+
+
+def marks(recipe: Recipe, batches: list[data.Batch] | None, streaming: Streaming) -> dict[str, Any]:
+    """Recipe, the model's files, data, seeds and versions; not whether the run is streamed."""
+    return {"recipe": recipe.resolved(), "files": _files(recipe), "blocks": streaming.blocks,
+            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions()}
+
+
+def _files(recipe: Recipe) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file that the output is made from: weights, configs, tokenizer.
+
+    Of the hub's cache config and weights alone: all its files are of one commit, fetched as they are needed.
+    """
+    source = resolve(recipe.model.id)
+    home = companion(source, "config.json", recipe.model.revision).parent
+    found = [*home.iterdir(), *home.glob("additional_chat_templates/*")] if Path(source).is_dir() else \
+        [home / "config.json", *home.glob("*.safetensors")]
+    names = {file.relative_to(home).as_posix(): file for file in sorted(found)}
+    return {name: [file.stat().st_size, checksum(file)] for name, file in names.items()
+            if READ.fullmatch(name) and file.is_file()}
+
+
+def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming(),       # noqa: B008  frozen
+                overwrite: bool = False) -> bool:
+    """Whether `output` is what this very run has written, so that only its evaluation can be missing.
+
+    Raises LlmoptError for one that was made from something else, and is not to be overwritten.
+    """
+    if not (Path(output) / FILE).is_file():
+        return False
+    facts = read_facts(Path(output))
+    if facts.get("recipe") != recipe.resolved():
+        return False
+    _, config = read_config(recipe.model)
+    tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
+    wanted = any(step.needs_data for step in recipe.steps)
+    batches = data.load(recipe.data, config, tokenizer) if wanted else None
+    found = difference(facts.get("made_from"), written(marks(recipe, batches, streaming)))
+    if found and not overwrite:
+        raise LlmoptError(f"{output}: is finished, and was made from something else: {found}; give --overwrite to "
+                          "replace it, or another output")
+    return found is None
+
+
+def written(made_from: dict[str, Any]) -> dict[str, Any]:
+    """The marks that llmopt.json keeps under `made_from`; recipe and versions have places of their own in there."""
+    return {key: value for key, value in made_from.items() if key != "recipe"}
