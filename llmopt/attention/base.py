@@ -1,19 +1,20 @@
 """Base of sparse prefill: when it is worth it, padding, counters. A method writes `select` alone."""
+import dataclasses
 from abc import abstractmethod
-from dataclasses import dataclass, replace
 
 import torch
 from llmopt_kernels import Rule, Stripes, sparse_attention
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from llmopt.errors import FieldError
 from llmopt.runtime.attach import PrefillMethod
 from llmopt.runtime.hooks import Attachment
 
 GAIN = 0.75     # dense where a method expects to compute more than this share of the causal pairs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class State:
     """What `select` may know besides q and k."""
 
@@ -23,7 +24,7 @@ class State:
     dropped: int        # older tokens that a sliding-window layer holds no more; `sinks` counts them too
 
 
-@dataclass
+@dataclasses.dataclass
 class Counter:
     """Pairs of one layer, per query head, summed over forwards: computed [H], causal (those a dense layer computes)."""
 
@@ -38,16 +39,10 @@ class Counter:
 
 @dataclass(frozen=True)
 class Selector(PrefillMethod):
-    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token.
+    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token."""
 
-    min_length: prompts shorter than this are computed densely; 0 turns off this fall-back and the one on small gain.
-    """
-
-    min_length: int = 1024
-
-    def check(self) -> None:
-        if self.min_length < 0:
-            raise FieldError("min_length", self.min_length, "at least 0")
+    min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely; 0: none, however small the "
+                                                    "gain")
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
@@ -78,7 +73,7 @@ class Selector(PrefillMethod):
     def _one(self, q: Tensor, k: Tensor, v: Tensor, state: State, counter: Counter) -> Tensor:
         """One row of the batch, without its padding: [H, T, D]."""
         stripes = self.select(q, k, state)
-        stripes = replace(stripes, sinks=max(0, stripes.sinks - state.dropped))
+        stripes = dataclasses.replace(stripes, sinks=max(0, stripes.sinks - state.dropped))
         out, pairs = sparse_attention(q, k, v, stripes, state.rule)
         counter.computed += pairs
         counter.causal += causal_pairs(state.offset, k.shape[1], state.rule.window)

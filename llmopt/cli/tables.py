@@ -1,13 +1,10 @@
 """What the commands print: rich tables and progress on a terminal, plain lines or JSON elsewhere."""
-import dataclasses
 import inspect
 import json
 import logging
 import os
 import re
 import time
-import types
-import typing
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from llmopt.errors import one_line
-from llmopt.parts import get, names
+from llmopt.parts import default_of, field_lines, fields_of, get, names, plain
 from llmopt.progress import duration
 from llmopt.scale.launch import is_main
 
@@ -194,8 +191,8 @@ def show_shares(step: str, shares: list[list[float]]) -> None:
 
 def _changed(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
-    known = dataclasses.fields(get(record["method"])) if record["method"] in names() else ()
-    defaults = {f.name: f.default for f in known}
+    known = fields_of(get(record["method"])) if record["method"] in names() else {}
+    defaults = {key: plain(default_of(item)) for key, item in known.items()}
     return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
 
 
@@ -243,34 +240,14 @@ def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
         print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
-                               "fields": {f.name: _default(f) for f in dataclasses.fields(cls)}} for cls in classes})
+                               "fields": {key: default for key, _, default, _ in field_lines(cls)}} for cls in classes})
         return
     if not detailed:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
         return
     cls, = classes
     click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
-    hints = typing.get_type_hints(cls)
-    rows = [(f.name, _kind(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
-    print_table("fields", ["field", "type", "default"], rows)
-
-
-def _kind(hint: Any) -> str:
-    """A field's type as its user writes values: `uniform | lim`, `int | float`, `list of int`."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " | ".join(map(str, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if part is type(None) else _kind(part) for part in parts)
-    if origin in (list, tuple):
-        return f"list of {_kind(parts[0])}"
-    return (origin or hint).__name__
-
-
-def _default(item: dataclasses.Field) -> str:
-    if item.default is not dataclasses.MISSING:
-        return repr(item.default)
-    return repr(item.default_factory()) if item.default_factory is not dataclasses.MISSING else "(needed)"
+    print_table("fields", ["field", "what it takes", "default", "meaning"], list(field_lines(cls)))
 
 
 def _first_line(cls: type) -> str:

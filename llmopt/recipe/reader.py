@@ -1,31 +1,38 @@
 """The text of a recipe -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llmopt.errors import FieldError, KeyUnknown, LlmoptError, naming, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llmopt.errors import FieldError, LlmoptError, naming, nearest
 from llmopt.method import STAGES, Method
-from llmopt.parts import build, fill
+from llmopt.parts import Checked, build
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
-from llmopt.specs import DataSpec, EvalSpec, ModelSpec
+from llmopt.specs import MAX_SEED, DataSpec, EvalSpec, ModelSpec
 
 PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """Everything one run of `llmopt compress` is told."""
 
-    model: ModelSpec = ModelSpec()
-    data: DataSpec = DataSpec()
-    steps: tuple[Method, ...] = ()
-    eval: EvalSpec = field(default_factory=EvalSpec)
-    format: str = "portable"
-    seed: int = 0
-    max_shard_size: str = "2GB"
+    model: ModelSpec = Field(ModelSpec(), description="which model is compressed")
+    data: DataSpec = Field(DataSpec(), description="calibration data")
+    steps: tuple[Method, ...] = Field((), description="methods, in the order score -> prune -> quant -> runtime")
+    eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
+    format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
+    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
     text: str = ""                       # the file, verbatim
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
+
+    def check(self) -> None:
+        if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
+            raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out."""
@@ -35,7 +42,8 @@ class Recipe:
 
 
 SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
-KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
+PLAIN = ("format", "seed", "max_shard_size")
+KEYS = (*SECTIONS, "steps", *PLAIN)
 
 
 def load(name: str, sets: tuple[str, ...] = (), model: str | None = None, trust_remote_code: bool = False) -> Recipe:
@@ -86,10 +94,10 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
         if key not in KEYS:
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
-    steps = _steps(where, data.get("steps"))
     words = ("--trust-remote-code",) if trust_remote_code else ()
-    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_seed(where, data),
-                  max_shard_size=_shard_size(where, data), text=text, changes=(*words, *_changes(sets, model)))
+    parts |= {key: data[key] for key in PLAIN if key in data}
+    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": (*words, *_changes(sets, model))}
+    return _filled(where, (), "", lambda: Recipe(**parts))
 
 
 def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
@@ -111,19 +119,28 @@ class Where:
     source: str
     lines: dict[KeyPath, int]
 
-    def error(self, path: KeyPath, fact: str) -> LlmoptError:
+    def error(self, path: KeyPath, fact: str, key: str = "") -> LlmoptError:
+        """An error at the line of `path`, or of the deepest place below it on the way to `key` (of a FieldError)."""
         probe = path
         while probe and probe not in self.lines:
             probe = probe[:-1]
-        return LlmoptError(f"{self.source}:{self.lines.get(probe, 1)}: {fact}")
+        below = [place for place in self.lines if place[:len(path)] == path and _leads(place[len(path):], key)]
+        return LlmoptError(f"{self.source}:{self.lines.get(max(below, key=len, default=probe), 1)}: {fact}")
+
+
+def _leads(place: KeyPath, key: str) -> bool:
+    """Whether a place such as ("widths", 1) lies on the way to a key such as `widths[1]` or `overrides.q_proj.bits`."""
+    dotted = ".".join(map(str, place))
+    key = key.replace("[", ".").replace("]", "")
+    return f"{key}.".startswith(f"{dotted}.")
 
 
 def _section(where: Where, key: str, given: Any) -> Any:
     if given is None:
-        return fill(SECTIONS[key], {})
+        return SECTIONS[key]()
     if not isinstance(given, dict):
         raise where.error((key,), f"{key}: a mapping expected, {given!r} given")
-    return _filled(where, (key,), key, lambda: fill(SECTIONS[key], given))
+    return _filled(where, (key,), key, lambda: SECTIONS[key](**given))
 
 
 def _steps(where: Where, given: Any) -> tuple[Method, ...]:
@@ -151,9 +168,9 @@ def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
     try:
         return make()
     except LlmoptError as fact:
-        cause = fact.__cause__ if isinstance(fact.__cause__, (FieldError, KeyUnknown)) else fact
-        key = cause.key if isinstance(cause, (FieldError, KeyUnknown)) else ""
-        raise where.error((*path, key.split("[")[0]), f"{prefix}{fact}") from fact
+        cause = fact.__cause__ if isinstance(fact.__cause__, FieldError) else fact
+        key = cause.key if isinstance(cause, FieldError) else ""
+        raise where.error(path, f"{prefix}{fact}", key) from fact
 
 
 def check_order(steps: tuple[Method, ...]) -> None:
@@ -175,34 +192,6 @@ def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
         if place:
             places.setdefault(place, []).append(step.name)
     return places
-
-
-def _format(where: Where, data: dict) -> str:
-    value = data.get("format", "portable")
-    if value not in ("portable", "dense"):
-        raise where.error(("format",), f"unknown format {value!r}{nearest(str(value), ('portable', 'dense'))}")
-    return value
-
-
-def _shard_size(where: Where, data: dict) -> str:
-    value = data.get("max_shard_size", "2GB")
-    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", str(value)):
-        raise where.error(("max_shard_size",), f"max_shard_size: {value!r} given, a size such as 2GB expected")
-    return str(value)
-
-
-def _plain(where: Where, data: dict, key: str, default: Any, kind: type) -> Any:
-    value = data.get(key, default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise where.error((key,), f"{key}: {value!r} given, a value of type {kind.__name__} expected")
-    return value
-
-
-def _seed(where: Where, data: dict) -> int:
-    value = _plain(where, data, "seed", 0, int)
-    if not 0 <= value < 2**32:
-        raise where.error(("seed",), f"seed: {value} given, a number from 0 to {2**32 - 1} expected")
-    return value
 
 
 def _assign(data: dict, assignment: str) -> None:
