@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.files.checks import read_json
+from llmopt.model.architectures import SPECS, Spec
 
-# what transformers 4 calls the base and the share of rotated dimensions; other architectures have no such share
-THETA = {"gpt_neox": "rotary_emb_base"}
-SHARE = {"gpt_neox": "rotary_pct", "phi3": "partial_rotary_factor"}
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 OF_THIS_RUN = ("backend", "is_local", "local_files_only")       # what transformers 5 notes about how it loaded
 ELSEWHERE = ("auto_map", "chat_template", "name_or_path", "processor_class", "special_tokens_map_file",
@@ -25,28 +23,28 @@ def with_rotary_names(config: dict[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not parameters:
         return config
-    both = config | _rotary_names(config["model_type"], parameters)
+    both = config | _rotary_names(SPECS.get(config["model_type"], Spec()), parameters)
     read = [CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(c)).rope_parameters for c in (config, both)]
     return both if read[0] == read[1] else config
 
 
-def _rotary_names(kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def _rotary_names(spec: Spec, parameters: dict[str, Any]) -> dict[str, Any]:
     """{name of transformers 4: value} of flat settings, or of Gemma-3's two; nothing for what it cannot say."""
     local = parameters.get("sliding_attention")
     if local:
         if local.get("rope_type", "default") != "default":
             return {}
-        return _rotary_names(kind, parameters["full_attention"]) | {"rope_local_base_freq": local["rope_theta"]}
-    names = {THETA.get(kind, "rope_theta"): parameters["rope_theta"]}
+        return _rotary_names(spec, parameters["full_attention"]) | {"rope_local_base_freq": local["rope_theta"]}
+    names = {spec.old_theta: parameters["rope_theta"]}
     share = parameters.get("partial_rotary_factor")
-    if share is not None and kind in SHARE:
-        names[SHARE[kind]] = share
+    if share is not None and spec.old_share:
+        names[spec.old_share] = share
     scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if scaling.get("rope_type", "default") == "default":
         return names
-    if kind == "phi3":          # which takes these three keys and no other, and the old length beside them
+    if spec.old_scaling:        # which wants the kind of scaling under another name, and the old length beside it
         names["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
-        scaling = {"type": scaling["rope_type"], **{k: scaling.get(k) for k in ("short_factor", "long_factor")}}
+        scaling = {"type": scaling["rope_type"], **{k: scaling.get(k) for k in spec.old_scaling}}
     return names | {"rope_scaling": scaling}
 
 
