@@ -165,6 +165,9 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
 def fill(stage: Path, model: nn.Module, tokenizer: Any, *, weights: "Weights", max_shard_size: str,
          report: Any = None, source: str | None = None, recipe: Any = None) -> None:
     """Write everything but the card into `stage`, and check it by a fresh load."""
+    if model.get_output_embeddings() is None:
+        raise LlmoptError(f"a {type(model).__name__} has no language-model head, and a checkpoint is that of a causal "
+                          "LM; load the model with AutoModelForCausalLM")
     config, remote = described(model, weights.format)
     weights.write(stage, max_shard_size)
     _write_json(stage / "config.json", config)
