@@ -2,19 +2,48 @@
 
 Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size,
 L layers.
-"""
-from llmopt import attention, heads, kv, prune, quant
-from llmopt.checkpoint.save import load, save
-from llmopt.checkpoint.verify import VerificationError
-from llmopt.errors import LlmoptError
-from llmopt.method import Method, Record
-from llmopt.model.modeling import register_models
-from llmopt.parts import get, names, register
-from llmopt.run.pipeline import compress
-from llmopt.run.report import Report
-from llmopt.runtime.attach import attached
 
-register_models()       # plain AutoModelForCausalLM now loads per-layer shapes and attaches runtime parts
+Importing this costs nothing: each name below, and each folder, is imported when it is first used.
+"""
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from llmopt.model.from_pretrained import extend_transformers
+
+if TYPE_CHECKING:
+    from llmopt import attention, heads, kv, prune, quant, transform
+    from llmopt.checkpoint.save import load, save
+    from llmopt.checkpoint.verify import VerificationError
+    from llmopt.errors import LlmoptError
+    from llmopt.method import Method, Record
+    from llmopt.parts import get, names, register
+    from llmopt.run.pipeline import compress
+    from llmopt.run.report import Report
+    from llmopt.runtime.attach import attached
+
+_HOMES = {
+    "LlmoptError": "errors", "Method": "method", "Record": "method", "Report": "run.report",
+    "VerificationError": "checkpoint.verify", "attached": "runtime.attach", "compress": "run.pipeline",
+    "get": "parts", "load": "checkpoint.save", "names": "parts", "register": "parts", "save": "checkpoint.save",
+}
 
 __all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "attached", "attention", "compress", "get",
-           "heads", "kv", "load", "names", "prune", "quant", "register", "save"]
+           "heads", "kv", "load", "names", "prune", "quant", "register", "save",
+           "transform"]
+
+extend_transformers()       # plain from_pretrained now loads per-layer shapes and attaches runtime parts
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,19 +24,27 @@ class LlmoptError(Exception):
 
 
 class FieldError(LlmoptError):
-    """A field of a method holds a value that it cannot use."""
+    """A field of a method holds a value that it cannot use. key: its path, such as `allocate.prefix.floor`."""
 
-    def __init__(self, key: str, value: object, expected: str):
-        super().__init__(f"{key}: {value!r} given, {expected} expected")
-        self.key = key
+    def __init__(self, key: str, value: object, expected: str, tail: str = ""):
+        super().__init__(f"{key}: {value!r} given, {expected} expected{tail}")
+        self.key, self.value, self.expected, self.tail = key, value, expected, tail
+
+    def below(self, path: str) -> "FieldError":
+        """The same error, told from further out."""
+        return FieldError(f"{path}.{self.key}" if self.key else path, self.value, self.expected, self.tail)
 
 
-class KeyUnknown(LlmoptError):
+class KeyUnknown(FieldError):
     """A key that its place does not have."""
 
     def __init__(self, key: str, tail: str):
-        super().__init__(f"unknown key {key!r}{tail}")
-        self.key = key
+        LlmoptError.__init__(self, f"unknown key {key!r}{tail}")
+        self.key, self.tail = key, tail
+
+    def below(self, path: str) -> "KeyUnknown":
+        """The same error, told from further out."""
+        return KeyUnknown(f"{path}.{self.key}", self.tail)
 
 
 class BudgetError(LlmoptError):
@@ -57,6 +65,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     if not choices:
         return "; there are none"
-    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{hint}. Choices: {', '.join(choices)}"
+    return f"{closest(word, choices)}. Choices: {', '.join(choices)}"
+
+
+def closest(word: object, choices: Iterable[object]) -> str:
+    """A tail for error messages: ` (did you mean 'bits'?)`, nothing where no choice is alike."""
+    found = difflib.get_close_matches(str(word), [c for c in choices if isinstance(c, str)], n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -17,7 +17,7 @@ from llmopt.scale.memory import Memory
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Room, Scene
 
-Stage = Literal["score", "prune", "quant", "runtime"]
+Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
 
 
@@ -64,8 +64,9 @@ class Pace:
 
 
 class Method(Part, ABC):
-    """One entry of a recipe. Subclasses are frozen dataclasses registered under `family.method`."""
+    """One entry of a recipe. Subclasses are frozen pydantic dataclasses registered under `family.method`."""
 
+    kind = "method"
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block

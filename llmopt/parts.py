@@ -1,135 +1,270 @@
-"""Named pieces with checked fields, and the registry of those that a recipe can name."""
+"""Named pieces with checked fields, and the registry of those that a recipe can name.
+
+A piece is a frozen pydantic dataclass. A field is declared once, `bits: int = Field(4, ge=2, le=8, description="...")`:
+type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt schema` tell of it.
+"""
+import importlib
 import math
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from llmopt.errors import FieldError, KeyUnknown, LlmoptError, naming, nearest
+from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, core_schema
+from typing_extensions import is_typeddict
+
+from llmopt.errors import FieldError, KeyUnknown, LlmoptError, closest, naming, nearest
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)]
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}
 
 
 class Checked:
-    """A dataclass whose values must fit their annotations: a wrong one raises FieldError when it is made."""
+    """A pydantic dataclass whose values must fit their annotations, strictly: True is no int, "3" no number.
+
+    A wrong value raises FieldError when the instance is made, an unknown keyword KeyUnknown.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _speaking(cls, given: Any, make: Callable[[Any], Any]) -> Any:
+        try:
+            return make(given)
+        except ValidationError as error:
+            raise _first_fact(cls, error) from None
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for item in fields(self):
-            value = _typed(item.name, getattr(self, item.name), hints[item.name])
-            object.__setattr__(self, item.name, value)
         self.check()
 
     def check(self) -> None:
-        """Raise FieldError for a value that the types alone do not rule out."""
+        """Raise FieldError for a value that types and bounds do not rule out."""
 
 
 class Part(Checked):
-    """A piece that a recipe can name: a frozen dataclass registered under `name`, its fields the recipe's keys."""
+    """A piece that a recipe can name: `NAME`, or `{NAME: fields}` where a field differs from its default.
 
+    A subclass with a `kind` of its own opens a registry; a field annotated with it takes an instance or such an entry.
+    """
+
+    kind: ClassVar[str]           # the word for such a piece in messages
     name: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe entry that builds this instance: {name: fields}."""
-        return {self.name: {f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        """The entry that builds this instance, with every field: {name: fields}."""
+        return {self.name: {key: plain(getattr(self, key)) for key in fields_of(self)}}
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Part):
-        return value.to_dict()
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotation of its field wants it; ints become floats, {name: fields} becomes a Part."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _one_of(key, value, args)
-    if origin is Literal:
-        if value not in args:
-            raise FieldError(key, value, "one of " + ", ".join(map(str, args)))
-        return value
-    if isinstance(hint, type) and issubclass(hint, Part):
-        return value if isinstance(value, hint) else _nested(key, value, hint)
-    if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)):
-            raise FieldError(key, value, "a list")
-        return origin(_typed(f"{key}[{i}]", v, args[0]) for i, v in enumerate(value))
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FieldError(key, value, "a finite number")
-    plain = origin or hint
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-        raise FieldError(key, value, f"a value of type {plain.__name__}")
-    return value
-
-
-def _one_of(key: str, value: Any, hints: tuple) -> Any:
-    if value is None and type(None) in hints:
-        return None
-    first: FieldError | None = None
-    for hint in (h for h in hints if h is not type(None)):
+    @classmethod
+    def of(cls, given: Any) -> "Part":
+        """`given` itself if it is such a piece, else the one that a name or {name: fields} describes."""
+        if isinstance(given, cls):
+            return given
+        name, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else (given, None)
+        if not isinstance(name, str) or not isinstance(values, dict | None):
+            raise FieldError("", given, f"one {cls.kind}, as NAME or {{NAME: {{fields}}}}")
+        if name not in choices(cls):
+            raise FieldError("", name, wanted(cls), closest(name, choices(cls)))
         try:
-            return _typed(key, value, hint)
+            return get(name, cls.kind)(**values or {})
         except FieldError as error:
-            first = first or error
-    raise first
+            raise error.below(name) from None
+        except LlmoptError as error:
+            raise LlmoptError(f"{name}: {error}") from None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """How pydantic checks a field of this type; while it makes the class itself, that class's own fields."""
+        if cls.__dict__.get("__pydantic_complete__") is False:
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(lambda given: _named(cls, given))
 
 
-def _nested(key: str, value: Any, base: type) -> "Part":
-    if not isinstance(value, dict) or len(value) != 1:
-        raise FieldError(key, value, "one method, as {family.method: {fields}}")
-    (name, given), = value.items()
-    made = build(name, given or {})
-    if not isinstance(made, base):
-        raise FieldError(key, name, f"a {base.__name__}")
-    return made
+def _named(cls: type[Part], given: Any) -> Part:
+    try:
+        return cls.of(given)
+    except LlmoptError as error:          # pydantic adds the name of the field
+        raise PydanticCustomError("part", "{fact}", {"fact": error}) from None
 
 
-_REGISTRY: dict[str, type[Part]] = {}
+def plain(value: Any) -> Any:
+    """A field's value as a recipe writes it; a piece with all its defaults is its name."""
+    if isinstance(value, Part):
+        usual = all(getattr(value, key) == default_of(item) for key, item in fields_of(value).items())
+        return value.name if usual else value.to_dict()
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---------------------------------------------------------------------------------------------------------- registry
+
+FAMILIES = ("attention", "heads", "kv", "prune", "quant", "transform")      # folders whose import registers methods
+_REGISTRY: dict[str, dict[str, type[Part]]] = {}          # kind -> name -> class
+
+
+def _known(kind: str) -> dict[str, type[Part]]:
+    """The registered pieces of a kind by name; the methods of every family, whether it has been imported or not."""
+    if kind == "method":
+        for family in FAMILIES:
+            importlib.import_module(f"llmopt.{family}")
+    return _REGISTRY.get(kind, {})
 
 
 def register(name: str) -> Callable[[type], type]:
-    """Class decorator: make a method known under its public name. A clash raises at import."""
+    """Class decorator: make a piece known under its public name. A clash raises at import."""
 
     def enter(cls: type[Part]) -> type[Part]:
-        if name in _REGISTRY:
-            raise RuntimeError(f"two methods are called {name!r}: {_REGISTRY[name]} and {cls}")
-        cls.name = name
-        _REGISTRY[name] = cls
+        known = _REGISTRY.setdefault(cls.kind, {})
+        if name in known:
+            raise RuntimeError(f"two pieces of the kind {cls.kind} are called {name!r}: {known[name]} and {cls}")
+        if not is_pydantic_dataclass(cls):
+            raise RuntimeError(f"{cls} is no pydantic dataclass: decorate it with pydantic.dataclasses.dataclass")
+        cls.name, cls.__doc__ = name, WithFields(cls.__doc__ or "")
+        known[name] = cls
         return cls
 
     return enter
 
 
-def get(name: str) -> type[Part]:
+def get(name: str, kind: str = "method") -> type[Part]:
     """The class registered under `name`; an unknown name lists the nearest valid ones."""
-    if name not in _REGISTRY:
-        raise LlmoptError(f"there is no method {name!r}{nearest(name, _REGISTRY)}")
-    return _REGISTRY[name]
+    known = _known(kind)
+    if name not in known:
+        raise LlmoptError(f"there is no {kind} {name!r}{nearest(name, known)}")
+    return known[name]
 
 
-def names() -> list[str]:
-    """Every registered method, sorted."""
-    return sorted(_REGISTRY)
+def names(kind: str = "method") -> list[str]:
+    """Every registered piece of a kind, sorted; by default every method."""
+    return sorted(_known(kind))
+
+
+def choices(base: type[Part]) -> list[str]:
+    """The names that a field of the type `base` takes."""
+    return sorted(name for name, cls in _known(base.kind).items() if issubclass(cls, base))
 
 
 def build(name: str, given: dict[str, Any]) -> Part:
     """An instance of the method `name`; raises LlmoptError naming an unknown, missing or unusable field."""
     cls = get(name)
     with naming(name):
-        return fill(cls, given)
+        return cls(**given)
 
 
-def fill(cls: type, given: dict[str, Any]) -> Any:
-    """`cls(**given)` for a Checked dataclass, where an unknown or missing key is an error that names it."""
-    known = {f.name: f for f in fields(cls)}
-    for key in given:
-        if key not in known:
-            raise KeyUnknown(key, nearest(key, known))
-    for key, item in known.items():
-        if key not in given and item.default is MISSING and item.default_factory is MISSING:
-            raise LlmoptError(f"the field {key!r} is missing")
-    return cls(**given)
+# --------------------------------------------------------------------------------------- what fields say of themselves
+
+def fields_of(cls: Any) -> dict[str, FieldInfo]:
+    """The fields of a Checked class or instance, by name, as pydantic knows them."""
+    return cls.__pydantic_fields__
+
+
+def wanted(hint: Any, metadata: Any = ()) -> str:
+    """The values of an annotation in words: `a number, at least 0 and below 1, or null`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return wanted(args[0], (*metadata, *_flat(args[1:])))
+    if origin in (typing.Union, types.UnionType):
+        some = [arg for arg in args if arg is not type(None) and (arg is not int or float not in args)]
+        return ", or ".join([wanted(arg, metadata) for arg in some] + ["null"] * (type(None) in args))
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
+    if origin in (list, tuple):
+        return f"a list, each item {wanted(args[0])}"
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return "one of " + ", ".join(choices(hint))
+    return WORDS.get(origin or hint, "a mapping") + _bounds(metadata)
+
+
+def _flat(metadata: Any) -> Iterator[Any]:
+    for item in metadata:
+        yield from item.metadata if isinstance(item, FieldInfo) else [item]
+
+
+def _bounds(metadata: Any) -> str:
+    """`, from 1 to 8` or `, at least 0 and below 1`."""
+    found = {key: getattr(item, key) for item in metadata for key in ("ge", "gt", "le", "lt") if hasattr(item, key)}
+    if {"ge", "le"} <= found.keys():
+        return f" from {found['ge']} to {found['le']}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return " and".join(f" {words[key]} {bound}" for key, bound in found.items())
+
+
+def field_lines(cls: type[Checked]) -> Iterator[tuple[str, str, str, str]]:
+    """(field, values it takes, default, meaning) of every field, those of named pieces behind the field for them."""
+    for key, item in fields_of(cls).items():
+        default = "(needed)" if item.is_required() else _as_text(default_of(item))
+        yield key, wanted(item.annotation, item.metadata), default, item.description or ""
+        for hint in (item.annotation, *typing.get_args(item.annotation)):
+            if isinstance(hint, type) and issubclass(hint, Part):
+                for name in choices(hint):
+                    for inner, *rest in field_lines(get(name, hint.kind)):
+                        yield (f"{key}.{name}.{inner}", *rest)
+
+
+def default_of(item: FieldInfo) -> Any:
+    """A field's default; PydanticUndefined where one is needed."""
+    return item.get_default(call_default_factory=True)
+
+
+def _as_text(value: Any) -> str:
+    """A default as a recipe writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(plain(value))
+
+
+class WithFields:
+    """A class's docstring and its fields, put together when somebody asks: pieces may be registered later."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        told = [f"    {key}: {about}{'; ' if about else ''}{values}; default {default}"
+                for key, values, default, about in field_lines(owner)]
+        return "\n".join([self.text.rstrip(), "", "Fields:", *told]) if told else self.text
+
+
+# ------------------------------------------------------------------------------------- pydantic's errors in our words
+
+def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
+    """The most telling of pydantic's errors: an unknown key, a missing one, else the first value that does not fit."""
+    found = error.errors(include_url=False)
+    order = ["unexpected_keyword_argument", "extra_forbidden", "missing"]
+    fact = min(found, key=lambda e: order.index(e["type"]) if e["type"] in order else len(order))
+    place, hint, metadata = _place(cls, fact["loc"])
+    if fact["type"] in order[:2]:
+        known = fields_of(cls) if len(fact["loc"]) == 1 else hint.__annotations__
+        return KeyUnknown(place, nearest(str(fact["loc"][-1]), known))
+    if fact["type"] == "missing":
+        return LlmoptError(f"the field {place!r} is missing")
+    inner = fact.get("ctx", {}).get("fact")
+    if isinstance(inner, FieldError):
+        return inner.below(place)
+    if isinstance(inner, LlmoptError):
+        return LlmoptError(f"{place}.{inner}")
+    given = fact["input"]
+    if isinstance(given, float) and not math.isfinite(given):
+        return FieldError(place, given, "a finite number")
+    tail = closest(given, typing.get_args(hint)) if isinstance(given, str) else ""
+    return FieldError(place, given, wanted(hint, metadata), tail)
+
+
+def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, Any]:
+    """(key, annotation, metadata) of the value at pydantic's `loc`: widths[1], overrides.q_proj.bits."""
+    item = fields_of(cls).get(loc[0])
+    if item is None:
+        return str(loc[0]), Any, ()
+    key, hint, metadata = str(loc[0]), item.annotation, item.metadata
+    for step in loc[1:]:
+        origin, inside = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (list, tuple):
+            key, hint = f"{key}[{step}]", inside[0]
+        elif origin is dict:
+            key, hint = f"{key}.{step}", inside[1]
+        elif is_typeddict(hint):
+            key, hint = f"{key}.{step}", hint.__annotations__.get(step, hint)
+        else:
+            break                                   # the name of one choice among several
+    return key, hint, metadata if len(loc) == 1 else ()

@@ -1,7 +1,10 @@
-"""Progress of loops, and clocks."""
+"""Progress of loops, estimates of the time that is left, and clocks."""
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+LOG = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable, str], Iterable]
 
@@ -9,6 +12,43 @@ Progress = Callable[[Iterable, str], Iterable]
 def silent(items: Iterable, label: str) -> Iterable:
     """The progress that shows nothing."""
     return items
+
+
+def duration(seconds: float) -> str:
+    """7384 -> "2 h 3 min"; below a minute with a decimal."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def time_left(done: int, total: int, seconds: float) -> str:
+    """"39.0 s, about 2 min left": how long `done` items have taken, and so what the others will."""
+    if not done or done >= total:
+        return duration(seconds)
+    return f"{duration(seconds)}, about {duration(seconds / done * (total - done))} left"
+
+
+class Spoken:
+    """A Progress of log lines, for output that is no terminal: at most one every `every` seconds."""
+
+    def __init__(self, every: float = 15):
+        self.every = every
+
+    def __call__(self, items: Iterable, label: str) -> Iterator:
+        items = list(items)
+        start = said = time.perf_counter()
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if done and now - said >= self.every:
+                LOG.info("%s: %d of %d, %s", label, done, len(items), time_left(done, len(items), now - start))
+                said = now
+            yield item
+
+
+def numbered(progress: Progress, place: str) -> Progress:
+    """The progress with `place`, such as "step 2 of 5", in front of each label."""
+    return lambda items, label: progress(items, f"{place}: {label}")
 
 
 class Clock:

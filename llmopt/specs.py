@@ -1,22 +1,25 @@
 """The model, data and eval sections of a recipe."""
-from dataclasses import dataclass, field
 from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
 from llmopt.parts import Checked
 
 MAX_SAMPLES = 1_000_000
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class ModelSpec(Checked):
-    """Which model; `llmopt/reference` is the embedded one. dtype null: the checkpoint's own."""
+    """Which model is compressed."""
 
-    id: str = "llmopt/reference"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    revision: str | None = None
-    device: str = "cpu"
-    trust_remote_code: bool = False
+    id: str = Field("llmopt/reference", description="a folder or a hub name; llmopt/reference is the embedded model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: the checkpoint's own")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub name")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
 
     def check(self) -> None:
         if not self.id:
@@ -25,42 +28,29 @@ class ModelSpec(Checked):
 
 @dataclass(frozen=True)
 class DataSpec(Checked):
-    """Calibration data; see llmopt.data for what each source means. length null: min(512, the model's maximum)."""
+    """Calibration data; llmopt.calibration.data tells what each source means."""
 
-    name: Literal["world", "text", "ids", "hub"] = "world"
-    path: str | None = None
-    config: str | None = None
-    split: str = "train"
-    column: str = "text"
-    template: Literal["chat"] | None = None
-    samples: int = 128
-    length: int | None = None
-    batch_size: int = 8
-    seed: int = 0
+    name: Literal["world", "text", "ids", "hub"] = Field("world", description="the source; world is embedded")
+    path: str | None = Field(None, description="a file (text, ids) or a dataset (hub)")
+    config: str | None = Field(None, description="configuration of the dataset (hub)")
+    split: str = Field("train", description="split of the dataset (hub)")
+    column: str = Field("text", description="where a row keeps its text (hub, .jsonl)")
+    template: Literal["chat"] | None = Field(None, description="chat: apply the tokenizer's chat template")
+    samples: int = Field(128, ge=1, le=MAX_SAMPLES, description="rows at most")
+    length: int | None = Field(None, ge=2, description="tokens of a row; null: min(512, the model's maximum)")
+    batch_size: int = Field(8, ge=1, le=MAX_SAMPLES, description="rows computed together")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="picks the rows")
 
     def check(self) -> None:
-        for key in ("samples", "batch_size"):
-            if not 1 <= getattr(self, key) <= MAX_SAMPLES:
-                raise FieldError(key, getattr(self, key), f"a number from 1 to {MAX_SAMPLES}")
-        if not 0 <= self.seed < 2**32:
-            raise FieldError("seed", self.seed, f"a number from 0 to {2**32 - 1}")
-        if self.length is not None and self.length < 2:
-            raise FieldError("length", self.length, "at least 2 tokens")
         if self.name != "world" and self.path is None:
-            raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r}")
+            raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r},")
 
 
 @dataclass(frozen=True)
 class EvalSpec(Checked):
-    """lm-eval tasks that score the dense and the compressed model; none: no scores."""
+    """lm-eval tasks that score the dense and the compressed model."""
 
-    tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
-    batch_size: int = 16
-    text: str | None = None              # the file that the task text_ppl reads
-
-    def check(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise FieldError("limit", self.limit, "at least 1 document, or null for all")
-        if self.batch_size < 1:
-            raise FieldError("batch_size", self.batch_size, "at least 1")
+    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows")
+    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
+    batch_size: int = Field(16, ge=1, description="requests computed together")
+    text: str | None = Field(None, description="the file that the task text_ppl reads")

@@ -15,7 +15,7 @@ from llmopt.quant import GPTQ, RTN
 from llmopt.quant.base import Stats
 from llmopt.quant.factor import inverse_factor
 from llmopt.run import pipeline
-from llmopt.scale import processes
+from llmopt.scale import launch, processes
 from tests import tiny
 
 GROUPS = {"group_size": 16}
@@ -123,5 +123,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with processes.one_voice():
+    with launch.one_voice():
         main()

@@ -118,7 +118,7 @@ def test_recipes(compress, model, text, expected):
     ("eval.batch_size=0", "batch_size: 0"), ("seed=-1", "seed: -1"), ("data.samples=0", "samples: 0"),
     ("model.dtype=int8", "one of float16, bfloat16, float32"), ("model.device=cuda:99", "device 'cuda:99'"),
     ("model.device=cudaa", "device 'cudaa'"), ("model.device=meta", "device 'meta'"),
-    ("max_shard_size=0GB", "'0GB'"), ("format=gguf", "unknown format 'gguf'"),
+    ("max_shard_size=0GB", "'0GB'"), ("format=gguf", "format: 'gguf' given, one of portable, dense"),
 ])
 def test_overrides(compress, model, assignment, expected):
     assert expected in compress(model, "--set", assignment)

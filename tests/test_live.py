@@ -5,12 +5,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from llmopt_kernels import rotate
+from pydantic.dataclasses import dataclass
 
 import llmopt
 from llmopt import kv, runtime
@@ -171,7 +171,7 @@ class Listed(kv.Streaming):
 def listed():
     register("kv.listed")(Listed)
     yield Listed(budget=12, sinks=0)
-    del _REGISTRY["kv.listed"]
+    del _REGISTRY["method"]["kv.listed"]
 
 
 def kept(model, tokens):

@@ -15,7 +15,7 @@ from llmopt.checkpoint.save import load
 from llmopt.method import Run
 from llmopt.model import modeling
 from llmopt.model.blocks import attention_modules
-from llmopt.model.modeling import FAMILIES, SkippedAttn, register_models, remote_files, saved_config
+from llmopt.model.modeling import FAMILIES, SkippedAttn, remote_files, saved_config
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 
@@ -143,7 +143,6 @@ def test_trusting_the_remote_file_loads_it_exactly_without_llmopt(made, name):
 @pytest.mark.parametrize("name", plans())
 def test_registered_it_loads_exactly_and_again_after_save_pretrained(made, name, tmp_path):
     root, memory, _, _ = made
-    register_models()
     model, info = AutoModelForCausalLM.from_pretrained(root / name, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.save_pretrained(tmp_path / "again")
@@ -155,7 +154,6 @@ def test_registered_it_loads_exactly_and_again_after_save_pretrained(made, name,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_ordinary_config_gives_the_stock_model(family, tmp_path):
-    register_models()
     ours = tiny.make(family)
     stock = type(ours).__bases__[1]
     assert type(ours).__name__ == stock.__name__ and stock.__module__.startswith("transformers.")
@@ -167,7 +165,6 @@ def test_an_ordinary_config_gives_the_stock_model(family, tmp_path):
 
 
 def test_attention_implementations_reach_every_layer(made):
-    register_models()
     model = AutoModelForCausalLM.from_pretrained(made[0] / "layers-llama").eval()
     before = model(tiny.ids()).logits
     model.set_attn_implementation("eager")
@@ -178,7 +175,6 @@ def test_attention_implementations_reach_every_layer(made):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
 def test_a_skipped_first_attention_still_counts_tokens(made, family):
-    register_models()
     model = AutoModelForCausalLM.from_pretrained(made[0] / f"skip_attention-{family}").eval()
     assert isinstance(next(m for m in model.modules() if isinstance(m, SkippedAttn)), SkippedAttn)
     ids = tiny.ids(2, 30)
@@ -199,16 +195,14 @@ def test_a_trusted_model_can_be_compressed_again_once_llmopt_is_imported(tmp_pat
 
 
 def test_building_one_leaves_the_stock_classes_alone(made):
-    before = LlamaForCausalLM, vars(modeling._stock(FAMILIES["llama"], "LlamaDecoderLayer"))["__init__"]
-    register_models()
-    AutoModelForCausalLM.from_pretrained(made[0] / "layers-llama")
-    assert vars(modeling._stock(FAMILIES["llama"], "LlamaDecoderLayer"))["__init__"] is before[1]
-    with pytest.raises(RuntimeError):
-        LlamaForCausalLM.from_pretrained(made[0] / "layers-llama")
+    layer = modeling._stock(FAMILIES["llama"], "LlamaDecoderLayer")
+    before = layer.__init__
+    for cls in (AutoModelForCausalLM, LlamaForCausalLM):
+        cls.from_pretrained(made[0] / "layers-llama")
+        assert layer.__init__ is before
 
 
 def test_biased_llama_with_odd_heads_is_written_layer_by_layer(tmp_path):
-    register_models()
     model = tiny.make("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True)
     apply_plan(model, [LayerPlan(kv_groups=pick(4, 1))] * 3, Run())
     assert write(model, tmp_path / "m")
@@ -218,7 +212,6 @@ def test_biased_llama_with_odd_heads_is_written_layer_by_layer(tmp_path):
 
 
 def test_without_llmopt_runtime_parts_are_announced(tmp_path, monkeypatch):
-    register_models()
     model = tiny.make("llama")
     write(model, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())

@@ -13,7 +13,7 @@ import llmopt
 from llmopt.checkpoint.save import prepare_output
 from llmopt.errors import LlmoptError
 from llmopt.files import own
-from llmopt.scale.journal import Interrupted, Journal
+from llmopt.scale.journal import OWN, Interrupted, Journal
 from tests import tiny
 from tests.command import call
 from tests.conftest import mount
@@ -185,3 +185,23 @@ def test_an_empty_folder_and_a_link_to_one_are_outputs(tmp_path):
     assert prepare_output(tmp_path / "out", None, overwrite=False) == tmp_path / "there"
     with pytest.raises(LlmoptError):
         prepare_output(Path("~nobody-of-this-name/out"), None, overwrite=False)
+
+
+def test_an_interrupted_removal_can_be_gone_on_with(tmp_path, monkeypatch):
+    for name in ("journal", "lock", "step-0/0-0.safetensors", "step-1/0-0.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    plain, gone = Path.unlink, []
+
+    def cut(self, *args, **kwargs):
+        gone.append(self.name)
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", cut)
+    with pytest.raises(KeyboardInterrupt):
+        own.remove(tmp_path, OWN)
+    assert not own.foreign(tmp_path, OWN) and {"journal", "lock"} & {p.name for p in tmp_path.iterdir()}
+    own.remove(tmp_path, OWN)
+    assert not tmp_path.exists()

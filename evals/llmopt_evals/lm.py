@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llmopt import runtime
 from llmopt.scale.processes import Ranks
-from llmopt_evals.world import split_context
+from llmopt_evals.world import speaks_world, split_context
 from llmopt_evals.world.words import ID
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]      # strings, context ids, continuation ids
@@ -77,7 +77,7 @@ class LlmoptLM(HFLM):
 
     def _speaks_world(self) -> bool:
         if not hasattr(self, "_world"):
-            self._world = self.tokenizer.get_vocab() == ID
+            self._world = speaks_world(self.tokenizer)
         return self._world
 
     @torch.no_grad()

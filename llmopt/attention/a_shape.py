@@ -5,13 +5,12 @@
 Jiang et al., 2024 (MInference, arXiv:2407.02490), whose static pattern has 100 and 800. Exact, and blind to the
 content: the control that every other method has to beat. Left out: the offline choice of a pattern per head.
 """
-from dataclasses import dataclass
-
 from llmopt_kernels import Stripes
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.attention.base import Selector, State
-from llmopt.errors import FieldError
 from llmopt.parts import register
 
 
@@ -20,18 +19,9 @@ from llmopt.parts import register
 class AShape(Selector):
     """Attention sinks and a local band."""
 
-    sinks: int = 100
-    window: int = 800
-    ratio: float | None = None      # share of the causal pairs to skip; if set, it decides the window
-
-    def check(self) -> None:
-        super().check()
-        if self.sinks < 0:
-            raise FieldError("sinks", self.sinks, "at least 0")
-        if self.window < 1:
-            raise FieldError("window", self.window, "at least 1")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise FieldError("ratio", self.ratio, "a share of pairs to skip, at least 0 and below 1")
+    sinks: int = Field(100, ge=0, description="first tokens that every token reads")
+    window: int = Field(800, ge=1, description="tokens before each one that it reads, itself included")
+    ratio: float | None = Field(None, ge=0, lt=1, description="share of the causal pairs to skip; decides the window")
 
     def predict(self, length: int) -> float:
         window = self._window(length)

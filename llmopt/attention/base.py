@@ -4,8 +4,8 @@ A method writes `select` alone. Every sequence of the batch is served as if it w
 other. Where a kv method has dropped tokens, `select` sees the run of newest tokens that all heads still hold; the
 entries before that gap are what was worth keeping, and all queries read all of them.
 """
+import dataclasses
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from llmopt_kernels import (
     sparse_attention,
     sparse_partial,
 )
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.attention.sequences import Sequence, causal_pairs, numbered, sequences
-from llmopt.errors import FieldError, LlmoptError
+from llmopt.errors import LlmoptError
 from llmopt.method import Record
 from llmopt.runtime.attach import PrefillMethod
 from llmopt.runtime.hooks import SELECTOR, Attachment
@@ -31,7 +33,7 @@ from llmopt.runtime.prompt import Prompt
 DENSE_ABOVE = 0.75     # dense where a method expects to compute more than this share of the causal pairs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class State:
     """What `select` may know besides q and k.
 
@@ -46,11 +48,11 @@ class State:
     values: Tensor
     offset: int
     dropped: int
-    record: Record = field(default_factory=Record)
-    shared: dict[Any, Any] = field(default_factory=dict)
+    record: Record = dataclasses.field(default_factory=Record)
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclass
+@dataclasses.dataclass
 class Counter:
     """Pairs of one layer by query head, int64 [H], of all prompts: computed, and what dense attention would compute.
 
@@ -73,17 +75,10 @@ class Counter:
 
 @dataclass(frozen=True)
 class Selector(PrefillMethod):
-    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token.
+    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token."""
 
-    min_length: prompts shorter than this are computed densely; 0 turns off this fall-back and the one on small gain.
-    A row's length is its own, padding not counted, tokens of earlier turns included.
-    """
-
-    min_length: int = 1024
-
-    def check(self) -> None:
-        if self.min_length < 0:
-            raise FieldError("min_length", self.min_length, "at least 0")
+    min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely, each row of a batch by its "
+                                                    "own length; 0: none, however small the gain")
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
@@ -131,7 +126,7 @@ class Selector(PrefillMethod):
         state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
                       live.record(SELECTOR), shared)
         stripes = self.select(one.query, one.keys, state)
-        out, pairs = _sparse(one, replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
+        out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
         _count(live, prompt, pairs, dense)
         return out
 

@@ -4,7 +4,8 @@ A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; paddin
 longer than a row is cut into several: first come the first rows of all documents, then their second rows, and so on.
 """
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def _check_lengths(lengths: list[int], limit: int) -> None:
 
 def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
     """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+    rows = [rows] if isinstance(rows, Mapping) else rows            # one batch, as a tokenizer returns it
+    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
         return [_ready(batch, vocab_size) for batch in rows]
     if isinstance(rows, str) or any(isinstance(row, (int, str)) or isinstance(row, Tensor) and row.ndim != 1
                                     for row in rows):
@@ -65,6 +67,8 @@ def _ready(batch: Batch, vocab_size: int) -> Batch:
     if "input_ids" not in batch:
         raise LlmoptError(f"a batch needs input_ids; this one has {', '.join(map(str, batch)) or 'nothing'}")
     ids = batch["input_ids"]
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+        raise LlmoptError('input_ids of a batch is not a tensor [B, T]; ask the tokenizer for return_tensors="pt"')
     _check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
     return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
 
@@ -132,7 +136,7 @@ def _hub(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(spec.path, spec.config, split=spec.split)
+        dataset = datasets.load_dataset(os.path.expanduser(spec.path), spec.config, split=spec.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise LlmoptError(f"the dataset cannot be loaded: {str(error).splitlines()[0]}") from error
     chosen = dataset.shuffle(seed=spec.seed).select(range(min(len(dataset), spec.samples * 4)))
@@ -175,7 +179,7 @@ def _chat(document: Any, tokenizer: Any) -> list[int]:
 
 def _read(path: str) -> str:
     """The text of a file, a byte order mark left out."""
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
     if file.stat().st_size == 0:

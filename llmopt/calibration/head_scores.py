@@ -37,12 +37,12 @@ def check_scores(scores: list[Tensor], heads: list[int]) -> None:
 def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:
     """Write the scores, and how they came about, as JSON: {"name", "scores": [L][H], ...}."""
     data = {"name": name, **meta, "scores": [s.tolist() for s in scores]}
-    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+    Path(path).expanduser().write_text(json.dumps(data, indent=1) + "\n")
 
 
 def load_scores(path: str | Path) -> list[Tensor]:
     """Scores from a JSON file: {"scores": [L][H]} or the bare list; raises LlmoptError for anything else."""
-    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path))]
+    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path).expanduser())]
 
 
 def find_scores(name: str, run: Run) -> list[list[float]]:
@@ -51,6 +51,7 @@ def find_scores(name: str, run: Run) -> list[list[float]]:
         return [scores.tolist() for scores in run.scores[name]]
     if not name.endswith(".json"):
         raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
-    if not Path(name).is_file():
+    file = Path(name).expanduser()
+    if not file.is_file():
         raise LlmoptError(f"heads: there is no file {name}")
-    return read_scores(Path(name))
+    return read_scores(file)

@@ -2,19 +2,39 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+from __future__ import annotations
+
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from llmopt.cli import log
+from llmopt.cli.log import LOG
 from llmopt.errors import LlmoptError
-from llmopt.scale import processes
+from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
 
+if TYPE_CHECKING:
+    from llmopt.recipe.reader import Recipe
+    from llmopt.scale.processes import Ranks
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-TRUST = click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path)
+
+
+class HomePath(click.Path):
+    """A path in which `~` stands for the user's home wherever it comes from; shells leave it in `--text=~/x`."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = HomePath(path_type=Path)
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
@@ -34,26 +54,30 @@ def check_target(file: Path | None) -> None:
                                          if file.exists() else "its folder does not exist"))
 
 
-def join(device: str) -> processes.Ranks:
+def join(device: str) -> Ranks:
     """The processes of this run; raises LlmoptError for a device that all of them would take."""
-    if processes.count() > 1 and device.startswith("cuda:"):
+    if launch.count() > 1 and device.startswith("cuda:"):
         raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
+    from llmopt.scale import processes
+
     return processes.join(device)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llmopt")
+@log.verbosity
 @click.pass_context
 def cli(context) -> None:
     """Compress Hugging Face language models from one recipe."""
-    if processes.started_alone():
+    if launch.started_alone():
         click.echo("accelerate launch has started one process; for several: torchrun --nproc-per-node N -m llmopt ...",
                    err=True)
-    if context.invoked_subcommand not in SHARED and not processes.is_main():
+    if context.invoked_subcommand not in SHARED and not launch.is_main():
         context.exit()
 
 
 @cli.command()
+@log.verbosity
 @click.option("--recipe", "recipe_name", required=True, help="A recipe file, or the name of a packaged one.")
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
 @click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
@@ -73,7 +97,6 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.cli import tables
 
     tables.quiet_libraries()
-    import llmopt  # noqa: F401  fills the registry, before the recipe is read
     from llmopt import recipe
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
@@ -83,47 +106,61 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    trust = ("model.trust_remote_code=true",) if trust_remote_code else ()
-    plan = recipe.load(recipe_name, (*sets, *trust), model)
+    plan = recipe.load(recipe_name, sets, model, trust_remote_code)
     if dry_run:
-        if processes.is_main():
+        if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
     if output is None:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
     tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
-        from llmopt_evals.evaluate import task_manager
-        from llmopt_evals.large import obstacle
+        from llmopt_evals.preflight import agreed_tasks
 
-        task_manager(tasks)                          # an unknown task is an error before the work, not after it
-        if fact := obstacle(plan, output):
-            if processes.is_main():
-                click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
-                           f"{plan.model.id}", err=True)
-            tasks = []
+        tasks, notes = agreed_tasks(plan, output)    # an error before the work, not after it
+        for note in notes:
+            LOG.warning(note)
     team, told = join(plan.model.device), {}
     if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
             pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
     else:
-        with tables.progress() as progress, Gauge() as gauge:
+        with log.progress() as progress, Gauge() as gauge:
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
                                   resume=resume, ranks=team, gauge=gauge)
         told = report.predictions()
         for line in report.told:
-            tables.say(line)
+            LOG.info(line)
         if max_blocks:
             tables.show_times(report.seconds, output, as_json)
             return
         if report.streamed:
-            tables.say("streamed: one block in memory at a time")
-    from llmopt_evals.report import complete
+            LOG.info("streamed: one block in memory at a time")
+    score(plan, output, tasks, team, lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
 
-    tables.show_result(complete(output, plan, tasks, tables.say, team) | {"predictions": told}, output, as_json)
+
+def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, show: Callable[[dict], None]) -> None:
+    """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
+
+    facts, leave = {}, f"the checkpoint in {output} is finished"
+    try:
+        from llmopt_evals import preflight, report
+
+        if tasks:
+            leave += f". To score it: the same command with --resume, or {preflight.later(plan, output, tasks)}"
+        facts = report.known(output, team)
+        facts = report.scored(output, facts, plan, tasks, LOG.info, team)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {leave}") from error
+    except LlmoptError as error:
+        raise LlmoptError(f"{error}; {leave}") from error
+    finally:
+        if facts:
+            show(facts)
 
 
 @cli.command("eval")
+@log.verbosity
 @click.argument("model")
 @click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.")
 @click.option("--compare", help="A second model, scored beside the first.")
@@ -139,8 +176,8 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 
     tables.quiet_libraries()
     from llmopt_evals import evaluate as scores
+    from llmopt_evals.preflight import check_tasks
 
-    from llmopt.model.loading import read_config
     from llmopt.specs import ModelSpec
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -150,11 +187,10 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
-    for spec in models:
-        read_config(spec)                            # both must be there before the first is scored
+    check_tasks(models, chosen, text)                # before the first is scored
     columns, team = {}, join(loading["device"])
     for spec in models:
-        tables.say(f"scoring {spec.id}")
+        LOG.info("scoring %s", spec.id)
         results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
         if not team.is_main:
             continue
@@ -165,6 +201,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 
 
 @cli.command()
+@log.verbosity
 @click.argument("model")
 @click.option("--method", default="heads.span", show_default=True, help="A heads.* method.")
 @click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="A field of the method; repeatable.")
@@ -200,7 +237,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
         check_target(target)
     data = DataSpec(name="text" if data_path else "world", path=data_path, samples=samples, length=length,
                     batch_size=batch_size)
-    with tables.progress() as progress:
+    with log.progress() as progress:
         team = join(loading["device"])
         scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
     if output and team.is_main:
@@ -215,7 +252,6 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
 @JSON
 def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
-    import llmopt  # noqa: F401  fills the registry: a step's defaults
     from llmopt.checkpoint.facts import read_facts, read_layers
     from llmopt.cli import tables
 
@@ -236,7 +272,7 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)
 def push(folder, repo, private) -> None:
@@ -257,6 +293,7 @@ def bench() -> None:
 
 
 @bench.command()
+@log.verbosity
 @click.option("--shape", default="qwen3-0.6b", show_default=True, help="Whose memory: qwen3-0.6b, llama-1b, llama-7b.")
 @click.option("--blocks", default="4,8,16,32", show_default=True, help="How many of them, one run each.")
 @click.option("--recipe", "recipe_name", help="Recipe of these runs; default: quant.rtn at 4 bits.")
@@ -270,24 +307,23 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
-    import llmopt  # noqa: F401  fills the registry
     from llmopt.recipe.reader import values
 
     counts = values([f"blocks=[{blocks}]"])["blocks"]
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise LlmoptError(f"--blocks: {blocks!r} given, numbers such as 4,8,16,32 expected")
-    with tables.progress() as progress:
+    with log.progress() as progress:
         found = measure(QUICK if quick else Plan(shape, tuple(counts), recipe_name, solve), progress)
     tables.show_scale(found, as_json)
 
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
-    if processes.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
+    if launch.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
         whole_pages()
     try:
-        with processes.one_voice():
-            code = cli.main(standalone_mode=False)
+        with launch.one_voice(), log.talking(launch.is_main()):
+            code = cli.main(prog_name="llmopt", standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
@@ -303,7 +339,7 @@ def main() -> None:
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except processes.Lost as error:
+    except launch.Lost as error:
         click.echo(f"error: {error}", err=True)
         code = 1
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine

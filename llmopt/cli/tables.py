@@ -1,28 +1,24 @@
 """What the commands print: rich tables and progress on a terminal, plain lines or JSON elsewhere."""
-import dataclasses
 import inspect
 import json
 import logging
 import os
 import re
-import types
-import typing
+import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tqdm import tqdm
 
 from llmopt.errors import one_line
-from llmopt.parts import get, names
-from llmopt.progress import silent
-from llmopt.scale.processes import is_main
+from llmopt.parts import default_of, field_lines, fields_of, get, names, plain
+from llmopt.progress import duration
+from llmopt.scale.launch import is_main
 
 ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
 _TQDM_START = tqdm.__init__
@@ -42,33 +38,34 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
-    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else {"disable": True})
+    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else LINES)
+
+
+EVERY = 15          # seconds between two lines about a loop
+
+
+class _BarLines:
+    """A file for tqdm whose lines go to the log; tqdm's own clock and a loop's end would write more of them."""
+
+    said = 0.0
+
+    def write(self, text: str) -> None:
+        line, now = text.strip(), time.monotonic()
+        if line and now - self.said >= EVERY:
+            logging.getLogger("llmopt").info(line)
+            self.said = now
+
+    def flush(self) -> None:
+        pass
+
+
+LINES = {"file": _BarLines(), "delay": EVERY, "mininterval": EVERY, "leave": False,
+         "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left"}
 
 
 def _tame_bars(settings: dict[str, Any]) -> None:
-    """Every library's tqdm bar: only while it takes long, only on a terminal. TQDM_* would be read too late."""
+    """Every library's tqdm bar: only while it takes long, as log lines off a terminal. TQDM_* is read too early."""
     tqdm.__init__ = lambda self, *args, **kwargs: _TQDM_START(self, *args, **kwargs | settings)
-
-
-def say(text: str) -> None:
-    """One line about what happens now; only where someone watches."""
-    if ERR.is_terminal:
-        ERR.print(one_line(text), style="dim", markup=False)
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A `Progress` for methods: bars on a terminal, silence elsewhere."""
-    if not ERR.is_terminal:
-        yield silent
-        return
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=ERR, transient=True) as bars:
-        def track(items: Iterable, label: str) -> Iterable:
-            items = items if hasattr(items, "__len__") else list(items)
-            return bars.track(items, description=label)
-
-        yield track
 
 
 def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -194,8 +191,8 @@ def show_shares(step: str, shares: list[list[float]]) -> None:
 
 def _changed(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
-    known = dataclasses.fields(get(record["method"])) if record["method"] in names() else ()
-    defaults = {f.name: f.default for f in known}
+    known = fields_of(get(record["method"])) if record["method"] in names() else {}
+    defaults = {key: plain(default_of(item)) for key, item in known.items()}
     return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
 
 
@@ -222,14 +219,6 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(line)
 
 
-def duration(seconds: float) -> str:
-    """7384 -> "2 h 3 min"; below a minute with a decimal."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def show_scale(found: dict[str, Any], as_json: bool) -> None:
     """`llmopt bench scale`: a row for each number of blocks, then the processes, then the commands."""
     if as_json:
@@ -251,34 +240,14 @@ def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
         print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
-                               "fields": {f.name: _default(f) for f in dataclasses.fields(cls)}} for cls in classes})
+                               "fields": {key: default for key, _, default, _ in field_lines(cls)}} for cls in classes})
         return
     if not detailed:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
         return
     cls, = classes
     click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
-    hints = typing.get_type_hints(cls)
-    rows = [(f.name, _kind(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
-    print_table("fields", ["field", "type", "default"], rows)
-
-
-def _kind(hint: Any) -> str:
-    """A field's type as its user writes values: `uniform | lim`, `int | float`, `list of int`."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " | ".join(map(str, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if part is type(None) else _kind(part) for part in parts)
-    if origin in (list, tuple):
-        return f"list of {_kind(parts[0])}"
-    return (origin or hint).__name__
-
-
-def _default(item: dataclasses.Field) -> str:
-    if item.default is not dataclasses.MISSING:
-        return repr(item.default)
-    return repr(item.default_factory()) if item.default_factory is not dataclasses.MISSING else "(needed)"
+    print_table("fields", ["field", "what it takes", "default", "meaning"], list(field_lines(cls)))
 
 
 def _first_line(cls: type) -> str:

@@ -100,17 +100,19 @@ def counted(config: dict[str, Any], word: str) -> Iterator[tuple[str, float]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would open, in order; raises LlmoptError for a missing or foreign one."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    _refuse_dangling(single)
     if single.is_file():
-        return [_own(folder, single)]
+        return [single]
     if not index.is_file():
         raise LlmoptError(f"{folder}: no model.safetensors{_other_format(folder)}")
     files = []
     for name in indexed(index):
         if os.sep in name or "\0" in name or not name.endswith(".safetensors"):
             raise LlmoptError(f"{index}: {name!r} is not a file of this folder")
+        _refuse_dangling(folder / name)
         if not (folder / name).is_file():
             raise LlmoptError(f"{folder / name}: listed in the index and missing; fetch this shard again")
-        files.append(_own(folder, folder / name))
+        files.append(folder / name)
     return files
 
 
@@ -122,13 +124,9 @@ def indexed(index: Path) -> list[str]:
     return sorted(set(map(str, shards.values())))
 
 
-def _own(folder: Path, file: Path) -> Path:
-    """`file`; raises LlmoptError where it is a link out of the folder. The hub's cache links to its own blobs."""
-    home = folder.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    if not file.resolve().is_relative_to(home):
-        raise LlmoptError(f"{file}: a link out of the folder, to {file.resolve()}; put the file itself here")
-    return file
+def _refuse_dangling(file: Path) -> None:
+    if file.is_symlink() and not file.exists():
+        raise LlmoptError(f"{file}: a link to {os.readlink(file)}, which is not there; fetch this file again")
 
 
 def _other_format(folder: Path) -> str:

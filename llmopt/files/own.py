@@ -14,6 +14,7 @@ CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|modeling_llmopt\.py|model(-\d+-of-\d+)?\.safetensors|part-\d+|"
     r"model\.safetensors\.index\.json|recipe\.yaml|llmopt\.json|llmopt\.log|README\.md|PARTIAL|"
     rf"eval-(before|after)\.json|\.[\w.-]+\.partial-\d+|{TOKENIZER}|{'|'.join(map(re.escape, LICENCES))}")
+PROOFS = ("journal", "lock", "llmopt.json")
 MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -53,8 +54,11 @@ def foreign(folder: Path, known: re.Pattern) -> list[str]:
 
 
 def remove(folder: Path, known: re.Pattern) -> None:
-    """Delete the entries that `known` names, and the folders that are empty then; all others stay."""
-    for name in list(entries(folder)):
+    """Delete the entries that `known` names, and the folders that are empty then; all others stay.
+
+    What proves a folder to be llmopt's goes last: an interrupted removal can be gone on with.
+    """
+    for name in sorted(entries(folder), key=PROOFS.__contains__):
         place = folder / name
         if known.fullmatch(name) and not (place.is_dir() and not place.is_symlink()):
             place.unlink(missing_ok=True)

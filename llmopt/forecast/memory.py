@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmopt.checkpoint.verify import probe_length
 from llmopt.files import shards
 from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.state import tied_names
 from llmopt.scale import activations
 from llmopt.scale.room import Room, Scene
 
@@ -74,7 +75,7 @@ class Forecast:
             self._note("save", private, min(size, shard) + self._largest() - private)
             self._note("verify", 0, 2 * self._largest())
             return
-        own, tied = dict(self.model.named_parameters()), self.model.all_tied_weights_keys
+        own, tied = dict(self.model.named_parameters()), tied_names(self.model)
         made = {name: tensor for name, tensor in tensors.items() if name not in own}
         inflated = {name: tensor for name, tensor in own.items() if name not in tensors and name not in tied}
         length = probe_length(self.model)

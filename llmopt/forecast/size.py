@@ -55,6 +55,8 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
             if step.stage == "prune":
                 text = _prune(skeleton, step, run, None if pruned or step.uses_inputs else model)
                 pruned = True
+            elif step.stage == "transform":
+                text = step.sketch(skeleton, run)
             elif step.stage == "quant":
                 text = _quantize(skeleton, step, packed)
             else:

@@ -11,10 +11,11 @@ Michel et al., 2019 (arXiv:1905.10650). Left out: pruning in steps with scores t
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -79,7 +80,7 @@ class Gradient(HeadScore):
 
     mean_over: ClassVar = "samples"
 
-    normalize: Literal["layer", "none"] = "layer"
+    normalize: Literal["layer", "none"] = Field("layer", description="divide by the norm of each layer's scores")
 
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         model.requires_grad_(False)

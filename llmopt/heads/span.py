@@ -15,10 +15,11 @@ From the preplan-and-anchor study of attention (arXiv:2510.13554), which splits 
 .74). The rule for later sinks: ACT (arXiv:2406.15765), made relative to even attention. Left out: WAAD and FAI, the
 study's signals per token.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import pad
 

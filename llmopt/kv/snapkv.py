@@ -5,8 +5,8 @@
 Li et al., 2024 (arXiv:2404.14469). Nothing left out; the window itself is always kept. The paper scores each query
 head; with grouped queries the mean over the group decides for its one KV head.
 """
-from dataclasses import dataclass
-
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
@@ -21,14 +21,12 @@ from llmopt.parts import register
 class SnapKV(Scorer):
     """Votes of an observation window, pooled."""
 
-    window: int = 32   # queries that vote, counted from the end of the prompt
-    pool: int = 5      # odd; spreads a vote over its neighbours
+    window: int = Field(32, ge=1, description="queries that vote, counted from the end of the prompt; always kept")
+    pool: int = Field(5, ge=1, description="odd; spreads a vote over its neighbours")
 
     def check(self) -> None:
         super().check()
-        if self.window < 1:
-            raise FieldError("window", self.window, "at least 1")
-        if self.pool < 1 or self.pool % 2 == 0:
+        if self.pool % 2 == 0:
             raise FieldError("pool", self.pool, "an odd number")
 
     def queries(self) -> int:

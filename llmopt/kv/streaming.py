@@ -5,8 +5,8 @@
 Xiao et al., 2023 (arXiv:2309.17453). Left out: the paper renumbers the kept tokens so that text can go on for ever;
 here keys keep their original positions.
 """
-from dataclasses import dataclass
-
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.kv.base import Scorer
@@ -19,7 +19,7 @@ from llmopt.parts import register
 class Streaming(Scorer):
     """Attention sinks and a sliding window."""
 
-    sinks: int = 4
+    sinks: int = Field(4, ge=0, description="first tokens, always kept")
 
     def score(self, kv: LayerKV) -> Tensor:                  # [B, G, T]
         return kv.positions.float()

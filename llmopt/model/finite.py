@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers."""
+"""Whether tensors hold numbers, and types can hold them."""
 import torch
 from torch import Tensor
 
@@ -11,6 +11,15 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     ends = torch.stack(tensor.aminmax())            # NaN comes through; much faster than isfinite, and takes no copy
     return bool(ends.isfinite().all())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """The tensor in another type; raises LlmoptError for finite values that this type cannot hold."""
+    made = tensor.to(dtype)
+    if dtype == torch.float16 and made.dtype != tensor.dtype and not all_finite(made) and all_finite(tensor):
+        raise LlmoptError(f"{where} reaches {tensor.abs().max().item():.3g}, and float16 ends at "
+                          f"{torch.finfo(dtype).max:.0f}; use dtype: bfloat16 or float32")
+    return made
 
 
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:

@@ -1,5 +1,7 @@
 """Loading the dense model, after a look at its files that turns damage into one clear line."""
+import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,23 @@ from torch import nn
 from llmopt.errors import LlmoptError, nearest
 from llmopt.files.checks import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
-from llmopt.model.finite import check_finite
+from llmopt.files.tensors import places, read
+from llmopt.model.finite import all_finite, cast, check_finite
+from llmopt.model.fit import check_types, refuse_foreign
 from llmopt.specs import ModelSpec
 
 REFERENCE = "llmopt/reference"
+MOST_ADDED = 1000       # tokens that somebody may have added to a tokenizer of this model; more are another's
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name behind a model id; `llmopt/reference` is the embedded model."""
+    """The folder or hub name behind a model id; `llmopt/reference` is the embedded model, `~` the user's home."""
     if name == REFERENCE:
         from llmopt_evals import world
 
         return str(world.reference_path())
-    return name
+    return os.path.expanduser(name)
 
 
 def local_folder(spec: ModelSpec) -> Path:
@@ -53,11 +58,23 @@ def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
 
     placement: device_map and what belongs to it, for weights that are to stay in their files.
     """
-    source, _ = examine(spec)
+    source, config = examine(spec)
     model = _from_pretrained(source, spec, placement)
+    if not Path(source).is_dir():
+        check_types(local_folder(spec), config)
     tokenizer = fitting_tokenizer(model, source, spec)
-    check_finite({name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}, source)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta and not all_finite(tensor):
+            _blame_overflow(local_folder(spec), tensor.dtype)
+            check_finite({name: tensor}, source)
     return model.eval(), tokenizer
+
+
+def _blame_overflow(folder: Path, dtype: torch.dtype) -> None:
+    """Raise LlmoptError if the files hold good values that `dtype` cannot hold."""
+    for name, place in places(folder).items():
+        for tensor in read({name: place}).values():
+            cast(tensor, dtype, f"{place[0]}: {name}")
 
 
 def examine(spec: ModelSpec) -> tuple[str, Any]:
@@ -67,6 +84,7 @@ def examine(spec: ModelSpec) -> tuple[str, Any]:
     if config.get_text_config().max_position_embeddings < 2:
         raise LlmoptError(f"{source}: config.json says that the model reads fewer than 2 tokens")
     if Path(source).is_dir():
+        check_types(Path(source), config)
         _check_shapes(Path(source), config, spec.trust_remote_code)
     return source, config
 
@@ -126,11 +144,10 @@ def _from_pretrained(source: str, spec: ModelSpec, placement: dict[str, Any]) ->
             source, dtype=dtype, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code,
             use_safetensors=True, output_loading_info=True, **placement)
         model = model if placement else model.to(spec.device)
-    foreign = [key for key in info["unexpected_keys"] if key.endswith(".weight")]     # old buffers do no harm
-    for kind, keys in (("missing", info["missing_keys"]), ("unknown to the config", foreign)):
-        if keys:
-            raise LlmoptError(f"{source}: {len(keys)} tensors {kind}, such as {min(keys)}; "
-                              "the checkpoint does not fit its config")
+    if missing := info["missing_keys"]:
+        raise LlmoptError(f"{source}: {len(missing)} tensors missing, such as {min(missing)}; "
+                          "the checkpoint does not fit its config")
+    refuse_foreign(info["unexpected_keys"], source)
     return model
 
 
@@ -142,18 +159,42 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     if folder.is_dir() and not any((folder / f).exists() for f in
                                    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
         return None
+    if folder.is_dir() and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        _need_sentencepiece(source)
     with refusals(f"{source}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:             # of its parent
+        return False
+
+
+def _need_sentencepiece(source: str) -> None:
+    """Raise LlmoptError where the packages that read a tokenizer.model are missing; transformers blames tiktoken."""
+    wanted = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [name for name, module in wanted.items() if not is_installed(module)]
+    if missing:
+        raise LlmoptError(f"{source}: tokenizer.model is a SentencePiece file, and without a tokenizer.json it takes "
+                          f"the package {' and '.join(missing)} to read it: pip install {' '.join(missing)}")
 
 
 def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
     """The tokenizer beside the model, or None; raises LlmoptError for one of another model."""
     tokenizer = load_tokenizer(source, spec.revision, spec.trust_remote_code)
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
-        raise LlmoptError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; "
-                          "they belong to different models")
-    return tokenizer
+    if tokenizer is None or len(tokenizer) <= rows:
+        return tokenizer
+    fact = f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows"
+    late = sorted(index for index in tokenizer.added_tokens_decoder if index >= rows)
+    if len(late) < len(tokenizer) - rows or len(late) > MOST_ADDED:
+        raise LlmoptError(f"{fact}; they belong to different models")
+    raise LlmoptError(f"{fact}: {', '.join(repr(str(tokenizer.added_tokens_decoder[i])) for i in late[:3])} "
+                      "was added to the tokenizer alone; take it out again, or give the model a row for it "
+                      "(model.resize_token_embeddings(len(tokenizer)))")
 
 
 def _check_known(kind: Any, source: str) -> None:

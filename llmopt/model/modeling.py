@@ -1,7 +1,7 @@
 """Per-layer shapes: the models behind AutoModel, and the file copied into checkpoints (torch + transformers only).
 
-For every supported family this file makes a subclass of the stock causal LM, under the stock name. It is the stock
-model unless its config carries one of our keys:
+Of a stock model class this file makes a subclass under the stock name, when it is asked for. It is the stock model
+unless its config carries one of our keys:
 
     per_layer_config   {layer: {num_attention_heads, num_key_value_heads, intermediate_size, skip: [attention, mlp]}}
     llmopt             runtime parts; attached after from_pretrained by llmopt.runtime, where llmopt is installed
@@ -19,8 +19,9 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
+from transformers import MistralConfig, PreTrainedConfig
 
 REMOTE_FILE = "modeling_llmopt.py"
 
@@ -145,7 +146,7 @@ class _Saving:
 
 
 class _Shaped(_Saving):
-    """What every generated class adds in front of its stock class."""
+    """What `shaped` adds in front of a stock class."""
 
     _llmopt_family: Family
     _keys_to_ignore_on_load_unexpected = [r"^llmopt\."]
@@ -162,6 +163,7 @@ class _Shaped(_Saving):
         if getattr(model.config, "llmopt", None):
             _attach(model)
         return loaded
+
 
 def declare_tensors(model: nn.Module) -> None:
     """Make room for the runtime tensors that the config declares, so that from_pretrained fills them.
@@ -210,36 +212,36 @@ def _attach(model: nn.Module) -> None:
     importlib.import_module("llmopt.runtime").attach_from_config(model)
 
 
-def _subclass(family: Family) -> type:
-    stock = _stock(family, family.model)
+@functools.cache
+def shaped(stock: type) -> type:
+    """The subclass of a stock model class, of a supported family, that reads our keys of its config."""
     keys = [*(stock._keys_to_ignore_on_load_unexpected or []), *_Shaped._keys_to_ignore_on_load_unexpected]
-    return type(family.model, (_Shaped, stock), {
-        "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": family,
+    return type(stock.__name__, (_Shaped, stock), {
+        "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": FAMILIES[stock.config_class.model_type],
         "_keys_to_ignore_on_load_unexpected": keys})
 
 
-CLASSES: dict[str, type] = {kind: _subclass(family) for kind, family in FAMILIES.items()}
-globals().update({cls.__name__: cls for cls in CLASSES.values()})       # remote code looks its class up by name
+def __getattr__(name: str) -> type:
+    """Remote code and pickle look classes up by name: those of transformers, `shaped` when they are asked for."""
+    stock = getattr(transformers, name, None)
+    if getattr(getattr(stock, "config_class", None), "model_type", None) in FAMILIES:
+        return shaped(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @functools.cache
 def _saving_class(cls: type) -> type:
-    """`cls`, or the class of this file that stands before it, or one made here: such that `_Saving` is a base."""
+    """`cls`, or a subclass made here under its name, such that `_Saving` is a base."""
     if any(base.__name__ == _Saving.__name__ for base in cls.__mro__):      # by name: remote code brings its own copy
         return cls
-    known = next((own for own in CLASSES.values() if cls in own.__bases__), None)
-    return known or type(cls.__name__, (_Saving, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    if cls.config_class.model_type in FAMILIES:
+        return shaped(cls)
+    return type(cls.__name__, (_Saving, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def let_save(model: nn.Module) -> None:
     """Make `save_pretrained` of a model that is being compressed write what it has become."""
     model.__class__ = _saving_class(type(model))
-
-
-def register_models() -> None:
-    """Put the classes of this file behind AutoModelForCausalLM."""
-    for cls in CLASSES.values():
-        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
 
 
 def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
@@ -257,6 +259,10 @@ def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     family = FAMILIES.get(config.model_type)
     config.architectures = [family.model if family else type(model).__name__]
     config.dtype = model.dtype
+    head = model.get_output_embeddings()
+    if head is not None:                        # as the weights are: by hand, or by files that contradict their config
+        config.tie_word_embeddings = (
+            head._parameters.get("weight") is model.get_input_embeddings()._parameters.get("weight"))
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
     if not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
         config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)

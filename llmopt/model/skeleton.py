@@ -10,6 +10,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files.checks import read_header, refusals, weight_files
 from llmopt.files.tensors import TYPES, Places, places, read
 from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.fit import refuse_foreign
 from llmopt.model.loading import check_dense, examine
 from llmopt.specs import ModelSpec
 
@@ -72,25 +73,33 @@ def match(model: nn.Module, found: Places, source: str) -> Places:
     Files may name them without the base model's prefix, and keep the experts of a layer one by one. Raises LlmoptError
     for missing or foreign tensors, and for shapes that the config does not want.
     """
+    known = _as_known(model, found, model.state_dict())
+    _tie_as_filed(model, known)
     tied, state = model.all_tied_weights_keys, model.state_dict()
-    known = _as_known(model, found, state)
     made = _merged_shapes(model, known, source)
     wanted = {name: state[name].shape for name in state if name not in tied}
     missing = [name for name in wanted if name not in made]
-    foreign = [name for name in made if name not in state and name.endswith(".weight")]
-    for kind, names in (("missing", missing), ("unknown to the config", foreign)):
-        if names:
-            raise LlmoptError(f"{source}: {len(names)} tensors {kind}, such as {min(names)}; "
-                              "the checkpoint does not fit its config")
+    if missing:
+        raise LlmoptError(f"{source}: {len(missing)} tensors missing, such as {min(missing)}; "
+                          "the checkpoint does not fit its config")
+    refuse_foreign((name for name in made if name not in state), source)
     for name, shape in wanted.items():
         if made[name] != shape:
             raise LlmoptError(f"{source}: {name} is {list(made[name])}, the config wants {list(shape)}; "
                               "the checkpoint does not fit its config")
-    for twin, original in tied.items():
-        if twin in known and not torch.equal(*read({"a": known[twin], "b": known[original]}).values()):
-            raise LlmoptError(f"{source}: {twin} and {original} are tied by the config, but differ in the files; set "
-                              "tie_word_embeddings to false in config.json")
     return {name: place for name, place in known.items() if name in wanted or name not in made}
+
+
+def _tie_as_filed(model: nn.Module, known: Places) -> None:
+    """Tie weights as `from_pretrained` does: by what the files hold, where that is not what the config promises."""
+    for twin, original in list(model.all_tied_weights_keys.items()):
+        if twin in known and original not in known:
+            known[original] = known.pop(twin)
+        elif twin in known and not torch.equal(*read({"a": known[twin], "b": known[original]}).values()):
+            path, _, leaf = twin.rpartition(".")
+            own = nn.Parameter(model.get_parameter(twin).detach().clone(), requires_grad=False)
+            model.get_submodule(path)._parameters[leaf] = own
+            del model.all_tied_weights_keys[twin]
 
 
 def _as_known(model: nn.Module, found: Places, state: dict[str, Tensor]) -> Places:

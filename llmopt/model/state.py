@@ -9,12 +9,23 @@ def packs(model: nn.Module, format: str) -> bool:
     return format != "dense" and bool(coded(model))
 
 
+def tied_names(model: nn.Module) -> set[str]:
+    """The names of weights that are another's under a second name: an output head that is the embedding, or nothing.
+
+    By the weights themselves: heads are tied by hand, and files hold another head than their config promises.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head._parameters.get("weight") is not model.get_input_embeddings()._parameters.get("weight"):
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+
+
 def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
     """The state dict under the names of the files, without the copies that tied weights make.
 
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
     return as_filed(model, state) if renamed else state
 

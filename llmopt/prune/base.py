@@ -3,10 +3,11 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.walk import Visit, each, visits
@@ -14,6 +15,7 @@ from llmopt.errors import BudgetError, FieldError, LlmoptError
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
+from llmopt.parts import Several
 from llmopt.progress import timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
@@ -27,29 +29,20 @@ Scores = dict[str, Tensor]        # unit -> one score per unit of a block, large
 
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Family base. ratio: share of the chosen units' parameters that leaves; rounding removes fewer, never more.
-
-    scope: local keeps all layers alike, so that the checkpoint loads in plain transformers; global lets layers differ.
-    normalize: what makes the scores of different layers comparable (scope: global).
-    minimum: share of its FFN channels that every layer keeps; one KV group stays in any case.
-    refit: the writers of the pruned parts are refitted by least squares on calibration data.
-    """
+    """Family base: how much leaves, of what, and how layers compare. A method writes `score` alone."""
 
     stage: ClassVar = "prune"
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
 
-    ratio: float = 0.2
-    scope: Literal["local", "global"] = "local"
-    units: tuple[Unit, ...] = ("ffn", "kv_groups")
-    normalize: Literal["lamp", "layer", "none"] = "lamp"
-    minimum: float = 0.05
-    refit: bool = False
+    ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters that leaves; never more")
+    scope: Literal["local", "global"] = Field("local", description="local: all layers alike, for plain transformers")
+    units: Several[Unit] = Field(("ffn", "kv_groups"), description="what may leave")
+    normalize: Literal["lamp", "layer", "none"] = Field(
+        "lamp", description="how the scores of different layers become comparable (scope: global)")
+    minimum: float = Field(0.05, gt=0, le=1, description="share of its FFN channels that every layer keeps")
+    refit: bool = Field(False, description="refit the writers of the pruned parts by least squares on calibration data")
 
     def check(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise FieldError("ratio", self.ratio, "a share from 0 to below 1")
-        if not 0 < self.minimum <= 1:
-            raise FieldError("minimum", self.minimum, "a share above 0, at most 1")
         chosen = set(self.units)
         coarse = chosen & set(COARSE)
         if not chosen or len(chosen) < len(self.units) or {"q_heads", "kv_groups"} <= chosen:

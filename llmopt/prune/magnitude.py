@@ -14,7 +14,7 @@ by the layer's mean; `lamp` (Lee et al., 2021, arXiv:2010.07611; DIMAP) by the s
 changes when a layer is rescaled. lamp is the default: on stories260K, ffn + kv_groups at 0.35, it adds 2.46 nats,
 layer 2.53, none 3.04 (local 2.49; lamp with `refit` 1.32). Left out: gradual schedules, no-ops without training.
 """
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
 from llmopt.calibration.walk import Visit
 from llmopt.model.blocks import Block

@@ -1,12 +1,15 @@
 """The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from llmopt.calibration.second_moments import Gram, energy, mirrored_
 from llmopt.calibration.walk import Visit, each, visits
@@ -16,6 +19,7 @@ from llmopt.model.blocks import Block, Projection, blocks
 from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.finite import all_finite
 from llmopt.model.weights import coded
+from llmopt.parts import Several
 from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import Spec
@@ -26,6 +30,15 @@ from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Room, Scene
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
+Width = Annotated[int, Field(ge=2, le=8)] | Literal[16]
+GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
+
+
+class Override(TypedDict, total=False):
+    """What `overrides` may say of the weights that a name matches."""
+
+    bits: Annotated[Width, Field(description="16: as it is")]
+    group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
 
 
 class Stats(Gram):
@@ -70,34 +83,27 @@ class Quantizer(Method):
     rowwise: ClassVar[bool] = False       # True: no row of a weight sees another, so that processes may share them
     sums: ClassVar[tuple[str, ...]] = ()  # those of the `figures` that add up over rows; the others are alike for all
 
-    bits: int | float = 4                 # average over all weights quantized, 2..8 (fractions: `allocate`); 16: as is
-    group_size: int = 128                 # input columns that share a scale; -1: one scale per output channel
-    symmetric: bool = True
-    clip: bool = True                     # search each scale for the least error (norm 2.4)
-    scale_dtype: Literal["float16", "bfloat16", "float32"] | None = None    # None: the model's
-    ignore: list[str] = field(default_factory=list)                         # names, globs or endings of names
-    overrides: dict[str, Any] = field(default_factory=dict)                 # name: {bits: ..., group_size: ...}
-    allocate: Allocation = "uniform"      # who decides the bits of each block
-    widths: tuple[int, ...] = (2, 3, 4, 8)    # bits that `allocate` may hand out; lim and zd use the two around `bits`
-    seed: int = 0                         # picks the calibration rows on which `sensitivity` is measured
+    bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is")
+    group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")
+    symmetric: bool = Field(True, description="no zero points")
+    clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
+    scale_dtype: Literal["float16", "bfloat16", "float32"] | None = Field(None, description="null: the model's")
+    ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
+    overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
+    allocate: Allocation = Field("uniform", description="who decides the bits of each block")
+    widths: Several[Width] = Field((2, 3, 4, 8), description="bits to choose from; lim and zd take two around `bits`")
+    seed: int = Field(0, description="picks the calibration rows on which `sensitivity` is measured")
 
     def check(self) -> None:
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))
-        for width in self.widths:
-            _check_width("widths", width)
-        _check_group("group_size", self.group_size)
         if self.allocate == "uniform":
-            _check_width("bits", self.bits)
+            _check_width(self.bits)
         elif not self.widths or not min(self.widths) <= self.bits <= max(self.widths):
             raise FieldError("bits", self.bits, f"an average within the widths {list(self.widths)}")
         for name, given in self.overrides.items():
-            if not isinstance(given, dict) or not given or not set(given) <= {"bits", "group_size"}:
+            if not given:
                 raise FieldError(f"overrides.{name}", given, "a mapping of bits and/or group_size")
-            if "bits" in given:
-                _check_width(f"overrides.{name}.bits", given["bits"])
-            if "group_size" in given:
-                _check_group(f"overrides.{name}.group_size", given["group_size"])
 
     @property
     def needs_data(self) -> bool:
@@ -318,13 +324,9 @@ def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:
     return replace(part, codes=codes, scales=scales, zeros=zeros)
 
 
-def _check_width(key: str, bits: object) -> None:
-    if type(bits) is not int or bits not in (*range(2, 9), DENSE):
-        fraction = key == "bits" and isinstance(bits, float) and 2 <= bits <= 8
-        raise FieldError(key, bits, "an integer from 2 to 8 (or 16: dense)" if not fraction else
+def _check_width(bits: int | float) -> None:
+    """Raise FieldError unless the bits of all weights alike are such as one weight can have."""
+    if bits not in (*range(2, 9), DENSE):
+        fraction = isinstance(bits, float) and 2 <= bits <= 8
+        raise FieldError("bits", bits, "an integer from 2 to 8 (or 16: dense)" if not fraction else
                          "an integer from 2 to 8, or a fraction with allocate: lim, zd or sensitivity")
-
-
-def _check_group(key: str, size: object) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-        raise FieldError(key, size, "a positive number of columns, or -1 (one scale per output channel)")

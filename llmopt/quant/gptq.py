@@ -10,14 +10,16 @@ when the sweep reaches it. Columns whose input is always 0 are set to 0. Rounded
 `figures`: rows that the sweep, being greedy, makes worse, and a matrix that no damping up to 1 makes invertible.
 Frantar et al., 2022 (arXiv:2210.17323).
 """
-from dataclasses import dataclass
+import dataclasses
 from typing import ClassVar
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.calibration.second_moments import row_errors
-from llmopt.errors import FieldError, LlmoptError
+from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized, decode
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
@@ -26,7 +28,7 @@ from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Spec, as_codes, encode, fit, round_to_nearest
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """What the sweeps of all weights that read one input need: order of the columns [in], U in that order [in, in]."""
 
@@ -45,17 +47,10 @@ class GPTQ(Quantizer):
     rowwise: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]] = ("loss", "rounded_rows")
 
-    act_order: bool = True        # columns with the largest inputs first
-    static_groups: bool = True    # scales of the original column groups, fixed before the sweep
-    damping: float = 0.01         # share of the mean diagonal added to the Hessian
-    block: int = 128              # columns whose updates to the rest are applied together; does not change the result
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.damping <= MAX_DAMPING:
-            raise FieldError("damping", self.damping, "a share from 0 to 1")
-        if self.block < 1:
-            raise FieldError("block", self.block, "at least one column")
+    act_order: bool = Field(True, description="columns with the largest inputs first")
+    static_groups: bool = Field(True, description="scales of the original column groups, fixed before the sweep")
+    damping: float = Field(0.01, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
+    block: int = Field(128, ge=1, description="columns whose updates are applied together; the result is the same")
 
     def working(self, out: int, columns: int) -> int:
         """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""

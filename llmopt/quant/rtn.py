@@ -4,9 +4,9 @@
 
 No data, no correction of one weight's error by the others: the baseline of all quantizers, and the fallback of GPTQ.
 """
-from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.model.codes import Quantized

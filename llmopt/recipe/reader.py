@@ -1,31 +1,38 @@
 """The text of a recipe -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llmopt.errors import FieldError, KeyUnknown, LlmoptError, naming, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llmopt.errors import FieldError, LlmoptError, naming, nearest
 from llmopt.method import STAGES, Method
-from llmopt.parts import build, fill
+from llmopt.parts import Checked, build
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
-from llmopt.specs import DataSpec, EvalSpec, ModelSpec
+from llmopt.specs import MAX_SEED, DataSpec, EvalSpec, ModelSpec
 
 PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """Everything one run of `llmopt compress` is told."""
 
-    model: ModelSpec = ModelSpec()
-    data: DataSpec = DataSpec()
-    steps: tuple[Method, ...] = ()
-    eval: EvalSpec = field(default_factory=EvalSpec)
-    format: str = "portable"
-    seed: int = 0
-    max_shard_size: str = "2GB"
+    model: ModelSpec = Field(ModelSpec(), description="which model is compressed")
+    data: DataSpec = Field(DataSpec(), description="calibration data")
+    steps: tuple[Method, ...] = Field((), description="methods, in the order score -> prune -> quant -> runtime")
+    eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
+    format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
+    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
     text: str = ""                       # the file, verbatim
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
+
+    def check(self) -> None:
+        if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
+            raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out."""
@@ -35,11 +42,15 @@ class Recipe:
 
 
 SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
-KEYS = (*SECTIONS, "steps", "format", "seed", "max_shard_size")
+PLAIN = ("format", "seed", "max_shard_size")
+KEYS = (*SECTIONS, "steps", *PLAIN)
 
 
-def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
-    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id."""
+def load(name: str, sets: tuple[str, ...] = (), model: str | None = None, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id.
+
+    trust_remote_code: let code that comes with the model, or with tasks of its own files, run. No recipe can say so.
+    """
     path = find(name)
     if path.stat().st_size > 4 * MAX_BYTES:            # a character takes up to 4
         raise LlmoptError(f"{path}: {path.stat().st_size:,} bytes are too many for a recipe")
@@ -47,12 +58,12 @@ def load(name: str, sets: tuple[str, ...] = (), model: str | None = None) -> Rec
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise LlmoptError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return parse(text, str(path), sets, model)
+    return parse(text, str(path), sets, model, trust_remote_code)
 
 
 def find(name: str) -> Path:
     """The recipe's file: `name` as a path, else NAME.yaml in the checkout's or the wheel's recipes."""
-    given = Path(name)
+    given = Path(name).expanduser()
     if given.is_file():
         return given
     for folder in PACKAGED:
@@ -63,7 +74,8 @@ def find(name: str) -> Path:
     raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
 
 
-def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None) -> Recipe:
+def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None,
+          trust_remote_code: bool = False) -> Recipe:
     """Build a Recipe from YAML text; `source` names it in errors."""
     data, lines = read_yaml(text, source)
     data, where = {} if data is None else data, Where(source, lines)
@@ -72,17 +84,27 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     for assignment in sets:
         _assign(data, assignment)
     if model is not None:
-        given = data.get("model") or {}
-        if not isinstance(given, dict):
-            raise where.error(("model",), "a mapping such as {id: NAME} expected")
-        data["model"] = given | {"id": model}
+        data["model"] = _model_section(where, data) | {"id": model}
+    if trust_remote_code:
+        data["model"] = _model_section(where, data) | {"trust_remote_code": True}
+    elif isinstance(data.get("model"), dict) and data["model"].get("trust_remote_code"):
+        raise where.error(("model", "trust_remote_code"), "model.trust_remote_code: a recipe cannot let code run; read "
+                          "the model's code, and if you trust it give --trust-remote-code on the command line")
     for key in data:
         if key not in KEYS:
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
-    steps = _steps(where, data.get("steps"))
-    return Recipe(**parts, steps=steps, format=_format(where, data), seed=_seed(where, data),
-                  max_shard_size=_shard_size(where, data), text=text, changes=_changes(sets, model))
+    words = ("--trust-remote-code",) if trust_remote_code else ()
+    parts |= {key: data[key] for key in PLAIN if key in data}
+    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": (*words, *_changes(sets, model))}
+    return _filled(where, (), "", lambda: Recipe(**parts))
+
+
+def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
+    given = data.get("model") or {}
+    if not isinstance(given, dict):
+        raise where.error(("model",), "a mapping such as {id: NAME} expected")
+    return given
 
 
 def _changes(sets: tuple[str, ...], model: str | None) -> tuple[str, ...]:
@@ -97,19 +119,28 @@ class Where:
     source: str
     lines: dict[KeyPath, int]
 
-    def error(self, path: KeyPath, fact: str) -> LlmoptError:
+    def error(self, path: KeyPath, fact: str, key: str = "") -> LlmoptError:
+        """An error at the line of `path`, or of the deepest place below it on the way to `key` (of a FieldError)."""
         probe = path
         while probe and probe not in self.lines:
             probe = probe[:-1]
-        return LlmoptError(f"{self.source}:{self.lines.get(probe, 1)}: {fact}")
+        below = [place for place in self.lines if place[:len(path)] == path and _leads(place[len(path):], key)]
+        return LlmoptError(f"{self.source}:{self.lines.get(max(below, key=len, default=probe), 1)}: {fact}")
+
+
+def _leads(place: KeyPath, key: str) -> bool:
+    """Whether a place such as ("widths", 1) lies on the way to a key such as `widths[1]` or `overrides.q_proj.bits`."""
+    dotted = ".".join(map(str, place))
+    key = key.replace("[", ".").replace("]", "")
+    return f"{key}.".startswith(f"{dotted}.")
 
 
 def _section(where: Where, key: str, given: Any) -> Any:
     if given is None:
-        return fill(SECTIONS[key], {})
+        return SECTIONS[key]()
     if not isinstance(given, dict):
         raise where.error((key,), f"{key}: a mapping expected, {given!r} given")
-    return _filled(where, (key,), key, lambda: fill(SECTIONS[key], given))
+    return _filled(where, (key,), key, lambda: SECTIONS[key](**given))
 
 
 def _steps(where: Where, given: Any) -> tuple[Method, ...]:
@@ -137,9 +168,9 @@ def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
     try:
         return make()
     except LlmoptError as fact:
-        cause = fact.__cause__ if isinstance(fact.__cause__, (FieldError, KeyUnknown)) else fact
-        key = cause.key if isinstance(cause, (FieldError, KeyUnknown)) else ""
-        raise where.error((*path, key.split("[")[0]), f"{prefix}{fact}") from fact
+        cause = fact.__cause__ if isinstance(fact.__cause__, FieldError) else fact
+        key = cause.key if isinstance(cause, FieldError) else ""
+        raise where.error(path, f"{prefix}{fact}", key) from fact
 
 
 def check_order(steps: tuple[Method, ...]) -> None:
@@ -161,34 +192,6 @@ def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
         if place:
             places.setdefault(place, []).append(step.name)
     return places
-
-
-def _format(where: Where, data: dict) -> str:
-    value = data.get("format", "portable")
-    if value not in ("portable", "dense"):
-        raise where.error(("format",), f"unknown format {value!r}{nearest(str(value), ('portable', 'dense'))}")
-    return value
-
-
-def _shard_size(where: Where, data: dict) -> str:
-    value = data.get("max_shard_size", "2GB")
-    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", str(value)):
-        raise where.error(("max_shard_size",), f"max_shard_size: {value!r} given, a size such as 2GB expected")
-    return str(value)
-
-
-def _plain(where: Where, data: dict, key: str, default: Any, kind: type) -> Any:
-    value = data.get(key, default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise where.error((key,), f"{key}: {value!r} given, a value of type {kind.__name__} expected")
-    return value
-
-
-def _seed(where: Where, data: dict) -> int:
-    value = _plain(where, data, "seed", 0, int)
-    if not 0 <= value < 2**32:
-        raise where.error(("seed",), f"seed: {value} given, a number from 0 to {2**32 - 1} expected")
-    return value
 
 
 def _assign(data: dict, assignment: str) -> None:

@@ -1,4 +1,5 @@
 """The main path, top to bottom: load dense -> batches -> each step's apply -> save -> verify -> rename."""
+import logging
 import platform
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
 from llmopt.model.weights import coded
-from llmopt.progress import Clock, Progress, silent
+from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.marks import marks, written
 from llmopt.run.opening import Streaming, open_model
@@ -32,6 +33,8 @@ from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Scene
 from llmopt.scale.stream import Streamed
+
+LOG = logging.getLogger(__name__)
 
 
 def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
@@ -62,8 +65,11 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
+    progress = run.progress
     for i, step in enumerate(steps):
-        start = time.perf_counter()
+        start, place = time.perf_counter(), f"step {i + 1} of {len(steps)}"
+        LOG.info("%s: %s", place, step.name)
+        run.progress = numbered(progress, place)
         torch.manual_seed(run.seed)         # every step anew: a resumed run passes over the work of earlier ones
         run.memory.begin(i)
         run.ahead = tuple(steps[i + 1:])
@@ -73,6 +79,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
             record = step.apply(model, run)
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
+        LOG.debug("%s: %s, %s", place, step.name, duration(time.perf_counter() - start))
     report.parameters = model.num_parameters()
     start = time.perf_counter()
     report.cache_after = cache_bytes_per_token(model)
@@ -140,8 +147,11 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
 
 def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
     """The calibration data, if a step asks for it."""
-    wanted = any(step.needs_data for step in recipe.steps)
-    return data.load(recipe.data, model.config, tokenizer) if wanted else None
+    if not any(step.needs_data for step in recipe.steps):
+        return None
+    batches = data.load(recipe.data, model.config, tokenizer)
+    LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
+    return batches
 
 
 def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:

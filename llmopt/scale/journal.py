@@ -2,7 +2,8 @@
 
     OUT.llmopt-work/
       journal             a line for each finished block or decision: checksum, JSON; the first says whose work this is
-      step-K/P-INDEX      what pass P of step K made of a block
+      step-K/P-INDEX      what pass P of step K made of a block; P-outside: of all that belongs to no block
+      step-K/kept-NAME    tensors that step K wants to find again
       output/             the checkpoint while it is written
 
 A file is written and synced before its line is, and a line counts only with its checksum: a crash at any moment loses
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -34,7 +36,7 @@ OWN = re.compile(r"journal|lock|step-\d+(/[\w.-]+)?|\d+-activations|"
                  rf"output(/({own.CHECKPOINT.pattern}))?")
 TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} [^\n]*")        # the first line of a run that died while it was written
 CHUNK = 1 << 22                     # bytes read at a time
-Key = tuple[int, int, int]          # step, pass over the blocks, block
+Key = tuple[int, int | str, int | str]      # step, pass over the blocks, block; or step, "kept", name
 HEADER = {"marks": {str: object}}
 ENTRY = {"key": str, "checksum": range(2**32), "record": {str: object}}
 
@@ -161,8 +163,9 @@ class Journal:
 
     def path(self, key: Key) -> Path:
         """Where the tensors of a block belong."""
-        step, sweep, index = key
-        return self.folder / f"step-{step}" / f"{sweep}-{index:05d}"
+        step, sweep, place = key
+        name = f"{place:05d}" if isinstance(place, int) else quote(place, safe="")
+        return self.folder / f"step-{step}" / f"{sweep}-{name}"
 
     def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
         """One file, whole or not there; tensors of an older file of this name stay mapped."""

@@ -3,19 +3,15 @@
     torchrun --nproc-per-node 2 -m llmopt compress --recipe R --output OUT
 
 Each has the whole model; calibration rows, rows of weights and evaluation requests are shared. What is known after a
-block is the same everywhere, and rank 0 alone writes and talks. `accelerate launch --cpu --num_processes 2` starts ONE
-process and does not say so (it can only start several on the CPU through MPI): `started_alone` finds that out.
+block is the same everywhere, and rank 0 alone writes and talks.
 
 The group is not torch's default one, so accelerate has no part in it: libraries that find a default group begin
 collectives of their own (compressed-tensors while it loads), which hang where one rank alone loads or verifies.
 """
 import os
 import pickle
-import signal
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,13 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.scale.launch import Lost, count
+
 PATIENCE = timedelta(days=30)       # rank 0 may write or verify for hours; a rank that dies is noticed at once
-STORE_WAIT = timedelta(seconds=5)
-GRACE = 5                           # seconds
-
-
-class Lost(Exception):
-    """Another process of this run has ended, so that this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -133,21 +125,6 @@ def _together() -> Iterator[None]:
                    "memory runs out)") from error
 
 
-def count() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, or alone; known before anything is joined."""
-    return int(os.environ.get("RANK", 0)) == 0 or count() == 1
-
-
-def started_alone() -> bool:
-    """Whether `accelerate launch` has started this process, and no other."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and count() == 1
-
-
 def join(device: str = "cpu") -> Ranks:
     """Join the processes that the launcher has started; gloo for a model on the CPU, nccl on CUDA, one GPU for each."""
     if count() == 1:
@@ -161,36 +138,3 @@ def join(device: str = "cpu") -> Ranks:
     with _together():
         group = _dist2.new_group("gloo" if place.type == "cpu" else "nccl", PATIENCE, place)
     return Ranks(group.rank(), group.size(), place, group)
-
-
-@contextmanager
-def one_voice() -> Iterator[None]:
-    """Around the whole command: rank 0 alone writes to stdout; the first to fail tells why, the others end in silence.
-
-    Connections are closed only after that, so that nobody else can be first. SIGTERM, by which a launcher ends the
-    others, lets a process clean up.
-    """
-    if count() == 1:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    failed = True
-    try:
-        with nullcontext() if is_main() else open(os.devnull, "w") as sink, redirect_stdout(sink or sys.stdout):
-            yield
-        failed = False
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # all that there is to clean has been cleaned
-        if failed and not isinstance(sys.exception(), SystemExit) and not _is_first():
-            time.sleep(GRACE)               # the launcher calls the first that leaves the cause, and ends the others
-            sys.exit(1)
-
-
-def _is_first() -> bool:
-    """Whether no other process of this run has asked before; true where there is nobody to ask."""
-    place = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
-    try:
-        store = torch.distributed.TCPStore(*place, is_master=False, timeout=STORE_WAIT)
-        return store.add(f"llmopt/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except RuntimeError:
-        return True

@@ -18,7 +18,8 @@ from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.model.finite import check_finite
+from llmopt.model.finite import cast, check_finite
+from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
 from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
 from llmopt.model.weights import coded
@@ -45,7 +46,33 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module) -> Iterator[None]:
+    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+            yield
+
+    @contextmanager
+    def _editing_outside(self, rest: Outside) -> Iterator[None]:
+        self._fill(rest.model, self.rest)
+        rest.tie_again()
+        try:
+            yield
+            file, names = self.commit_outside(rest), list(rest.parameters())
+            self.rest.clear()                               # shared with the memory of all other loops
+            self.rest.update({name: (file, name) for name in names})
+        finally:
+            for name, parameter in rest.parameters().items():
+                _put(rest.model, name, _absent(parameter))
+            rest.tie_again()
+            give_back_freed()
+
+    def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:
+        if not record["tied"]:
+            rest.untie()
+        self.rest.clear()
+        self.rest.update(tensors.of_file(file))
+
+    @contextmanager
+    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
@@ -93,7 +120,7 @@ class Streamed(Resumable):
         fresh = {}
         for name, tensor in (rebuilt(root, tensors.read(places), record)[0] if record else self._read(places)).items():
             like = root.get_parameter(name)
-            fresh[name] = nn.Parameter(tensor.to(self.device, like.dtype), requires_grad=False)
+            fresh[name] = nn.Parameter(cast(tensor.to(self.device), like.dtype, name), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
@@ -135,9 +162,9 @@ class Streamed(Resumable):
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
-            cast = {name: t.to(group[name].dtype) if name in group else t for name, t in found.items()}
-            self._check(cast, {prefix + name: place for name, place in places.items()})
-            yield cast | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
+            made = {name: cast(t, group[name].dtype, name) if name in group else t for name, t in found.items()}
+            self._check(made, {prefix + name: place for name, place in places.items()})
+            yield made | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
 
 
@@ -146,10 +173,15 @@ def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     root.get_submodule(path)._parameters[leaf] = parameter
 
 
+def _absent(parameter: nn.Parameter) -> nn.Parameter:
+    """Shape and type of a parameter without its values."""
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
 def _empty(layer: nn.Module) -> None:
     """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
     for name, parameter in list(layer.named_parameters()):
-        _put(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+        _put(layer, name, _absent(parameter))
     for weight in coded(layer):
         codes = weight.codes
         weight.codes = replace(codes, **{

@@ -2,12 +2,13 @@
 
 Neither is a method: `AnchorLike` hands over its own base, `LocalHeads` has a window for each head from a record.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from llmopt_kernels import NONE, Partial, Ragged, Stripes
+from pydantic.dataclasses import dataclass
 from torch.testing import assert_close
 
 from llmopt import runtime
