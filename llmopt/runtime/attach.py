@@ -116,16 +116,16 @@ def attached(model: nn.Module, *methods: RuntimeMethod, run: Run | None = None) 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is compressed and new tokens attend densely to what the cache holds."""
+    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds."""
     live = attachment(model)
     if live is None:
         yield
         return
-    before, live.frozen = live.frozen, True
+    before, live.now.frozen = live.now.frozen, True
     try:
         yield
     finally:
-        live.frozen = before
+        live.now.frozen = before
 
 
 def new_cache(model: nn.Module) -> LlmoptCache:
