@@ -12,7 +12,7 @@ from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
-from llmopt.model.positions import attention_windows
+from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.forward import Forward
@@ -27,6 +27,7 @@ class Attachment:
     """All that is added to one model: its parts, by place, and what the present forward needs to know."""
 
     def __init__(self, model: nn.Module):
+        refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
         self.now = Forward()
