@@ -17,7 +17,7 @@ from llmopt.scale.memory import Memory
 from llmopt.scale.processes import Ranks
 from llmopt.scale.room import Room, Scene
 
-Stage = Literal["score", "prune", "quant", "runtime"]
+Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
 
 

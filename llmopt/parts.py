@@ -101,7 +101,7 @@ def plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- registry
 
-FAMILIES = ("attention", "heads", "kv", "prune", "quant")          # the folders whose import registers their methods
+FAMILIES = ("attention", "heads", "kv", "prune", "quant", "transform")      # folders whose import registers methods
 _REGISTRY: dict[str, dict[str, type[Part]]] = {}          # kind -> name -> class
 
 

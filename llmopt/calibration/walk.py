@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list
+from llmopt.model.outside import Outside
 from llmopt.progress import Progress, silent
-from llmopt.scale.memory import Memory
+from llmopt.scale.memory import OUTSIDE, Memory
 
 
 class Shared:
@@ -102,6 +103,14 @@ def each(model: nn.Module, run: Run, label: str, edits: bool = True,
         if not memory.restored(model, index):
             with memory.block(model, index):
                 yield blocks(model)[index]
+
+
+def outside(model: nn.Module, run: Run) -> Iterator[Outside]:
+    """What belongs to no block, with its weights there and to be changed; nothing where a resumed run had done that."""
+    memory = run.memory.editing()
+    if not memory.restored(model, OUTSIDE):
+        with memory.outside(model, edits=True):
+            yield Outside(model)
 
 
 def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> Iterator[Block]:

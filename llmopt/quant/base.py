@@ -1,6 +1,5 @@
 """The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import replace
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,8 +10,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from llmopt.calibration.second_moments import Gram, energy, mirrored_
-from llmopt.calibration.walk import Visit, each, visits
+from llmopt.calibration.inputs import Inputs, Moments, each_weight
+from llmopt.calibration.second_moments import energy
+from llmopt.calibration.walk import Visit
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, Projection, blocks
@@ -41,45 +41,12 @@ class Override(TypedDict, total=False):
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
 
 
-class Stats(Gram):
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
-
-    def __init__(self, ranks: Ranks = Ranks()):         # noqa: B008  frozen
-        super().__init__(ranks)
-        self.made: dict[Hashable, Any] = {}
-
-    @property
-    def hessian(self) -> Tensor | None:
-        """None until a token has come."""
-        return self.once("hessian", self._hessian) if self.tokens else None
-
-    def _hessian(self) -> Tensor:
-        return mirrored_(self.lower.float().mul_(2 / self.tokens))
-
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
-        if len(x):
-            super().add(x if weights is None else x.float() * weights.sqrt().unsqueeze(1))
-            self.made.clear()
-
-    def join(self, like: Tensor) -> None:
-        super().join(like)
-        if self.tokens:
-            self.made["hessian"], self.lower = self.hessian, None   # twice the size of what is needed from here on
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made for the first of the weights that read this input and kept for the others."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
-
-
 @dataclass(frozen=True)
 class Quantizer(Method):
     """Weights of the decoder blocks on integer grids; embeddings and the output head stay as they are."""
 
     stage: ClassVar = "quant"
-    uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
+    uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Moments, measured behind the edited blocks
     rowwise: ClassVar[bool] = False       # True: no row of a weight sees another, so that processes may share them
     sums: ClassVar[tuple[str, ...]] = ()  # those of the `figures` that add up over rows; the others are alike for all
 
@@ -118,14 +85,14 @@ class Quantizer(Method):
         return self.allocate == "sensitivity"
 
     @abstractmethod
-    def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
+    def quantize(self, weight: Tensor, stats: Moments | None, spec: Spec) -> Quantized:
         """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
 
         rowwise: `weight` may be some of the rows. A figure `loss` is half of what its rows' outputs lose (row_errors).
         """
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike.
+        """How much each real token of each batch counts in the Moments ([N] per batch); None: all alike.
 
         The visit shows this process's rows alone; the weights of a row may depend on nothing but that row.
         """
@@ -194,7 +161,7 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        for projection, stats in self._visits(model, run, todo, self.name, edits=True):
+        for projection, stats in each_weight(model, run, todo, self.name, self._collected()):
             self._write(projection, stats, todo[projection.name], self._team(projection, run))
             give_back_freed()
         return Record(meta=self._meta(model, decided) | allocation)
@@ -233,7 +200,8 @@ class Quantizer(Method):
         The least damage by the table, unless the widest uniform choice that fits does less in fact.
         """
         free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
-        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
+        label = f"{self.name} at {len(self.widths)} widths"
+        for p, stats in each_weight(model, run, free, label, self._collected(), edits=False):
             units[free[p.name].group].append(p)
             team = self._team(p, run)
             made |= {(p.name, w): _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)
@@ -252,31 +220,16 @@ class Quantizer(Method):
         finally:
             trial.restore()
 
-    def _visits(self, model: nn.Module, run: Run, names: Collection[str], label: str,
-                edits: bool) -> Iterator[tuple[Projection, Stats | None]]:
-        """The projections in `names`, with the statistics of their inputs if this method uses them.
-
-        Each group of a block sees what the caller has made of the groups and blocks before it.
-        """
-        if not self.uses_inputs:
-            for block in each(model, run, label, edits):
-                yield from ((p, None) for p in block.projections() if p.name in names)
-            return
-        for visit in visits(model, run, label, edits, shared=True):
-            weights = self.token_weights(visit)
-            for group in visit.block.groups():
-                if chosen := [p for p in group if p.name in names]:
-                    stats, shares = Stats(ranks=run.ranks), iter(weights or ())
-                    visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
-                    stats.join(group[0].weight)
-                    yield from ((p, stats) for p in chosen)
+    def _collected(self) -> Inputs:
+        """What is collected of the inputs of each weight."""
+        return Inputs("moments" if self.uses_inputs else "none", token_weights=self.token_weights)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
         """Those who share the rows of this weight: all processes, or each by itself all of them."""
         return run.ranks if self.rowwise and projection.out_features >= run.ranks.size else Ranks()
 
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> Quantized:
+    def _solve(self, projection: Projection, stats: Moments | None, target: Target, team: Ranks) -> Quantized:
         """This process's rows of a weight, quantized."""
         weight = projection.weight
         with naming(projection.name):
@@ -286,7 +239,7 @@ class Quantizer(Method):
             return self.quantize(own, stats, self.spec(target, weight.dtype))
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> None:
+    def _write(self, projection: Projection, stats: Moments | None, target: Target, team: Ranks) -> None:
         part, dense = self._solve(projection, stats, target, team), team.share(projection.weight).float()
         rounded = part.dequantize(projection.weight.dtype)
         change = rounded.float() - dense

@@ -18,12 +18,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized, decode
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
-from llmopt.quant.base import Quantizer, Stats
+from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Spec, as_codes, encode, fit, round_to_nearest
 
@@ -56,7 +57,7 @@ class GPTQ(Quantizer):
         """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
         return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
 
-    def quantize(self, weight: Tensor, stats: Stats, spec: Spec) -> Quantized:
+    def quantize(self, weight: Tensor, stats: Moments, spec: Spec) -> Quantized:
         made = stats.once((self.act_order, self.damping), lambda: self.prepare(stats))
         weight[:, made.dead] = 0
         rounded = round_to_nearest(weight, spec)
@@ -68,7 +69,7 @@ class GPTQ(Quantizer):
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
         return best_rows(result, rounded, weight, stats.hessian, spec)
 
-    def prepare(self, stats: Stats) -> Prepared:
+    def prepare(self, stats: Moments) -> Prepared:
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")

@@ -9,9 +9,10 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.inputs import Moments
 from llmopt.model.codes import Quantized
 from llmopt.parts import register
-from llmopt.quant.base import Quantizer, Stats
+from llmopt.quant.base import Quantizer
 from llmopt.quant.grid import Spec, round_to_nearest
 
 
@@ -22,5 +23,5 @@ class RTN(Quantizer):
 
     rowwise: ClassVar[bool] = True
 
-    def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
+    def quantize(self, weight: Tensor, stats: Moments | None, spec: Spec) -> Quantized:
         return round_to_nearest(weight, spec)
