@@ -122,10 +122,19 @@ class Scorer(CacheMethod):
         caps = self._coming(turn)
         if all(bool((caps[i] <= share).all()) for i in (layers if self.allocate.looks_at == "layer" else caps)):
             return None
+        if not all(self._has_voters(turn, index) for index in layers):
+            return None
         scored = [self._scored(turn, index) for index in layers]
         counts = self._counts(scored, turn, share, layers)
         return [(self._keep(layer, count[:len(layer.scores)], turn.length), layer.scores)
                 for layer, count in zip(scored, counts, strict=True)]
+
+    def _has_voters(self, turn: Turn, index: int) -> bool:
+        """Whether a real query of this row waits in a layer, if the method asks any: nobody can judge by none."""
+        layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
+        if self.queries() == 0 or layer.queries is None:
+            return self.queries() == 0
+        return real is None or bool(_are_real(layer.query_positions[turn.row], real).any())
 
     def _coming(self, turn: Turn) -> dict[int, Tensor]:
         """Entries of every layer at the end of this forward if nothing were dropped, by layer: [G]."""
@@ -138,6 +147,8 @@ class Scorer(CacheMethod):
     def _scored(self, turn: Turn, index: int) -> Scored:
         """One layer's scores; raises LlmoptError if the method gave NaN."""
         view = _view(turn, index, turn.entries(index))
+        if view.positions.shape[-1] == 0:               # nothing but padding in this layer's window
+            return Scored(view.keys.new_zeros(view.positions.shape[1:], dtype=torch.float32), view.positions[0])
         scores = self.score(view)[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):
             raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
@@ -183,7 +194,8 @@ def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
     table = None if ids is None else ids[row]
     queries = query_positions = asked = None
     if layer.queries is not None:
-        there = layer.query_positions[row] >= 0
+        columns = layer.query_positions[row]
+        there = _are_real(columns, real)
         queries, columns = layer.queries[row, :, there].unsqueeze(0), layer.query_positions[row, there]
         query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
     furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
@@ -191,3 +203,9 @@ def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
     return LayerKV(entries.keys.unsqueeze(0), entries.values.unsqueeze(0), queries, query_positions,
                    index_of_real(real, entries.positions).unsqueeze(0), torch.tensor([turn.length]), index,
                    turn.live.rules[index], source)
+
+
+def _are_real(columns: Tensor, real: Tensor | None) -> Tensor:
+    """bool like columns: neither NONE nor a token that the mask hides now."""
+    there = columns >= 0
+    return there if real is None else there & real[columns.clamp(min=0).long()]

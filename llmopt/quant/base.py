@@ -1,5 +1,5 @@
 """The quantization step: which weights, at how many bits, the walk over blocks, the figures. A solver does the rest."""
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,9 +10,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from llmopt.calibration.inputs import Stats
+from llmopt.calibration.inputs import Inputs, Moments, Seen, each_weight
 from llmopt.calibration.second_moments import energy
-from llmopt.calibration.walk import each, visits
+from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, Projection, blocks
@@ -146,11 +146,11 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        if self.solver.inputs == "rows":
-            for projection, made in self._from_rows(model, run, todo, edits=True):
+        if self.solver.inputs == "block":
+            for projection, made in self._from_blocks(model, run, todo, edits=True):
                 self._write(projection, None, made, Ranks())
         else:
-            for projection, stats in self._visits(model, run, todo, self.name, edits=True):
+            for projection, stats in each_weight(model, run, todo, self.name, self._collected()):
                 team = self._team(projection, run)
                 self._write(projection, stats, self._solve(projection, stats, todo[projection.name], team), team)
                 give_back_freed()
@@ -212,18 +212,19 @@ class Quantizer(Method):
                        free: dict[str, Target]) -> Iterator[tuple[Projection, int, Quantized]]:
         """Each weight at each width below DENSE, made from the dense model's inputs."""
         widths = [w for w in self.widths if w != DENSE]
-        if self.solver.inputs == "rows":
+        if self.solver.inputs == "block":
             for width in widths:
                 todo = {name: target.at(width) for name, target in free.items()}
-                yield from ((p, width, made) for p, made in self._from_rows(model, run, todo, edits=False))
+                yield from ((p, width, made) for p, made in self._from_blocks(model, run, todo, edits=False))
             return
-        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
+        label = f"{self.name} at {len(self.widths)} widths"
+        for p, stats in each_weight(model, run, free, label, self._collected(), edits=False):
             team = self._team(p, run)
             yield from ((p, w, _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)) for w in widths)
 
-    def _from_rows(self, model: nn.Module, run: Run, todo: dict[str, Target],
-                   edits: bool) -> Iterator[tuple[Projection, Quantized]]:
-        """What a solver that sees all rows makes of one block after the other."""
+    def _from_blocks(self, model: nn.Module, run: Run, todo: dict[str, Target],
+                     edits: bool) -> Iterator[tuple[Projection, Quantized]]:
+        """What a solver of whole blocks makes of one after the other; every process sees all rows."""
         for visit in visits(model, run, self.name, edits):
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
@@ -232,31 +233,16 @@ class Quantizer(Method):
                 yield from self.solver.quantize_block(
                     visit, {p.name: self.spec(todo[p.name], p.weight.dtype) for p in chosen})
 
-    def _visits(self, model: nn.Module, run: Run, names: Collection[str], label: str,
-                edits: bool) -> Iterator[tuple[Projection, Stats | None]]:
-        """The projections in `names`, with the statistics of their inputs if this method uses them.
-
-        Each group of a block sees what the caller has made of the groups and blocks before it.
-        """
-        if self.solver.inputs == "none":
-            for block in each(model, run, label, edits):
-                yield from ((p, None) for p in block.projections() if p.name in names)
-            return
-        for visit in visits(model, run, label, edits, shared=True):
-            weights = self.solver.token_weights(visit)
-            for group in visit.block.groups():
-                if chosen := [p for p in group if p.name in names]:
-                    stats, shares = Stats(ranks=run.ranks), iter(weights or ())
-                    visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
-                    stats.join(group[0].weight)
-                    yield from ((p, stats) for p in chosen)
+    def _collected(self) -> Inputs:
+        """What is collected of the inputs of each weight."""
+        return Inputs(self.solver.inputs, token_weights=self.solver.token_weights)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
         """Those who share the rows of this weight: all processes, or each by itself all of them."""
         return run.ranks if self.solver.rowwise and projection.out_features >= run.ranks.size else Ranks()
 
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> Quantized:
+    def _solve(self, projection: Projection, stats: Seen, target: Target, team: Ranks) -> Quantized:
         """This process's rows of a weight, quantized."""
         weight = projection.weight
         _check_finite(projection)
@@ -265,20 +251,20 @@ class Quantizer(Method):
             return self.solver.quantize(own, stats, self.spec(target, weight.dtype))
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, part: Quantized, team: Ranks) -> None:
+    def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
         """Put the codes of which each of the team has some rows into the model, with what they cost."""
         dense = team.share(projection.weight).float()
         rounded = part.dequantize(projection.weight.dtype)
         change = rounded.float() - dense
         counts = {name: part.figures[name] for name in self.solver.sums if name in part.figures}
         counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
-        if stats is not None:
+        if isinstance(stats, Moments):
             lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
             counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
         total, whole = team.totals(counts), _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in self.solver.sums if name in total}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
-        if stats is not None:
+        if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole

@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from llmopt.calibration.inputs import Stats
+from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
@@ -64,7 +64,7 @@ class ColumnSweep(Solver):
         """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
         return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
 
-    def quantize(self, weight: Tensor, moments: Stats, spec: Spec) -> Quantized:
+    def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
         made = moments.once((self.act_order, self.damping), lambda: self.prepare(moments))
         weight[:, made.dead] = 0
         rounded = round_to_nearest(weight, spec)
@@ -76,7 +76,7 @@ class ColumnSweep(Solver):
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
         return best_rows(result, rounded, weight, moments.hessian, spec)
 
-    def prepare(self, stats: Stats) -> Prepared:
+    def prepare(self, stats: Moments) -> Prepared:
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from llmopt.calibration.inputs import Stats
+from llmopt.calibration.inputs import Moments
 from llmopt.model.codes import Quantized
 from llmopt.parts import register
 from llmopt.quant.base import Quantizer
@@ -24,7 +24,7 @@ class Nearest(Solver):
 
     rowwise: ClassVar[bool] = True
 
-    def quantize(self, weight: Tensor, moments: Stats | None, spec: Spec) -> Quantized:
+    def quantize(self, weight: Tensor, moments: Moments | None, spec: Spec) -> Quantized:
         return round_to_nearest(weight, spec)
 
 

@@ -21,6 +21,7 @@ from llmopt.method import Method, Pace, Run
 from llmopt.model import state
 from llmopt.model.blocks import layer_list
 from llmopt.model.loading import local_folder
+from llmopt.model.usable import check_numbers
 from llmopt.progress import timed
 from llmopt.recipe.reader import Recipe
 from llmopt.run.opening import Streaming, cut_short, open_model
@@ -69,9 +70,10 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
 
 def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times: Times) -> None:
     """Time every part of the run but loading; the model is cut to its first block on the way."""
-    probe = timed(cache_bytes_per_token, model)
-    times.add("cache before and after", 2 * probe, "measured")
-    pace = Pace(len(layer_list(model)), probe / prompt_length(model))
+    cache, length = timed(cache_bytes_per_token, model), prompt_length(model)
+    times.add("cache before and after", 2 * cache, "measured")
+    pace = Pace(len(layer_list(model)), (cache if isinstance(run.memory, Streamed) else
+                                         timed(check_numbers, model, length)) / length)
     at_once = {i: _seconds(i, recipe, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
     weights = _block_bytes(model)
     cut_short(model, 1)

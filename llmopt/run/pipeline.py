@@ -21,6 +21,7 @@ from llmopt.model import skeleton, state
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
+from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
@@ -44,6 +45,7 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
     Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
     """
+    check_model(model)
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
     return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
@@ -51,9 +53,11 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
+    check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
     let_save(model)
     with evaluating(model):
+        check_numbers(model)
         return _apply(model, steps, run)
 
 

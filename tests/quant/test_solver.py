@@ -5,6 +5,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 import llmopt
+from llmopt.calibration.inputs import Moments
 from llmopt.errors import FieldError
 from llmopt.method import Run
 from llmopt.parts import _REGISTRY, register
@@ -47,8 +48,9 @@ class FirstTokens(TokenWeights):
 class Learned(Solver):
     """Offsets of the rounding, found for all weights of a block together by the signs of their gradient."""
 
+    inputs = "block"
+
     steps: int = Field(6, ge=1)
-    inputs = "rows"
 
     def quantize_block(self, visit, specs):
         chosen = {p.name: p for p in visit.block.projections() if p.name in specs}
@@ -122,21 +124,25 @@ def test_the_bits_of_a_solver_of_blocks_can_be_measured():
 
 
 @dataclass(frozen=True)
-class InGroups(Solver):
-    """Sees all rows, and leaves the way through the block to the base."""
+class FromRows(Solver):
+    """Makes moments of the rows and leaves the rest to GPTQ."""
 
     inputs = "rows"
 
-    def quantize(self, weight, moments, spec):
+    def quantize(self, weight, seen, spec):
+        moments = Moments()
+        for rows in seen:
+            moments.add(rows)
+        moments.join(weight)
         return GPTQ(act_order=False).quantize(weight, moments, spec)
 
 
-def test_by_default_a_block_is_done_group_by_group_behind_the_edited_ones():
-    register("groups")(InGroups)
+def test_a_solver_may_see_the_rows_behind_the_edited_groups():
+    register("rows")(FromRows)
     try:
         one, two = make("llama"), make("llama")
         GPTQ(act_order=False, **GIVEN).apply(one, Run(batches()))
-        Weights(solver="groups", **GIVEN).apply(two, Run(batches()))
+        Weights(solver="rows", **GIVEN).apply(two, Run(batches()))
         assert torch.equal(logits(one), logits(two))
     finally:
-        del _REGISTRY["solver"]["groups"]
+        del _REGISTRY["solver"]["rows"]
