@@ -1,17 +1,19 @@
 """The quantization step: which weights, at how many bits, the walk over blocks, the figures. A solver does the rest."""
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from llmopt.calibration.inputs import Inputs, Moments, Seen, each_weight
 from llmopt.calibration.second_moments import energy
+from llmopt.calibration.trial import Change, Trial, kept_bytes, sample, trial_bytes
 from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
@@ -91,7 +93,7 @@ class Quantizer(Method):
         found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
         each_block = [self._room(model, block, found, scene) for block in blocks(model)]
         if self.allocate == "sensitivity":
-            answers = scores.trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
+            answers = trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
             each_block.append(Room(whole=self.whole_bytes(model, 0) + answers))
         return each_block
 
@@ -108,7 +110,7 @@ class Quantizer(Method):
         blockwise = super().seconds(model, run, pace)
         if self.allocate != "sensitivity":
             return blockwise
-        rows = scores.sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
+        rows = sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
         groups = {t.group for t in self.targets(model)}
         trials = len(groups) * pace.blocks * (len(self.widths) - 1)
         return blockwise + trials * sum(row["input_ids"].numel() for row in rows) * pace.token
@@ -160,7 +162,7 @@ class Quantizer(Method):
         """What `sensitivity` keeps: each weight dense and at every width, and the log-probabilities it compares."""
         widths = sum(width != DENSE for width in self.widths)
         weights = sum(t.size * (model.dtype.itemsize + widths) for t in self.targets(model) if not t.fixed)
-        return weights + scores.kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
+        return weights + kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
 
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
         """The targets with their bits, and what the allocation was based on."""
@@ -189,21 +191,17 @@ class Quantizer(Method):
 
         The least damage by the table, unless the widest uniform choice that fits does less in fact.
         """
-        free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
+        free = {t.name: t for t in found if not t.fixed}
+        choices: dict[str, dict[int, list[Change]]] = {unit: {w: [] for w in self.widths} for unit in share.units}
         for p, width, codes in self._at_all_widths(model, run, free):
-            if not any(p.name == name for name, _ in made):
-                units[free[p.name].group].append(p)
-            made[p.name, width] = codes
-
-        def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
-            return weight if bits == DENSE else made[name, bits].dequantize(weight.dtype)
-
-        company, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
-        trial = scores.Trial(model, run.batches, units, rounded, self.seed)
+            choices[free[p.name].group][width].append((p, partial(codes.dequantize, p.weight.dtype)))
+        background, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
+        rows = sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
+        trial = Trial(model, rows, choices)
         try:
-            table = scores.sensitivity(trial, self.widths, company, run)
+            table = scores.sensitivity(trial, self.widths, background, run)
             least = exact(list(table.values()), share.params, share.target)
-            plans = [dict(zip(units, least, strict=True)), dict.fromkeys(units, level)]
+            plans = [dict(zip(choices, least, strict=True)), dict.fromkeys(choices, level)]
             return table, run.ranks.agree(min(plans, key=trial.of))
         finally:
             trial.restore()
