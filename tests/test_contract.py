@@ -22,6 +22,7 @@ REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
 FIELDS = {
     "quant.rtn": {"bits": 3, "group_size": 32},
     "quant.gptq": {"bits": 3, "group_size": 32},
+    "quant.weights": {"bits": 3, "group_size": 32, "solver": {"gptq": {"damping": 0.05}}},
     "prune.magnitude": {"ratio": 0.5},
     "kv.streaming": {"ratio": 0.5},
     "kv.snapkv": {"ratio": 0.5, "window": 8},
