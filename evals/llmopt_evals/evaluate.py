@@ -11,6 +11,7 @@ from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
 from llmopt.files.shards import write_text
+from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals.large import opened
@@ -39,7 +40,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words):
         refuse_foreign(tasks, words)
-        with _quiet(), _naming(tasks):
+        with _quiet(), _naming(tasks), computing(loaded):
             lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
                                    random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0)
