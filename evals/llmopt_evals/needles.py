@@ -5,8 +5,8 @@
 A document is `length` tokens of the text with facts at even depths: "The pass code of the amber falcon is 4821." It
 ends in a question about one of them, whose answer is teacher-forced: `exact` is the share of answers of which every
 token is the model's first choice, `logprob` the mean log-likelihood of an answer. `needles_aware` compresses context
-and question together, as if the question were known; `needles_agnostic` compresses the context and asks all questions of
-that one finished cache. Where nothing is compressed both read a question in the same place, in other words: lm-eval
+and question together, as if the question were known; `needles_agnostic` compresses the context and asks all questions
+of that one finished cache. Where nothing is compressed both read a question in the same place, in other words: lm-eval
 keeps answers by their words. A text that is too short is read again from its start. Everything follows from the seed.
 """
 import re
