@@ -189,7 +189,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 def cache_bytes(model: nn.Module) -> int:
     """Bytes that the cache of a supported model takes for each token before anything is dropped."""
-    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model) if block.kv_heads)
+    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def fingerprint(lm: HFLM) -> str:
