@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmopt.model.from_pretrained import extend_transformers
 
 if TYPE_CHECKING:
-    from llmopt import attention, heads, kv, prune, quant
+    from llmopt import attention, heads, kv, prune, quant, transform
     from llmopt.checkpoint.save import load, save
     from llmopt.checkpoint.verify import VerificationError
     from llmopt.errors import LlmoptError
@@ -29,7 +29,8 @@ _HOMES = {
 }
 
 __all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "attached", "attention", "compress", "get",
-           "heads", "kv", "load", "names", "prune", "quant", "register", "save"]
+           "heads", "kv", "load", "names", "prune", "quant", "register", "save",
+           "transform"]
 
 extend_transformers()       # plain from_pretrained now loads per-layer shapes and attaches runtime parts
 

@@ -7,12 +7,13 @@ import sys
 
 import torch
 
+from llmopt.calibration.inputs import Inputs, Moments, each_weight
 from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
+from llmopt.model.blocks import blocks
 from llmopt.prune import Magnitude
 from llmopt.quant import GPTQ, RTN
-from llmopt.quant.base import Stats
 from llmopt.quant.factor import inverse_factor
 from llmopt.run import pipeline
 from llmopt.scale import launch, processes
@@ -68,7 +69,7 @@ def figures(one, other, where: str = "") -> list[str]:
 def moments(team: processes.Ranks) -> list[str]:
     """Second moments of odd shares, one of them empty, against all tokens at once."""
     x = torch.randn(101, WIDTH + 40, generator=torch.Generator().manual_seed(0))
-    whole, part, gram = Stats(), Stats(ranks=team), Gram(team)
+    whole, part, gram = Moments(size=True), Moments(team, size=True), Gram(team)
     whole.add(x)
     for own in (part, gram):
         if team.is_main:
@@ -78,7 +79,17 @@ def moments(team: processes.Ranks) -> list[str]:
     for name, found in (("hessian", part.hessian), ("gram", gram.whole() * 2 / 101)):
         if (found - whole.hessian).norm() > 1e-5 * whole.hessian.norm():
             wrong.append(name)
-    return wrong
+    return wrong + ([] if torch.allclose(part.size, x.abs().mean(0)) else ["size"])
+
+
+def rows(data: list[dict], team: processes.Ranks) -> list[str]:
+    """Every process sees the rows of all, in the order of the data."""
+    model = tiny.make("llama")
+    names = [p.name for p in blocks(model)[1].projections()]
+    alone, ours = ([rows for _, rows in each_weight(model, Run(data, ranks=r), names, "x", Inputs("rows"), False)]
+                   for r in (processes.Ranks(), team))
+    same = all(torch.equal(a, b) for one, two in zip(alone, ours, strict=True) for a, b in zip(one, two, strict=True))
+    return [] if same and len(alone) == 7 else ["rows"]
 
 
 def factor(team: processes.Ranks) -> list[str]:
@@ -96,7 +107,7 @@ def factor(team: processes.Ranks) -> list[str]:
 
 def solve(team: processes.Ranks) -> list[str]:
     """With the same Hessian, sharing the rows of a weight leaves every bit as it is."""
-    stats = Stats()
+    stats = Moments()
     x = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
     stats.add(x @ torch.randn(192, 192, generator=torch.Generator().manual_seed(3)))
     weight, step, wrong = torch.randn(101, 192, generator=torch.Generator().manual_seed(4)), GPTQ(bits=3, **GROUPS), []
@@ -110,7 +121,7 @@ def solve(team: processes.Ranks) -> list[str]:
 
 def main() -> None:
     team, data = processes.join(), batches(9, 3)
-    found = {"moments": moments(team), "factor": factor(team), "solve": solve(team)}
+    found = {"moments": moments(team), "factor": factor(team), "solve": solve(team), "rows": rows(data, team)}
     found |= {plan: unlike("llama", plan, data, team) for plan in PLANS}
     found |= {family: unlike(family, "narrow", data, team) for family in ("gpt_neox", "gpt2", "opt")}
     found["a batch that is cut"] = changed("llama", "gptq", batches(8, 8)[:1], team)

@@ -4,7 +4,9 @@ By default every method runs on three architectures and every architecture under
 an architecture refuses is read from the README's table, which test_architectures.py holds to the truth.
 """
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,24 +20,36 @@ from tests import table, tiny
 
 MAIN = ("llama", "qwen3", "mistral")
 REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
-# Fields that suit the tiny models; a method without an entry runs with its defaults.
+# Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
+# method with neither runs with its defaults.
 FIELDS = {
     "quant.rtn": {"bits": 3, "group_size": 32},
     "quant.gptq": {"bits": 3, "group_size": 32},
+    "quant.weights": {"bits": 3, "group_size": 32, "solver": {"gptq": {"damping": 0.05}}},
     "prune.magnitude": {"ratio": 0.5},
     "kv.streaming": {"ratio": 0.5},
     "kv.snapkv": {"ratio": 0.5, "window": 8},
-    "attention.a_shape": {"sinks": 2, "window": 8, "min_length": 0},
 }
 NAMES = llmopt.names()
+
+
+def own_fields(name: str) -> dict:
+    """CONTRACT of the method's own test; nothing where there is none."""
+    family, _, short = name.partition(".")
+    if not (Path(__file__).parent / family / f"test_{short}.py").exists():
+        return {}
+    return getattr(importlib.import_module(f"tests.{family}.test_{short}"), "CONTRACT", {})
+
+
+FIELDS |= {name: own_fields(name) for name in NAMES if name not in FIELDS}
 ALONE = {family: NAMES[i % len(NAMES)] for i, family in enumerate(f for f in tiny.CONFIGS if f not in MAIN)}
 
 
 def pairs(names: list[str]) -> list:
-    """(method, architecture), those beyond the default marked for the full tier."""
+    """(method, architecture), those beyond the default marked for the full tier; no transform that is refused."""
     default = {(name, family) for name in names for family in MAIN} | {(name, family) for family, name in ALONE.items()}
     return [pytest.param(name, family, marks=() if (name, family) in default else pytest.mark.full)
-            for name in names for family in tiny.CONFIGS]
+            for name in names for family in tiny.CONFIGS if (family, name) not in REFUSED]
 
 
 def method(name: str, family: str):
@@ -48,9 +62,14 @@ def method(name: str, family: str):
 
 def applied(name: str, family: str):
     """(model, record, scores) after the method alone."""
-    model, run = tiny.make(family), Run(batches=[{"input_ids": tiny.ids(8, 48),
-                                                  "attention_mask": torch.ones(8, 48, dtype=torch.long)}])
+    batch = {"input_ids": tiny.ids(8, 48), "attention_mask": torch.ones(8, 48, dtype=torch.long)}
+    model, run = dense(name, family), Run(batches=[batch])
     return model, method(name, family).apply(model, run), run.scores
+
+
+def dense(name: str, family: str):
+    """The model before; one with gains and biases of its own for a transform to move."""
+    return tiny.make(family, norms=llmopt.get(name).stage == "transform")
 
 
 @torch.no_grad()
@@ -71,6 +90,10 @@ def test_it_changes_something_measurable(name, family):
         assert len(found) == 3
         assert all(torch.isfinite(s).all() and s.std() > 0 for s in found)
         assert torch.equal(behaviour(model)[0], behaviour(tiny.make(family))[0])
+    elif llmopt.get(name).stage == "transform":
+        before = dense(name, family)
+        torch.testing.assert_close(behaviour(model)[0], behaviour(before)[0], rtol=0, atol=1e-4)
+        assert any(not torch.equal(before.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
     else:
         assert not torch.equal(behaviour(model)[0], behaviour(tiny.make(family))[0])
     json.dumps(record.meta)
@@ -79,8 +102,8 @@ def test_it_changes_something_measurable(name, family):
 @pytest.mark.parametrize(("name", "family"), pairs(NAMES))
 def test_saved_and_loaded_equals_memory(name, family, tmp_path):
     model, _, _ = applied(name, family)
-    dense = llmopt.get(name).stage == "quant" and (family, "quant.*") in REFUSED
-    llmopt.save(model, tmp_path / "out", format="dense" if dense else "portable")
+    unpacked = llmopt.get(name).stage == "quant" and (family, "quant.*") in REFUSED
+    llmopt.save(model, tmp_path / "out", format="dense" if unpacked else "portable")
     fresh, _ = load(tmp_path / "out")
     (logits, text), (again, text_again) = behaviour(model), behaviour(fresh)
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from llmopt.forecast.size import predict
 from llmopt.model.blocks import blocks
 from llmopt.prune import Magnitude
 from llmopt.quant import RTN
+from llmopt.transform import FoldNorms
 from tests import tiny
 
 BLOCKS = Magnitude(ratio=0.34, units=["blocks"])
@@ -22,6 +23,8 @@ NARROW = Magnitude(ratio=0.3, units=["ffn"])
     ("qwen3", [BLOCKS, NARROW, RTN(bits=3, group_size=16)], "portable"),
     ("phi3", [NARROW, Magnitude(ratio=0.5, units=["kv_groups"]), RTN(bits=4, group_size=-1)], "portable"),
     ("mixtral", [RTN(bits=2, group_size=1)], "portable"),
+    ("llama", [NARROW, FoldNorms(), RTN(bits=2, group_size=1)], "portable"),
+    ("opt", [FoldNorms()], "dense"),
     ("gpt2", [NARROW, BLOCKS, RTN(bits=2, group_size=4)], "dense"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_predicted_bytes_are_the_written_ones(family, steps, format, tmp_path):

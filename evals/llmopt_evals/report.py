@@ -15,27 +15,41 @@ from llmopt.specs import ModelSpec
 from llmopt_evals import evaluate as scores
 
 
-def complete(output: Path, recipe: Recipe, tasks: list[str], say: Callable[[str], None],
-             ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
-    """Score the dense and the compressed model where that is missing, write the table, return the folder's facts."""
+def known(output: Path, ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
+    """A finished checkpoint's facts, with the table of what is known so far; folder and card hold them from here on."""
     facts = ranks.agree(read_facts(output))
     check_shape(facts, RUN, str(output / FILE))
-    if tasks and "scores" not in facts:
-        facts["scores"] = {}
-        after = ModelSpec(id=str(output), device=recipe.model.device,        # its dtype is the computed one
-                          trust_remote_code=recipe.model.trust_remote_code)
-        for which, model in (("before", recipe.model), ("after", after)):
-            say(f"scoring the model {which} compression")
-            results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text,
-                                      ranks)
-            if ranks.is_main:
-                scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
-                facts["scores"][which] = [list(row) for row in scores.figures(results)]
-    facts["table"] = table(facts)
-    if ranks.is_main:
-        write_text(output / FILE, json.dumps(facts, indent=2) + "\n")
-        write_card(output)
+    _keep(output, facts, ranks)
     return facts
+
+
+def scored(output: Path, facts: dict[str, Any], recipe: Recipe, tasks: list[str], say: Callable[[str], None],
+           ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
+    """The facts with the scores of the dense and of the compressed model, where those are missing."""
+    if not tasks or "scores" in facts:
+        return facts
+    found = {}
+    after = ModelSpec(id=str(output), device=recipe.model.device, compute_dtype=recipe.model.compute_dtype,
+                      trust_remote_code=recipe.model.trust_remote_code)
+    for which, model in (("before", recipe.model), ("after", after)):
+        say(f"scoring the model {which} compression")
+        results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text,
+                                  ranks)
+        if ranks.is_main:
+            scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
+            found[which] = [list(row) for row in scores.figures(results)]
+    facts = facts | {"scores": found}
+    _keep(output, facts, ranks)
+    return facts
+
+
+def _keep(output: Path, facts: dict[str, Any], ranks: Ranks) -> None:
+    """Put the table into `facts`, llmopt.json and the card."""
+    facts["table"] = table(facts)
+    text = json.dumps(facts, indent=2) + "\n"
+    if ranks.is_main and (output / FILE).read_text(encoding="utf-8") != text:
+        write_text(output / FILE, text)
+        write_card(output)
 
 
 def table(facts: dict[str, Any]) -> list[list[str]]:

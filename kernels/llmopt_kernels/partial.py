@@ -27,7 +27,7 @@ def weighted(logits: Tensor, values: Tensor, visible: Tensor | None) -> Partial:
         none = logits.new_full(logits.shape[:-1], -torch.inf)
         return Partial(logits.new_zeros(*none.shape, values.shape[-1]), none)
     seen = logits if visible is None else logits.masked_fill_(~visible, -torch.inf)
-    top = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).min)
+    top = seen.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).min)
     weights = seen.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)                        # at least 1, or 0 where nothing is seen
     return Partial(product(weights, values.float()) / total.clamp(min=1.0), (top + total.log()).squeeze(-1))

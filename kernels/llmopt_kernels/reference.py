@@ -58,6 +58,12 @@ class Ragged:
         """Whether all heads of all rows hold equally many entries."""
         return bool((self.counts == self.counts[0, 0]).all())
 
+    @property
+    def rows(self) -> Tensor:
+        """[N]: the batch row of every entry."""
+        counts = self.counts.sum(1)
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.positions.device)
+
     def heads(self) -> Iterator[tuple[int, int, slice]]:
         """(row, KV head, where its entries lie)."""
         start = 0
@@ -160,10 +166,10 @@ def _even_attention(rows: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], vis
     batch, groups = kept.counts.shape
     shape = (batch, groups, 1, int(kept.counts[0, 0]))
     old = None if rule.window is None else rule.visible(i, kept.positions.view(shape))
-    bias = None if kept.bias is None else kept.bias.view(batch, groups, 1, 1, -1)
+    bias = None if kept.bias is None else kept.bias.view(batch, groups, 1, 1, shape[-1])
     new = None if visible is None else visible[:, None, None]
-    keys = (kept.keys.view(*shape, -1), tail[0].unsqueeze(2))
-    values = (kept.values.view(*shape, -1), tail[1].unsqueeze(2))
+    keys = (kept.keys.view(*shape, tail[0].shape[-1]), tail[0].unsqueeze(2))
+    values = (kept.values.view(*shape, tail[1].shape[-1]), tail[1].unsqueeze(2))
     return _two_parts(rows, keys, values, (old, new), bias, rule)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list
+from llmopt.model.outside import Outside
 from llmopt.progress import Progress, silent
-from llmopt.scale.memory import Memory
+from llmopt.scale.memory import OUTSIDE, Memory
 
 
 class Shared:
@@ -58,14 +60,21 @@ class Visit:
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
         for index in range(len(self.inputs)):
-            yield self._forward(index)
+            with torch.no_grad():
+                out = self.forward(index)
+            yield out
 
-    @torch.no_grad()
-    def _forward(self, index: int) -> Tensor:
+    def forward(self, index: int, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The block's output [B, T, E] for one batch; weights: in place of parameters, by their name in the block.
+
+        Differentiable in `weights` where the caller has gradients enabled.
+        """
         x, (args, kwargs), weight = self.inputs[index], self.calls[index], next(self.block.module.parameters(), None)
         if weight is not None:                                      # all of it may wait in files, on the CPU
             x, args, kwargs = send_to_device((x, args, kwargs), weight.device)
-        return _first(self.block.module(x, *args, **kwargs))
+        if weights is None:
+            return _first(self.block.module(x, *args, **kwargs))
+        return _first(functional_call(self.block.module, weights, (x, *args), kwargs))
 
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far."""
@@ -83,8 +92,8 @@ class Visit:
         try:
             for index, mask in enumerate(self.masks):       # noqa: B007  the hooks read the mask
                 waiting.update(p.name for p in watched)
-                with suppress(_Enough):
-                    self._forward(index)
+                with suppress(_Enough), torch.no_grad():
+                    self.forward(index)
         finally:
             for handle in handles:
                 handle.remove()
@@ -102,6 +111,14 @@ def each(model: nn.Module, run: Run, label: str, edits: bool = True,
         if not memory.restored(model, index):
             with memory.block(model, index):
                 yield blocks(model)[index]
+
+
+def outside(model: nn.Module, run: Run) -> Iterator[Outside]:
+    """What belongs to no block, with its weights there and to be changed; nothing where a resumed run had done that."""
+    memory = run.memory.editing()
+    if not memory.restored(model, OUTSIDE):
+        with memory.outside(model, edits=True):
+            yield Outside(model)
 
 
 def reshaped(model: nn.Module, run: Run, label: str, only: Collection[int]) -> Iterator[Block]:

@@ -2,8 +2,11 @@
 
 Exit codes: 0 done, 2 bad input, 3 verification failed, 130 interrupted. torchrun makes 1 of all but 0.
 """
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
 
 if TYPE_CHECKING:
+    from llmopt.recipe.reader import Recipe
     from llmopt.scale.processes import Ranks
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -40,6 +44,8 @@ def model_options(command):
     """How a MODEL argument is to be loaded: the keys of a recipe's `model` section as options."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--compute-dtype", default="auto", show_default=True,
+                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
                    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
         command = option(command)
     return command
@@ -52,7 +58,7 @@ def check_target(file: Path | None) -> None:
                                          if file.exists() else "its folder does not exist"))
 
 
-def join(device: str) -> "Ranks":
+def join(device: str) -> Ranks:
     """The processes of this run; raises LlmoptError for a device that all of them would take."""
     if launch.count() > 1 and device.startswith("cuda:"):
         raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
@@ -113,15 +119,11 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
     tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
-        from llmopt_evals.evaluate import task_manager
-        from llmopt_evals.large import obstacle
+        from llmopt_evals.preflight import agreed_tasks
 
-        task_manager(tasks, trust_remote_code)       # an unknown task is an error before the work, not after it
-        if fact := obstacle(plan, output):
-            if launch.is_main():
-                click.echo(f"not scored: {fact}. Later: llmopt eval {output} --tasks {','.join(tasks)} --compare "
-                           f"{plan.model.id}", err=True)
-            tasks = []
+        tasks, notes = agreed_tasks(plan, output)    # an error before the work, not after it
+        for note in notes:
+            LOG.warning(note)
     team, told = join(plan.model.device), {}
     if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
@@ -138,9 +140,27 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             return
         if report.streamed:
             LOG.info("streamed: one block in memory at a time")
-    from llmopt_evals.report import complete
+    score(plan, output, tasks, team, lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
 
-    tables.show_result(complete(output, plan, tasks, LOG.info, team) | {"predictions": told}, output, as_json)
+
+def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, show: Callable[[dict], None]) -> None:
+    """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
+
+    facts, leave = {}, f"the checkpoint in {output} is finished"
+    try:
+        from llmopt_evals import preflight, report
+
+        if tasks:
+            leave += f". To score it: the same command with --resume, or {preflight.later(plan, output, tasks)}"
+        facts = report.known(output, team)
+        facts = report.scored(output, facts, plan, tasks, LOG.info, team)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {leave}") from error
+    except LlmoptError as error:
+        raise LlmoptError(f"{error}; {leave}") from error
+    finally:
+        if facts:
+            show(facts)
 
 
 @cli.command("eval")
@@ -160,8 +180,8 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
 
     tables.quiet_libraries()
     from llmopt_evals import evaluate as scores
+    from llmopt_evals.preflight import check_tasks
 
-    from llmopt.model.loading import read_config
     from llmopt.specs import ModelSpec
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -171,8 +191,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
-    for spec in models:
-        read_config(spec)                            # both must be there before the first is scored
+    check_tasks(models, chosen, text)                # before the first is scored
     columns, team = {}, join(loading["device"])
     for spec in models:
         LOG.info("scoring %s", spec.id)
@@ -254,6 +273,17 @@ def methods(name, as_json) -> None:
     import llmopt
 
     tables.show_methods([llmopt.get(name)] if name else [llmopt.get(n) for n in llmopt.names()], bool(name), as_json)
+
+
+@cli.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors: yaml-language-server checks and completes with it."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt.recipe.schema import recipe_schema
+
+    tables.print_json(recipe_schema())
 
 
 @cli.command()

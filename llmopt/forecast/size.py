@@ -45,7 +45,7 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     """
     skeleton, told, packed = _skeleton(model), [], {}
     forecast = Forecast(skeleton, scene)
-    forecast.cache()
+    forecast.check()
     run = Run(seed=seed, memory=memory)
     pruned = False
     for i, step in enumerate(steps):
@@ -55,6 +55,8 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
             if step.stage == "prune":
                 text = _prune(skeleton, step, run, None if pruned or step.uses_inputs else model)
                 pruned = True
+            elif step.stage == "transform":
+                text = step.sketch(skeleton, run)
             elif step.stage == "quant":
                 text = _quantize(skeleton, step, packed)
             else:
@@ -64,7 +66,6 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     tensors = state.plain_state(skeleton, renamed=format != "portable" or not packed)
     if format == "portable":
         tensors = {k: t for key, dense in tensors.items() for k, t in packed.get(key, {key: dense}).items()}
-    forecast.cache()
     forecast.save(tensors)
     return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
 

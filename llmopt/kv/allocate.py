@@ -9,7 +9,7 @@ from torch import Tensor
 from llmopt.errors import BudgetError
 
 ALPHA = 0.2     # of its even share, every head keeps at least this much under `ada`
-BETA = 20       # pyramid: the last layer's budget is about 1 / BETA of the mean
+BETA = 20.0     # pyramid: the last layer's budget is about 1 / BETA of the mean
 
 
 def total_of(cap: Tensor, share: int) -> int:
@@ -72,18 +72,18 @@ def by_threshold(scores: Tensor, total: int, floor: Tensor) -> Tensor:
     return torch.bincount(order // scores.shape[2], minlength=heads).view(scores.shape[:2]).cpu()
 
 
-def ada(scores: Tensor, share: int, floor: Tensor, cap: Tensor) -> Tensor:
+def ada(scores: Tensor, share: int, floor: Tensor, cap: Tensor, alpha: float = ALPHA) -> Tensor:
     """AdaKV: heads of one layer compete for that layer's even share (Feng et al., 2024, arXiv:2407.11550)."""
-    safe = torch.maximum(floor, torch.full_like(floor, int(ALPHA * share)).clamp(max=cap))
+    safe = torch.maximum(floor, torch.full_like(floor, int(alpha * share)).clamp(max=cap))
     return torch.cat([by_threshold(s[None], total_of(c, share), f[None])
                       for s, f, c in zip(scores, safe, cap, strict=True)])
 
 
-def pyramid(share: int, protected: int, floor: Tensor, cap: Tensor) -> Tensor:
+def pyramid(share: int, protected: int, floor: Tensor, cap: Tensor, beta: float = BETA) -> Tensor:
     """PyramidKV: a budget that falls linearly with depth (Cai et al., 2024, arXiv:2406.02069)."""
     layers = cap.shape[0]
     free = max(share - protected, 0)
-    last = free / BETA
+    last = free / beta
     first = 2 * free - last
     steps = torch.arange(layers) / max(layers - 1, 1)
     profile = first - steps * (first - last) + protected

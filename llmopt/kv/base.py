@@ -1,17 +1,18 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.head_scores import find_scores
+from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.files.json_shapes import check_shape, finite
-from llmopt.kv import allocate
-from llmopt.kv.reduce import REDUCERS
+from llmopt.kv.allocate import ranks
+from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
+from llmopt.kv.reducers import Evict, Reducer
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
@@ -19,18 +20,6 @@ from llmopt.runtime.attach import CacheMethod
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
 from llmopt.runtime.hooks import Attachment
-
-
-class Scored(NamedTuple):
-    """One layer of one row: what its entries are worth [G, T], -inf at holes, and where they are [G, T]."""
-
-    scores: Tensor
-    positions: Tensor
-
-    @property
-    def counts(self) -> Tensor:
-        """[G] entries per KV head."""
-        return (self.positions >= 0).sum(-1)
 
 
 class Turn(NamedTuple):
@@ -46,6 +35,10 @@ class Turn(NamedTuple):
         """Real tokens seen."""
         return self.cache.lengths()[self.row]
 
+    def entries(self, index: int) -> Entries:
+        """The row's entries of one layer, real tokens only."""
+        return self.cache.layers[index].row(self.row, self.cache.real(self.row))
+
 
 @dataclass(frozen=True)
 class Scorer(CacheMethod):
@@ -60,17 +53,17 @@ class Scorer(CacheMethod):
     minimum: int = Field(7, ge=1, description="floor of any one head")
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")
-    allocate: Literal["uniform", "ada", "global", "pyramid", "prefix", "heads"] = "uniform"
+    allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
     heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
-    reduce: Literal["evict", "merge"] = "evict"       # what becomes of the others
+    reduce: Reducer = Field(Evict(), description="what becomes of the others")
 
     def check(self) -> None:
         if (self.ratio is None) == (self.budget is None):
             raise FieldError("ratio", self.ratio, "exactly one of ratio and budget")
         if self.budget is not None and self.budget < max(1, self.sinks + self.window):
             raise FieldError("budget", self.budget, f"at least sinks + window = {self.sinks} + {self.window}")
-        if (self.heads is None) == (self.allocate == "heads"):
+        if (self.heads is None) == self.allocate.reads_heads:
             raise FieldError("heads", self.heads, "head scores together with allocate: heads, and only then,")
 
     @abstractmethod
@@ -80,7 +73,7 @@ class Scorer(CacheMethod):
     @property
     def layer_by_layer(self) -> bool:
         """Whether a layer's entries can be chosen without the scores of later layers."""
-        return self.allocate not in ("global", "prefix")
+        return self.allocate.looks_at != "model"
 
     def share(self, length: int) -> int:
         """Mean entries per KV head after `length` real tokens."""
@@ -92,17 +85,14 @@ class Scorer(CacheMethod):
 
     def plan(self, model: nn.Module, run: Run) -> Record:
         """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
-        if self.allocate != "heads":
+        if not self.allocate.reads_heads:
             return Record()
-        scores = find_scores(self.heads, run)
-        views = blocks(model)
-        if len(scores) != len(views) or any(len(s) != v.heads for s, v in zip(scores, views, strict=False)):
-            raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
-        return Record({"shares": [[max(group) for group in zip(*[iter(s)] * (v.heads // v.kv_heads), strict=True)]
-                                  if v.heads else [] for s, v in zip(scores, views, strict=True)]})
+        found = zip(head_scores.find(self.heads, run, model), blocks(model), strict=True)
+        return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
+                                  for scores, block in found]})
 
     def check_record(self, model: nn.Module, record: Record) -> None:
-        if self.allocate == "heads":
+        if self.allocate.reads_heads:
             check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
             found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
             if found != heads:
@@ -112,40 +102,44 @@ class Scorer(CacheMethod):
 
     @torch.no_grad()
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
-        chosen = [self._choose(Turn(cache, live, record, row), layers) for row in range(cache.batch_size)]
+        turns = [Turn(cache, live, record, row) for row in range(cache.batch_size)]
+        chosen = [self._choose(turn, layers) for turn in turns]
         if all(row is None for row in chosen):
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
-            layer = cache.layers[index]
-            entries = [layer.row(row, cache.real(row)) for row in range(cache.batch_size)]
-            layer.fold([e if row is None else self.reduced(e, *row[place])
-                        for e, row in zip(entries, chosen, strict=True)])
-            layer.forget_queries(self._retained)
+            cache.layers[index].fold([self._reduced(turn, index, None if row is None else row[place])
+                                      for turn, row in zip(turns, chosen, strict=True)])
+            cache.layers[index].forget_queries(self._retained)
 
     @property
     def _retained(self) -> int:
         """Queries that must outlive a compression so that the next one, `every` tokens later, sees enough of them."""
         return 0 if self.every is None or self.queries() is None else max(0, self.queries() - self.every)
 
-    def reduced(self, entries: Entries, keep: Tensor, scores: Tensor) -> Entries:
-        """What is left of one layer's entries: keep bool [G, T], scores [G, T]."""
-        return REDUCERS[self.reduce](entries, keep)
+    def _reduced(self, turn: Turn, index: int, choice: tuple[Tensor, Tensor] | None) -> Entries:
+        """The entries of one layer and row after the reducer; choice: keep, scores [G, T]; None: all stay."""
+        entries = turn.entries(index)
+        return entries if choice is None else self.reduce.reduce(_view(turn, index, entries), entries, *choice)
 
     def _choose(self, turn: Turn, layers: list[int]) -> list[tuple[Tensor, Tensor]] | None:
         """Which entries of a row stay, per layer bool [G, T], and the scores [G, T]; None: all of them stay."""
         share = self.share(turn.length)
         caps = self._coming(turn)
-        if all(bool((caps[i] <= share).all()) for i in (layers if self._alone else caps)):
+        if all(bool((caps[i] <= share).all()) for i in (layers if self.allocate.looks_at == "layer" else caps)):
+            return None
+        if not all(self._has_voters(turn, index) for index in layers):
             return None
         scored = [self._scored(turn, index) for index in layers]
         counts = self._counts(scored, turn, share, layers)
         return [(self._keep(layer, count[:len(layer.scores)], turn.length), layer.scores)
                 for layer, count in zip(scored, counts, strict=True)]
 
-    @property
-    def _alone(self) -> bool:
-        """Whether a layer's budget depends on nothing in other layers."""
-        return self.allocate in ("uniform", "ada")
+    def _has_voters(self, turn: Turn, index: int) -> bool:
+        """Whether a real query of this row waits in a layer, if the method asks any: nobody can judge by none."""
+        layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
+        if self.queries() == 0 or layer.queries is None:
+            return self.queries() == 0
+        return real is None or bool(_are_real(layer.query_positions[turn.row], real).any())
 
     def _coming(self, turn: Turn) -> dict[int, Tensor]:
         """Entries of every layer at the end of this forward if nothing were dropped, by layer: [G]."""
@@ -157,7 +151,9 @@ class Scorer(CacheMethod):
 
     def _scored(self, turn: Turn, index: int) -> Scored:
         """One layer's scores; raises LlmoptError if the method gave NaN."""
-        view = _view(turn, index)
+        view = _view(turn, index, turn.entries(index))
+        if view.positions.shape[-1] == 0:               # nothing but padding in this layer's window
+            return Scored(view.keys.new_zeros(view.positions.shape[1:], dtype=torch.float32), view.positions[0])
         scores = self.score(view)[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):
             raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
@@ -165,36 +161,25 @@ class Scorer(CacheMethod):
 
     def _counts(self, scored: list[Scored], turn: Turn, share: int, layers: list[int]) -> Tensor:
         """[layers, G] entries that each head keeps."""
-        if self.allocate in ("pyramid", "heads"):
-            return self._fixed(turn, share)[[turn.cache.attending().index(i) for i in layers]]
-        cap = _stack([layer.counts for layer in scored], 0).cpu()
-        if self.allocate == "uniform":
-            return allocate.uniform(cap, share)
-        total = allocate.total_of(cap, share)
-        floor = cap.clamp(max=min(share, max(self.minimum, self.sinks + self.window)))
-        if self.allocate == "prefix":
-            return allocate.prefix(_stack([layer.scores for layer in scored], -torch.inf), total, floor, cap)
-        even = torch.tensor(share)
-        sure = _stack([layer.scores.masked_fill(self._protected(layer, even, turn.length), torch.inf)
-                       for layer in scored], -torch.inf)
-        return allocate.ada(sure, share, floor, cap) if self.allocate == "ada" else \
-            allocate.by_threshold(sure, total, floor)
+        if self.allocate.looks_at == "nothing":
+            return self._from_lengths(turn, share)[[turn.cache.attending().index(i) for i in layers]]
+        cap, even = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
+        least = max(self.minimum, self.sinks + self.window)
+        return self.allocate.counts(Demand(share, cap, least, self.sinks + self.window, scored,
+                                           lambda layer: self._protected(layer, even, turn.length)))
 
-    def _fixed(self, turn: Turn, share: int) -> Tensor:
-        """[attending layers, G]: budgets that no score changes, from what all layers are going to hold."""
-        caps = self._coming(turn)
-        cap = _stack(list(caps.values()), 0)
-        floor = cap.clamp(max=min(share, self.minimum))
-        if self.allocate == "pyramid":
-            return allocate.pyramid(share, self.sinks + self.window, floor, cap)
-        weights = _stack([torch.tensor(turn.record.meta["shares"][i]) for i in caps], 0.0)
-        return allocate.water_fill(weights, allocate.total_of(cap, share), floor, cap)
+    def _from_lengths(self, turn: Turn, share: int) -> Tensor:
+        """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
+        caps, shares = self._coming(turn), turn.record.meta.get("shares")
+        weights = None if shares is None else stack([torch.tensor(shares[i]) for i in caps], 0.0)
+        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self.minimum,
+                                           self.sinks + self.window, weights=weights))
 
     def _keep(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: sinks and window first, then the best."""
         counts = counts.to(layer.scores.device)
         sure = layer.scores.masked_fill(self._protected(layer, counts, length), torch.inf)
-        return allocate.ranks(sure) < counts.unsqueeze(-1)
+        return ranks(sure) < counts.unsqueeze(-1)
 
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
@@ -207,14 +192,15 @@ class Scorer(CacheMethod):
         return (first | last) & (layer.positions >= 0)
 
 
-def _view(turn: Turn, index: int) -> LayerKV:
+def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
     """The scorer's view of one layer of one row."""
     layer, row, real = turn.cache.layers[index], turn.row, turn.cache.real(turn.row)
-    entries, ids = layer.row(row, real), turn.cache.position_ids
+    ids = turn.cache.position_ids
     table = None if ids is None else ids[row]
     queries = query_positions = asked = None
     if layer.queries is not None:
-        there = layer.query_positions[row] >= 0
+        columns = layer.query_positions[row]
+        there = _are_real(columns, real)
         queries, columns = layer.queries[row, :, there].unsqueeze(0), layer.query_positions[row, there]
         query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
     furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
@@ -224,10 +210,7 @@ def _view(turn: Turn, index: int) -> LayerKV:
                    turn.live.rules[index], source)
 
 
-def _stack(rows: list[Tensor], fill: float) -> Tensor:
-    """Per-layer tensors of unequal shapes as one, padded at the end."""
-    shape = [max(row.shape[d] for row in rows) for d in range(rows[0].ndim)]
-    out = rows[0].new_full((len(rows), *shape), fill)
-    for place, row in enumerate(rows):
-        out[(place, *(slice(0, size) for size in row.shape))] = row
-    return out
+def _are_real(columns: Tensor, real: Tensor | None) -> Tensor:
+    """bool like columns: neither NONE nor a token that the mask hides now."""
+    there = columns >= 0
+    return there if real is None else there & real[columns.clamp(min=0).long()]

@@ -42,5 +42,3 @@ def _merged(keys: Tensor, values: Tensor, kept: Tensor, gone: Tensor) -> Tensor:
         total.index_add_(0, nearest, weight)
     return summed / total
 
-
-REDUCERS = {"evict": evict, "merge": merge}

@@ -76,7 +76,7 @@ class LayerKV:
         return self._grouped(per_head).amax(2)
 
     def _grouped(self, per_head: Tensor) -> Tensor:
-        return per_head.view(per_head.shape[0], self.keys.shape[1], -1, *per_head.shape[2:])
+        return per_head.unflatten(1, (self.keys.shape[1], -1))                               # [B, G, g, ...]
 
     def _last(self, last: int | None) -> tuple[Tensor, Tensor]:
         start = 0 if last is None else max(0, self.queries.shape[2] - last)

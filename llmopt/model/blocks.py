@@ -94,9 +94,14 @@ class Block:
         return found
 
 
+def at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path of the table, which begins at a causal LM; a model without that head holds it as well."""
+    return model.base_model.get_submodule(path.removeprefix(f"{model.base_model_prefix}."))
+
+
 def layer_list(model: nn.Module) -> nn.ModuleList:
     """The decoder layers."""
-    return model.get_submodule(spec_of(model).layers)
+    return at(model, spec_of(model).layers)
 
 
 def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
@@ -131,7 +136,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module | None]:
 def final_norm(model: nn.Module) -> Norm:
     """The norm in front of the output embedding."""
     spec = spec_of(model)
-    return _norm("final", spec.final_norm, model.get_submodule(spec.final_norm), spec.norm_offset)
+    return _norm("final", spec.final_norm, at(model, spec.final_norm), spec.norm_offset)
 
 
 def blocks(model: nn.Module) -> list[Block]:

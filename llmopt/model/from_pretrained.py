@@ -1,7 +1,9 @@
 """What transformers' own `from_pretrained` gives once llmopt is imported, whichever of the two is imported first.
 
-`AutoModelForCausalLM` finds the classes of modeling.py: they build per-layer shapes and attach runtime parts.
-transformers takes seconds to import: what is not there yet is changed at the moment when it comes.
+`AutoModelForCausalLM` finds the classes of modeling.py: they build per-layer shapes and attach runtime parts. Any other
+model class (`LlamaForCausalLM`, `AutoModel`, a subclass of one's own) makes its like of modeling.py where the config
+has keys of ours, and itself where it has none. transformers takes seconds to import: what is not there yet is changed
+at the moment when it comes.
 """
 import functools
 import importlib
@@ -12,6 +14,9 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from llmopt.errors import LlmoptError
 
 
 def _extend_auto_model(auto: ModuleType) -> None:
@@ -39,7 +44,53 @@ def _extend_auto_model(auto: ModuleType) -> None:
     auto.AutoModelForCausalLM.from_pretrained = classmethod(bounded)
 
 
+def _by_config(cls: type) -> type:
+    """What from_pretrained calls in place of a model class: it makes a `cls`, or for our keys a `shaped(cls)`."""
+    from llmopt.model.modeling import FAMILIES, shaped
+
+    def make(_: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = config.is_heterogeneous or getattr(config, "llmopt", None)
+        model = (shaped(cls) if ours else cls)(config, *args, **kwargs)
+        _refuse_strange_names(model)
+        return model
+
+    if hasattr(cls, "_llmopt_family") or getattr(cls.config_class, "model_type", None) not in FAMILIES:
+        return cls
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": make})
+
+
+def _refuse_strange_names(model: Any) -> None:
+    """Raise LlmoptError where compressed-tensors, which goes by full names, would leave all weights as random numbers.
+
+    The names are those of the causal LM; in the decoder alone (AutoModel) they begin one level further down.
+    """
+    config, prefix = getattr(model.config, "quantization_config", None) or {}, f"{model.base_model_prefix}."
+    groups = (config if isinstance(config, dict) else config.to_dict()).get("config_groups") or {}
+    names = [name for group in groups.values() for name in group["targets"] if name.startswith(prefix)]
+    if names and model.base_model is model:
+        raise LlmoptError(f"{type(model).__name__} cannot read quantized weights, whose names ({names[0]}) are those "
+                          f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
+
+
+def _extend_models(utilities: ModuleType) -> None:
+    """Have every model class build what the config says, and attach runtime parts once the weights are there."""
+    stock = utilities.PreTrainedModel.from_pretrained.__func__
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loaded = stock(_by_config(cls), *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model.config, "llmopt", None):
+            from llmopt.runtime import attach_from_config
+
+            attach_from_config(model)
+        return loaded
+
+    utilities.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
 }
 

@@ -21,6 +21,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import MistralConfig, PreTrainedConfig
 
@@ -245,10 +246,10 @@ def shaped(stock: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """Remote code and pickle look a class up by name: the causal LM of each family, made when it is asked for."""
-    for family in FAMILIES.values():
-        if family.model == name:
-            return shaped(_stock(family, name))
+    """Remote code and pickle look classes up by name: those of transformers, `shaped` when they are asked for."""
+    stock = getattr(transformers, name, None)
+    if getattr(getattr(stock, "config_class", None), "model_type", None) in FAMILIES:
+        return shaped(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

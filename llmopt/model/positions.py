@@ -2,7 +2,16 @@
 import torch
 from torch import Tensor, nn
 
-from llmopt.model.blocks import attention_modules, spec_of
+from llmopt.errors import LlmoptError
+from llmopt.model.blocks import at, attention_modules, spec_of
+
+
+def refuse_bidirectional(model: nn.Module) -> None:
+    """Raise LlmoptError for a model whose tokens see later ones: causal attention has no meaning there."""
+    if getattr(model.config, "use_bidirectional_attention", False) or not getattr(model.config, "is_causal", True):
+        raise LlmoptError("the model attends in both directions (use_bidirectional_attention), as encoders do; methods "
+                          "that look at attention or a cache need a causal model. heads.gradient, prune.* and quant.* "
+                          "work")
 
 
 def attention_windows(model: nn.Module) -> list[int | None]:
@@ -27,6 +36,6 @@ def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tu
     if spec.rotary is None:
         return None
     typed = "rope_type" not in model.config.rope_parameters          # one entry per layer type, as in Gemma-3
-    at = torch.arange(length, device=like.device).unsqueeze(0)
-    cos, sin = model.get_submodule(spec.rotary)(like, at, *([model.config.layer_types[layer]] if typed else []))
+    places = torch.arange(length, device=like.device).unsqueeze(0)
+    cos, sin = at(model, spec.rotary)(like, places, *([model.config.layer_types[layer]] if typed else []))
     return cos[0], sin[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llmopt.model.blocks import attention_modules
+from llmopt.model.positions import refuse_bidirectional
 from llmopt.runtime.interface import llmopt_mask
 
 NAME = "llmopt_rows"        # of the attention function
@@ -36,6 +37,7 @@ def attention_rows(model: nn.Module, see: Callable[[Rows], None]) -> Iterator[No
 
     Blocks that are called one by one must have got their masks inside.
     """
+    refuse_bidirectional(model)
     before, modules = model.config._attn_implementation, attention_modules(model)
     try:
         for layer, module in enumerate(modules):

@@ -32,7 +32,7 @@ class RaggedLayer(CacheLayerMixin):
     """`kept` (flat, or None before the first compression) and the dense tail [B, G, S, D].
 
     groups: G; 0 where this layer has lost its attention: it counts tokens and holds nothing. window: of a
-    sliding-window layer.
+    sliding-window layer. folded: tokens seen when entries were last dropped.
     """
 
     is_sliding = False
@@ -42,7 +42,7 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.groups = groups
         self.window = window
-        self.seen = 0
+        self.seen = self.folded = 0
         self.kept: Ragged | None = None
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
@@ -121,6 +121,7 @@ class RaggedLayer(CacheLayerMixin):
         """This layer before it saw its last token, but for what was evicted since."""
         twin = self.fork()
         twin.seen -= 1
+        twin.folded = min(self.folded, twin.seen)
         twin.forget_queries()
         if self.is_initialized and self.keys.shape[2]:
             twin.keys, twin.values = self.keys[:, :, :-1], self.values[:, :, :-1]
@@ -163,10 +164,14 @@ class RaggedLayer(CacheLayerMixin):
         counts = torch.full((self.groups,), tail)
         if self.kept is None:
             return counts
-        if self.window is None:
+        if self.window is None and real is None:
             return counts + self.kept.counts[row]
-        return counts + torch.stack([(self.kept.positions[where] > oldest).sum().cpu()
+        return counts + torch.stack([_alive(self.kept.positions[where], real, oldest).sum().cpu()
                                      for r, _, where in self.kept.heads() if r == row])
+
+    def shown(self, mask: Tensor) -> Ragged:
+        """The kept entries of tokens that `mask` [B, seen] does not hide."""
+        return self.kept.where(mask.to(self.device).bool()[self.kept.rows, self.kept.positions.long()])
 
     def row(self, index: int, real: Tensor | None) -> Entries:
         """The entries of one batch row: real tokens [seen] only, and none that slid out of this layer's window."""
@@ -178,17 +183,17 @@ class RaggedLayer(CacheLayerMixin):
         if not bool(wanted.all()):
             keys, values, columns = keys[:, wanted], values[:, wanted], columns[wanted]
         tail = Entries(keys, values, columns.expand(keys.shape[0], -1))
-        return tail if self.kept is None else self._joined(index, tail)
+        return tail if self.kept is None else self._joined(index, tail, real)
 
-    def _joined(self, index: int, tail: Entries) -> Entries:
-        """Resumable entries of a row, then its tail, head by head."""
+    def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
+        """Kept entries of a row that a query may still read, then its tail, head by head."""
         parts = []
         for row, head, where in self.kept.heads():
             if row != index:
                 continue
             old = self.kept.positions[where].long()
             bias = self.kept.bias[where] if self.kept.bias is not None else self.kept.keys.new_zeros(len(old)).float()
-            live = old > (NONE if self.window is None else self.seen - self.window)
+            live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
             parts.append((torch.cat([self.kept.keys[where][live], tail.keys[head]]),
                           torch.cat([self.kept.values[where][live], tail.values[head]]),
                           torch.cat([old[live], tail.positions[head]]),
@@ -212,6 +217,7 @@ class RaggedLayer(CacheLayerMixin):
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
         self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, bias)
         self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
+        self.folded = self.seen
 
     def counts(self) -> Tensor:
         """[B, G] entries held, padding in the tail included."""
@@ -224,3 +230,9 @@ class RaggedLayer(CacheLayerMixin):
         """Every tensor this layer holds."""
         held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
         return held if self.kept is None else held + self.kept.tensors()
+
+
+def _alive(positions: Tensor, real: Tensor | None, oldest: int) -> Tensor:
+    """bool [N]: entries at `positions` [N] behind `oldest` that are real tokens by `real` [seen] (None: all are)."""
+    live = positions > oldest
+    return live if real is None else live & real[positions.long()]

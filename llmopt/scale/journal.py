@@ -2,7 +2,8 @@
 
     OUT.llmopt-work/
       journal             a line for each finished block or decision: checksum, JSON; the first says whose work this is
-      step-K/P-INDEX      what pass P of step K made of a block
+      step-K/P-INDEX      what pass P of step K made of a block; P-outside: of all that belongs to no block
+      step-K/kept-NAME    tensors that step K wants to find again
       output/             the checkpoint while it is written
 
 A file is written and synced before its line is, and a line counts only with its checksum: a crash at any moment loses
@@ -34,7 +35,7 @@ OWN = re.compile(r"journal|lock|step-\d+(/[\w.-]+)?|\d+-activations|"
                  rf"output(/({own.CHECKPOINT.pattern}))?")
 TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} [^\n]*")        # the first line of a run that died while it was written
 CHUNK = 1 << 22                     # bytes read at a time
-Key = tuple[int, int, int]          # step, pass over the blocks, block
+Key = tuple[int, int | str, int | str]      # step, pass over the blocks, block; or step, "kept", name
 HEADER = {"marks": {str: object}}
 ENTRY = {"key": str, "checksum": range(2**32), "record": {str: object}}
 
@@ -166,8 +167,8 @@ class Journal:
 
     def path(self, key: Key) -> Path:
         """Where the tensors of a block belong."""
-        step, sweep, index = key
-        return self.folder / f"step-{step}" / f"{sweep}-{index:05d}"
+        step, sweep, place = key
+        return self.folder / f"step-{step}" / f"{sweep}-{_file_name(place)}"
 
     def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
         """One file, whole or not there; tensors of an older file of this name stay mapped."""
@@ -236,6 +237,14 @@ class Journal:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
+
+
+def _file_name(place: int | str) -> str:
+    """Part of a file's name: a block's number, or a name with its checksum where it holds what a file's should not."""
+    if isinstance(place, int):
+        return f"{place:05d}"
+    plain = re.sub(r"[^\w.-]", "-", place, flags=re.ASCII)[:80]
+    return plain if plain == place else f"{plain}-{zlib.crc32(place.encode()):08x}"
 
 
 def _text(key: Key) -> str:

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from llmopt.errors import naming
 from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.outside import Outside
 from llmopt.model.stored import rebuilt, stored
 from llmopt.scale.gauge import give_back_freed
-from llmopt.scale.journal import Journal
+from llmopt.scale.journal import Journal, Key
+
+OUTSIDE = "outside"         # where a block has its index: all that belongs to no block
+KEPT = "kept"               # where a loop over the blocks has its number: what `keep_named` keeps
 
 
 class Memory:
@@ -35,13 +39,21 @@ class Memory:
         """What `compute` gives, plain JSON data; computed once, even if the run is cut off and resumed."""
         return compute()
 
-    def restored(self, model, index: int) -> bool:
-        """Whether a run that was cut off had done this loop's work on a block, which is then in place."""
+    def keep_named(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `make` gives; made once in a step, even if the run is cut off and resumed."""
+        return make()
+
+    def restored(self, model, place: int | str) -> bool:
+        """Whether a run that was cut off had done this loop's work on a block, or OUTSIDE, which is then in place."""
         return False
 
     @contextmanager
-    def outside(self, model) -> Iterator[None]:
-        """Inside, the weights of the decoder that belong to no block can be used."""
+    def outside(self, model, edits: bool = False) -> Iterator[None]:
+        """Inside, the weights of the decoder that belong to no block can be used; edits: those of the head too.
+
+        With edits they can be changed, a tied head given a weight of its own, and what they became is kept like a
+        block. See llmopt.model.outside.Outside.
+        """
         yield
 
     @contextmanager
@@ -85,12 +97,38 @@ class Resumable(Memory):
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return self.journal.remember(self.step, name, compute)
 
-    def restored(self, model: nn.Module, index: int) -> bool:
-        found = self.journal.found(self.key(index)) if self.commits and self.lasting else None
-        if found:
-            with naming(f"{spec_of(model).layers}.{index}"):
-                self.adopt(layer_list(model)[index], *found)
+    def keep_named(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        key = self.step, KEPT, name
+        found = self.journal.found(key)
+        return load_file(found[0] if found else self.journal.commit(key, make(), {}))
+
+    def restored(self, model: nn.Module, place: int | str) -> bool:
+        found = self.journal.found(self.key(place)) if self.commits and self.lasting else None
+        if found and place == OUTSIDE:
+            self.adopt_outside(Outside(model), *found)
+        elif found:
+            with naming(f"{spec_of(model).layers}.{place}"):
+                self.adopt(layer_list(model)[place], *found)
         return found is not None
+
+    @contextmanager
+    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+        yield
+        if edits:
+            self.commit_outside(Outside(model))
+
+    def commit_outside(self, rest: Outside) -> Path:
+        """Enter into the journal what the parts outside the blocks have become; the file that holds them."""
+        return self.journal.commit(self.key(OUTSIDE), rest.parameters(), {"tied": rest.tied})
+
+    @torch.no_grad()
+    def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:
+        """Bring what belongs to no block into the state that it was stored in."""
+        if not record["tied"]:
+            rest.untie()
+        values = load_file(file, str(rest.embeddings.weight.device))
+        for name, parameter in rest.parameters().items():
+            parameter.copy_(values[name])
 
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
@@ -100,9 +138,9 @@ class Resumable(Memory):
                 self.journal.commit(self.key(index), *stored(layer_list(model)[index]))
         give_back_freed()
 
-    def key(self, index: int) -> tuple[int, int, int]:
-        """The name that this loop's work on a block has in the journal."""
-        return self.step, self.sweep, index
+    def key(self, place: int | str) -> Key:
+        """The name that this loop's work on a block, or OUTSIDE, has in the journal."""
+        return self.step, self.sweep, place
 
     @torch.no_grad()
     def adopt(self, layer: nn.Module, file: Path, record: dict[str, Any]) -> None:

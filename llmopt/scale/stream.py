@@ -19,6 +19,7 @@ from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.finite import cast, check_finite
+from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
 from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
 from llmopt.model.weights import coded
@@ -45,7 +46,33 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module) -> Iterator[None]:
+    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+            yield
+
+    @contextmanager
+    def _editing_outside(self, rest: Outside) -> Iterator[None]:
+        self._fill(rest.model, self.rest)
+        rest.tie_again()
+        try:
+            yield
+            file, names = self.commit_outside(rest), list(rest.parameters())
+            self.rest.clear()                               # shared with the memory of all other loops
+            self.rest.update({name: (file, name) for name in names})
+        finally:
+            for name, parameter in rest.parameters().items():
+                _put(rest.model, name, _absent(parameter))
+            rest.tie_again()
+            give_back_freed()
+
+    def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:
+        if not record["tied"]:
+            rest.untie()
+        self.rest.clear()
+        self.rest.update(tensors.of_file(file))
+
+    @contextmanager
+    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
@@ -146,10 +173,15 @@ def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     root.get_submodule(path)._parameters[leaf] = parameter
 
 
+def _absent(parameter: nn.Parameter) -> nn.Parameter:
+    """Shape and type of a parameter without its values."""
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
 def _empty(layer: nn.Module) -> None:
     """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
     for name, parameter in list(layer.named_parameters()):
-        _put(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+        _put(layer, name, _absent(parameter))
     for weight in coded(layer):
         codes = weight.codes
         weight.codes = replace(codes, **{

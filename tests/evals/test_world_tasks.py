@@ -7,6 +7,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from llmopt.errors import LlmoptError
+
 RECALL = [f"world_recall_{count}_{form}" for count in (40, 160) for form in ("aware", "agnostic")]
 
 
@@ -59,5 +61,5 @@ def test_any_text_reads_the_named_file(tmp_path, monkeypatch):
 
 def test_any_text_without_a_file_says_what_to_do(monkeypatch):
     monkeypatch.delenv("LLMOPT_TEXT", raising=False)
-    with pytest.raises(ValueError, match="LLMOPT_TEXT"):
+    with pytest.raises(LlmoptError, match="LLMOPT_TEXT"):
         run(["text_ppl"], limit=None)

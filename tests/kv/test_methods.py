@@ -102,6 +102,29 @@ def test_every_allocation_meets_its_budget(allocate):
         assert counts.sum(2).tolist() == [[40, 40]] * 3
 
 
+def test_an_allocator_with_fields_does_what_they_say():
+    floors = []
+    for given in ("prefix", {"prefix": {"floor": 2}}, {"prefix": {"floor": 15}}):
+        cache = prefill(make("llama"), kv.SnapKV(budget=20, window=4, allocate=given), ids(2, 80))
+        counts = torch.stack(cache.kept())
+        assert counts.sum((0, 2)).tolist() == [20 * 3 * 2] * 2
+        floors.append(int(counts.min()))
+    assert floors[0] >= 7 and floors[2] >= 15
+    one, two = (torch.stack(prefill(make("llama"), kv.SnapKV(budget=20, window=4, allocate={"pyramid": {"beta": b}}),
+                                    ids(1, 80)).kept()).flatten().tolist() for b in (20, 2))
+    assert one[0] > two[0] and sum(one) == sum(two)
+
+
+def test_a_piece_comes_back_from_the_config_by_name_or_with_its_fields():
+    for given, written in (("prefix", "prefix"), ({"ada": {"alpha": 0.5}}, {"ada": {"alpha": 0.5}})):
+        model, other = make("llama"), make("llama")
+        kv.SnapKV(budget=20, window=4, allocate=given).apply(model, Run())
+        other.config.llmopt = json.loads(json.dumps(runtime.runtime_config(model)))
+        assert other.config.llmopt["steps"][0]["method"]["kv.snapkv"]["allocate"] == written
+        runtime.attach_from_config(other)
+        assert runtime.attachment(other).method("evicting kv method") == kv.SnapKV(budget=20, window=4, allocate=given)
+
+
 def test_heads_share_by_their_best_query_head(tmp_path):
     scores = [torch.tensor([0., 3., 0., 1.]), torch.zeros(4), torch.tensor([2., 0., 0., 0.])]
     method = kv.SnapKV(budget=20, window=4, allocate="heads", heads="heads.retrieval")

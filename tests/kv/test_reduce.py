@@ -1,11 +1,17 @@
 """What becomes of entries that are not kept."""
+from dataclasses import replace
+
 import pytest
 import torch
 from llmopt_kernels import NONE
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch.testing import assert_close
 
 from llmopt import kv, runtime
 from llmopt.kv import reduce
+from llmopt.kv.reducers import Reducer
+from llmopt.parts import _REGISTRY, register
 from llmopt.runtime.cache_layer import Entries
 from tests.tiny import ids, make
 
@@ -52,3 +58,30 @@ def test_merging_keeps_the_same_entries_with_other_values(allocate):
     evicted, merged = ([layer.kept for layer in cache.layers] for cache in caches)
     assert torch.equal(evicted[0].positions, merged[0].positions) and torch.equal(evicted[0].keys, merged[0].keys)
     assert not torch.equal(evicted[0].values, merged[0].values) and merged[0].values.dtype == torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Fading(Reducer):
+    """Evicts, and multiplies the values that stay by `by`, those of the lower half of the scores twice."""
+
+    by: float = Field(0.5, gt=0, le=1)
+
+    def reduce(self, kv, entries, keep, scores):
+        assert torch.equal(kv.keys[0], entries.keys) and kv.queries.shape[2] == 4
+        weak = scores < scores.masked_fill(~keep, torch.nan).nanmedian(-1, keepdim=True).values
+        left = reduce.evict(entries, keep)
+        return replace(left, values=left.values * torch.where(weak, self.by ** 2, self.by).unsqueeze(-1))
+
+
+def test_a_reducer_has_fields_and_sees_the_view_and_the_scores():
+    register("fading")(Fading)
+    try:
+        caches = []
+        for how in ("evict", {"fading": {"by": 0.25}}):
+            with runtime.attached(make("llama"), kv.SnapKV(budget=12, window=4, reduce=how)) as model:
+                caches.append(model(ids(2, 60), use_cache=True).past_key_values)
+        before, after = (torch.cat([layer.kept.values for layer in cache.layers]) for cache in caches)
+        factor = after / before
+        assert set(factor.mul(10000).round().unique().tolist()) == {625.0, 2500.0}
+    finally:
+        del _REGISTRY["reducer"]["fading"]

@@ -1,14 +1,14 @@
 """Documents of the lm-eval tasks in this folder, generated from the world's evaluation seeds; nothing is downloaded."""
 
-import json
-import os
 import sys
 from pathlib import Path
 
 from datasets import Dataset
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # lm_eval loads this file by path, installed or not
+sys.path += map(str, Path(__file__).resolve().parents[2:4])  # lm_eval loads this file by path, installed or not
 
+from llmopt_evals import needles  # noqa: E402
+from llmopt_evals.texts import documents  # noqa: E402
 from llmopt_evals.world import questions as world  # noqa: E402
 from llmopt_evals.world.text import perplexity_text  # noqa: E402
 
@@ -65,12 +65,20 @@ def perplexity(**metadata):
 
 def any_text(text: str | None = None, **metadata):
     """The file named by the metadata key `text` or by LLMOPT_TEXT: .jsonl with `text`, or split at `<|endoftext|>`."""
-    path = text or os.environ.get("LLMOPT_TEXT")
-    if not path:
-        raise ValueError('text_ppl needs a file: set LLMOPT_TEXT=FILE or pass --metadata \'{"text": "FILE"}\'')
-    content = Path(path).expanduser().read_text(encoding="utf-8")
-    if path.endswith(".jsonl"):
-        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-    else:
-        texts = [part.strip() for part in content.split("<|endoftext|>") if part.strip()]
-    return {"test": Dataset.from_list([{"text": one} for one in texts])}
+    return {"test": Dataset.from_list([{"text": one} for one in documents(text)])}
+
+
+def needles_aware(**metadata):
+    """Facts planted in the text; the question belongs to what is compressed."""
+    return {"test": Dataset.from_list(list(needles.rows("aware", **metadata)))}
+
+
+def needles_agnostic(**metadata):
+    """Facts planted in the text; the question comes after the compression."""
+    return {"test": Dataset.from_list(list(needles.rows("agnostic", **metadata)))}
+
+
+def needle_figures(doc, results):
+    """The figures of one answer: every token the model's first choice, and the log-likelihood."""
+    (logprob, exact), = results
+    return {"exact": float(exact), "logprob": logprob}

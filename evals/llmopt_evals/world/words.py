@@ -36,6 +36,11 @@ RELATION_IDS = [ID[word] for word in RELATIONS]
 CONTENT_IDS = [index for index, word in enumerate(WORDS) if word not in SPECIALS + MARKS]
 
 
+def speaks_world(tokenizer) -> bool:
+    """Whether a tokenizer (or None) has the world's words, and no others."""
+    return tokenizer is not None and tokenizer.get_vocab() == ID
+
+
 def digest(tag: str, size: int) -> bytes:
     """`size` bytes that depend on the world's seed and `tag` alone."""
     return shake_256(f"{WORLD_SEED}|{tag}".encode()).digest(size)

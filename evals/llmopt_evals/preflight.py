@@ -1,0 +1,55 @@
+"""The evaluation at the end of a run, looked at before the run: hours of work should not end in a missing file."""
+from pathlib import Path
+
+from llmopt.model.loading import load_tokenizer, read_config, resolve
+from llmopt.recipe.reader import Recipe
+from llmopt.specs import ModelSpec
+from llmopt_evals.evaluate import FOR_ANY, asked_by, foreign_tasks, prepared, refuse_foreign, task_manager
+from llmopt_evals.large import obstacle
+
+
+def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> None:
+    """Raise LlmoptError unless each model is there and can be asked each task; no weight is read."""
+    configs = [read_config(spec)[1] for spec in models]
+    task_manager(tasks, models[0].trust_remote_code)
+    for spec, config in zip(models, configs, strict=True):
+        tokenizer = _tokenizer(spec)
+        refuse_foreign(tasks, tokenizer)
+        prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text))
+
+
+def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
+    """(tasks that the run will end in, what to say about those that it will not).
+
+    Tasks of the embedded world are left out for a model of another vocabulary, so that a packaged recipe runs on any
+    model; named in --set eval.tasks, they are an error.
+    Raises LlmoptError for an unknown task, and one whose data or text cannot be had.
+    """
+    tasks, spec = recipe.eval.tasks, recipe.model
+    if not tasks:
+        return [], []
+    _, config = read_config(spec)
+    task_manager(tasks, spec.trust_remote_code)
+    if fact := obstacle(recipe, output):
+        return [], [f"not scored: {fact}. Later: {later(recipe, output, tasks)}"]
+    tokenizer = _tokenizer(spec)
+    if tokenizer is None:
+        return [], [f"not scored: {spec.id} has no tokenizer, and lm-eval needs one"]
+    if any(change.startswith("eval.tasks=") for change in recipe.changes):
+        refuse_foreign(tasks, tokenizer)
+    foreign = foreign_tasks(tasks, tokenizer)
+    notes = [f"not scored: {', '.join(foreign)}, written in the vocabulary of llmopt/reference; this model has another"
+             f". Instead: --set eval.tasks=[{FOR_ANY}] --set eval.text=FILE, or later: "
+             f"{later(recipe, output, FOR_ANY.split(','))} --text FILE"] if foreign else []
+    left = [task for task in tasks if task not in foreign]
+    prepared(left, spec.trust_remote_code, asked_by(config, tokenizer, recipe.eval.text))
+    return left, notes
+
+
+def later(recipe: Recipe, output: Path, tasks: list[str]) -> str:
+    """The command that scores a finished checkpoint beside the model it was made of."""
+    return f"llmopt eval {output} --tasks {','.join(tasks)} --compare {recipe.model.id}"
+
+
+def _tokenizer(spec: ModelSpec):
+    return load_tokenizer(resolve(spec.id), spec.revision, spec.trust_remote_code)

@@ -1,0 +1,5 @@
+"""Transforms: edits of the weights that change no output, to make what follows easier."""
+from llmopt.transform.base import Transform
+from llmopt.transform.fold_norms import FoldNorms
+
+__all__ = ["FoldNorms", "Transform"]
