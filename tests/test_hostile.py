@@ -16,7 +16,7 @@ from tests import hostile, tiny
 CORE = {                # a case of every kind and the command that meets it: a few seconds in all
     "template_loops": "chat", "template_doubles": "chat", "template_width": "chat", "template_name_above": "compress",
     "normalizer_grows": "heads", "split_catastrophic": "compress", "header_of_lists": "heads",
-    "index_of_a_million": "compress", "layers_a_billion": "from_pretrained", "layer_types_a_million": "compress",
+    "layers_a_billion": "from_pretrained", "layer_types_a_million": "compress",
     "config_long": "show", "fifo_for_tokenizer": "heads", "endless_config": "compress",
     "shares_missing": "from_pretrained", "shares_of_fewer_layers": "from_pretrained", "shares_nan": "eval",
     "shares_of_text": "from_pretrained", "steps_many": "from_pretrained", "step_of_weights": "from_pretrained",
