@@ -20,6 +20,7 @@ from llmopt.forecast.size import Prediction
 from llmopt.method import Method, Pace, Run
 from llmopt.model import state
 from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
@@ -60,7 +61,8 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
         told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(state.plain_state(model))
         times.add("load", time.perf_counter() - start, "measured")
         times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
-        rehearse(model, recipe, run, told, times)
+        with computing(model):
+            rehearse(model, recipe, run, told, times)
     streamed = isinstance(memory, Streamed)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,

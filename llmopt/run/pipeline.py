@@ -18,6 +18,7 @@ from llmopt.files.checks import WORK
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
+from llmopt.model.computing import choose, computing
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
@@ -56,7 +57,7 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
     let_save(model)
-    with evaluating(model):
+    with evaluating(model), computing(model):
         check_numbers(model)
         return _apply(model, steps, run)
 
@@ -173,9 +174,10 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
+    choose(model, recipe.model.compute_dtype, recipe.model.device, ranks.agree)
     batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
     run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
-    with naming(step.name):
+    with naming(step.name), computing(model):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
 

@@ -11,6 +11,7 @@ from llmopt.errors import FieldError
 from llmopt.runtime import hooks
 from tests.tiny import ids, make
 
+CONTRACT = {"sinks": 2, "window": 8, "min_length": 0}       # fields for tests/test_contract.py
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt",
             "qwen3_moe"]
 

@@ -157,3 +157,18 @@ def test_sequences_of_a_mask_by_hand():
     assert packed_sequences(mask[None, None], Rule(1.0, window=2))[1].window is None
     with pytest.raises(LlmoptError, match="not causal"):
         packed_sequences(near[None, None], Rule(1.0))
+
+
+@pytest.mark.parametrize("evictor", ["ada", "streaming"])
+def test_full_coverage_of_what_is_kept_is_dense(evictor):
+    """In later turns too, and where a mask of a later turn hides tokens of an earlier one."""
+    model, tokens, more, got = make("llama"), ids(2, 40), ids(2, 30, seed=2), []
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, 30:40] = mask[1, :5] = 0
+    for parts in ([], [attention.AShape(sinks=0, window=100, min_length=0)]):
+        with runtime.attached(model, *parts, KEPT[evictor]):
+            cache = model(tokens).past_key_values
+            got.append(model(more, past_key_values=cache, attention_mask=mask).logits)
+            density = [counter.density for counter in runtime.attachment(model).stats.values()]
+    assert_close(got[1], got[0], atol=1e-5, rtol=1e-5)
+    assert torch.stack(density).tolist() == [[1.0] * 4] * 3
