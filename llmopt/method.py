@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from llmopt.model.head_numbers import HeadNumbers
 from llmopt.parts import Part
 from llmopt.progress import Progress, silent, timed
 from llmopt.scale.memory import Memory
@@ -34,7 +35,7 @@ class Run:
     """What a step may look at while it is applied.
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
-    scores: head scores by step name: L tensors of [H_l], float32.
+    scores: head scores by step name: L tensors of [H_l], float32. heads: once pruning has taken some, which are left.
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
@@ -42,6 +43,7 @@ class Run:
 
     batches: list[dict[str, Tensor]] | None = None
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    heads: HeadNumbers | None = None
     seed: int = 0
     progress: Progress = silent
     ahead: tuple["Method", ...] = ()
@@ -68,6 +70,7 @@ class Method(Part, ABC):
 
     kind = "method"
     stage: ClassVar[Stage]
+    place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
 

@@ -32,6 +32,7 @@ from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed_in_place
+from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
 
@@ -152,6 +153,7 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
     Raises LlmoptError for an output in use or content that the format cannot hold, VerificationError if the fresh
     load differs.
     """
+    check_model(model, streamed=weights is not None)
     output = prepare_output(Path(output), source, overwrite)
     with with_codes(model), staged(output, work) as stage:
         fill(stage, model, tokenizer, report=report, source=source, recipe=recipe, max_shard_size=max_shard_size,

@@ -42,6 +42,8 @@ def model_options(command):
     """How a MODEL argument is to be loaded: the keys of a recipe's `model` section as options."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--compute-dtype", default="auto", show_default=True,
+                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
                    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
         command = option(command)
     return command
@@ -269,6 +271,17 @@ def methods(name, as_json) -> None:
     import llmopt
 
     tables.show_methods([llmopt.get(name)] if name else [llmopt.get(n) for n in llmopt.names()], bool(name), as_json)
+
+
+@cli.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors: yaml-language-server checks and completes with it."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt.recipe.schema import recipe_schema
+
+    tables.print_json(recipe_schema())
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.head_scores import find_scores
+from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
@@ -102,12 +102,9 @@ class Scorer(CacheMethod):
         """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
         if not self.allocate.reads_heads:
             return Record()
-        scores = find_scores(self.heads, run)
-        views = blocks(model)
-        if len(scores) != len(views) or any(len(s) != v.heads for s, v in zip(scores, views, strict=False)):
-            raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
-        return Record({"shares": [[max(group) for group in zip(*[iter(s)] * (v.heads // v.kv_heads), strict=True)]
-                                  if v.heads else [] for s, v in zip(scores, views, strict=True)]})
+        found = zip(head_scores.find(self.heads, run, model), blocks(model), strict=True)
+        return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
+                                  for scores, block in found]})
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 

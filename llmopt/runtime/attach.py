@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from llmopt_kernels import Rule
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
@@ -18,13 +17,14 @@ from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import EVICTOR, SELECTOR, Attachment
 from llmopt.runtime.interface import KEY
+from llmopt.runtime.prompt import Prompt
 
 __all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
            "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
 
 
 class RuntimeMethod(Method):
-    """A method that acts while the model runs. `place`: at most one attached method each."""
+    """A method that acts while the model runs; at most one for each place is attached."""
 
     stage = "runtime"
     place: ClassVar[str]
@@ -72,12 +72,8 @@ class PrefillMethod(RuntimeMethod):
     place = SELECTOR
 
     @abstractmethod
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, rule: Rule, layer: int,
-                live: Attachment) -> Tensor | None:
-        """Attention of the last T tokens [B, H, T, D] over the last S [B, G, S, D]; None asks for dense.
-
-        real: bool [B, tokens seen], False at padding.
-        """
+    def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
 
 
 def attachment(model: nn.Module) -> Attachment | None:

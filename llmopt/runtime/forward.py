@@ -24,7 +24,7 @@ class Forward(threading.local):
         self.tokens = tokens
         self.due = False                                # it ends in a compression
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row
-        self.shared: dict[Any, Any] = {}                # memory of the methods, across layers
+        self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
         self.before: tuple[Tensor | None, ...] = ()     # what the cache knew of its tokens when the forward began
 
     def __reduce__(self) -> tuple:

@@ -12,11 +12,12 @@ from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
-from llmopt.model.positions import attention_windows
+from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
+from llmopt.runtime.prompt import Prompt
 
 EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
@@ -26,6 +27,7 @@ class Attachment:
     """All that is added to one model: its parts, by place, and what the present forward needs to know."""
 
     def __init__(self, model: nn.Module):
+        refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
         self.now = Forward()
@@ -155,7 +157,7 @@ class Attachment:
 
     @torch.compiler.disable
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache, self.now.cache = self.now.cache, None
+        cache, self.now.cache, self.now.shared = self.now.cache, None, {}
         if cache is None:
             return
         if output is not None:                          # None: the forward has raised
@@ -193,40 +195,38 @@ class Attachment:
 
         A kv method that can decide on this layer alone makes it smaller before the next layer fills its own.
         """
-        if mask is not None and mask.ndim == 4:
-            return self._custom_mask(query, keys, values, mask, rule)
-        self.rules[index] = rule
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
+        prompt = Prompt(query, keys, values, None if layer is None else layer.kept, mask, seen, rule, index)
+        if mask is not None and mask.ndim == 4:
+            return self._custom_mask(prompt)
+        self.rules[index] = rule
         if mask is not None and mask.shape[1] != seen:
             raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
         if layer is None:
-            return self._over_tail(index, query, keys, values, mask, rule)
+            return self._attention(prompt)
         layer.window = rule.window
         self._record(layer, query, mask)
-        if layer.kept is None:
-            out = self._over_tail(index, query, keys, values, mask, rule)
-        else:
-            first = seen - query.shape[2]
-            visible = dense_visible(query, keys, mask, first, rule)
-            kept = layer.shown(mask) if self.now.cache.hides else layer.kept
-            out = ragged_attention(query, kept, (keys, values), visible, first, rule)
+        out = self._attention(prompt)
         if self.now.due and self.method(EVICTOR).layer_by_layer:
             self.method(EVICTOR).compress(self.now.cache, self, self.record(EVICTOR), [index])
         layer.slide()
         return out
 
-    def _over_tail(self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
-                   rule: Rule) -> Tensor:
-        """Attention of the newest tokens over all of a layer's: by the prefill selector if there is one."""
-        seen = keys.shape[2] if self.now.cache is None else self.now.cache.layers[index].seen
-        selector = self.method(SELECTOR)
-        if selector is not None and query.shape[2] > 1 and not self.now.frozen:
-            real = query.new_ones(query.shape[0], seen, dtype=torch.bool) if mask is None else mask
-            out = selector.prefill(query, keys, values, real, rule, index, self)
-            if out is not None:
-                return out
-        return dense_attention(query, keys, values, mask, seen - query.shape[2], rule)
+    def _attention(self, prompt: Prompt) -> Tensor:
+        """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
+        if self._is_selected(prompt):
+            return self.method(SELECTOR).prefill(prompt, self)
+        query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
+        if prompt.kept is None:
+            return dense_attention(query, *tail, prompt.mask, first, rule)
+        visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
+        cache = self.now.cache
+        kept = cache.layers[prompt.layer].shown(prompt.mask) if cache.hides else prompt.kept
+        return ragged_attention(query, kept, tail, visible, first, rule)
+
+    def _is_selected(self, prompt: Prompt) -> bool:
+        return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
 
     def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
@@ -243,11 +243,17 @@ class Attachment:
             positions = positions.masked_fill(~mask[:, first:], NONE)
         layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None)
 
-    def _custom_mask(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-        if rule.softcap is not None or (self.now.cache is not None and self.method(EVICTOR) is not None):
+    def _custom_mask(self, prompt: Prompt) -> Tensor:
+        """Attention under a 4-D mask, which a prefill selector must be able to read."""
+        kept = prompt.kept is not None or (self.now.cache is not None and self.method(EVICTOR) is not None)
+        selected = self._is_selected(prompt)
+        if kept or (prompt.rule.softcap is not None and not selected):
             raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
                               "or with softcap; pass a 2-D attention_mask")
-        return scaled_dot_product_attention(query, keys, values, mask, scale=rule.scaling, enable_gqa=True)
+        if selected:
+            return self.method(SELECTOR).prefill(prompt, self)
+        return scaled_dot_product_attention(prompt.query, prompt.keys, prompt.values, prompt.mask,
+                                            scale=prompt.rule.scaling, enable_gqa=True)
 
 
 def _checked(cache: Any) -> LlmoptCache:

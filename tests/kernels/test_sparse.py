@@ -141,25 +141,25 @@ def lists(columns, blocks):
     return drawn
 
 
-def visible_by_hand(stripes, rule, heads, tokens):
-    """bool [heads, tokens, TOTAL], twice: of the base, and of everything; one entry after the other."""
+def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
+    """bool [heads, tokens, total], twice: of the base, and of everything; one entry after the other."""
     window, start, columns, blocks = (None if x is None else torch.as_tensor(x).tolist() for x in
                                       (stripes.window, stripes.start, stripes.columns, stripes.blocks))
-    base, every = ([[[False] * TOTAL for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
+    base, every = ([[[False] * total for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
 
     def own(x, h, t):
-        """The entry of a list [tiles] or [X, tiles] for head h and query t."""
-        x = x[h * len(x) // heads] if isinstance(x[0], list) else x
-        return x[t // TILE]
+        """The entry of a list [X, tiles] (or [tiles] of numbers) for head h and query t."""
+        x = x if isinstance(x[0], int) else x[h * len(x) // heads]
+        return x[t // stripes.tile]
 
     for h, t in product(range(heads), range(tokens)):
-        i = t + TOTAL - tokens
+        i = t + total - tokens
         width = window if not isinstance(window, list) else window[h * len(window) // heads]
         first = i + 1 - width if start is None else own(start, h, t)
         for j in range(max(0, i - (rule.window or 99) + 1), i + 1):
             base[h][t][j] = j < stripes.sinks or j >= first
             every[h][t][j] = bool(base[h][t][j] or (columns and j in own(columns, h, t))
-                                  or (blocks and j // BLOCK in own(blocks, h, t)))
+                                  or (blocks and j // stripes.block in own(blocks, h, t)))
     return torch.tensor(base), torch.tensor(every)
 
 
