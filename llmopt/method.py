@@ -70,6 +70,7 @@ class Method(Part, ABC):
 
     kind = "method"
     stage: ClassVar[Stage]
+    place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
 

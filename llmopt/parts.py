@@ -20,6 +20,7 @@ from llmopt.errors import FieldError, KeyUnknown, LlmoptError, closest, naming, 
 
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)]
+GAP = "x-llmopt-piece"         # marks where a JSON Schema names [kind, *choices]
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}
 
 
@@ -82,6 +83,11 @@ class Part(Checked):
         if cls.__dict__.get("__pydantic_complete__") is False:
             return handler(source)
         return core_schema.no_info_plain_validator_function(lambda given: _named(cls, given))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: Any) -> dict[str, Any]:
+        """In JSON Schema a field of this type is a gap that recipe/schema.py fills with the pieces to choose from."""
+        return {GAP: [cls.kind, *choices(cls)]} if schema["type"] == "function-plain" else handler(schema)
 
 
 def _named(cls: type[Part], given: Any) -> Part:

@@ -274,6 +274,17 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors: yaml-language-server checks and completes with it."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt.recipe.schema import recipe_schema
+
+    tables.print_json(recipe_schema())
+
+
+@cli.command()
 @click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)

@@ -49,6 +49,7 @@ class Quantizer(Method):
     """Weights of the decoder blocks on integer grids; embeddings and the output head stay as they are."""
 
     stage: ClassVar = "quant"
+    place: ClassVar = "quantization step"
 
     bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is")
     group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")

@@ -24,7 +24,7 @@ __all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "Runtime
 
 
 class RuntimeMethod(Method):
-    """A method that acts while the model runs. `place`: at most one attached method each."""
+    """A method that acts while the model runs; at most one for each place is attached."""
 
     stage = "runtime"
     place: ClassVar[str]
