@@ -2,6 +2,7 @@
 from torch import nn
 
 from llmopt.errors import LlmoptError
+from llmopt.model.computing import compute_type
 from llmopt.scale.available import available
 from llmopt_evals.readout import CHUNK
 
@@ -15,7 +16,7 @@ def token_bytes(model: nn.Module) -> int:
     matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in ends]
     width = model.get_input_embeddings().weight.shape[1]
     inner = max((max(p.shape[-2:]) for p in matrices), default=width)
-    return model.dtype.itemsize * (8 * width + 4 * inner)
+    return compute_type(model).itemsize * (8 * width + 4 * inner)
 
 
 def scores_bytes(model: nn.Module, length: int) -> int:

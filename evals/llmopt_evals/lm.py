@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llmopt import runtime
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import blocks
+from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
 from llmopt_evals.batching import batch_tokens, batches
 from llmopt_evals.readout import Readout
@@ -188,7 +189,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 def cache_bytes(model: nn.Module) -> int:
     """Bytes that the cache of a supported model takes for each token before anything is dropped."""
-    return 2 * model.dtype.itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model) if block.kv_heads)
+    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def fingerprint(lm: HFLM) -> str:
