@@ -12,7 +12,7 @@ from llmopt.parts import FAMILIES
 ROOT = Path(__file__).parents[1]
 # an import points to the left, or stays in its own folder; the evaluation and the command come last
 ORDER = ["llmopt_kernels", "errors progress", "parts files", "specs", "model", "scale", "method",
-         "calibration runtime recipe", " ".join(FAMILIES), "checkpoint", "forecast", "run", "__init__",
+         "runtime recipe", "calibration", " ".join(FAMILIES), "checkpoint", "forecast", "run", "__init__",
          "llmopt_evals", "cli", "__main__"]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 ROOT_FILES = {"__init__.py", "__main__.py", "method.py", "parts.py", "specs.py", "errors.py", "progress.py"}
