@@ -229,9 +229,13 @@ class Attachment:
         return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
 
     def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them."""
+        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
+        all since the last compression.
+        """
         method = self.method(EVICTOR)
-        if method is None or self.now.frozen or method.queries() == 0 or (query.shape[2] == 1 and method.every is None):
+        if method is None or self.now.frozen or method.queries() == 0:
+            return
+        if query.shape[2] == 1 and method.every is None and method.queries() is not None:
             return
         first = layer.seen - query.shape[2]
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)
