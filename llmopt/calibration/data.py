@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmopt.errors import LlmoptError, naming
 from llmopt.files.checks import parse_json, refusals
+from llmopt.files.limited import limited
 from llmopt.specs import DataSpec
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -149,14 +150,21 @@ SOURCES = {"world": _world, "text": _text, "ids": _ids, "hub": _hub}
 def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
     if tokenizer is None:
         raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
+    chosen = documents[:spec.samples]
     if spec.template == "chat":
-        return [_chat(d, tokenizer)[:length] for d in documents[:spec.samples]]
-    cut = []
-    for document in documents[:spec.samples]:
-        with refusals(f"the tokenizer refuses {document[:60]!r}"):
-            ids = tokenizer(document[:spec.samples * length * WIDEST], truncation=False)["input_ids"]
-        cut.append(_rows(ids, length, tokenizer.bos_token_id))
+        if tokenizer.chat_template is None:
+            raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
+        return limited(lambda: [_chat(document, tokenizer)[:length] for document in chosen],
+                       "the chat template cannot be used", sum(len(str(document)) for document in chosen))
+    texts = [document[:spec.samples * length * WIDEST] for document in chosen]
+    cut = limited(lambda: [_rows(_ids_of(text, tokenizer), length, tokenizer.bos_token_id) for text in texts],
+                  "the tokenizer cannot be used", sum(map(len, texts)))
     return [row for turn in zip_longest(*cut) for row in turn if row is not None]
+
+
+def _ids_of(text: str, tokenizer: Any) -> list[int]:
+    with refusals(f"it refuses {text[:60]!r}"):
+        return tokenizer(text, truncation=False)["input_ids"]
 
 
 def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
@@ -170,10 +178,8 @@ def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:
     """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
-    if tokenizer.chat_template is None:
-        raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
     messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    with refusals(f"the chat template refuses {str(messages)[:60]}"):
+    with refusals(f"it refuses {str(messages)[:60]}"):
         return tokenizer.apply_chat_template(messages)["input_ids"]
 
 
