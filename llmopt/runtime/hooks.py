@@ -18,8 +18,10 @@ from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
 from llmopt.runtime.prompt import Prompt
+from llmopt.scale.gauge import give_back_freed
 
 EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
+WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
 
@@ -169,7 +171,10 @@ class Attachment:
     def _compress(self, cache: LlmoptCache) -> None:
         method = self.method(EVICTOR)
         if not method.layer_by_layer:
+            before = cache.nbytes()
             method.compress(cache, self, self.record(EVICTOR), cache.attending())
+            if before - cache.nbytes() > WORTH_GIVING_BACK:             # all layers in full, freed at once
+                give_back_freed()
         cache.compressed()
 
     @torch.no_grad()
