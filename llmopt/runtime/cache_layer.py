@@ -2,10 +2,10 @@
 
 Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from llmopt_kernels import NONE, Ragged
+from llmopt_kernels import NONE, Packed, Ragged, dense, joined
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -14,13 +14,20 @@ from transformers.cache_utils import CacheLayerMixin
 class Entries:
     """All entries of one batch row in one layer, heads padded at the end to equal length.
 
-    keys, values: [G, T, D]; positions: [G, T], NONE at holes; bias: [G, T] or None.
+    keys, values: [G, T, D]; positions: [G, T], NONE at holes; carried: columns [G, T] that go with every entry through
+    eviction, merging, sliding, beams and turns: `bias`, which is added to the logits, and those of scorers.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Packed
+    values: Tensor | Packed
     positions: Tensor
-    bias: Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A carried column [G, T]; zeros if these entries have none of that name."""
+        if name in self.carried:
+            return self.carried[name]
+        return torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
 
     @property
     def counts(self) -> Tensor:
@@ -187,35 +194,35 @@ class RaggedLayer(CacheLayerMixin):
 
     def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
         """Kept entries of a row that a query may still read, then its tail, head by head."""
-        parts = []
-        for row, head, where in self.kept.heads():
+        kept, parts = self.kept, []
+        for row, head, where in kept.heads():
             if row != index:
                 continue
-            old = self.kept.positions[where].long()
-            bias = self.kept.bias[where] if self.kept.bias is not None else self.kept.keys.new_zeros(len(old)).float()
+            old = kept.positions[where].long()
             live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
-            parts.append((torch.cat([self.kept.keys[where][live], tail.keys[head]]),
-                          torch.cat([self.kept.values[where][live], tail.values[head]]),
-                          torch.cat([old[live], tail.positions[head]]),
-                          torch.cat([bias[live], bias.new_zeros(tail.positions.shape[1])])))
-        fills = (0.0, 0.0, NONE, 0.0)
-        stacked = [torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
-                   for column, fill in zip(zip(*parts, strict=True), fills, strict=True)]
-        return Entries(stacked[0], stacked[1], stacked[2], stacked[3] if self.kept.bias is not None else None)
+            new = [tail.keys[head], tail.values[head], tail.positions[head]]
+            new += [column.new_zeros(len(new[2])) for column in kept.carried.values()]
+            before = [dense(kept.keys[where]), dense(kept.values[where]), old]
+            before += [column[where] for column in kept.carried.values()]
+            parts.append([torch.cat([a[live], b]) for a, b in zip(before, new, strict=True)])
+        fills = (0.0, 0.0, NONE, *(0 for _ in kept.carried))
+        keys, values, positions, *columns = (
+            torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
+            for column, fill in zip(zip(*parts, strict=True), fills, strict=True))
+        return Entries(keys, values, positions, dict(zip(kept.carried, columns, strict=True)))
 
     def fold(self, rows: list[Entries]) -> None:
         """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
         masks = [entry.positions != NONE for entry in rows]
 
-        def flat(name: str) -> Tensor:
-            return torch.cat([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
+        def flat(name: str) -> Tensor | Packed:
+            return joined([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
 
-        bias = None
-        if any(entry.bias is not None for entry in rows):
-            bias = torch.cat([entry.bias[mask] if entry.bias is not None else mask[mask].float() * 0
-                              for entry, mask in zip(rows, masks, strict=True)])
+        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()}
+        carried = {name: torch.cat([entry.column(name, dtype)[mask] for entry, mask in zip(rows, masks, strict=True)])
+                   for name, dtype in known.items()}
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
-        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, bias)
+        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, carried)
         self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
         self.folded = self.seen
 

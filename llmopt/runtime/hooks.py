@@ -18,8 +18,10 @@ from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
 from llmopt.runtime.prompt import Prompt
+from llmopt.scale.gauge import give_back_freed
 
 EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
+WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
 
@@ -169,7 +171,10 @@ class Attachment:
     def _compress(self, cache: LlmoptCache) -> None:
         method = self.method(EVICTOR)
         if not method.layer_by_layer:
+            before = cache.nbytes()
             method.compress(cache, self, self.record(EVICTOR), cache.attending())
+            if before - cache.nbytes() > WORTH_GIVING_BACK:             # all layers in full, freed at once
+                give_back_freed()
         cache.compressed()
 
     @torch.no_grad()
@@ -197,7 +202,10 @@ class Attachment:
         """
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
-        prompt = Prompt(query, keys, values, None if layer is None else layer.kept, mask, seen, rule, index)
+        kept = None if layer is None else layer.kept
+        if kept is not None and self.now.cache.hides and mask is not None and mask.ndim == 2:
+            kept = layer.shown(mask)
+        prompt = Prompt(query, keys, values, kept, mask, seen, rule, index)
         if mask is not None and mask.ndim == 4:
             return self._custom_mask(prompt)
         self.rules[index] = rule
@@ -221,17 +229,19 @@ class Attachment:
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
         visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
-        cache = self.now.cache
-        kept = cache.layers[prompt.layer].shown(prompt.mask) if cache.hides else prompt.kept
-        return ragged_attention(query, kept, tail, visible, first, rule)
+        return ragged_attention(query, prompt.kept, tail, visible, first, rule)
 
     def _is_selected(self, prompt: Prompt) -> bool:
         return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
 
     def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them."""
+        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
+        all since the last compression.
+        """
         method = self.method(EVICTOR)
-        if method is None or self.now.frozen or method.queries() == 0 or (query.shape[2] == 1 and method.every is None):
+        if method is None or self.now.frozen or method.queries() == 0:
+            return
+        if query.shape[2] == 1 and method.every is None and method.queries() is not None:
             return
         first = layer.seen - query.shape[2]
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)

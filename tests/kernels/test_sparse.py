@@ -208,7 +208,8 @@ def test_the_base_is_a_window_or_a_start():
 def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
     counts = torch.tensor([[5, 0]])
     bias = draw(5, seed=9) if biased else None
-    kept = Ragged(draw(5, 8, seed=3), draw(5, 8, seed=4), torch.tensor([0, 2, 3, 6, 8]).int(), counts, bias)
+    carried = {} if bias is None else {"bias": bias}
+    kept = Ragged(draw(5, 8, seed=3), draw(5, 8, seed=4), torch.tensor([0, 2, 3, 6, 8]).int(), counts, carried)
     query, keys, values = draw(4, 6, 8), draw(2, 6, 8, seed=1), draw(2, 6, 8, seed=2)
     new, _ = sparse_partial(query, keys, values, Stripes(0, 6), rule)
     old = ragged_partial(query[None], kept, 10, rule, block=4)
