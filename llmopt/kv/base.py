@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.files.json_shapes import check_shape, finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
@@ -86,6 +87,10 @@ class Scorer(CacheMethod):
         return {}
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+
+    @property
     def layer_by_layer(self) -> bool:
         """Whether a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model"
@@ -105,6 +110,13 @@ class Scorer(CacheMethod):
         found = zip(head_scores.find(self.heads, run, model), blocks(model), strict=True)
         return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
                                   for scores, block in found]})
+
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        if self.allocate.reads_heads:
+            check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
+            found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
+            if found != heads:
+                raise LlmoptError(f"{self.name}: shares for {found} KV heads per layer; the model has {heads}")
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 
