@@ -87,6 +87,10 @@ class Scorer(CacheMethod):
         return {}
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+
+    @property
     def layer_by_layer(self) -> bool:
         """Whether a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model"

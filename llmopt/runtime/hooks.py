@@ -202,7 +202,10 @@ class Attachment:
         """
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
-        prompt = Prompt(query, keys, values, None if layer is None else layer.kept, mask, seen, rule, index)
+        kept = None if layer is None else layer.kept
+        if kept is not None and self.now.cache.hides and mask is not None and mask.ndim == 2:
+            kept = layer.shown(mask)
+        prompt = Prompt(query, keys, values, kept, mask, seen, rule, index)
         if mask is not None and mask.ndim == 4:
             return self._custom_mask(prompt)
         self.rules[index] = rule
@@ -226,9 +229,7 @@ class Attachment:
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
         visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
-        cache = self.now.cache
-        kept = cache.layers[prompt.layer].shown(prompt.mask) if cache.hides else prompt.kept
-        return ragged_attention(query, kept, tail, visible, first, rule)
+        return ragged_attention(query, prompt.kept, tail, visible, first, rule)
 
     def _is_selected(self, prompt: Prompt) -> bool:
         return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
