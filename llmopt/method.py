@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from llmopt.model.head_numbers import HeadNumbers
@@ -30,11 +31,40 @@ class Record:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A question about a context, as token ids [n] each; corrupted: the context without the answer, as many tokens."""
+
+    context: Tensor
+    question: Tensor
+    answer: Tensor
+    corrupted: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:                        # [T]
+        """Context, question and answer, as the model reads them."""
+        return torch.cat([self.context, self.question, self.answer])
+
+    @property
+    def asked(self) -> slice:
+        """The places in `ids` of the queries that predict the answer: the token in front of each of its tokens."""
+        last = len(self.ids) - 1
+        return slice(last - len(self.answer), last)
+
+    @property
+    def needle(self) -> Tensor | None:              # [n]
+        """The places in `ids` where the context states the answer, the last time; None where it does not literally."""
+        windows = self.context.unfold(0, len(self.answer), 1) if len(self.answer) <= len(self.context) else None
+        found = [] if windows is None else (windows == self.answer).all(1).nonzero().flatten()
+        return found[-1] + torch.arange(len(self.answer)) if len(found) else None
+
+
 @dataclass
 class Run:
     """What a step may look at while it is applied.
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
+    probes: what head scores of `eats` "probes" look at; see calibration.probes.
     scores: head scores by step name: L tensors of [H_l], float32. heads: once pruning has taken some, which are left.
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
@@ -50,11 +80,18 @@ class Run:
     tokenizer: Any = None
     memory: Memory = field(default_factory=Memory)
     ranks: Ranks = field(default_factory=Ranks)
+    probes: list[Probe] | None = None
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:
         """This process's part of the batches: what is summed over them must be summed over the ranks, counts too."""
         return self.ranks.share_batches(self.batches)
+
+
+    @property
+    def own_probes(self) -> list[Probe]:
+        """This process's part of the probes."""
+        return self.ranks.share(self.probes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +112,11 @@ class Method(Part, ABC):
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Files that its fields name: a resumed run must find them as they were."""
+        return ()
+
+    @property
     def multiple(self) -> int:
         """Columns that must go evenly into every width it finds; steps before it keep to that."""
         return 1
@@ -85,6 +127,14 @@ class Method(Part, ABC):
         model: may be a skeleton.
         """
         return 0
+
+    def sketch(self, skeleton, run: Run, source=None) -> str:
+        """Make the same edit on the shapes of a model, its weights on the meta device; a sentence on what it will do.
+
+        run.memory: at this step, so that a decision which is remembered here is not taken again by `apply`.
+        source: the model that the step will find, where no step before it changes weights; else None.
+        """
+        return ", ".join(f"{key} {value}" for key, value in self.to_dict()[self.name].items() if value is not None)
 
     @abstractmethod
     def apply(self, model, run: Run) -> Record:

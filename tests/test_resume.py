@@ -26,7 +26,7 @@ from llmopt.scale.journal import Interrupted, Journal, difference
 from tests import tiny
 from tests.command import ROOT, call, command
 from tests.conftest import mount
-from tests.test_stream import contents, dense
+from tests.plans import contents, dense
 
 STEPS = """
   - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: true}

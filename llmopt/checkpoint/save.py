@@ -3,7 +3,6 @@
 A checkpoint is written into a hidden sibling folder, synced, loaded afresh and compared with the model in memory,
 and only then renamed to its name: whatever stands under that name is whole.
 """
-import errno
 import glob
 import json
 import os
@@ -103,12 +102,12 @@ def staged(output: Path, work: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def vanishing(folder: Path, output: Path) -> Iterator[None]:
-    """Whatever happens, `folder` is gone afterwards; a full disk is one line about `output`."""
+    """Whatever happens, `folder` is gone afterwards; a full disk, or a limit on files, is one line about `output`."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise shards.DiskFull(f"{output}: the disk is full; nothing was written") from error
+        if error.errno in shards.FULL:
+            raise shards.DiskFull(f"{output}: {shards.FULL[error.errno]}; nothing was written") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

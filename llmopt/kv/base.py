@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.files.json_shapes import check_shape, finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
@@ -19,6 +20,7 @@ from llmopt.model.blocks import blocks
 from llmopt.runtime.attach import CacheMethod
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.compression import fold
 from llmopt.runtime.hooks import Attachment
 
 
@@ -86,6 +88,10 @@ class Scorer(CacheMethod):
         return {}
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+
+    @property
     def layer_by_layer(self) -> bool:
         """Whether a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model"
@@ -106,6 +112,13 @@ class Scorer(CacheMethod):
         return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
                                   for scores, block in found]})
 
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        if self.allocate.reads_heads:
+            check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
+            found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
+            if found != heads:
+                raise LlmoptError(f"{self.name}: shares for {found} KV heads per layer; the model has {heads}")
+
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 
     @torch.no_grad()
@@ -115,7 +128,7 @@ class Scorer(CacheMethod):
         if all(row is None for row in chosen):
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
-            cache.layers[index].fold([self._left(turn, index, None if row is None else row[place])
+            fold(live, cache, index, [self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
             cache.layers[index].forget_queries(self._retained)
 

@@ -10,17 +10,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, naming
+from llmopt.files.json_shapes import check_shape
 from llmopt.method import Method, Record, Run
 from llmopt.model.modeling import tensors_below
 from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
-from llmopt.runtime.hooks import EVICTOR, SELECTOR, Attachment
+from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.compression import EVICTOR, SELECTOR, STORE, Packing
+from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.interface import KEY
 from llmopt.runtime.prompt import Prompt
 
-__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
-           "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
+__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
+           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+           "runtime_config"]
+
+
+CONFIG = {"steps?": [{"method": {str: {str: object}}, "meta": {str: object}}], "tensors?": {str: object}, str: object}
 
 
 class RuntimeMethod(Method):
@@ -42,7 +49,11 @@ class RuntimeMethod(Method):
         attach(model, self, record)
         return record
 
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        """Raise LlmoptError unless a record has the form that `plan` gives it and fits the model; it may be forged."""
+
     def restore(self, model: nn.Module, record: Record) -> None:
+        self.check_record(model, record)
         attach(model, self, record)
 
 
@@ -64,6 +75,23 @@ class CacheMethod(RuntimeMethod):
     @abstractmethod
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         """Drop entries of these layers of `cache` in place. live.rules[l] tells how layer l attends."""
+
+
+class StoreMethod(RuntimeMethod):
+    """A method that keeps what is left of the cache in another form than tensors of the model's type.
+
+    It acts after every forward of several tokens, after the evictor, and every so many tokens of decoding.
+    """
+
+    place = STORE
+    every: int | None
+
+    @abstractmethod
+    def pack(self, entries: Entries, packing: Packing) -> Entries:
+        """One batch row of one layer whose keys and values, [G, T, D], are `llmopt_kernels.Packed`; nothing dropped.
+
+        Entries that were packed before come as tensors again, with the columns they carry.
+        """
 
 
 class PrefillMethod(RuntimeMethod):
@@ -133,9 +161,9 @@ def new_cache(model: nn.Module) -> LlmoptCache:
 
 
 def has_eviction(model: nn.Module) -> bool:
-    """Whether an attached method drops cache entries."""
+    """Whether an attached method changes what the cache holds, by dropping entries or by packing them."""
     live = attachment(model)
-    return live is not None and live.method(EVICTOR) is not None
+    return live is not None and any(live.method(place) is not None for place in (EVICTOR, STORE))
 
 
 def runtime_config(model: nn.Module) -> dict[str, Any]:
@@ -157,14 +185,29 @@ def runtime_config(model: nn.Module) -> dict[str, Any]:
 
 
 def attach_from_config(model: nn.Module) -> None:
-    """Attach what `model.config.llmopt` describes, with the tensors among its buffers; nothing if that is done."""
+    """Attach what `model.config.llmopt` describes, with the tensors among its buffers; nothing if that is done.
+
+    Raises LlmoptError naming the step whose method, fields or record are not what llmopt writes for this model.
+    """
     if attachment(model) is not None:
         return
     config = model.config.to_dict().get("llmopt") or {}
+    check_shape(config, CONFIG, "config.json: llmopt")
     missing = config.get("tensors", {}).keys() - tensors_below(model).keys()
     if missing:
         raise LlmoptError(f"the tensor llmopt.{min(missing)} is missing; load the model through AutoModelForCausalLM "
                           "after `import llmopt`")
     for step, entry in enumerate(config.get("steps", [])):
-        (name, given), = entry["method"].items()
-        build(name, given).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+        with naming(f"config.json: llmopt.steps.{step}"):
+            _runtime_method(entry["method"]).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+
+
+def _runtime_method(entry: dict[str, dict[str, Any]]) -> RuntimeMethod:
+    """The method of {name: fields}; raises LlmoptError for none, several, or one that does not act at run time."""
+    if len(entry) != 1:
+        raise LlmoptError(f"one {{name: fields}} expected, {len(entry)} given")
+    (name, given), = entry.items()
+    method = build(name, given)
+    if not isinstance(method, RuntimeMethod):
+        raise LlmoptError(f"{name} does not act while the model runs")
+    return method

@@ -111,9 +111,14 @@ class Journal:
         except KeyboardInterrupt as error:
             raise Interrupted(f"interrupted; {self._left()}") from error
         except (OSError, DiskFull) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            number = errno.ENOSPC if isinstance(error, DiskFull) else error.errno
+            if number not in shards.FULL:
                 raise
-            raise DiskFull(f"{self.folder.parent}: the disk is full; {self._left()}") from error
+            fact = str(error).partition(";")[0] if isinstance(error, DiskFull) else \
+                f"{self.folder.parent}: {shards.FULL[number]}"
+            raise DiskFull(f"{fact}; {self._left()}") from error
+        except MemoryError as error:
+            raise MemoryError(f"out of memory; {self._left()}") from error
         except LlmoptError as error:
             if self.hold:
                 error.args = (f"{error}; {self._left()}",)
