@@ -1,4 +1,4 @@
 """`python -m llmopt`, so that torchrun can start the command."""
-from llmopt.cli.commands import main
+from llmopt_evals.start import main
 
 main()

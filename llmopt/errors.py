@@ -9,6 +9,7 @@ LONGEST = 2000                 # characters of a message, a value or a list of c
 
 def one_line(text: str) -> str:
     """`text` without line ends or terminal codes: names and values from foreign files may hold either."""
+    text = text if len(text) <= 9 * LONGEST else f"{text[:5 * LONGEST]} ... {text[-3 * LONGEST:]}"
     line = " ".join(part.strip() for part in text.splitlines())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= LONGEST else f"{line[:LONGEST * 3 // 4]} ... {line[-LONGEST // 4:]}"

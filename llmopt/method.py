@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from llmopt.model.head_numbers import HeadNumbers
 from llmopt.parts import Part
 from llmopt.progress import Progress, silent, timed
 from llmopt.scale.memory import Memory
@@ -29,12 +31,41 @@ class Record:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A question about a context, as token ids [n] each; corrupted: the context without the answer, as many tokens."""
+
+    context: Tensor
+    question: Tensor
+    answer: Tensor
+    corrupted: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:                        # [T]
+        """Context, question and answer, as the model reads them."""
+        return torch.cat([self.context, self.question, self.answer])
+
+    @property
+    def asked(self) -> slice:
+        """The places in `ids` of the queries that predict the answer: the token in front of each of its tokens."""
+        last = len(self.ids) - 1
+        return slice(last - len(self.answer), last)
+
+    @property
+    def needle(self) -> Tensor | None:              # [n]
+        """The places in `ids` where the context states the answer, the last time; None where it does not literally."""
+        windows = self.context.unfold(0, len(self.answer), 1) if len(self.answer) <= len(self.context) else None
+        found = [] if windows is None else (windows == self.answer).all(1).nonzero().flatten()
+        return found[-1] + torch.arange(len(self.answer)) if len(found) else None
+
+
 @dataclass
 class Run:
     """What a step may look at while it is applied.
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
-    scores: head scores by step name: L tensors of [H_l], float32.
+    probes: what head scores of `eats` "probes" look at; see calibration.probes.
+    scores: head scores by step name: L tensors of [H_l], float32. heads: once pruning has taken some, which are left.
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
@@ -42,17 +73,25 @@ class Run:
 
     batches: list[dict[str, Tensor]] | None = None
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    heads: HeadNumbers | None = None
     seed: int = 0
     progress: Progress = silent
     ahead: tuple["Method", ...] = ()
     tokenizer: Any = None
     memory: Memory = field(default_factory=Memory)
     ranks: Ranks = field(default_factory=Ranks)
+    probes: list[Probe] | None = None
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:
         """This process's part of the batches: what is summed over them must be summed over the ranks, counts too."""
         return self.ranks.share_batches(self.batches)
+
+
+    @property
+    def own_probes(self) -> list[Probe]:
+        """This process's part of the probes."""
+        return self.ranks.share(self.probes)
 
 
 @dataclass(frozen=True)
@@ -68,8 +107,14 @@ class Method(Part, ABC):
 
     kind = "method"
     stage: ClassVar[Stage]
+    place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Files that its fields name: a resumed run must find them as they were."""
+        return ()
 
     @property
     def multiple(self) -> int:

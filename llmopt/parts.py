@@ -20,6 +20,7 @@ from llmopt.errors import FieldError, KeyUnknown, LlmoptError, closest, naming, 
 
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)]
+GAP = "x-llmopt-piece"         # marks where a JSON Schema names [kind, *choices]
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}
 
 
@@ -54,6 +55,7 @@ class Part(Checked):
 
     kind: ClassVar[str]           # the word for such a piece in messages
     name: ClassVar[str]
+    about: ClassVar[str]          # its docstring as it was written; in `__doc__` the fields follow
 
     def to_dict(self) -> dict[str, Any]:
         """The entry that builds this instance, with every field: {name: fields}."""
@@ -82,6 +84,11 @@ class Part(Checked):
         if cls.__dict__.get("__pydantic_complete__") is False:
             return handler(source)
         return core_schema.no_info_plain_validator_function(lambda given: _named(cls, given))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: Any) -> dict[str, Any]:
+        """In JSON Schema a field of this type is a gap that recipe/schema.py fills with the pieces to choose from."""
+        return {GAP: [cls.kind, *choices(cls)]} if schema["type"] == "function-plain" else handler(schema)
 
 
 def _named(cls: type[Part], given: Any) -> Part:
@@ -122,8 +129,11 @@ def register(name: str) -> Callable[[type], type]:
             raise RuntimeError(f"two pieces of the kind {cls.kind} are called {name!r}: {known[name]} and {cls}")
         if not is_pydantic_dataclass(cls):
             raise RuntimeError(f"{cls} is no pydantic dataclass: decorate it with pydantic.dataclasses.dataclass")
-        cls.name, cls.__doc__ = name, WithFields(cls.__doc__ or "")
+        cls.name, cls.about = name, (cls.__doc__ or "").rstrip()
         known[name] = cls
+        holders = [other for of_kind in _REGISTRY.values() for other in of_kind.values() if cls.kind in _held(other)]
+        for told in (cls, *holders):
+            told.__doc__ = _with_fields(told)
         return cls
 
     return enter
@@ -162,7 +172,7 @@ def fields_of(cls: Any) -> dict[str, FieldInfo]:
 
 
 def wanted(hint: Any, metadata: Any = ()) -> str:
-    """The values of an annotation in words: `a number, at least 0 and below 1, or null`."""
+    """The values of an annotation in words: `a number at least 0 and below 1, or null`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return wanted(args[0], (*metadata, *_flat(args[1:])))
@@ -184,7 +194,7 @@ def _flat(metadata: Any) -> Iterator[Any]:
 
 
 def _bounds(metadata: Any) -> str:
-    """`, from 1 to 8` or `, at least 0 and below 1`."""
+    """` from 1 to 8` or ` at least 0 and below 1`."""
     found = {key: getattr(item, key) for item in metadata for key in ("ge", "gt", "le", "lt") if hasattr(item, key)}
     if {"ge", "le"} <= found.keys():
         return f" from {found['ge']} to {found['le']}"
@@ -192,16 +202,29 @@ def _bounds(metadata: Any) -> str:
     return " and".join(f" {words[key]} {bound}" for key, bound in found.items())
 
 
-def field_lines(cls: type[Checked]) -> Iterator[tuple[str, str, str, str]]:
-    """(field, values it takes, default, meaning) of every field, those of named pieces behind the field for them."""
+def field_lines(cls: type[Checked], around: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:
+    """(field, values it takes, default, meaning) of every field, those of named pieces behind the field for them.
+
+    around: the kinds of the pieces that this one lies in; what they may hold has been told.
+    """
     for key, item in fields_of(cls).items():
         default = "(needed)" if item.is_required() else _as_text(default_of(item))
         yield key, wanted(item.annotation, item.metadata), default, item.description or ""
-        for hint in (item.annotation, *typing.get_args(item.annotation)):
-            if isinstance(hint, type) and issubclass(hint, Part):
-                for name in choices(hint):
-                    for inner, *rest in field_lines(get(name, hint.kind)):
-                        yield (f"{key}.{name}.{inner}", *rest)
+        for hint in (hint for hint in _pieces(item) if hint.kind not in around):
+            for name in choices(hint):
+                for inner, *rest in field_lines(get(name, hint.kind), (*around, hint.kind)):
+                    yield (f"{key}.{name}.{inner}", *rest)
+
+
+def _pieces(item: FieldInfo) -> list[type[Part]]:
+    """The types of named pieces that a field takes."""
+    hints = (item.annotation, *typing.get_args(item.annotation))
+    return [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Part)]
+
+
+def _held(cls: type[Part]) -> set[str]:
+    """The kinds of pieces that the fields of `cls` take."""
+    return {hint.kind for item in fields_of(cls).values() for hint in _pieces(item)}
 
 
 def default_of(item: FieldInfo) -> Any:
@@ -214,16 +237,10 @@ def _as_text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(plain(value))
 
 
-class WithFields:
-    """A class's docstring and its fields, put together when somebody asks: pieces may be registered later."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def __get__(self, instance: Any, owner: type) -> str:
-        told = [f"    {key}: {about}{'; ' if about else ''}{values}; default {default}"
-                for key, values, default, about in field_lines(owner)]
-        return "\n".join([self.text.rstrip(), "", "Fields:", *told]) if told else self.text
+def _with_fields(cls: type[Part]) -> str:
+    """The docstring of a registered piece and its fields, for `help()`."""
+    told = [f"    {key}: {about} ({values}; default {default})" for key, values, default, about in field_lines(cls)]
+    return "\n".join([cls.about, "", "Fields:", *told]) if told else cls.about
 
 
 # ------------------------------------------------------------------------------------- pydantic's errors in our words

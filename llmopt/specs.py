@@ -17,6 +17,8 @@ class ModelSpec(Checked):
 
     id: str = Field("llmopt/reference", description="a folder or a hub name; llmopt/reference is the embedded model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: the checkpoint's own")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")

@@ -4,7 +4,9 @@ By default every method runs on three architectures and every architecture under
 an architecture refuses is read from the README's table, which test_architectures.py holds to the truth.
 """
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +20,28 @@ from tests import table, tiny
 
 MAIN = ("llama", "qwen3", "mistral")
 REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
-# Fields that suit the tiny models; a method without an entry runs with its defaults.
+# Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
+# method with neither runs with its defaults.
 FIELDS = {
     "quant.rtn": {"bits": 3, "group_size": 32},
     "quant.gptq": {"bits": 3, "group_size": 32},
+    "quant.weights": {"bits": 3, "group_size": 32, "solver": {"gptq": {"damping": 0.05}}},
     "prune.magnitude": {"ratio": 0.5},
     "kv.streaming": {"ratio": 0.5},
     "kv.snapkv": {"ratio": 0.5, "window": 8},
-    "attention.a_shape": {"sinks": 2, "window": 8, "min_length": 0},
 }
 NAMES = llmopt.names()
+
+
+def own_fields(name: str) -> dict:
+    """CONTRACT of the method's own test; nothing where there is none."""
+    family, _, short = name.partition(".")
+    if not (Path(__file__).parent / family / f"test_{short}.py").exists():
+        return {}
+    return getattr(importlib.import_module(f"tests.{family}.test_{short}"), "CONTRACT", {})
+
+
+FIELDS |= {name: own_fields(name) for name in NAMES if name not in FIELDS}
 ALONE = {family: NAMES[i % len(NAMES)] for i, family in enumerate(f for f in tiny.CONFIGS if f not in MAIN)}
 
 

@@ -170,5 +170,5 @@ def test_a_template_that_refuses_its_messages_is_one_line(tmp_path, talker):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"text": TALK}) + "\n")
-    with pytest.raises(LlmoptError, match="the chat template refuses .* roles must alternate"):
+    with pytest.raises(LlmoptError, match="the chat template cannot be used: it refuses .* roles must alternate"):
         load(DataSpec(name="text", path=str(file), template="chat"), tokenizer)

@@ -177,10 +177,10 @@ def test_a_config_fetches_no_kernel(folder, key):
 
 
 @pytest.mark.parametrize(("family", "changes", "expected"), [
-    ("llama", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000; at most 10,000"),
+    ("llama", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000; at most 1,000"),
     ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000"),
-    ("llama", {"num_hidden_layers": 9999}, "but the weight files hold 29 tensors"),
-    ("gpt2", {"n_layer": 9999}, "n_layer is 9,999, but"),
+    ("llama", {"num_hidden_layers": 999}, "but the weight files hold 29 tensors"),
+    ("gpt2", {"n_layer": 999}, "n_layer is 999, but"),
     ("gemma3_text", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
     ("llama", {"num_hidden_layers": float("inf")}, "num_hidden_layers is inf"),
     ("llama", {"num_labels": 10**9}, "num_labels is 1,000,000,000"),

@@ -1,9 +1,9 @@
 """Fields are checked strictly and told everywhere; named pieces are taken by name, by fields, or as an instance."""
 import copy
 import dataclasses
-import inspect
 import math
 import pickle
+import pydoc
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -33,6 +33,13 @@ class Pepper(Spice):
     corns: int = Field(description="how many", ge=1)
 
 
+@dataclass(frozen=True)
+class Mixture(Spice):
+    """A spice in which another one is."""
+
+    base: Spice = Field(Salt(), description="what most of it is")
+
+
 class Dish(Part):
     kind: ClassVar[str] = "dish"
 
@@ -54,11 +61,13 @@ class Soup(Dish):
 @pytest.fixture(autouse=True)
 def registered():
     """The toy pieces under their names, and gone afterwards."""
-    for name, cls in (("salt", Salt), ("pepper", Pepper), ("soup", Soup)):
+    texts = {cls: cls.__doc__ for cls in (Soup, Salt, Pepper, Mixture)}
+    for name, cls in (("salt", Salt), ("soup", Soup), ("pepper", Pepper), ("mixture", Mixture)):
         register(name)(cls)
     yield
-    for kind in ("spice", "dish"):
-        del _REGISTRY[kind]
+    for cls, text in texts.items():
+        cls.__doc__ = text
+        del _REGISTRY[cls.kind][cls.name]
 
 
 @pytest.mark.parametrize(("given", "key", "words"), [
@@ -80,6 +89,14 @@ def test_a_value_that_does_not_fit_is_named_by_its_whole_key(given, key, words):
         Soup(**given)
     assert caught.value.key == key
     assert key in str(caught.value) and words in str(caught.value)
+
+
+def test_pieces_may_hold_pieces_of_their_kind():
+    made = Soup(spice={"mixture": {"base": {"pepper": {"corns": 5}}}})
+    assert made.spice.base == Pepper(corns=5) and Soup(**made.to_dict()["soup"]) == made
+    with pytest.raises(FieldError, match="corns: 0") as caught:
+        Soup(spice={"mixture": {"base": {"pepper": {"corns": 0}}}})
+    assert caught.value.key == "spice.mixture.base.pepper.corns"
 
 
 def test_a_missing_field_and_an_unknown_one_are_told_apart():
@@ -122,17 +139,19 @@ def test_instances_are_frozen_and_a_changed_copy_is_checked():
 
 
 def test_help_tells_every_field_and_those_of_the_pieces():
-    text = inspect.getdoc(Soup)
-    assert text.startswith("Hot.") and "litres: of it; a number above 0; default 1" in text
-    assert "spice.salt.grams: for a litre; a number at least 0 and below 10; default 2" in text
-    assert "spice.pepper.corns: how many; a whole number at least 1; default (needed)" in text
+    text = pydoc.plain(pydoc.render_doc(Soup)).replace("\n |  ", "\n")
+    assert "\nHot.\n" in text and "litres: of it (a number above 0; default 1)" in text
+    assert "spice.salt.grams: for a litre (a number at least 0 and below 10; default 2)" in text
+    assert "spice.pepper.corns: how many (a whole number at least 1; default (needed))" in text
     rows = {key: rest for key, *rest in field_lines(Soup)}
     assert rows["guests"] == ["a whole number at least 1, or null", "null", ""]
     assert rows["sizes"][1] == "[2, 3]"
+    assert rows["spice.mixture.base"][1:] == ["salt", "what most of it is"] and "spice.mixture.base.salt" not in rows
 
 
 def test_names_are_of_a_kind_and_may_not_clash():
-    assert choices(Spice) == ["pepper", "salt"] and choices(Salt) == ["salt"] and get("salt", "spice") is Salt
+    assert choices(Spice) == ["mixture", "pepper", "salt"] and choices(Salt) == ["salt"]
+    assert get("salt", "spice") is Salt
     with pytest.raises(RuntimeError, match="are called 'salt'"):
         register("salt")(Salt)
     with pytest.raises(LlmoptError, match="there is no spice 'slt' .did you mean 'salt'"):

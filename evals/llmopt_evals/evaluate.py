@@ -11,23 +11,25 @@ from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
 from llmopt.files.shards import write_text
+from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals.large import opened
 from llmopt_evals.texts import documents
 from llmopt_evals.world import speaks_world, tasks_path
 
-FOR_ANY = "text_ppl"                     # what to score a model with that does not know the world
+READER = "reader"                        # key of the metadata: a function that returns (tokenizer, longest input)
+FOR_ANY = "text_ppl,needles"             # what to score a model with that does not know the world
 PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")     # of lm-eval's results: not written
 
 
 def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
              batch_size: int = 16, text: str | None = None,
-             ranks: Ranks = Ranks()) -> dict[str, Any] | None:       # noqa: B008  frozen
+             ranks: Ranks = Ranks(), options: dict[str, Any] | None = None) -> dict[str, Any] | None:    # noqa: B008
     """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
 
-    text: the file of the task `text_ppl`. ranks: the processes that divide the requests; rank 0 gets the results,
-    the others None.
+    text: the file of the tasks `text_ppl` and `needles`. ranks: the processes that divide the requests; rank 0 gets the
+    results, the others None. options: what lm-eval calls metadata, such as the lengths of `needles`.
     Raises LlmoptError for an unknown task, a task whose data cannot be had or whose words the model does not know, and
     a model that cannot be loaded.
     """
@@ -35,24 +37,32 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
 
     from llmopt_evals.lm import LlmoptLM
 
-    manager = prepared(tasks, text, isinstance(model, ModelSpec) and model.trust_remote_code)
+    trust, options = isinstance(model, ModelSpec) and model.trust_remote_code, dict(options or {})
+    task_manager(tasks, trust)                      # a wrong name is an error before the model is loaded
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words):
         refuse_foreign(tasks, words)
-        with _quiet(), _naming(tasks):
+        manager = prepared(tasks, trust, options | asked_by(loaded.config, words, text))
+        with _quiet(), _naming(tasks), computing(loaded):
             lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
                                    random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0)
 
 
-def prepared(tasks: list[str], text: str | None = None, trust: bool = False) -> Any:
+def prepared(tasks: list[str], trust: bool, metadata: dict[str, Any]) -> Any:
     """A manager whose tasks have all been built once: their data are on this machine, their files can be read."""
-    manager = task_manager(tasks, trust, text)
-    if text is not None:
-        documents(text)                             # asked for by no task, perhaps, and still meant
+    manager = task_manager(tasks, trust, metadata)
+    if "text" in metadata:
+        documents(metadata["text"])                 # asked for by no task, perhaps, and still meant
     with _quiet(), _naming(tasks):
         manager.load(tasks)
     return manager
+
+
+def asked_by(config: Any, tokenizer: Any, text: str | None) -> dict[str, Any]:
+    """The metadata from which tasks are made for one model: its reader, and the file that was given."""
+    limit = config.get_text_config().max_position_embeddings
+    return {READER: lambda: (tokenizer, limit)} | ({"text": text} if text is not None else {})
 
 
 @contextmanager
@@ -77,11 +87,11 @@ def foreign_tasks(tasks: list[str], tokenizer: Any) -> list[str]:
     return [] if speaks_world(tokenizer) else [task for task in tasks if task.startswith("world")]
 
 
-def task_manager(tasks: list[str], trust: bool = False, text: str | None = None) -> Any:
+def task_manager(tasks: list[str], trust: bool = False, metadata: dict[str, Any] | None = None) -> Any:
     """A manager that knows `tasks`; lm-eval's own index (12 to 20 s) is read only if one of them is not ours.
 
     trust: a task may also be a YAML file, whose `!function`, `include` and templates can run any code.
-    text: the file that the task `text_ppl` reads.
+    metadata: what tasks are made from.
     """
     from lm_eval.tasks import TaskManager
 
@@ -89,7 +99,6 @@ def task_manager(tasks: list[str], trust: bool = False, text: str | None = None)
     if files and not trust:
         raise LlmoptError(f"{min(files)}: a task of a file can run code of its own; read it, and if you trust it give "
                           "--trust-remote-code on the command line")
-    metadata = {"text": text} if text is not None else {}
     with _quiet():
         ours = TaskManager(include_path=str(tasks_path()), include_defaults=False, metadata=metadata)
         if set(tasks) <= {*ours.all_tasks, *files}:
@@ -122,6 +131,8 @@ def write_results(results: dict[str, Any], path: Path, model: str) -> None:
 
     kept = {k: v for k, v in results.items() if k not in PASSING}
     kept["config"] = kept["config"] | {"model": model}
+    for config in kept.get("configs", {}).values():
+        config.get("metadata", {}).pop(READER, None)
     write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable) + "\n")
 
 

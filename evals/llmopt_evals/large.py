@@ -29,6 +29,7 @@ from llmopt.files.hub import fetch
 from llmopt.model import skeleton
 from llmopt.model.architectures import SPECS
 from llmopt.model.codes import unpacked
+from llmopt.model.computing import choose, convert
 from llmopt.model.loading import load_model, read_config, resolve
 from llmopt.recipe.reader import Recipe
 from llmopt.scale.available import available
@@ -83,6 +84,8 @@ def on_disk(spec: ModelSpec) -> dict[str, str]:
 
 def _with_tokenizer(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
     model, tokenizer = load_model(spec, **placement)
+    choose(model, spec.compute_dtype, spec.device)
+    convert(model, available())
     if tokenizer is None:
         raise LlmoptError(f"{spec.id}: there is no tokenizer, and lm-eval needs one")
     return model, tokenizer

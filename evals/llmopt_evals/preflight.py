@@ -4,17 +4,18 @@ from pathlib import Path
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.recipe.reader import Recipe
 from llmopt.specs import ModelSpec
-from llmopt_evals.evaluate import FOR_ANY, foreign_tasks, prepared, refuse_foreign
+from llmopt_evals.evaluate import FOR_ANY, asked_by, foreign_tasks, prepared, refuse_foreign, task_manager
 from llmopt_evals.large import obstacle
 
 
 def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> None:
     """Raise LlmoptError unless each model is there and can be asked each task; no weight is read."""
-    for spec in models:
-        read_config(spec)
-    prepared(tasks, text, models[0].trust_remote_code)
-    for spec in models:
-        refuse_foreign(tasks, _tokenizer(spec))
+    configs = [read_config(spec)[1] for spec in models]
+    task_manager(tasks, models[0].trust_remote_code)
+    for spec, config in zip(models, configs, strict=True):
+        tokenizer = _tokenizer(spec)
+        refuse_foreign(tasks, tokenizer)
+        prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text))
 
 
 def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
@@ -27,8 +28,8 @@ def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
     tasks, spec = recipe.eval.tasks, recipe.model
     if not tasks:
         return [], []
-    read_config(spec)
-    prepared(tasks, recipe.eval.text, spec.trust_remote_code)
+    _, config = read_config(spec)
+    task_manager(tasks, spec.trust_remote_code)
     if fact := obstacle(recipe, output):
         return [], [f"not scored: {fact}. Later: {later(recipe, output, tasks)}"]
     tokenizer = _tokenizer(spec)
@@ -40,7 +41,9 @@ def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
     notes = [f"not scored: {', '.join(foreign)}, written in the vocabulary of llmopt/reference; this model has another"
              f". Instead: --set eval.tasks=[{FOR_ANY}] --set eval.text=FILE, or later: "
              f"{later(recipe, output, FOR_ANY.split(','))} --text FILE"] if foreign else []
-    return [task for task in tasks if task not in foreign], notes
+    left = [task for task in tasks if task not in foreign]
+    prepared(left, spec.trust_remote_code, asked_by(config, tokenizer, recipe.eval.text))
+    return left, notes
 
 
 def later(recipe: Recipe, output: Path, tasks: list[str]) -> str:

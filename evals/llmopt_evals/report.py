@@ -29,7 +29,7 @@ def scored(output: Path, facts: dict[str, Any], recipe: Recipe, tasks: list[str]
     if not tasks or "scores" in facts:
         return facts
     found = {}
-    after = ModelSpec(id=str(output), device=recipe.model.device,        # its dtype is the computed one
+    after = ModelSpec(id=str(output), device=recipe.model.device, compute_dtype=recipe.model.compute_dtype,
                       trust_remote_code=recipe.model.trust_remote_code)
     for which, model in (("before", recipe.model), ("after", after)):
         say(f"scoring the model {which} compression")

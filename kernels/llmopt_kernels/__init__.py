@@ -2,10 +2,20 @@
 from llmopt_kernels.dense import dense_attention, dense_visible
 from llmopt_kernels.partial import Partial, merged, ragged_partial
 from llmopt_kernels.ragged import ragged_attention
-from llmopt_kernels.reference import NONE, Ragged, Rule, attention, attention_weights, column_sums
+from llmopt_kernels.reference import (
+    NONE,
+    Packed,
+    Ragged,
+    Rule,
+    attention,
+    attention_weights,
+    column_sums,
+    dense,
+    joined,
+)
 from llmopt_kernels.rotary import rotate, unrotate
 from llmopt_kernels.sparse import Pooled, Stripes, sparse_attention, sparse_partial
 
-__all__ = ["NONE", "Partial", "Pooled", "Ragged", "Rule", "Stripes", "attention", "attention_weights", "column_sums",
-           "dense_attention", "dense_visible", "merged", "ragged_attention", "ragged_partial", "rotate",
-           "sparse_attention", "sparse_partial", "unrotate"]
+__all__ = ["NONE", "Packed", "Partial", "Pooled", "Ragged", "Rule", "Stripes", "attention", "attention_weights",
+           "column_sums", "dense", "dense_attention", "dense_visible", "joined", "merged", "ragged_attention",
+           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]

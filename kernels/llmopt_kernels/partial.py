@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt_kernels.reference import Ragged, Rule, product
+from llmopt_kernels.reference import Ragged, Rule, dense, product
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def weighted(logits: Tensor, values: Tensor, visible: Tensor | None) -> Partial:
         none = logits.new_full(logits.shape[:-1], -torch.inf)
         return Partial(logits.new_zeros(*none.shape, values.shape[-1]), none)
     seen = logits if visible is None else logits.masked_fill_(~visible, -torch.inf)
-    top = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).min)
+    top = seen.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).min)
     weights = seen.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)                        # at least 1, or 0 where nothing is seen
     return Partial(product(weights, values.float()) / total.clamp(min=1.0), (top + total.log()).squeeze(-1))
@@ -47,15 +47,15 @@ def ragged_partial(query: Tensor, kept: Ragged, first: int, rule: Rule, block: i
     """
     batch, heads, tokens, _ = query.shape
     rows = query.unflatten(1, (kept.counts.shape[1], -1))                                # [B, G, g, T, D]
-    out = rows.new_empty(*rows.shape[:-1], kept.values.shape[-1], dtype=torch.float32)
+    out = rows.new_empty(*rows.shape[:-1], dense(kept.values[:0]).shape[-1], dtype=torch.float32)
     lse = rows.new_empty(rows.shape[:-1], dtype=torch.float32)
     for row, head, where in kept.heads():
         for start in range(0, tokens, block):
             part = slice(start, min(start + block, tokens))
             i = torch.arange(first + part.start, first + part.stop, device=query.device)
-            logits = rule.logits(rows[row, head, :, part], kept.keys[where].unsqueeze(0))
+            logits = rule.logits(rows[row, head, :, part], dense(kept.keys[where]).unsqueeze(0))
             logits = logits if kept.bias is None else logits + kept.bias[where]
             seen = None if rule.window is None else rule.visible(i, kept.positions[where])
-            got = weighted(logits, kept.values[where].unsqueeze(0), seen)
+            got = weighted(logits, dense(kept.values[where]).unsqueeze(0), seen)
             out[row, head, :, part], lse[row, head, :, part] = got.out, got.lse
     return Partial(out.flatten(1, 2), lse.flatten(1, 2))

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt_kernels import reference
-from llmopt_kernels.reference import Ragged, Rule
+from llmopt_kernels.reference import Ragged, Rule, dense
 
 
 def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
@@ -24,7 +24,7 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
     visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
     visible = visible.expand(batch, tokens, tail[0].shape[2])
     for row, head, where in kept.heads():
-        keys, values = (torch.cat([old[where], new[row, head]])[None]
+        keys, values = (torch.cat([dense(old[where]), new[row, head]])[None]
                         for old, new in zip((kept.keys, kept.values), tail, strict=True))
         if plain:
             out[row, head] = scaled_dot_product_attention(rows[row, head][None], keys, values, scale=rule.scaling)[0]

@@ -3,8 +3,9 @@
 Notation: B batch, H query heads, G KV heads, g = H / G, T queries, S keys, N flat entries, D head_dim.
 Positions count tokens from the start of the sequence; `NONE` marks a hole. Logits and softmax are fp32.
 """
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,24 +40,74 @@ class Rule:
         return seen if self.window is None else seen & (i - j < self.window)
 
 
+class Packed(ABC):
+    """Keys or values [..., D] kept in another form than a tensor, such as codes with scales.
+
+    `packed[index]` selects entries along the leading axes, as a tensor's would, and is packed as well.
+    """
+
+    @abstractmethod
+    def __getitem__(self, index) -> "Packed":
+        """The entries that `index` selects: a slice, a bool mask or int64 indices."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """[..., D], as attention reads them."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, parts: list["Packed"]) -> "Packed":
+        """Parts [N_i, D], one behind the other."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that it consists of; their bytes are its bytes."""
+
+
+def dense(x: "Tensor | Packed") -> Tensor:
+    """Keys or values as a tensor."""
+    return x if isinstance(x, Tensor) else x.dense()
+
+
+def joined(parts: "list[Tensor] | list[Packed]") -> "Tensor | Packed":
+    """Keys or values [N_i, D], one behind the other."""
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else type(parts[0]).cat(parts)
+
+
 @dataclass(frozen=True)
 class Ragged:
-    """The entries a cache layer has kept: flat, row by row, within a row KV head by KV head, oldest first."""
+    """The entries a cache layer has kept: flat, row by row, within a row KV head by KV head, oldest first.
 
-    keys: Tensor                     # [N, D]
-    values: Tensor                   # [N, D]
+    carried: columns [N] that go with every entry. One of them means something here: `bias`, fp32, which is added to
+    the logits (merged entries).
+    """
+
+    keys: Tensor | Packed            # [N, D]
+    values: Tensor | Packed          # [N, D]
     positions: Tensor                # [N] int32
     counts: Tensor                   # [B, G] int64, on the CPU; their sum is N
-    bias: Tensor | None = None       # [N] fp32, added to the logits (merged entries); None: zero
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[N] fp32, or None: zero."""
+        return self.carried.get("bias")
 
     def tensors(self) -> list[Tensor]:
-        held = [self.keys, self.values, self.positions, self.counts]
-        return held if self.bias is None else [*held, self.bias]
+        """Every tensor that is held."""
+        held = [t for x in (self.keys, self.values) for t in ([x] if isinstance(x, Tensor) else x.tensors())]
+        return [*held, self.positions, self.counts, *self.carried.values()]
 
     @property
     def even(self) -> bool:
         """Whether all heads of all rows hold equally many entries."""
         return bool((self.counts == self.counts[0, 0]).all())
+
+    @property
+    def rows(self) -> Tensor:
+        """[N]: the batch row of every entry."""
+        counts = self.counts.sum(1)
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.positions.device)
 
     def heads(self) -> Iterator[tuple[int, int, slice]]:
         """(row, KV head, where its entries lie)."""
@@ -69,17 +120,18 @@ class Ragged:
     def where(self, stay: Tensor) -> "Ragged":
         """The entries for which `stay` [N] holds."""
         counts = torch.tensor([int(stay[place].sum()) for _, _, place in self.heads()]).view_as(self.counts)
-        bias = None if self.bias is None else self.bias[stay]
-        return Ragged(self.keys[stay], self.values[stay], self.positions[stay], counts, bias)
+        return self._at(stay, counts)
 
     def select_rows(self, rows: Tensor) -> "Ragged":
         """The same entries for a batch made of `rows` [B'], in that order."""
         ends = self.counts.sum(1).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         spans = [torch.arange(starts[r], ends[r]) for r in rows.tolist()]
-        index = torch.cat(spans).to(self.keys.device)
-        bias = None if self.bias is None else self.bias[index]
-        return Ragged(self.keys[index], self.values[index], self.positions[index], self.counts[rows.cpu()], bias)
+        return self._at(torch.cat(spans).to(self.positions.device), self.counts[rows.cpu()])
+
+    def _at(self, index: Tensor, counts: Tensor) -> "Ragged":
+        carried = {name: column[index] for name, column in self.carried.items()}
+        return Ragged(self.keys[index], self.values[index], self.positions[index], counts, carried)
 
 
 def softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
@@ -148,8 +200,8 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
         old = None if rule.window is None else rule.visible(i, kept.positions[where])
         bias = None if kept.bias is None else kept.bias[where]
         new = None if visible is None else visible[row]
-        keys = (kept.keys[where], tail[0][row, head])
-        values = (kept.values[where], tail[1][row, head])
+        keys = (dense(kept.keys[where]), tail[0][row, head])
+        values = (dense(kept.values[where]), tail[1][row, head])
         out[row, head] = _two_parts(rows[row, head], keys, values, (old, new), bias, rule)
     return out.view(batch, heads, tokens, -1)
 
@@ -160,10 +212,10 @@ def _even_attention(rows: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], vis
     batch, groups = kept.counts.shape
     shape = (batch, groups, 1, int(kept.counts[0, 0]))
     old = None if rule.window is None else rule.visible(i, kept.positions.view(shape))
-    bias = None if kept.bias is None else kept.bias.view(batch, groups, 1, 1, -1)
+    bias = None if kept.bias is None else kept.bias.view(batch, groups, 1, 1, shape[-1])
     new = None if visible is None else visible[:, None, None]
-    keys = (kept.keys.view(*shape, -1), tail[0].unsqueeze(2))
-    values = (kept.values.view(*shape, -1), tail[1].unsqueeze(2))
+    keys = (dense(kept.keys).view(*shape, tail[0].shape[-1]), tail[0].unsqueeze(2))
+    values = (dense(kept.values).view(*shape, tail[1].shape[-1]), tail[1].unsqueeze(2))
     return _two_parts(rows, keys, values, (old, new), bias, rule)
 
 

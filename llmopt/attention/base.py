@@ -1,48 +1,84 @@
-"""Base of sparse prefill: when it is worth it, padding, counters. A method writes `select` alone."""
+"""Base of sparse prefill: when it is worth it, padding, packed sequences, kept entries, counters.
+
+A method writes `select` alone. Every sequence of the batch is served as if it were alone, so its result depends on no
+other. Where a kv method has dropped tokens, `select` sees the run of newest tokens that all heads still hold; the
+entries before that gap are what was worth keeping, and all queries read all of them.
+"""
 import dataclasses
 from abc import abstractmethod
+from typing import Any
 
 import torch
-from llmopt_kernels import Rule, Stripes, sparse_attention
+from llmopt_kernels import (
+    Partial,
+    Rule,
+    Stripes,
+    dense_attention,
+    merged,
+    ragged_partial,
+    sparse_attention,
+    sparse_partial,
+)
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.attention.sequences import Sequence, causal_pairs, numbered, sequences
+from llmopt.errors import LlmoptError
+from llmopt.method import Record
 from llmopt.runtime.attach import PrefillMethod
-from llmopt.runtime.hooks import Attachment
+from llmopt.runtime.hooks import SELECTOR, Attachment
+from llmopt.runtime.prompt import Prompt
 
-GAIN = 0.75     # dense where a method expects to compute more than this share of the causal pairs
+DENSE_ABOVE = 0.75     # dense where a method expects to compute more than this share of the causal pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What `select` may know besides q and k."""
+    """What `select` may know besides q and k.
+
+    values: [G, S, D], for a base that the method computes itself (`Stripes.done`).
+    offset: keys in front of the first query. dropped: tokens older than the first key, which slid out of the window or
+    were evicted; `Stripes.sinks` counts them too, all else counts from the first key. record: what `plan` has recorded.
+    shared: a dict of this sequence's, alive for one forward, from the first layer to the last.
+    """
 
     layer: int
     rule: Rule
-    offset: int         # keys in front of the first query
-    dropped: int        # older tokens that a sliding-window layer holds no more; `sinks` counts them too
+    values: Tensor
+    offset: int
+    dropped: int
+    record: Record = dataclasses.field(default_factory=Record)
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Counter:
-    """Pairs of one layer, per query head, summed over forwards: computed [H], causal (those a dense layer computes)."""
+    """Pairs of one layer by query head, int64 [H], of all prompts: computed, and what dense attention would compute.
+
+    Prompts that are too short to be sparse are in it, with all their pairs; forwards of one token are not.
+    """
 
     computed: Tensor
-    causal: int = 0
+    dense: Tensor
+
+    @property
+    def causal(self) -> int:
+        """Pairs that dense attention would compute, mean over the heads."""
+        return int(self.dense.double().mean())
 
     @property
     def density(self) -> Tensor:
         """Computed / causal pairs: [H]."""
-        return self.computed / max(1, self.causal)
+        return self.computed / self.dense.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Selector(PrefillMethod):
     """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token."""
 
-    min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely; 0: none, however small the "
-                                                    "gain")
+    min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely, each row of a batch by its "
+                                                    "own length; 0: none, however small the gain")
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
@@ -52,36 +88,61 @@ class Selector(PrefillMethod):
         """Expected share of the causal pairs for a prompt of this length, where it is known beforehand."""
         return 0.0
 
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, rule: Rule, layer: int,
-                live: Attachment) -> Tensor | None:
-        length = real.shape[1]
-        if self.min_length and (length < self.min_length or self.predict(length) > GAIN):
-            return None
-        out = query.new_zeros(*query.shape[:3], values.shape[-1])
-        fresh = Counter(torch.zeros(query.shape[1], dtype=torch.int64, device=query.device))
-        counter = live.stats.setdefault(layer, fresh)
-        gone = length - keys.shape[2]
-        for row in range(query.shape[0]):
-            there, asked = real[row, gone:], real[row, length - query.shape[2]:]
-            q, k, v = query[row][:, asked], keys[row][:, there], values[row][:, there]
-            if q.shape[1] == 0:
-                continue
-            state = State(layer, rule, k.shape[1] - q.shape[1], int(real[row, :gone].sum()))
-            out[row, :, asked] = self._one(q, k, v, state, counter)
+    def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
+        if prompt.mask is None and prompt.kept is None and not self._is_sparse(prompt.seen):     # no row differs
+            pairs = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) * len(prompt.query)
+            _count(live, prompt, pairs, pairs)
+            return dense_attention(prompt.query, prompt.keys, prompt.values, None, prompt.first, prompt.rule)
+        out = prompt.query.new_zeros(*prompt.query.shape[:3], prompt.values.shape[-1])
+        for one in sequences(prompt, *self._numbered(prompt, live.now.shared)):
+            out[one.number[0]][:, one.columns] = self._attention(one, prompt, live)
         return out
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, state: State, counter: Counter) -> Tensor:
-        """One row of the batch, without its padding: [H, T, D]."""
-        stripes = self.select(q, k, state)
-        stripes = dataclasses.replace(stripes, sinks=max(0, stripes.sinks - state.dropped))
-        out, pairs = sparse_attention(q, k, v, stripes, state.rule)
-        counter.computed += pairs
-        counter.causal += causal_pairs(state.offset, k.shape[1], state.rule.window)
+    def _is_sparse(self, length: int) -> bool:
+        return not self.min_length or (length >= self.min_length and self.predict(length) <= DENSE_ABOVE)
+
+    def _numbered(self, prompt: Prompt, shared: dict) -> tuple[Tensor, Rule]:
+        """Which sequence each column belongs to; a 4-D mask, the same for many layers, is read once."""
+        if prompt.mask is None or prompt.mask.ndim == 2:
+            return numbered(prompt)
+        key = SELECTOR, id(prompt.mask), prompt.rule
+        try:
+            if key not in shared:
+                shared[key] = (prompt.mask, *numbered(prompt))       # the mask, so that its id stays its own
+        except LlmoptError as fact:
+            raise LlmoptError(f"{fact}, which {self.name} cannot follow; pass a 2-D attention_mask, position_ids that "
+                              f"begin again with every packed sequence and use_cache=False, or detach it") from None
+        return shared[key][1:]
+
+    def _attention(self, one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
+        """One sequence by itself: [H, T, D]."""
+        if len(one.columns) == 1:                           # no prompt, though a neighbour's may have come with it
+            return one.dense()
+        dense = one.dense_pairs()
+        if not self._is_sparse(one.length):
+            _count(live, prompt, dense, dense)
+            return one.dense()
+        shared = live.now.shared.setdefault((SELECTOR, one.number), {})
+        state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
+                      live.record(SELECTOR), shared)
+        stripes = self.select(one.query, one.keys, state)
+        out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
+        _count(live, prompt, pairs, dense)
         return out
 
 
-def causal_pairs(first: int, length: int, window: int | None = None) -> int:
-    """Pairs (i, j) with first <= i < length, j <= i, and i - j < window."""
-    reach = length if window is None else min(window, length)
-    short = sum(range(first + 1, min(length, reach) + 1))
-    return short + max(0, length - max(first, reach)) * reach
+def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence by its selected keys and all old entries, [H, T, D], and the pairs [H]."""
+    if one.old is None:
+        return sparse_attention(one.query, one.keys, one.values, stripes, one.rule)
+    new, pairs = sparse_partial(one.query, one.keys, one.values, stripes, one.rule)
+    old = ragged_partial(one.query[None], one.old, one.first, one.rule)
+    return merged(Partial(old.out[0], old.lse[0]), new).out.to(one.query.dtype), pairs + one.old_pairs()
+
+
+def _count(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:
+    if prompt.layer not in live.stats:
+        none = torch.zeros(prompt.query.shape[1], dtype=torch.long, device=prompt.query.device)
+        live.stats[prompt.layer] = Counter(none, none)
+    counter = live.stats[prompt.layer]
+    counter.computed, counter.dense = counter.computed + computed, counter.dense + dense

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmopt.errors import LlmoptError, naming
 from llmopt.files.checks import parse_json, refusals
+from llmopt.files.limited import limited
 from llmopt.specs import DataSpec
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -58,7 +59,7 @@ def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     if not rows or min(map(len, rows)) == 0:
         raise LlmoptError("no document of at least 2 tokens was found")
-    _check_ids(((min(row), max(row)) for row in rows), vocab_size)
+    check_ids(((min(row), max(row)) for row in rows), vocab_size)
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return [_pad(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
 
@@ -69,11 +70,11 @@ def _ready(batch: Batch, vocab_size: int) -> Batch:
     ids = batch["input_ids"]
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
         raise LlmoptError('input_ids of a batch is not a tensor [B, T]; ask the tokenizer for return_tensors="pt"')
-    _check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
+    check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
     return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
 
 
-def _check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
+def check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:
     """Raise LlmoptError for a token that the model does not have; ranges: least and greatest id of each row."""
     for foreign in (token for both in ranges for token in both if not 0 <= token < vocab_size):
         raise LlmoptError(f"token id {foreign} does not fit the model's vocabulary of {vocab_size}: "
@@ -116,16 +117,16 @@ def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
 
 
 def _text(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    text = _read(spec.path)
+    text = read_text(spec.path)
     if spec.path.endswith(".jsonl"):
-        documents = [_column(record, spec, f"line {i + 1}") for i, record in enumerate(_json_lines(text))]
+        documents = [_column(record, spec, f"line {i + 1}") for i, record in enumerate(json_lines(text))]
     else:
         documents = [part.strip() for part in text.split(END_OF_DOCUMENT)]
     return _tokenise([d for d in documents if d], spec, length, tokenizer)
 
 
 def _ids(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    rows = _json_lines(_read(spec.path))
+    rows = json_lines(read_text(spec.path))
     for i, row in enumerate(rows):
         if not isinstance(row, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in row):
             raise LlmoptError(f"line {i + 1} is not a list of token ids")
@@ -149,14 +150,21 @@ SOURCES = {"world": _world, "text": _text, "ids": _ids, "hub": _hub}
 def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
     if tokenizer is None:
         raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
+    chosen = documents[:spec.samples]
     if spec.template == "chat":
-        return [_chat(d, tokenizer)[:length] for d in documents[:spec.samples]]
-    cut = []
-    for document in documents[:spec.samples]:
-        with refusals(f"the tokenizer refuses {document[:60]!r}"):
-            ids = tokenizer(document[:spec.samples * length * WIDEST], truncation=False)["input_ids"]
-        cut.append(_rows(ids, length, tokenizer.bos_token_id))
+        if tokenizer.chat_template is None:
+            raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
+        return limited(lambda: [_chat(document, tokenizer)[:length] for document in chosen],
+                       "the chat template cannot be used", sum(len(str(document)) for document in chosen))
+    texts = [document[:spec.samples * length * WIDEST] for document in chosen]
+    cut = limited(lambda: [_rows(_ids_of(text, tokenizer), length, tokenizer.bos_token_id) for text in texts],
+                  "the tokenizer cannot be used", sum(map(len, texts)))
     return [row for turn in zip_longest(*cut) for row in turn if row is not None]
+
+
+def _ids_of(text: str, tokenizer: Any) -> list[int]:
+    with refusals(f"it refuses {text[:60]!r}"):
+        return tokenizer(text, truncation=False)["input_ids"]
 
 
 def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
@@ -170,14 +178,12 @@ def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
 
 def _chat(document: Any, tokenizer: Any) -> list[int]:
     """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
-    if tokenizer.chat_template is None:
-        raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
     messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    with refusals(f"the chat template refuses {str(messages)[:60]}"):
+    with refusals(f"it refuses {str(messages)[:60]}"):
         return tokenizer.apply_chat_template(messages)["input_ids"]
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
     """The text of a file, a byte order mark left out."""
     file = Path(path).expanduser()
     if not file.is_file():
@@ -190,7 +196,8 @@ def _read(path: str) -> str:
         raise LlmoptError(f"not UTF-8 text (byte {error.start})") from error
 
 
-def _json_lines(text: str) -> list:
+def json_lines(text: str) -> list:
+    """The value of every line of a .jsonl file that is not empty."""
     rows = []
     for i, line in enumerate(text.split("\n")):          # splitlines() also cuts inside JSON strings
         if line.strip():

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError, nearest
 from llmopt.files.checks import load_json
 from llmopt.files.json_shapes import NUMBER
 from llmopt.method import Run
+from llmopt.model.blocks import blocks
 
 
 def read_scores(file: Path) -> list[list[float]]:
@@ -45,13 +46,31 @@ def load_scores(path: str | Path) -> list[Tensor]:
     return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path).expanduser())]
 
 
-def find_scores(name: str, run: Run) -> list[list[float]]:
-    """Head scores by the name of their step, or from a .json file: {"scores": [L][H]} or the bare list."""
-    if name in run.scores:
-        return [scores.tolist() for scores in run.scores[name]]
+def find(name: str, run: Run, model: nn.Module) -> list[Tensor]:
+    """Head scores [H_l] of every layer by the name of their step, or from a .json file.
+
+    Those of a file, {"scores": [L][H]} or the bare list, may be of the model before it was pruned in this run. Raises
+    LlmoptError for scores of other heads.
+    """
+    rows = run.scores[name] if name in run.scores else _from_file(name, run)
+    given, present = [len(row) for row in rows], [block.heads for block in blocks(model)]
+    if given == present:
+        return rows
+    if run.heads is not None and tuple(given) == run.heads.before:
+        return run.heads.select(rows)
+    raise LlmoptError(f"heads: {name} holds scores of other heads than this model has: {_counted(given)}; the model "
+                      f"has {_counted(present)}")
+
+
+def _from_file(name: str, run: Run) -> list[Tensor]:
     if not name.endswith(".json"):
         raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
-    file = Path(name).expanduser()
-    if not file.is_file():
+    if not Path(name).expanduser().is_file():
         raise LlmoptError(f"heads: there is no file {name}")
-    return read_scores(file)
+    return load_scores(name)
+
+
+def _counted(heads: list[int]) -> str:
+    """"3 layers of 4 heads", or the number of heads of each layer."""
+    alike = f"{len(heads)} layers of {heads[0]} heads" if heads and len(set(heads)) == 1 else None
+    return alike or f"{heads} heads by layer"

@@ -2,20 +2,24 @@
 
 Weights come and go with the run's Memory; blocks that a run which was cut off had finished are passed over.
 """
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list
 from llmopt.model.outside import Outside
 from llmopt.progress import Progress, silent
+from llmopt.runtime.attention_rows import Rows, attention_rows
 from llmopt.scale.memory import OUTSIDE, Memory
 
 
@@ -42,6 +46,10 @@ class _Enough(Exception):
     """Leaves a forward the rest of which nobody reads."""
 
 
+def _leave(*_: Any) -> None:
+    raise _Enough
+
+
 @dataclass
 class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
@@ -50,6 +58,7 @@ class Visit:
     never reaches an observer. A process without a row of the data has no batch.
     """
 
+    model: nn.Module
     block: Block
     inputs: list[Tensor]
     calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
@@ -59,14 +68,45 @@ class Visit:
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
         for index in range(len(self.inputs)):
-            yield self._forward(index)
+            with torch.no_grad():
+                out = self.forward(index)
+            yield out
 
-    @torch.no_grad()
-    def _forward(self, index: int) -> Tensor:
+    def forward(self, index: int, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The block's output [B, T, E] for one batch; weights: in place of parameters, by their name in the block.
+
+        Differentiable in `weights` where the caller has gradients enabled.
+        """
+        x, args, kwargs = self._call(index)
+        if weights is None:
+            return _first(self.block.module(x, *args, **kwargs))
+        return _first(functional_call(self.block.module, weights, (x, *args), kwargs))
+
+    def _call(self, index: int) -> tuple[Tensor, tuple, dict]:
         x, (args, kwargs), weight = self.inputs[index], self.calls[index], next(self.block.module.parameters(), None)
         if weight is not None:                                      # all of it may wait in files, on the CPU
             x, args, kwargs = send_to_device((x, args, kwargs), weight.device)
-        return _first(self.block.module(x, *args, **kwargs))
+        return x, args, kwargs
+
+    @torch.no_grad()
+    def attention(self, see: Callable[[int, Rows], None], rows: slice | None = None) -> None:
+        """Hand the attention rows of every batch to `see(batch, rows)`; the block runs only so far.
+
+        rows: the queries that are wanted. The block gets its padding as a mask [B, T], not the mask of all pairs that
+        was recorded; a block without attention shows nothing.
+        """
+        if self.block.attention is None:
+            return
+        handle = self.block.attention.register_forward_hook(_leave)
+        try:
+            for index, mask in enumerate(self.masks):
+                x, args, kwargs = self._call(index)
+                bound = inspect.signature(self.block.module.forward).bind(x, *args, **kwargs)
+                bound.arguments["attention_mask"] = None if bool(mask.all()) else mask.to(x.device)
+                with attention_rows(self.model, partial(see, index), rows), suppress(_Enough):
+                    self.block.module(*bound.args, **bound.kwargs)
+        finally:
+            handle.remove()
 
     def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
         """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far."""
@@ -84,8 +124,8 @@ class Visit:
         try:
             for index, mask in enumerate(self.masks):       # noqa: B007  the hooks read the mask
                 waiting.update(p.name for p in watched)
-                with suppress(_Enough):
-                    self._forward(index)
+                with suppress(_Enough), torch.no_grad():
+                    self.forward(index)
         finally:
             for handle in handles:
                 handle.remove()
@@ -147,7 +187,7 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     masks = [batch["attention_mask"].bool() for batch in batches]
     for index in progress(range(ahead[-1] + 1), label):
         with (memory.reading if index in done else memory).block(model, index):
-            visit = Visit(blocks(model)[index], inputs, calls[index], masks)
+            visit = Visit(model, blocks(model)[index], inputs, calls[index], masks)
             if index not in done:
                 yield visit
             inputs = visit.left = memory.keep(visit.outputs())

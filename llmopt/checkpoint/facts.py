@@ -4,15 +4,16 @@ from typing import Any
 
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import check_config, read_json
-from llmopt.files.json_shapes import COUNT, NUMBER, SIZE, check_shape
+from llmopt.files.json_shapes import COUNT, NUMBER, SIZE, check_shape, finite
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, MAX_STEPS = 1, 50
 FILE = "llmopt.json"
-# A shape is a type, a range of integers, [each item], (item, item), or {key: value}: `?` after a key that may be
-# missing, `str` for the keys that are not named.
-META = {"modules?": {str: {"bits": NUMBER, str: object}}, "shares?": [[NUMBER]], "bits?": NUMBER, str: object}
+# A shape is a type, a range of integers, `finite`, [each item], (item, item), or {key: value}: `?` after a key that may
+# be missing, `str` for the keys that are not named.
+META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]], "bits?": finite, str: object}
 FACTS = {
-    "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_licence": str | None,
+    "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_repo?": str | None,
+    "base_licence": str | None,
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],
     "calibration?": {"samples?": COUNT, "tokens?": COUNT},
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],
@@ -33,6 +34,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if isinstance(newest, int) and newest > FORMAT_VERSION:
         raise LlmoptError(f"{file}: format_version {newest} is of a newer llmopt; this one reads {FORMAT_VERSION}")
     check_shape(facts, FACTS, str(file))
+    if len(facts.get("records", [])) > MAX_STEPS:
+        raise LlmoptError(f"{file}: records of {len(facts['records']):,} steps; no run has more than {MAX_STEPS}")
     return facts
 
 

@@ -3,7 +3,6 @@
 A checkpoint is written into a hidden sibling folder, synced, loaded afresh and compared with the model in memory,
 and only then renamed to its name: whatever stands under that name is whole.
 """
-import errno
 import glob
 import json
 import os
@@ -21,6 +20,7 @@ from llmopt import runtime
 from llmopt.checkpoint.card import write_card
 from llmopt.checkpoint.compressed_tensors import export, quantization_config
 from llmopt.checkpoint.facts import FILE, FORMAT_VERSION, read_facts
+from llmopt.checkpoint.older import keep_tokenizer_class, with_rotary_names
 from llmopt.checkpoint.verify import verify
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import own, shards
@@ -31,6 +31,7 @@ from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed_in_place
+from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
 
@@ -101,12 +102,12 @@ def staged(output: Path, work: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def vanishing(folder: Path, output: Path) -> Iterator[None]:
-    """Whatever happens, `folder` is gone afterwards; a full disk is one line about `output`."""
+    """Whatever happens, `folder` is gone afterwards; a full disk, or a limit on files, is one line about `output`."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise shards.DiskFull(f"{output}: the disk is full; nothing was written") from error
+        if error.errno in shards.FULL:
+            raise shards.DiskFull(f"{output}: {shards.FULL[error.errno]}; nothing was written") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,6 +152,7 @@ def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report:
     Raises LlmoptError for an output in use or content that the format cannot hold, VerificationError if the fresh
     load differs.
     """
+    check_model(model, streamed=weights is not None)
     output = prepare_output(Path(output), source, overwrite)
     with with_codes(model), staged(output, work) as stage:
         fill(stage, model, tokenizer, report=report, source=source, recipe=recipe, max_shard_size=max_shard_size,
@@ -195,7 +197,7 @@ def state(model: nn.Module, format: str) -> dict[str, Tensor]:
 def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, str]]:
     """(config.json, code files) of the checkpoint that `model` would make; its weights may be on the meta device."""
     config, needs_code = saved_config(model)
-    config = dict(config)
+    config = with_rotary_names(config)
     for key in ("llmopt", "quantization_config"):       # of the time when it was loaded
         config.pop(key, None)
     if packs(model, format):
@@ -213,6 +215,7 @@ def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str 
     """Tokenizer with its chat template, generation config, and the base model's licence."""
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
+        keep_tokenizer_class(stage, companion(source, "tokenizer_config.json", revision) if source else None)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
     _leave_code_behind(stage, tokenizer)
@@ -243,6 +246,7 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
+        "base_repo": _repo(source),
         "base_licence": _licence(source, recipe.model.revision if recipe is not None else None),
         "recipe": recipe.resolved() if recipe is not None else None,
         "changes": list(recipe.changes) if recipe is not None else [],
@@ -251,6 +255,11 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         "bytes": shards.written_bytes(stage),
         **(report.to_dict() if report is not None else {}),
     })
+
+
+def _repo(source: str | None) -> str | None:
+    """The name of a model of the hub, which a card may link to; None for a folder, whose path is nobody's business."""
+    return None if source is None or Path(source).exists() else source
 
 
 def _licence(source: str | None, revision: str | None) -> str | None:

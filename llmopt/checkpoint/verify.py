@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
+from llmopt.model.computing import computing
 
 
 class VerificationError(LlmoptError):
@@ -24,7 +25,8 @@ def verify(folder: Path, model: nn.Module) -> None:
         if info[kind]:
             raise VerificationError(f"{folder.name}: {kind}: {sorted(map(str, info[kind]))[:3]}")
     ids = probe(model)
-    mine, theirs = model(ids).logits.float(), fresh(ids).logits.float()
+    with computing(model):
+        mine, theirs = model(ids).logits.float(), fresh(ids).logits.float()
     worst = (mine - theirs).abs().max().item()
     bound = 64 * torch.finfo(model.dtype).eps * mine.abs().max().item()
     if not worst <= bound:

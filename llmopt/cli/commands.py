@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from llmopt.cli import log
+from llmopt.cli.interrupts import patient
 from llmopt.cli.log import LOG
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, one_line
+from llmopt.files.checks import panics
 from llmopt.scale import launch
 from llmopt.scale.gauge import whole_pages
 
@@ -42,6 +44,8 @@ def model_options(command):
     """How a MODEL argument is to be loaded: the keys of a recipe's `model` section as options."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--compute-dtype", default="auto", show_default=True,
+                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
                    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
         command = option(command)
     return command
@@ -272,6 +276,17 @@ def methods(name, as_json) -> None:
 
 
 @cli.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors: yaml-language-server checks and completes with it."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt.recipe.schema import recipe_schema
+
+    tables.print_json(recipe_schema())
+
+
+@cli.command()
 @click.argument("folder", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True)
@@ -319,10 +334,17 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 
 def main() -> None:
     """Entry point: one line for everything the user can mend, and the exit codes of the module's docstring."""
+    with patient():
+        code = _ended()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _ended() -> int | None:
+    """The exit code of the command, its errors told."""
     if launch.count() == 1:              # two processes, waiting for each other's pages, are a tenth slower by it
         whole_pages()
     try:
-        with launch.one_voice(), log.talking(launch.is_main()):
+        with launch.one_voice(), log.talking(launch.is_main()), panics():
             code = cli.main(prog_name="llmopt", standalone_mode=False)
     except click.exceptions.Exit as leave:
         code = leave.exit_code
@@ -345,4 +367,13 @@ def main() -> None:
     except OSError as error:             # no permission, a disk in trouble: a fact about the machine
         click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
         code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    except (MemoryError, RecursionError) as error:
+        fact = "a file is nested too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
+        click.echo(f"error: {fact}", err=True)
+        code = 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):        # torch has no type for it
+            raise
+        click.echo(f"error: {one_line(f'out of memory: {error}')[:300]}", err=True)
+        code = 2
+    return code

@@ -24,6 +24,9 @@ ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # 
 _TQDM_START = tqdm.__init__
 
 
+ROWS, COLUMNS = 500, 130           # of a table
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -69,10 +72,16 @@ def _tame_bars(settings: dict[str, Any]) -> None:
 
 
 def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table on stdout; columns that begin with a figure to the right, words to the left."""
-    table = Table(title=one_line(title), title_justify="left")
-    rows = [[one_line(str(cell)) for cell in row] for row in rows]
-    for i, name in enumerate(header):
+    """A table on stdout; columns that begin with a figure to the right, words to the left.
+
+    Of more rows or columns than any model makes, which a forged file may hold, the first are printed.
+    """
+    rows = list(rows)
+    cut = f", the first {ROWS:,} of {len(rows):,} rows" if len(rows) > ROWS else ""
+    cut += f", the first {COLUMNS} of {len(header):,} columns" if len(header) > COLUMNS else ""
+    table = Table(title=one_line(title) + cut, title_justify="left")
+    rows = [[one_line(str(cell)) for cell in row[:COLUMNS]] for row in map(tuple, rows[:ROWS])]
+    for i, name in enumerate(header[:COLUMNS]):
         figures = i > 0 and all(row[i][:1] in "0123456789-." for row in rows)
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:

@@ -8,8 +8,10 @@ from typing import Any
 
 from llmopt.errors import LlmoptError
 
-MAX_HEADER, MAX_JSON = 100_000_000, 500_000_000     # bytes
-MAX_COUNTED = {"layer": 10_000, "label": 100_000}   # keys of a config with these words make as many objects
+# A model of a thousand experts has 300,000 tensors, a large tokenizer 2 million values; what is read takes below 1 GB.
+MAX_HEADER, MAX_JSON, MAX_VALUES, MAX_TENSORS = 100_000_000, 100_000_000, 4_000_000, 400_000      # the first two: bytes
+MAX_ADDED = 20_000                                  # tokens beside the vocabulary; Gemma 3 has 6,000
+MAX_COUNTED = {"layer": 1_000, "label": 100_000}    # keys of a config with these words make as many objects
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WORK = ".llmopt-work"                               # behind the name of an output: where a run keeps unfinished work
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -27,13 +29,28 @@ def check_folder(folder: Path) -> None:
             "the unfinished work of llmopt compress, which --resume goes on with" if unfinished else
             "not a model folder"))
     config = check_config(file)
+    for place in folder.iterdir():
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise LlmoptError(f"{place}: is a device, socket or FIFO, where a file is to be")
     for name in COMPANIONS:
         if (folder / name).is_file():
-            read_json(folder / name)
-    tensors = sum(len(check_safetensors(shard)) for shard in weight_files(folder))
+            _check_added(read_json(folder / name), folder / name)
+    tensors = 0
+    for shard in weight_files(folder):
+        tensors += len(check_safetensors(shard))
+        if tensors > MAX_TENSORS:
+            raise LlmoptError(f"{shard}: more than {MAX_TENSORS:,} tensors in the folder; no model has as many")
     for key, value in counted(config, "layer"):
         if key in LAYERS and value > tensors:
             raise LlmoptError(f"{file}: {key} is {value:,}, but the weight files hold {tensors:,} tensors")
+
+
+def _check_added(content: dict[str, Any], file: Path) -> None:
+    """Raise LlmoptError for more added tokens than any model has; a tokenizer takes a while for each of them."""
+    for key, value in content.items():
+        if ("added_tokens" in key or "special_tokens" in key) and isinstance(value, (list, dict)) and \
+                len(value) > MAX_ADDED:
+            raise LlmoptError(f"{file}: {key} has {len(value):,} entries; at most {MAX_ADDED:,} are read")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -47,6 +64,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def load_json(file: Path) -> Any:
     """What a JSON file says; raises LlmoptError for one that is missing, too large or damaged."""
     try:
+        if not file.is_file():
+            raise LlmoptError(f"{file}: " + ("is not a file" if file.exists() else "there is no such file"))
         if file.stat().st_size > MAX_JSON:
             raise LlmoptError(f"{file}: {file.stat().st_size:,} bytes are too many for JSON")
         return parse_json(file.read_bytes(), str(file))
@@ -55,7 +74,13 @@ def load_json(file: Path) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What `text` says; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits."""
+    """What `text` says; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits.
+
+    Values are counted before one is made: a list of three bytes takes sixty.
+    """
+    signs = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    if sum(map(text.count, signs)) > MAX_VALUES:
+        raise LlmoptError(f"{where}: more than {MAX_VALUES:,} values; too many for a model's file")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         content = json.loads(text)
@@ -73,16 +98,38 @@ def check_config(file: Path) -> dict[str, Any]:
     attention kernel that the file names from the hub, and opens whatever weight file is named, a pickled one too.
     """
     config = read_json(file)
-    for word, limit in MAX_COUNTED.items():
-        for key, value in counted(config, word):
-            if value > limit:
-                raise LlmoptError(f"{file}: {key} is {value:,}; at most {limit:,} are read")
+    _check_counts(config, file)
     if "transformers_weights" in config:
         raise LlmoptError(f"{file}: transformers_weights chooses the weight file; remove this key")
     for key, value in config.items():
         if "attn_implementation" in key and "/" in str(value):
             raise LlmoptError(f"{file}: {key} names code of the hub, {str(value)[:80]!r}; remove this key")
     return config
+
+
+def check_bounds(folder: Path) -> None:
+    """Raise LlmoptError for sizes that no model has, in whatever is there; all else transformers finds by itself."""
+    if (folder / "config.json").is_file():
+        _check_counts(read_json(folder / "config.json"), folder / "config.json")
+    for index in folder.glob("*.safetensors.index.json"):
+        indexed(index)
+    tensors = sum(len(read_header(file)[0]) for file in folder.glob("*.safetensors") if file.is_file())
+    if tensors > MAX_TENSORS:
+        raise LlmoptError(f"{folder}: {tensors:,} tensors; no model has more than {MAX_TENSORS:,}")
+
+
+def _check_counts(config: dict[str, Any], file: Path) -> None:
+    own = config.get("llmopt")
+    declared = own.get("tensors") if isinstance(own, dict) else None
+    if isinstance(declared, (dict, list)) and len(declared) > MAX_COUNTED["layer"] * 10:
+        raise LlmoptError(f"{file}: llmopt.tensors has {len(declared):,} entries; no method needs as many")
+    for word, limit in MAX_COUNTED.items():
+        for key, value in counted(config, word):
+            if value > limit:
+                raise LlmoptError(f"{file}: {key} is {value:,}; at most {limit:,} are read")
+        for key, value in config.items():
+            if word in key and isinstance(value, (dict, list)) and len(value) > limit:
+                raise LlmoptError(f"{file}: {key} has {len(value):,} entries; at most {limit:,} are read")
 
 
 def counted(config: dict[str, Any], word: str) -> Iterator[tuple[str, float]]:
@@ -121,6 +168,8 @@ def indexed(index: Path) -> list[str]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise LlmoptError(f"{index}: not a safetensors index: weight_map, {{tensor: file}}, is missing")
+    if len(shards) > MAX_TENSORS:
+        raise LlmoptError(f"{index}: lists {len(shards):,} tensors; no model has more than {MAX_TENSORS:,}")
     return sorted(set(map(str, shards.values())))
 
 
@@ -189,7 +238,18 @@ def refusals(what: str) -> Iterator[None]:
         raise LlmoptError(f"{what}: {fact_of(error)}") from error
 
 
-def fact_of(error: Exception) -> str:
+@contextmanager
+def panics() -> Iterator[None]:
+    """A panic of Rust, by which tokenizers ends some texts and which is no Exception, becomes one line."""
+    try:
+        yield
+    except BaseException as error:      # noqa: BLE001
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LlmoptError(f"the tokenizer breaks down: {fact_of(error)}") from error
+
+
+def fact_of(error: BaseException) -> str:
     """The first line of a message, with the next where it ends in a colon; a bare key says that it is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "trust_remote_code" in str(error):

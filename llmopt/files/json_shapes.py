@@ -7,6 +7,11 @@ from llmopt.errors import LlmoptError
 SIZE, COUNT, NUMBER = range(2**63), range(1, 2**63), int | float
 
 
+def finite(value: Any) -> bool:
+    """Whether a value is a number to compute with: no NaN, no infinity, no bool."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise LlmoptError naming the place, such as `llmopt.json: records.0.method`, where `value` has not its shape."""
     for path, found in _misfits(value, shape, ""):
@@ -17,6 +22,8 @@ def _misfits(value: Any, shape: Any, path: str) -> Iterator[tuple[str, str]]:
     """(path, what is there) of every part of `value` that is not of its shape."""
     if isinstance(shape, range):
         fits = type(value) is int and value in shape
+    elif shape is finite:
+        fits = finite(value)
     elif isinstance(shape, (dict, list, tuple)):
         kind = dict if isinstance(shape, dict) else list
         fits = isinstance(value, kind) and (not isinstance(shape, tuple) or len(value) == len(shape))

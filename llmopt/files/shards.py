@@ -21,6 +21,10 @@ DTYPES = {"torch.int64": "I64", "torch.float64": "F64", "torch.float32": "F32", 
 PLACE = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file may not become as large as this (ulimit -f)"}
+
+
 class DiskFull(LlmoptError):
     """There is no room for what is to be written."""
 
@@ -31,8 +35,10 @@ def full_disks() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:        # the library wraps the operating system's error in its own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.ENOSPC if "No space left" in str(error) else 0
+        if number in FULL:
+            raise OSError(number, os.strerror(number)) from error
         raise
 
 

@@ -13,6 +13,7 @@ from llmopt.checkpoint.verify import probe_length
 from llmopt.files import shards
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.state import tied_names
+from llmopt.model.usable import CHECKED
 from llmopt.scale import activations
 from llmopt.scale.room import Room, Scene
 
@@ -61,11 +62,10 @@ class Forecast:
         self._note(name, held + passes + stays, 0)
         self.stays += stays
 
-    def cache(self) -> None:
-        """The forward over a prompt that tells how much the cache holds."""
+    def check(self) -> None:
+        """The forward over a few tokens that tells whether the model computes numbers."""
         if not self.scene.streamed:
-            length = min(512, self.model.config.max_position_embeddings // 2)
-            self._note("cache", self._forward(1, length) + activations.logits(self.model, length, 0), 0)
+            self._note("check", self._forward(1, CHECKED) + activations.logits(self.model, CHECKED, 0), 0)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Writing a checkpoint of these tensors, and verifying it."""

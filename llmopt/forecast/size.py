@@ -45,7 +45,7 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     """
     skeleton, told, packed = _skeleton(model), [], {}
     forecast = Forecast(skeleton, scene)
-    forecast.cache()
+    forecast.check()
     run = Run(seed=seed, memory=memory)
     pruned = False
     for i, step in enumerate(steps):
@@ -66,7 +66,6 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", see
     tensors = state.plain_state(skeleton, renamed=format != "portable" or not packed)
     if format == "portable":
         tensors = {k: t for key, dense in tensors.items() for k, t in packed.get(key, {key: dense}).items()}
-    forecast.cache()
     forecast.save(tensors)
     return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
 

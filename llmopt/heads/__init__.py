@@ -1,7 +1,7 @@
 """Head scores: how much each query head matters, or what it does."""
 from llmopt.calibration.head_scores import load_scores, save_scores
-from llmopt.heads.base import HeadScore, plot
+from llmopt.heads.base import HeadScore, ProbeScore, plot
 from llmopt.heads.gradient import Gradient
 from llmopt.heads.span import Span
 
-__all__ = ["Gradient", "HeadScore", "Span", "load_scores", "plot", "save_scores"]
+__all__ = ["Gradient", "HeadScore", "ProbeScore", "Span", "load_scores", "plot", "save_scores"]

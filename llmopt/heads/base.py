@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration import probes
 from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
-from llmopt.errors import LlmoptError
-from llmopt.method import Method, Pace, Record, Run
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.method import Method, Pace, Probe, Record, Run
 from llmopt.model.blocks import blocks
 from llmopt.progress import timed
+from llmopt.scale.room import Room, Scene
 
 Batch = dict[str, Tensor]
 
@@ -24,15 +27,20 @@ Batch = dict[str, Tensor]
 class HeadScore(Method):
     """Family base. The author writes `score`; the model comes out of it unchanged.
 
+    eats: what `score` looks at, run.batches or run.probes; see ProbeScore.
     mean_over: what `score` takes its mean over, so that processes can share the rows; None: each takes them all.
     beside: names of the figures that `measure` gives beside the scores.
     """
 
     stage: ClassVar = "score"
-    needs_data: ClassVar[bool] = True
     needs_whole: ClassVar[bool] = True
+    eats: ClassVar[Literal["batches", "probes"]] = "batches"
     mean_over: ClassVar[Literal["samples", "tokens"] | None] = None
     beside: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_data(self) -> bool:
+        return self.eats == "batches"
 
     @abstractmethod
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
@@ -50,7 +58,7 @@ class HeadScore(Method):
         return scores
 
     def apply(self, model: nn.Module, run: Run) -> Record:
-        if not run.batches:
+        if self.needs_data and not run.batches:
             raise LlmoptError("head scores need calibration data and there is none")
         meta = run.memory.remember("scores", lambda: self._measured(model, run))
         run.scores[self.name] = [torch.tensor(s, dtype=torch.float32) for s in meta["scores"]]
@@ -63,21 +71,28 @@ class HeadScore(Method):
         found = run.ranks.agree({key: [s.detach().float().cpu() for s in layers] for key, layers in found.items()})
         for layers in found.values():
             check_scores(layers, [block.heads for block in blocks(model)])
-        return {"kind": self.name, **amount(run.batches),
+        return {"kind": self.name, **self._amount(run.batches, run.probes),
                 **{key: [s.tolist() for s in layers] for key, layers in found.items()}}
 
     def _mean(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         """`measure` over all data, of which each process sees its own rows."""
         if self.mean_over is None or run.ranks.size == 1:
             return self.measure(model, run)
-        count = amount(run.own_batches)[self.mean_over]
+        own = replace(run, batches=run.own_batches) if self.needs_data else replace(run, probes=run.own_probes)
+        count = self._amount(own.batches, own.probes)[self.mean_over]
         if count:
-            found = self.measure(model, replace(run, batches=run.own_batches))
+            found = self.measure(model, own)
         else:                                       # fewer rows than processes
             zeros = [torch.zeros(block.heads, device=model.device) for block in blocks(model)]
             found = dict.fromkeys(("scores", *self.beside), zeros)
         share = count / sum(run.ranks.gather(count))
         return {key: [run.ranks.sum_(s.detach().double() * share) for s in layers] for key, layers in found.items()}
+
+    def _amount(self, batches: list[Batch] | None, probes: list[Probe] | None) -> dict[str, int]:
+        """{"samples", "tokens"} of what it looks at."""
+        if self.needs_data:
+            return amount(batches)
+        return {"samples": len(probes), "tokens": sum(len(probe.ids) for probe in probes)}
 
     def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
         """Of the whole model: the first batch for real, the others by their number of tokens."""
@@ -86,6 +101,39 @@ class HeadScore(Method):
         first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
         spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
         return spent * total / first
+
+
+@dataclass(frozen=True)
+class ProbeScore(HeadScore):
+    """A head score that looks at probes: `score` finds them in run.probes, a process its own where mean_over is set."""
+
+    eats: ClassVar = "probes"
+
+    probe: str = Field("tokens", description="the questions: world, tokens (random ids, for any model) or FILE.jsonl")
+    probes: int = Field(16, ge=1, le=10_000, description="how many of them")
+    length: int = Field(256, ge=16, le=1_000_000, description="tokens of a context (world and tokens)")
+    seed: int = Field(0, ge=0, lt=2**32, description="draws the probes")
+
+    def check(self) -> None:
+        if not probes.is_source(self.probe):
+            raise FieldError("probe", self.probe, "world, tokens or a FILE.jsonl")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.probe,) if self.probe.endswith(".jsonl") else ()
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        found = probes.load(self.probe, self.probes, self.length, self.seed, model.config, run.tokenizer)
+        return super().apply(model, replace(run, probes=found))
+
+    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
+        return [Room(whole=self.whole_bytes(model, self.length))]
+
+    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
+        """Of the whole model: the first probe for real."""
+        if not self.needs_whole:
+            return super().seconds(model, run, pace)
+        return timed(replace(self, probes=1).apply, model, run) * self.probes
 
 
 @contextmanager

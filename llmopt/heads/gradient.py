@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
+from llmopt.model.computing import compute_type
 from llmopt.model.head import logits_of
 from llmopt.parts import register
 
@@ -97,7 +98,7 @@ class Gradient(HeadScore):
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
         """What the backward pass of a batch reads: the inputs of norms and products."""
-        size, table = model.dtype.itemsize, model.get_input_embeddings().weight       # [V, E]
+        size, table = compute_type(model).itemsize, model.get_input_embeddings().weight       # [V, E]
         token, vocabulary = 0, table.shape[0]
         for block in blocks(model):
             readers = sum(p.out_features for p in block.attn_in + block.ffn_in)

@@ -14,10 +14,11 @@ from llmopt.parts import Part, register
 
 
 class Scored(NamedTuple):
-    """One layer of one row: what its entries are worth [G, T], -inf at holes, and where they are [G, T]."""
+    """One layer of one row: the worth of its entries [G, T], -inf at holes, their positions and columns [G, T]."""
 
     scores: Tensor
     positions: Tensor
+    carried: dict[str, Tensor]
 
     @property
     def counts(self) -> Tensor:

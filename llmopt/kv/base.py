@@ -1,5 +1,6 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.head_scores import find_scores
+from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.files.json_shapes import check_shape, finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
@@ -37,6 +39,13 @@ class Turn(NamedTuple):
     def entries(self, index: int) -> Entries:
         """The row's entries of one layer, real tokens only."""
         return self.cache.layers[index].row(self.row, self.cache.real(self.row))
+
+
+class Choice(NamedTuple):
+    """What becomes of one layer of one row: bool [G, T] the entries that stay, and what they were judged by."""
+
+    keep: Tensor
+    scored: Scored
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,18 @@ class Scorer(CacheMethod):
     def score(self, kv: LayerKV) -> Tensor:
         """The worth of every entry: [B, G, T], higher is better. Holes may hold anything."""
 
+    def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
+        """Columns [B, G, T] that the entries carry from now on, through eviction, beams and turns; scores: [B, G, T].
+
+        At the next compression `kv.carried[name]` has them again, 0 for entries that are new. A column of another name
+        stays as it is.
+        """
+        return {}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+
     @property
     def layer_by_layer(self) -> bool:
         """Whether a layer's entries can be chosen without the scores of later layers."""
@@ -86,12 +107,16 @@ class Scorer(CacheMethod):
         """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
         if not self.allocate.reads_heads:
             return Record()
-        scores = find_scores(self.heads, run)
-        views = blocks(model)
-        if len(scores) != len(views) or any(len(s) != v.heads for s, v in zip(scores, views, strict=False)):
-            raise LlmoptError(f"heads: {self.heads} holds scores of other heads than this model has")
-        return Record({"shares": [[max(group) for group in zip(*[iter(s)] * (v.heads // v.kv_heads), strict=True)]
-                                  if v.heads else [] for s, v in zip(scores, views, strict=True)]})
+        found = zip(head_scores.find(self.heads, run, model), blocks(model), strict=True)
+        return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
+                                  for scores, block in found]})
+
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        if self.allocate.reads_heads:
+            check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
+            found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
+            if found != heads:
+                raise LlmoptError(f"{self.name}: shares for {found} KV heads per layer; the model has {heads}")
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 
@@ -102,7 +127,7 @@ class Scorer(CacheMethod):
         if all(row is None for row in chosen):
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
-            cache.layers[index].fold([self._reduced(turn, index, None if row is None else row[place])
+            cache.layers[index].fold([self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
             cache.layers[index].forget_queries(self._retained)
 
@@ -111,21 +136,35 @@ class Scorer(CacheMethod):
         """Queries that must outlive a compression so that the next one, `every` tokens later, sees enough of them."""
         return 0 if self.every is None or self.queries() is None else max(0, self.queries() - self.every)
 
-    def _reduced(self, turn: Turn, index: int, choice: tuple[Tensor, Tensor] | None) -> Entries:
-        """The entries of one layer and row after the reducer; choice: keep, scores [G, T]; None: all stay."""
+    def _left(self, turn: Turn, index: int, choice: Choice | None) -> Entries:
+        """The entries of one layer and row after the reducer; all of them, if there is no choice to be made."""
         entries = turn.entries(index)
-        return entries if choice is None else self.reduce.reduce(_view(turn, index, entries), entries, *choice)
+        if choice is None and type(self).carry is not Scorer.carry and self._has_voters(turn, index):
+            choice = Choice(entries.positions >= 0, self._scored(turn, index))
+        if choice is None:
+            return entries
+        entries = replace(entries, carried=entries.carried | choice.scored.carried)
+        return self.reduce.reduce(_view(turn, index, entries), entries, choice.keep, choice.scored.scores)
 
-    def _choose(self, turn: Turn, layers: list[int]) -> list[tuple[Tensor, Tensor]] | None:
-        """Which entries of a row stay, per layer bool [G, T], and the scores [G, T]; None: all of them stay."""
+    def _choose(self, turn: Turn, layers: list[int]) -> list[Choice] | None:
+        """Which entries of a row stay, per layer; None: all of them."""
         share = self.share(turn.length)
         caps = self._coming(turn)
         if all(bool((caps[i] <= share).all()) for i in (layers if self.allocate.looks_at == "layer" else caps)):
             return None
+        if not all(self._has_voters(turn, index) for index in layers):
+            return None
         scored = [self._scored(turn, index) for index in layers]
         counts = self._counts(scored, turn, share, layers)
-        return [(self._keep(layer, count[:len(layer.scores)], turn.length), layer.scores)
+        return [Choice(self._keep(layer, count[:len(layer.scores)], turn.length), layer)
                 for layer, count in zip(scored, counts, strict=True)]
+
+    def _has_voters(self, turn: Turn, index: int) -> bool:
+        """Whether a real query of this row waits in a layer, if the method asks any: nobody can judge by none."""
+        layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
+        if self.queries() == 0 or layer.queries is None:
+            return self.queries() == 0
+        return real is None or bool(_are_real(layer.query_positions[turn.row], real).any())
 
     def _coming(self, turn: Turn) -> dict[int, Tensor]:
         """Entries of every layer at the end of this forward if nothing were dropped, by layer: [G]."""
@@ -138,10 +177,14 @@ class Scorer(CacheMethod):
     def _scored(self, turn: Turn, index: int) -> Scored:
         """One layer's scores; raises LlmoptError if the method gave NaN."""
         view = _view(turn, index, turn.entries(index))
-        scores = self.score(view)[0].float().masked_fill(view.holes[0], -torch.inf)
+        if view.positions.shape[-1] == 0:               # nothing but padding in this layer's window
+            return Scored(view.positions[0].float(), view.positions[0], {})
+        scores = self.score(view)
+        carried = {name: column[0] for name, column in self.carry(view, scores).items()}
+        scores = scores[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):
             raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
-        return Scored(scores, view.positions[0])
+        return Scored(scores, view.positions[0], carried)
 
     def _counts(self, scored: list[Scored], turn: Turn, share: int, layers: list[int]) -> Tensor:
         """[layers, G] entries that each head keeps."""
@@ -183,11 +226,20 @@ def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
     table = None if ids is None else ids[row]
     queries = query_positions = asked = None
     if layer.queries is not None:
-        there = layer.query_positions[row] >= 0
+        columns = layer.query_positions[row]
+        there = _are_real(columns, real)
         queries, columns = layer.queries[row, :, there].unsqueeze(0), layer.query_positions[row, there]
         query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
     furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
-    source = Source(turn.live.model, turn.record, look_up(table, entries.positions).unsqueeze(0), asked, furthest)
+    source = Source(turn.live.model, turn.record, look_up(table, entries.positions).unsqueeze(0), asked, furthest,
+                    turn.live.now.shared)
+    columns = {name: column.unsqueeze(0) for name, column in entries.carried.items()}
     return LayerKV(entries.keys.unsqueeze(0), entries.values.unsqueeze(0), queries, query_positions,
                    index_of_real(real, entries.positions).unsqueeze(0), torch.tensor([turn.length]), index,
-                   turn.live.rules[index], source)
+                   turn.live.rules[index], source, columns)
+
+
+def _are_real(columns: Tensor, real: Tensor | None) -> Tensor:
+    """bool like columns: neither NONE nor a token that the mask hides now."""
+    there = columns >= 0
+    return there if real is None else there & real[columns.clamp(min=0).long()]

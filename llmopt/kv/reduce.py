@@ -1,4 +1,6 @@
 """What becomes of the entries that are not kept."""
+from dataclasses import replace
+
 import torch
 from llmopt_kernels import NONE
 from torch import Tensor
@@ -11,7 +13,7 @@ CHUNK = 1024        # dropped entries compared with the kept ones at a time
 
 def evict(entries: Entries, keep: Tensor) -> Entries:
     """They are dropped. keep: bool [G, T]."""
-    return Entries(entries.keys, entries.values, entries.positions.masked_fill(~keep, NONE), entries.bias)
+    return replace(entries, positions=entries.positions.masked_fill(~keep, NONE))
 
 
 def merge(entries: Entries, keep: Tensor) -> Entries:
@@ -27,7 +29,7 @@ def merge(entries: Entries, keep: Tensor) -> Entries:
         if bool(kept.any()) and bool(gone.any()):
             merged = _merged(entries.keys[head].float(), entries.values[head].float(), kept, gone)
             values[head, kept] = merged.to(values.dtype)
-    return evict(Entries(entries.keys, values, entries.positions, entries.bias), keep)
+    return evict(replace(entries, values=values), keep)
 
 
 def _merged(keys: Tensor, values: Tensor, kept: Tensor, gone: Tensor) -> Tensor:

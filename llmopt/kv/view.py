@@ -17,6 +17,7 @@ class Source:
     """Where a view comes from: the model, what the method has recorded, and the position ids of entries and queries.
 
     entries: [B, G, T], queries: [B, W], as the rotary embedding saw them; length: one more than the largest seen.
+    shared: the memory of this forward.
     """
 
     model: nn.Module
@@ -24,6 +25,18 @@ class Source:
     entries: Tensor
     queries: Tensor | None
     length: int
+    shared: dict = field(default_factory=dict)
+
+
+class Carried(dict):
+    """Columns by name; one that no entry has yet is zeros, fp32."""
+
+    def __init__(self, columns: dict[str, Tensor], positions: Tensor):
+        super().__init__(columns)
+        self.positions = positions
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.zeros(self.positions.shape, device=self.positions.device)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class LayerKV:
     """Entries of one layer, real tokens only: no padding. Positions count the real tokens from 0.
 
     keys, values: [B, G, T, D], keys after RoPE; positions: [B, G, T], -1 at holes, which only follow the last entry of
-    a head; queries: [B, H, W, D] the last ones, after RoPE, as many as the scorer asked for; lengths: [B] tokens seen.
+    a head; queries: [B, H, W, D] the last ones, after RoPE, as many as the scorer asked for; lengths: [B] tokens seen;
+    columns: [B, G, T] each, what the entries carry.
     """
 
     keys: Tensor
@@ -43,6 +57,7 @@ class LayerKV:
     layer: int
     rule: Rule
     source: Source | None = field(default=None, repr=False)
+    columns: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def holes(self) -> Tensor:
@@ -53,6 +68,16 @@ class LayerKV:
     def record(self) -> Record:
         """What the method's `plan` has recorded: meta and tensors."""
         return self.source.record
+
+    @property
+    def shared(self) -> dict:
+        """The memory of this forward: what one layer puts in, the layers after it find; gone when the forward ends."""
+        return self.source.shared
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """Columns [B, G, T] by name, as an earlier compression left them: 0 for entries that are new since."""
+        return Carried(self.columns, self.positions)
 
     # ------------------------------------------------------------------------------------------------- attention
 
@@ -76,7 +101,7 @@ class LayerKV:
         return self._grouped(per_head).amax(2)
 
     def _grouped(self, per_head: Tensor) -> Tensor:
-        return per_head.view(per_head.shape[0], self.keys.shape[1], -1, *per_head.shape[2:])
+        return per_head.unflatten(1, (self.keys.shape[1], -1))                               # [B, G, g, ...]
 
     def _last(self, last: int | None) -> tuple[Tensor, Tensor]:
         start = 0 if last is None else max(0, self.queries.shape[2] - last)

@@ -36,6 +36,9 @@ class Spec:
     form: Form = "pre"
     sliding: Literal["", "all", "typed"] = ""     # layers that sliding_window holds for; typed: see layer_types
     rotary: str | None = "model.rotary_emb"       # module that makes the tables of cosines and sines
+    old_theta: str = "rope_theta"                 # what transformers 4 calls the base of its rotary frequencies,
+    old_share: str | None = None                  # and the share of dimensions that is rotated
+    old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
     note: str = ""                                # what every plan and card of such a model says
     refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads: why not
 
@@ -50,14 +53,16 @@ SPECS: dict[str, Spec] = {
     "mistral": Spec(sliding="all"),
     "qwen2": Spec(sliding="typed"),
     "qwen3": Spec(sliding="typed"),
-    "phi3": Spec(qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), sliding="all", refuse={
+    "phi3": Spec(old_share="partial_rotary_factor", old_scaling=("short_factor", "long_factor"),
+                 qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), sliding="all", refuse={
         "per_layer_heads": "its forward reads num_attention_heads from the model-wide config"}),
     "gemma2": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
     "gemma3_text": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
     "olmo2": Spec(norms=(("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm")),
                   form="branch_post", refuse={
         "kv_groups": "its query and key norms span all heads", "q_heads": "its query and key norms span all heads"}),
-    "gpt_neox": Spec(layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
+    "gpt_neox": Spec(old_theta="rotary_emb_base", old_share="rotary_pct",
+                     layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
                      head_dim="head_size", qkv=("query_key_value",), interleaved=True, out="dense",
                      ffn_in=("mlp.dense_h_to_4h",), ffn_gated=False, ffn_out="mlp.dense_4h_to_h",
                      form="parallel", rotary="gpt_neox.rotary_emb", refuse=_NO_HEADS),

@@ -7,10 +7,12 @@ at the moment when it comes.
 """
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,17 @@ def _extend_auto_model(auto: ModuleType) -> None:
         return shaped(found) if family and family.model == name else found
 
     mapping._load_attr_from_module = extended
+    plain = auto.AutoModelForCausalLM.from_pretrained.__func__
+
+    @functools.wraps(plain)
+    def bounded(cls, name, *args, **kwargs):
+        if os.path.isdir(name):
+            from llmopt.files.checks import check_bounds
+
+            check_bounds(Path(name))        # before transformers makes a billion layers of a config
+        return plain(cls, name, *args, **kwargs)
+
+    auto.AutoModelForCausalLM.from_pretrained = classmethod(bounded)
 
 
 def _by_config(cls: type) -> type:

@@ -2,6 +2,8 @@
 import importlib.util
 import math
 import os
+import re
+import string
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from llmopt.errors import LlmoptError, nearest
 from llmopt.files.checks import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
+from llmopt.files.limited import limited
 from llmopt.files.tensors import places, read
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
@@ -18,6 +21,7 @@ from llmopt.specs import ModelSpec
 
 REFERENCE = "llmopt/reference"
 MOST_ADDED = 1000       # tokens that somebody may have added to a tokenizer of this model; more are another's
+PAGE = f"{string.printable} The fox runs . {'a' * 60}! {'x' * 60} {'ab ' * 30}\u00e9\u4f60\U0001f600 " * 4
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
 
 
@@ -162,7 +166,21 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     if folder.is_dir() and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         _need_sentencepiece(source)
     with refusals(f"{source}: the tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main",
+                                                  trust_remote_code=trust_remote_code)
+    _try_out(tokenizer, source)
+    return tokenizer
+
+
+def _try_out(tokenizer: Any, source: str) -> None:
+    """Raise LlmoptError for a tokenizer that breaks down over a page of text, and for odd names of chat templates."""
+    names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
+    for name in names:                  # each becomes a file of the output
+        if not re.fullmatch(r"[\w-][\w.-]*", str(name)):
+            raise LlmoptError(f"{source}: a chat template is named {str(name)[:80]!r}, which is no plain name")
+    count = limited(lambda: len(tokenizer(PAGE)["input_ids"]), f"{source}: the tokenizer cannot be used", len(PAGE))
+    if count > 20 * len(PAGE):
+        raise LlmoptError(f"{source}: the tokenizer makes {count:,} tokens of {len(PAGE):,} characters")
 
 
 def is_installed(module: str) -> bool:

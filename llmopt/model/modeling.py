@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
+import re
 import sys
 import threading
 import warnings
@@ -24,6 +26,7 @@ from torch import nn
 from transformers import MistralConfig, PreTrainedConfig
 
 REMOTE_FILE = "modeling_llmopt.py"
+MAX_TENSORS, MAX_VALUES = 10_000, 10**6        # of runtime parts, or as many values as the model has weights
 
 
 class SkippedAttn(nn.Module):
@@ -171,9 +174,30 @@ def declare_tensors(model: nn.Module) -> None:
     config.llmopt["tensors"] = {"<step>.<name>": {"shape": [...], "dtype": "float32"}}; each becomes the buffer
     `llmopt.<step>.<name>` of the model.
     """
-    declared = (getattr(model.config, "llmopt", None) or {}).get("tensors") or {}
+    for name, (shape, dtype) in _declared(model).items():
+        put_tensor(model, name, torch.zeros(shape, dtype=dtype))
+
+
+def _declared(model: nn.Module) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and type of each declared tensor; raises ValueError for what no method would ask for, before it is made."""
+    described = getattr(model.config, "llmopt", None) or {}
+    declared = described.get("tensors") or {} if isinstance(described, dict) else None
+    if not isinstance(declared, dict) or len(declared) > MAX_TENSORS:
+        raise ValueError(f"config.json: llmopt.tensors: a mapping of at most {MAX_TENSORS:,} tensors expected")
+    room, found = max(MAX_VALUES, sum(p.numel() for p in model.parameters())), {}
     for name, layout in declared.items():
-        put_tensor(model, name, torch.zeros(layout["shape"], dtype=getattr(torch, layout["dtype"])))
+        shape, dtype = (layout.get("shape"), layout.get("dtype")) if isinstance(layout, dict) else (None, None)
+        if not re.fullmatch(r"\d{1,3}(\.\w{1,100}){1,9}", name) or any(hasattr(nn.Module, p) for p in name.split(".")):
+            raise ValueError(f"config.json: llmopt.tensors: {name[:80]!r} is no name such as 0.scores")
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or len(shape) > 8:
+            raise ValueError(f"config.json: llmopt.tensors: {name}: {str(shape)[:80]} is no shape")
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"config.json: llmopt.tensors: {name}: {str(dtype)[:80]!r} is no dtype")
+        room -= math.prod(shape)
+        if room < 0:
+            raise ValueError(f"config.json: llmopt.tensors: {name} makes them larger than the model")
+        found[name] = shape, getattr(torch, dtype)
+    return found
 
 
 def put_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

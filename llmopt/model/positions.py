@@ -2,7 +2,16 @@
 import torch
 from torch import Tensor, nn
 
+from llmopt.errors import LlmoptError
 from llmopt.model.blocks import at, attention_modules, spec_of
+
+
+def refuse_bidirectional(model: nn.Module) -> None:
+    """Raise LlmoptError for a model whose tokens see later ones: causal attention has no meaning there."""
+    if getattr(model.config, "use_bidirectional_attention", False) or not getattr(model.config, "is_causal", True):
+        raise LlmoptError("the model attends in both directions (use_bidirectional_attention), as encoders do; methods "
+                          "that look at attention or a cache need a causal model. heads.gradient, prune.* and quant.* "
+                          "work")
 
 
 def attention_windows(model: nn.Module) -> list[int | None]:

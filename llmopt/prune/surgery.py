@@ -9,6 +9,7 @@ from llmopt.calibration.walk import reshaped
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, blocks, layer_list, replace_layers, spec_of, tell_shapes
+from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.modeling import FAMILIES, skip_part
 from llmopt.model.shapes import LayerShape, check_droppable, check_storable, shape_of, slice_config, sync_config
 
@@ -67,6 +68,8 @@ def apply_plan(model: nn.Module, plan: list[LayerPlan], run: Run) -> None:
     check_plan(model, views, plan)
     for name, per_layer in run.scores.items():
         run.scores[name] = reindex(per_layer, views, plan)
+    numbers = run.heads or HeadNumbers.of(block.heads for block in views)
+    run.heads = HeadNumbers(numbers.before, reindex(numbers.left, views, plan))
     kept = [i for i, layer in enumerate(plan) if not layer.drop]
     family = FAMILIES[model.config.model_type]
     for block in reshaped(model, run, "cutting", [i for i in kept if plan[i].cuts]):

@@ -1,5 +1,6 @@
-"""Quantization of weights. One import line for each method: importing registers it."""
+"""Quantization of weights. One import line for each method or solver: importing registers it."""
 from llmopt.quant.gptq import GPTQ
 from llmopt.quant.rtn import RTN
+from llmopt.quant.weights import Weights
 
-__all__ = ["GPTQ", "RTN"]
+__all__ = ["GPTQ", "RTN", "Weights"]

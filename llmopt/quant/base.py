@@ -1,18 +1,20 @@
-"""The family base of quantizers: fields, the walk over blocks, the figures. A method writes `quantize` alone."""
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator
+"""The quantization step: which weights, at how many bits, the walk over blocks, the figures. A solver does the rest."""
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from llmopt.calibration.second_moments import Gram, energy, mirrored_
-from llmopt.calibration.walk import Visit, each, visits
+from llmopt.calibration.inputs import Inputs, Moments, Seen, each_weight
+from llmopt.calibration.second_moments import energy
+from llmopt.calibration.trial import Change, Trial, kept_bytes, sample, trial_bytes
+from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
 from llmopt.model.blocks import Block, Projection, blocks
@@ -24,6 +26,7 @@ from llmopt.quant import scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
+from llmopt.quant.solver import Solver
 from llmopt.scale import activations
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.processes import Ranks
@@ -41,47 +44,12 @@ class Override(TypedDict, total=False):
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
 
 
-class Stats(Gram):
-    """Second moments of a projection's input: hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32."""
-
-    def __init__(self, ranks: Ranks = Ranks()):         # noqa: B008  frozen
-        super().__init__(ranks)
-        self.made: dict[Hashable, Any] = {}
-
-    @property
-    def hessian(self) -> Tensor | None:
-        """None until a token has come."""
-        return self.once("hessian", self._hessian) if self.tokens else None
-
-    def _hessian(self) -> Tensor:
-        return mirrored_(self.lower.float().mul_(2 / self.tokens))
-
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
-        if len(x):
-            super().add(x if weights is None else x.float() * weights.sqrt().unsqueeze(1))
-            self.made.clear()
-
-    def join(self, like: Tensor) -> None:
-        super().join(like)
-        if self.tokens:
-            self.made["hessian"], self.lower = self.hessian, None   # twice the size of what is needed from here on
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made for the first of the weights that read this input and kept for the others."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
-
-
 @dataclass(frozen=True)
 class Quantizer(Method):
     """Weights of the decoder blocks on integer grids; embeddings and the output head stay as they are."""
 
     stage: ClassVar = "quant"
-    uses_inputs: ClassVar[bool] = False   # True: `quantize` gets Stats of the inputs, measured behind the edited blocks
-    rowwise: ClassVar[bool] = False       # True: no row of a weight sees another, so that processes may share them
-    sums: ClassVar[tuple[str, ...]] = ()  # those of the `figures` that add up over rows; the others are alike for all
+    place: ClassVar = "quantization step"
 
     bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is")
     group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")
@@ -107,7 +75,7 @@ class Quantizer(Method):
 
     @property
     def needs_data(self) -> bool:
-        return self.uses_inputs or self.allocate in ("lim", "sensitivity")
+        return self.solver.inputs != "none" or self.allocate in ("lim", "sensitivity")
 
     @property
     def multiple(self) -> int:
@@ -117,36 +85,23 @@ class Quantizer(Method):
     def needs_whole(self) -> bool:
         return self.allocate == "sensitivity"
 
-    @abstractmethod
-    def quantize(self, weight: Tensor, stats: Stats | None, spec: Spec) -> Quantized:
-        """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
-
-        rowwise: `weight` may be some of the rows. A figure `loss` is half of what its rows' outputs lose (row_errors).
-        """
-
-    def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        """How much each real token of each batch counts in the Stats ([N] per batch); None: all alike.
-
-        The visit shows this process's rows alone; the weights of a row may depend on nothing but that row.
-        """
-        return None
-
-    def working(self, out: int, columns: int) -> int:
-        """Bytes that rounding one weight takes beside it: the weight, what became of it and the change, in float32."""
-        return 12 * out * columns
+    @property
+    def solver(self) -> Solver:
+        """Who chooses the codes. A step that is named after its solver has the solver's fields among its own."""
+        return self
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
         found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
         each_block = [self._room(model, block, found, scene) for block in blocks(model)]
         if self.allocate == "sensitivity":
-            answers = scores.trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
+            answers = trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
             each_block.append(Room(whole=self.whole_bytes(model, 0) + answers))
         return each_block
 
     def _room(self, model: nn.Module, block: Block, found: dict[str, Target], scene: Scene) -> Room:
         mine = [(p, found[p.name]) for p in block.projections() if p.name in found]
-        passes = max((self.working(t.out, t.columns) for _, t in mine), default=0)
-        if self.uses_inputs:                        # a Hessian, the share of one batch, and their sum
+        passes = max((self.solver.working(t.out, t.columns) for _, t in mine), default=0)
+        if self.solver.inputs != "none":            # a Hessian, the share of one batch, and their sum
             hessian = max((t.columns ** 2 for _, t in mine), default=0)
             passes = max(passes, activations.observing(model, block, scene) + 12 * hessian)
         return Room(tuple(p.module for p, _ in mine), sum(t.size + t.out * t.groups * 4 for _, t in mine), passes,
@@ -156,7 +111,7 @@ class Quantizer(Method):
         blockwise = super().seconds(model, run, pace)
         if self.allocate != "sensitivity":
             return blockwise
-        rows = scores.sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
+        rows = sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
         groups = {t.group for t in self.targets(model)}
         trials = len(groups) * pace.blocks * (len(self.widths) - 1)
         return blockwise + trials * sum(row["input_ids"].numel() for row in rows) * pace.token
@@ -194,16 +149,21 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
-        for projection, stats in self._visits(model, run, todo, self.name, edits=True):
-            self._write(projection, stats, todo[projection.name], self._team(projection, run))
-            give_back_freed()
+        if self.solver.inputs == "block":
+            for projection, made in self._from_blocks(model, run, todo, edits=True):
+                self._write(projection, None, made, Ranks())
+        else:
+            for projection, stats in each_weight(model, run, todo, self.name, self._collected()):
+                team = self._team(projection, run)
+                self._write(projection, stats, self._solve(projection, stats, todo[projection.name], team), team)
+                give_back_freed()
         return Record(meta=self._meta(model, decided) | allocation)
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
         """What `sensitivity` keeps: each weight dense and at every width, and the log-probabilities it compares."""
         widths = sum(width != DENSE for width in self.widths)
         weights = sum(t.size * (model.dtype.itemsize + widths) for t in self.targets(model) if not t.fixed)
-        return weights + scores.kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
+        return weights + kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
 
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
         """The targets with their bits, and what the allocation was based on."""
@@ -232,73 +192,78 @@ class Quantizer(Method):
 
         The least damage by the table, unless the widest uniform choice that fits does less in fact.
         """
-        free, units, made = {t.name: t for t in found if not t.fixed}, {unit: [] for unit in share.units}, {}
-        for p, stats in self._visits(model, run, free, f"{self.name} at {len(self.widths)} widths", edits=False):
-            units[free[p.name].group].append(p)
-            team = self._team(p, run)
-            made |= {(p.name, w): _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)
-                     for w in self.widths if w != DENSE}
-
-        def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
-            return weight if bits == DENSE else made[name, bits].dequantize(weight.dtype)
-
-        company, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
-        trial = scores.Trial(model, run.batches, units, rounded, self.seed)
+        free = {t.name: t for t in found if not t.fixed}
+        choices: dict[str, dict[int, list[Change]]] = {unit: {w: [] for w in self.widths} for unit in share.units}
+        for p, width, codes in self._at_all_widths(model, run, free):
+            choices[free[p.name].group][width].append((p, partial(codes.dequantize, p.weight.dtype)))
+        background, level = around(self.widths, share.target)[0], at_most(self.widths, share.target)
+        rows = sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
+        trial = Trial(model, rows, choices)
         try:
-            table = scores.sensitivity(trial, self.widths, company, run)
+            table = scores.sensitivity(trial, self.widths, background, run)
             least = exact(list(table.values()), share.params, share.target)
-            plans = [dict(zip(units, least, strict=True)), dict.fromkeys(units, level)]
+            plans = [dict(zip(choices, least, strict=True)), dict.fromkeys(choices, level)]
             return table, run.ranks.agree(min(plans, key=trial.of))
         finally:
             trial.restore()
 
-    def _visits(self, model: nn.Module, run: Run, names: Collection[str], label: str,
-                edits: bool) -> Iterator[tuple[Projection, Stats | None]]:
-        """The projections in `names`, with the statistics of their inputs if this method uses them.
-
-        Each group of a block sees what the caller has made of the groups and blocks before it.
-        """
-        if not self.uses_inputs:
-            for block in each(model, run, label, edits):
-                yield from ((p, None) for p in block.projections() if p.name in names)
+    def _at_all_widths(self, model: nn.Module, run: Run,
+                       free: dict[str, Target]) -> Iterator[tuple[Projection, int, Quantized]]:
+        """Each weight at each width below DENSE, made from the dense model's inputs."""
+        widths = [w for w in self.widths if w != DENSE]
+        if self.solver.inputs == "block":
+            for width in widths:
+                todo = {name: target.at(width) for name, target in free.items()}
+                yield from ((p, width, made) for p, made in self._from_blocks(model, run, todo, edits=False))
             return
-        for visit in visits(model, run, label, edits, shared=True):
-            weights = self.token_weights(visit)
-            for group in visit.block.groups():
-                if chosen := [p for p in group if p.name in names]:
-                    stats, shares = Stats(ranks=run.ranks), iter(weights or ())
-                    visit.observe({group[0].name: lambda x, s=stats, w=shares: s.add(x, next(w, None))})
-                    stats.join(group[0].weight)
-                    yield from ((p, stats) for p in chosen)
+        label = f"{self.name} at {len(self.widths)} widths"
+        for p, stats in each_weight(model, run, free, label, self._collected(), edits=False):
+            team = self._team(p, run)
+            yield from ((p, w, _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)) for w in widths)
+
+    def _from_blocks(self, model: nn.Module, run: Run, todo: dict[str, Target],
+                     edits: bool) -> Iterator[tuple[Projection, Quantized]]:
+        """What a solver of whole blocks makes of one after the other; every process sees all rows."""
+        for visit in visits(model, run, self.name, edits):
+            chosen = [p for p in visit.block.projections() if p.name in todo]
+            for p in chosen:
+                _check_finite(p)
+            with naming(visit.block.name):
+                yield from self.solver.quantize_block(
+                    visit, {p.name: self.spec(todo[p.name], p.weight.dtype) for p in chosen})
+
+    def _collected(self) -> Inputs:
+        """What is collected of the inputs of each weight."""
+        return Inputs(self.solver.inputs, token_weights=self.solver.token_weights)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
         """Those who share the rows of this weight: all processes, or each by itself all of them."""
-        return run.ranks if self.rowwise and projection.out_features >= run.ranks.size else Ranks()
+        return run.ranks if self.solver.rowwise and projection.out_features >= run.ranks.size else Ranks()
 
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> Quantized:
+    def _solve(self, projection: Projection, stats: Seen, target: Target, team: Ranks) -> Quantized:
         """This process's rows of a weight, quantized."""
         weight = projection.weight
+        _check_finite(projection)
         with naming(projection.name):
-            if not all_finite(weight):
-                raise LlmoptError("the weight holds NaN or infinite values")
             own = team.share(weight).to(torch.float32, copy=True)
-            return self.quantize(own, stats, self.spec(target, weight.dtype))
+            return self.solver.quantize(own, stats, self.spec(target, weight.dtype))
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Stats | None, target: Target, team: Ranks) -> None:
-        part, dense = self._solve(projection, stats, target, team), team.share(projection.weight).float()
+    def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
+        """Put the codes of which each of the team has some rows into the model, with what they cost."""
+        dense = team.share(projection.weight).float()
         rounded = part.dequantize(projection.weight.dtype)
         change = rounded.float() - dense
-        counts = {name: part.figures[name] for name in self.sums if name in part.figures}
+        counts = {name: part.figures[name] for name in self.solver.sums if name in part.figures}
         counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
-        if stats is not None:
+        if isinstance(stats, Moments):
             lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
             counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
         total, whole = team.totals(counts), _whole(part, projection, team)
-        whole.figures |= {name: total[name] for name in self.sums if name in total}
+        whole.figures |= {name: total[name] for name in self.solver.sums if name in total}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
-        if stats is not None:
+        if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole
@@ -310,6 +275,11 @@ class Quantizer(Method):
                             **({} if t.bits == DENSE else figures[t.name])} for t in decided}
         return {"bits": average_bits(decided), "effective_bits": effective_bits(decided, scale, self.symmetric),
                 "weights": sum(t.size for t in decided), "modules": modules}
+
+
+def _check_finite(projection: Projection) -> None:
+    if not all_finite(projection.weight):
+        raise LlmoptError(f"{projection.name}: the weight holds NaN or infinite values")
 
 
 def _texts(table: dict) -> dict:

@@ -18,14 +18,18 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
+from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized, decode
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
-from llmopt.quant.base import Quantizer, Stats
+from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Spec, as_codes, encode, fit, round_to_nearest
+from llmopt.quant.solver import Solver
+from llmopt.quant.tokens import Alike, TokenWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Prepared:
     damping: float              # the share used in the end
 
 
-@register("quant.gptq")
+@register("gptq")
 @dataclass(frozen=True)
-class GPTQ(Quantizer):
+class ColumnSweep(Solver):
     """Optimal-brain quantization with a fixed column order."""
 
-    uses_inputs: ClassVar[bool] = True
+    inputs: ClassVar = "moments"
     rowwise: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]] = ("loss", "rounded_rows")
 
@@ -51,13 +55,17 @@ class GPTQ(Quantizer):
     static_groups: bool = Field(True, description="scales of the original column groups, fixed before the sweep")
     damping: float = Field(0.01, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
     block: int = Field(128, ge=1, description="columns whose updates are applied together; the result is the same")
+    tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts in H")
+
+    def token_weights(self, visit: Visit) -> list[Tensor] | None:
+        return self.tokens.weights(visit)
 
     def working(self, out: int, columns: int) -> int:
         """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
         return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
 
-    def quantize(self, weight: Tensor, stats: Stats, spec: Spec) -> Quantized:
-        made = stats.once((self.act_order, self.damping), lambda: self.prepare(stats))
+    def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
+        made = moments.once((self.act_order, self.damping), lambda: self.prepare(moments))
         weight[:, made.dead] = 0
         rounded = round_to_nearest(weight, spec)
         if made.factor is None:
@@ -66,9 +74,9 @@ class GPTQ(Quantizer):
         sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
         result = sweep.run(self.block, self.static_groups or spec.group_size == -1)
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
-        return best_rows(result, rounded, weight, stats.hessian, spec)
+        return best_rows(result, rounded, weight, moments.hessian, spec)
 
-    def prepare(self, stats: Stats) -> Prepared:
+    def prepare(self, stats: Moments) -> Prepared:
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
         if stats.hessian is None:
             raise LlmoptError("no calibration token reached this weight")
@@ -82,6 +90,14 @@ class GPTQ(Quantizer):
         hessian = stats.hessian.index_select(0, order).index_select(1, order)
         hessian.diagonal()[dead[order]] = 1
         return Prepared(order, dead, *inverse_factor(hessian, self.damping, stats.ranks))
+
+
+@register("quant.gptq")
+@dataclass(frozen=True)
+class GPTQ(ColumnSweep, Quantizer):
+    """Optimal-brain quantization with a fixed column order."""
+
+    kind = "method"
 
 
 def best_rows(solved: Quantized, rounded: Quantized, weight: Tensor, hessian: Tensor, spec: Spec) -> Quantized:

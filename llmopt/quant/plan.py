@@ -8,6 +8,7 @@ from torch import nn
 from llmopt.errors import LlmoptError, nearest
 from llmopt.model.blocks import blocks
 
+KERNELS = (128, 64, 32)     # group sizes that inference kernels are written for
 DENSE = 16    # this many bits: the weight is left as it is
 
 
@@ -90,11 +91,12 @@ def check_divides(target: Target) -> None:
     size, columns = target.group_size, target.columns
     if size == -1 or columns % size == 0:
         return
-    divisors = [d for d in range(1, columns + 1) if columns % d == 0]
-    below = [d for d in divisors if d < size][-1:]
-    above = [d for d in divisors if d > size][:1]
-    raise LlmoptError(f"{target.name}: group_size {size} does not divide its {columns} input features. Nearest "
-                      f"divisors: {', '.join(map(str, below + above))}; -1 is one scale per output channel. Set "
+    served = [d for d in KERNELS if columns % d == 0]
+    divisors = [d for d in range(1, columns + 1) if columns % d == 0 and d not in served]
+    nearest_two = [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1]
+    kernels = f"{', '.join(map(str, served))} (sizes that inference kernels take), else " if served else ""
+    raise LlmoptError(f"{target.name}: group_size {size} does not divide its {columns} input features. Use {kernels}"
+                      f"{', '.join(map(str, nearest_two))}; -1 is one scale per output channel. Set "
                       f"group_size, or overrides: {{{target.name.rpartition('.')[2]}: {{group_size: ...}}}}")
 
 

@@ -10,18 +10,15 @@ measured but once (GPTQ at 3 bits on stories260K: .464 against .448 nats). Its u
 input (q k v | o | gate up | down). Damage grows faster than its parts add up, so a unit measured in a dense model looks
 more robust than it is among others that are rounded too.
 """
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from llmopt.calibration.trial import Trial
 from llmopt.calibration.walk import each, visits
 from llmopt.method import Run
-from llmopt.model.blocks import Projection, layer_list
-from llmopt.scale.room import Scene
-
-LOGITS = 1 << 27    # dense log-probabilities kept for the sensitivity: at most this many (half a GiB)
-TOKENS = 2048       # and of at most this many tokens: every entry of the table costs one forward pass over them
+from llmopt.model.blocks import layer_list
 
 
 @torch.no_grad()
@@ -67,80 +64,12 @@ def share_above(weights: Iterable[Tensor]) -> float:
     return sum(int((w.double() - mean > variance ** 0.5).sum()) for w in weights) / count
 
 
-class Trial:
-    """The KL of a model to its dense self with the weights of each unit at bits of choice; ends with `restore`.
-
-    units: {name: projections that share their bits}; `rounded(name, weight, bits)` gives a weight [out, in]. Keeps a
-    copy of the units' weights, and logits of as many calibration rows, drawn by `seed`, as TOKENS and LOGITS allow.
-    """
-
-    def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]], units: dict[str, list[Projection]],
-                 rounded: Callable[[str, Tensor, int], Tensor], seed: int = 0):
-        self.model, self.units, self.rounded = model, units, rounded
-        self.rows = sample(batches, seed, model.get_output_embeddings().weight.shape[0])
-        self.dense = [_log_probs(model, row) for row in self.rows]
-        self.kept = {p.name: p.weight.clone() for unit in units.values() for p in unit}
-
-    def of(self, bits: Mapping[str, int]) -> float:
-        """Mean KL(dense || these units at these bits, the rest as it is) per token, in nats."""
-        self.set(bits)
-        total, count = 0.0, 0
-        for row, p in zip(self.rows, self.dense, strict=True):
-            q = _log_probs(self.model, row)
-            total += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
-            count += len(p)
-        return total / count
-
-    def restore(self) -> None:
-        """Write the dense weights back."""
-        for unit in self.units.values():
-            for projection in unit:
-                projection.write(self.kept[projection.name])
-
-    def set(self, bits: Mapping[str, int]) -> None:
-        """Write the weights of these units, rounded."""
-        for unit, width in bits.items():
-            for projection in self.units[unit]:
-                projection.write(self.rounded(projection.name, self.kept[projection.name], width))
-
-
 @torch.no_grad()
-def sensitivity(trial: Trial, widths: Iterable[int], company: int, run: Run) -> dict[str, dict[int, float]]:
-    """{unit: {bits: KL}}, each unit in turn at each width, all the others at `company` bits."""
-    level, table = run.ranks.agree(trial.of(dict.fromkeys(trial.units, company))), {}
-    for unit in run.progress(run.ranks.share(list(trial.units)), "sensitivity"):
-        others = [bits for bits in widths if bits != company]
-        table[unit] = {bits: trial.of({unit: bits}) for bits in others} | {company: level}
-        trial.set({unit: company})
+def sensitivity(trial: Trial, widths: Iterable[int], background: int, run: Run) -> dict[str, dict[int, float]]:
+    """{unit: {bits: KL}}, each unit in turn at each width, all the others at `background` bits."""
+    level, table = run.ranks.agree(trial.of(dict.fromkeys(trial.choices, background))), {}
+    for unit in run.progress(run.ranks.share(list(trial.choices)), "sensitivity"):
+        others = [bits for bits in widths if bits != background]
+        table[unit] = {bits: trial.of({unit: bits}) for bits in others} | {background: level}
+        trial.set({unit: background})
     return {unit: row for part in run.ranks.gather(table) for unit, row in part.items()}
-
-
-def sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS and LOGITS (at least one)."""
-    rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
-            for b in batches for i in range(len(b["input_ids"]))]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept, total, most = [], 0, min(TOKENS, LOGITS // vocabulary)
-    for index in order:
-        total += rows[index]["input_ids"].shape[1]
-        if kept and total > most:
-            break
-        kept.append(rows[index])
-    return kept
-
-
-def kept_bytes(vocabulary: int, tokens: int) -> int:
-    """Bytes of the log-probabilities of a trial, and of one more set to compare them with."""
-    return 2 * 4 * vocabulary * min(tokens, TOKENS, LOGITS // vocabulary)
-
-
-def trial_bytes(vocabulary: int, scene: Scene) -> int:
-    """Bytes of the log-probabilities that a trial keeps, and of what comparing one row with them takes."""
-    longest = scene.largest[1]
-    kept = min(scene.tokens, max(longest, min(TOKENS, LOGITS // vocabulary)))
-    return 4 * vocabulary * (kept + 4 * longest)
-
-
-def _log_probs(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
-    logits = model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
-    return logits[0].float().log_softmax(-1)                                           # [T, vocabulary]

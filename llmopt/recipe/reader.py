@@ -22,7 +22,7 @@ class Recipe(Checked):
 
     model: ModelSpec = Field(ModelSpec(), description="which model is compressed")
     data: DataSpec = Field(DataSpec(), description="calibration data")
-    steps: tuple[Method, ...] = Field((), description="methods, in the order score -> prune -> quant -> runtime")
+    steps: tuple[Method, ...] = Field((), description=f"methods, in the order {' -> '.join(STAGES)}")
     eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
@@ -174,7 +174,7 @@ def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
 
 
 def check_order(steps: tuple[Method, ...]) -> None:
-    """Raise LlmoptError unless the stages come in order and no two runtime steps want the same place."""
+    """Raise LlmoptError unless the stages come in order and no two steps want the same place."""
     for before, after in zip(steps, steps[1:], strict=False):
         if STAGES.index(after.stage) < STAGES.index(before.stage):
             raise LlmoptError(f"{after.name} must come before {before.name}: the order is {' -> '.join(STAGES)}")
@@ -186,11 +186,8 @@ def check_order(steps: tuple[Method, ...]) -> None:
 def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
     places: dict[str, list[str]] = {}
     for step in steps:
-        family = step.name.split(".")[0]
-        place = {"kv": "evicting kv method", "attention": "prefill selector", "quant": "quantization step"}.get(family)
-        place = "kv.quant" if step.name == "kv.quant" else place
-        if place:
-            places.setdefault(place, []).append(step.name)
+        if step.place:
+            places.setdefault(step.place, []).append(step.name)
     return places
 
 

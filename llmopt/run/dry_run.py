@@ -19,8 +19,11 @@ from llmopt.files.checks import weight_files
 from llmopt.forecast.size import Prediction
 from llmopt.method import Method, Pace, Run
 from llmopt.model import state
-from llmopt.model.blocks import layer_list
+from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.computing import computing
+from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.loading import local_folder
+from llmopt.model.usable import check_numbers
 from llmopt.progress import timed
 from llmopt.recipe.reader import Recipe
 from llmopt.run.opening import Streaming, cut_short, open_model
@@ -58,7 +61,8 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
         told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(state.plain_state(model))
         times.add("load", time.perf_counter() - start, "measured")
         times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
-        rehearse(model, recipe, run, told, times)
+        with computing(model):
+            rehearse(model, recipe, run, told, times)
     streamed = isinstance(memory, Streamed)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,
@@ -69,11 +73,14 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
 
 def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times: Times) -> None:
     """Time every part of the run but loading; the model is cut to its first block on the way."""
-    probe = timed(cache_bytes_per_token, model)
-    times.add("cache before and after", 2 * probe, "measured")
-    pace = Pace(len(layer_list(model)), probe / prompt_length(model))
+    cache, length = timed(cache_bytes_per_token, model), prompt_length(model)
+    times.add("cache before and after", 2 * cache, "measured")
+    pace = Pace(len(layer_list(model)), (cache if isinstance(run.memory, Streamed) else
+                                         timed(check_numbers, model, length)) / length)
     at_once = {i: _seconds(i, recipe, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
     weights = _block_bytes(model)
+    numbers = HeadNumbers.of(block.heads for block in blocks(model))
+    run.heads = HeadNumbers(numbers.before, numbers.left[:1])
     cut_short(model, 1)
     run.scores = {name: scores[:1] for name, scores in run.scores.items()}
     for i, step in enumerate(recipe.steps):

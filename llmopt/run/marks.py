@@ -19,8 +19,10 @@ READ = re.compile(rf"config\.json|generation_config\.json|[^/]+\.safetensors|{ow
 
 def marks(recipe: Recipe, batches: list[data.Batch] | None, streaming: Streaming) -> dict[str, Any]:
     """Recipe, the model's files, data, seeds and versions; not whether the run is streamed."""
+    read = {name: _mark(Path(name).expanduser()) for step in recipe.steps for name in step.reads}
     return {"recipe": recipe.resolved(), "files": _files(recipe), "blocks": streaming.blocks,
-            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions()}
+            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions(),
+            **({"steps read": read} if read else {})}
 
 
 def _files(recipe: Recipe) -> dict[str, list[int]]:
@@ -33,8 +35,12 @@ def _files(recipe: Recipe) -> dict[str, list[int]]:
     found = [*home.iterdir(), *home.glob("additional_chat_templates/*")] if Path(source).is_dir() else \
         [home / "config.json", *home.glob("*.safetensors")]
     names = {file.relative_to(home).as_posix(): file for file in sorted(found)}
-    return {name: [file.stat().st_size, checksum(file)] for name, file in names.items()
-            if READ.fullmatch(name) and file.is_file()}
+    return {name: _mark(file) for name, file in names.items() if READ.fullmatch(name) and file.is_file()}
+
+
+def _mark(file: Path) -> list[int] | None:
+    """[bytes, CRC-32] of a file; None where there is none, which the step that reads it will say."""
+    return [file.stat().st_size, checksum(file)] if file.is_file() else None
 
 
 def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming(),       # noqa: B008  frozen

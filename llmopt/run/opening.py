@@ -13,6 +13,7 @@ from llmopt.files.checks import check_folder
 from llmopt.files.hub import fetch
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, replace_layers
+from llmopt.model.computing import choose
 from llmopt.model.loading import fitting_tokenizer, load_dense, resolve
 from llmopt.model.shapes import slice_config
 from llmopt.recipe.reader import Recipe
@@ -86,8 +87,11 @@ def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
 def open_model(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Resumable]:
     """(model, tokenizer, memory) of a recipe, streamed or as a whole; `journal` is written to by steps alone."""
     if journal.ranks.agree(streaming.wanted(recipe)):
-        return open_streamed(recipe, journal, streaming)
-    return *open_whole(recipe, streaming), Resumable(journal)
+        model, tokenizer, memory = open_streamed(recipe, journal, streaming)
+    else:
+        model, tokenizer, memory = *open_whole(recipe, streaming), Resumable(journal)
+    choose(model, recipe.model.compute_dtype, recipe.model.device, journal.ranks.agree)
+    return model, tokenizer, memory
 
 
 def open_whole(recipe: Recipe, streaming: Streaming) -> tuple[nn.Module, Any]:

@@ -18,9 +18,11 @@ from llmopt.files.checks import WORK
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
+from llmopt.model.computing import choose, computing
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
+from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
@@ -44,6 +46,7 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
     Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
     """
+    check_model(model)
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
     return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
@@ -51,9 +54,11 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
 
 def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     check_order(tuple(steps))
+    check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
     let_save(model)
-    with evaluating(model):
+    with evaluating(model), computing(model):
+        check_numbers(model)
         return _apply(model, steps, run)
 
 
@@ -169,9 +174,10 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
     """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
+    choose(model, recipe.model.compute_dtype, recipe.model.device, ranks.agree)
     batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
     run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
-    with naming(step.name):
+    with naming(step.name), computing(model):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta
 

@@ -8,23 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from llmopt_kernels import Rule
 from torch import Tensor, nn
 
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, naming
+from llmopt.files.json_shapes import check_shape
 from llmopt.method import Method, Record, Run
 from llmopt.model.modeling import tensors_below
 from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import EVICTOR, SELECTOR, Attachment
 from llmopt.runtime.interface import KEY
+from llmopt.runtime.prompt import Prompt
 
 __all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
            "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
 
 
+CONFIG = {"steps?": [{"method": {str: {str: object}}, "meta": {str: object}}], "tensors?": {str: object}, str: object}
+
+
 class RuntimeMethod(Method):
-    """A method that acts while the model runs. `place`: at most one attached method each."""
+    """A method that acts while the model runs; at most one for each place is attached."""
 
     stage = "runtime"
     place: ClassVar[str]
@@ -42,7 +46,11 @@ class RuntimeMethod(Method):
         attach(model, self, record)
         return record
 
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        """Raise LlmoptError unless a record has the form that `plan` gives it and fits the model; it may be forged."""
+
     def restore(self, model: nn.Module, record: Record) -> None:
+        self.check_record(model, record)
         attach(model, self, record)
 
 
@@ -72,12 +80,8 @@ class PrefillMethod(RuntimeMethod):
     place = SELECTOR
 
     @abstractmethod
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, rule: Rule, layer: int,
-                live: Attachment) -> Tensor | None:
-        """Attention of the last T tokens [B, H, T, D] over the last S [B, G, S, D]; None asks for dense.
-
-        real: bool [B, tokens seen], False at padding.
-        """
+    def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -116,16 +120,16 @@ def attached(model: nn.Module, *methods: RuntimeMethod, run: Run | None = None) 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is compressed and new tokens attend densely to what the cache holds."""
+    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds."""
     live = attachment(model)
     if live is None:
         yield
         return
-    before, live.frozen = live.frozen, True
+    before, live.now.frozen = live.now.frozen, True
     try:
         yield
     finally:
-        live.frozen = before
+        live.now.frozen = before
 
 
 def new_cache(model: nn.Module) -> LlmoptCache:
@@ -161,14 +165,29 @@ def runtime_config(model: nn.Module) -> dict[str, Any]:
 
 
 def attach_from_config(model: nn.Module) -> None:
-    """Attach what `model.config.llmopt` describes, with the tensors among its buffers; nothing if that is done."""
+    """Attach what `model.config.llmopt` describes, with the tensors among its buffers; nothing if that is done.
+
+    Raises LlmoptError naming the step whose method, fields or record are not what llmopt writes for this model.
+    """
     if attachment(model) is not None:
         return
     config = model.config.to_dict().get("llmopt") or {}
+    check_shape(config, CONFIG, "config.json: llmopt")
     missing = config.get("tensors", {}).keys() - tensors_below(model).keys()
     if missing:
         raise LlmoptError(f"the tensor llmopt.{min(missing)} is missing; load the model through AutoModelForCausalLM "
                           "after `import llmopt`")
     for step, entry in enumerate(config.get("steps", [])):
-        (name, given), = entry["method"].items()
-        build(name, given).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+        with naming(f"config.json: llmopt.steps.{step}"):
+            _runtime_method(entry["method"]).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+
+
+def _runtime_method(entry: dict[str, dict[str, Any]]) -> RuntimeMethod:
+    """The method of {name: fields}; raises LlmoptError for none, several, or one that does not act at run time."""
+    if len(entry) != 1:
+        raise LlmoptError(f"one {{name: fields}} expected, {len(entry)} given")
+    (name, given), = entry.items()
+    method = build(name, given)
+    if not isinstance(method, RuntimeMethod):
+        raise LlmoptError(f"{name} does not act while the model runs")
+    return method

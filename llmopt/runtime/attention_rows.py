@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from llmopt_kernels import Rule, attention_weights
+from llmopt_kernels import Rule, attention_weights, dense_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llmopt.model.blocks import attention_modules
+from llmopt.model.positions import refuse_bidirectional
 from llmopt.runtime.interface import llmopt_mask
 
 NAME = "llmopt_rows"        # of the attention function
@@ -31,16 +32,18 @@ class Rows:
 
 
 @contextmanager
-def attention_rows(model: nn.Module, see: Callable[[Rows], None]) -> Iterator[None]:
+def attention_rows(model: nn.Module, see: Callable[[Rows], None], rows: slice | None = None) -> Iterator[None]:
     """While it is open, a forward without a cache, of the model or of a block, hands every tile of every map to `see`.
 
-    Blocks that are called one by one must have got their masks inside.
+    rows: the queries that are wanted, by their place in the row of the batch; the others are computed without a map.
+    Blocks that are called one by one must have got their masks inside; calibration.walk.Visit.attention sees to it.
     """
+    refuse_bidirectional(model)
     before, modules = model.config._attn_implementation, attention_modules(model)
     try:
         for layer, module in enumerate(modules):
             if module is not None:
-                module.__dict__[KEY] = (see, layer)
+                module.__dict__[KEY] = (see, layer, rows)
         model.set_attn_implementation(NAME)
         yield
     finally:
@@ -56,10 +59,23 @@ def rows_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """The attention function: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D]."""
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
     total, lines = query.shape[2], query.shape[0] * query.shape[1]
+    see, layer, rows = module.__dict__[KEY]
+    first, last, _ = slice(None).indices(total) if rows is None else rows.indices(total)
     size = max(1, ENTRIES // (lines * total))
-    tiles = [(start, min(start + size, total)) for start in range(0, total, size)]
-    out = [_tile(module.__dict__[KEY], (query, key, value), attention_mask, rule, tile) for tile in tiles]
+    tiles = [(start, min(start + size, last)) for start in range(first, last, size)]
+    out = [_unseen((query, key, value), attention_mask, rule, (0, first)),
+           *(_tile((see, layer), (query, key, value), attention_mask, rule, tile) for tile in tiles),
+           _unseen((query, key, value), attention_mask, rule, (max(first, last), total))]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _unseen(qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rule: Rule, tile: tuple[int, int]) -> Tensor:
+    """Attention of queries nobody looks at: [B, H, t, D]."""
+    (query, key, value), (start, stop) = qkv, tile
+    if start == stop:
+        return query[:, :, :0]
+    mask = None if mask is None else mask[:, :stop].bool()
+    return dense_attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], mask, start, rule)
 
 
 def _tile(looking: tuple, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rule: Rule,

@@ -1,26 +1,139 @@
 """A key-value cache whose layers may hold different entries per batch row and KV head, and free what they drop."""
+import weakref
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from llmopt.errors import LlmoptError
 from llmopt.runtime.cache_layer import Entries, RaggedLayer
+from llmopt.runtime.forward import Forward
 
 __all__ = ["Entries", "LlmoptCache", "RaggedLayer"]
+
+NOTES = ("mask", "position_ids", "dropped")     # tensors [B, ...] that a cache knows of its tokens
+
+
+class Owner:
+    """The model that a cache belongs to, not kept alive by it; a cache read from a file has none."""
+
+    def __init__(self, model: nn.Module | None = None):
+        self.model = None if model is None else weakref.ref(model)
+
+    def differs(self, model: nn.Module) -> bool:
+        """Whether it is known to be another model."""
+        return self.model is not None and self.model() is not model
+
+    def __deepcopy__(self, memo: dict) -> "Owner":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Owner, ()
 
 
 class LlmoptCache(Cache):
     """The cache of a whole model, whose layers have `groups` KV heads (0: no attention) and maybe sliding windows.
 
     mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
-    them, or None while they count the columns. pending: tokens since the last compression.
+    them, or None while they count the columns. dropped: bool [B, seen then], the tokens that a mask hid when entries
+    were last dropped, or None. pending: tokens since the last compression. hides: the mask of this forward hides kept
+    entries. forward: the forward that reads this cache now, or one that died.
     """
 
-    def __init__(self, groups: list[int], windows: list[int | None]):
+    def __init__(self, groups: list[int], windows: list[int | None], model: nn.Module | None = None):
         super().__init__(layers=[RaggedLayer(*shape) for shape in zip(groups, windows, strict=True)])
+        self.owner = Owner(model)
+        self._forget()
+
+    def _forget(self) -> None:
         self.mask: Tensor | None = None
         self.position_ids: Tensor | None = None
+        self.dropped: Tensor | None = None
         self.pending = 0
+        self.hides = False
+        self.forward: Forward | None = None
+
+    # ------------------------------------------------------------------------------------------- around a forward
+
+    def begin(self, forward: Forward, model: nn.Module, batch: int) -> None:
+        """A forward of `model` over `batch` rows begins to read; raises LlmoptError where this cache cannot serve."""
+        if self.forward is not None:
+            raise LlmoptError("a forward with this cache has failed in the middle, or is still under way in another "
+                              "thread; begin with a new cache")
+        if self.owner.differs(model):
+            raise LlmoptError("this cache was filled by another model, whose keys and values it holds; pass none")
+        if self.batch_size not in (-1, batch):
+            raise LlmoptError(f"the cache holds {self.batch_size} rows, {batch} were given")
+        self.forward, forward.cache = forward, self
+        forward.before = self.get_seq_length(), *(getattr(self, name) for name in NOTES)
+
+    def end(self, died: bool) -> None:
+        """The forward is over. After one that died in the middle no other may read this cache."""
+        seen, *notes = self.forward.before
+        if died and any(layer.seen != seen for layer in self.layers):
+            return
+        if died:
+            self.__dict__.update(zip(NOTES, notes, strict=True))
+        self.forward = None
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        if self.forward is None or self.forward.cache is not self:
+            raise LlmoptError("this cache was filled by a model with attached llmopt methods, and the model that reads "
+                              "it has none (detached?): attach them again, or pass no past_key_values")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def note_mask(self, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+        """The padding mask [B, seen + tokens] of a call, kept; a call without one continues with what is known.
+
+        Kept entries of tokens that it hides become invisible; tokens that were hidden at a compression stay hidden.
+        """
+        total = self.get_seq_length() + tokens
+        if self.mask is not None and (mask is None or mask.ndim != 2):
+            self.mask = torch.cat([self.mask, self.mask.new_ones(batch, tokens)], 1)
+            mask = self.mask if mask is None else mask
+        if mask is None or mask.ndim != 2:
+            return mask
+        if mask.shape[1] != total:
+            raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {total} tokens were seen")
+        if mask.shape[0] != batch:
+            raise LlmoptError(f"attention_mask has {mask.shape[0]} rows, {batch} were given")
+        self.hides = self._hides(mask.bool())
+        self.mask = None if bool(mask.all()) else mask.bool()
+        return mask
+
+    def _hides(self, mask: Tensor) -> bool:
+        """Whether some kept entry is hidden by `mask` [B, total]."""
+        hidden = ~mask[:, :max(layer.folded for layer in self.layers)]
+        if self.dropped is None:
+            return bool(hidden.any())
+        dropped = torch.zeros_like(hidden)
+        dropped[:, :self.dropped.shape[1]] = self.dropped
+        if bool((dropped & ~hidden).any()):
+            raise LlmoptError("attention_mask shows tokens that were hidden when the cache was compressed; they are "
+                              "gone")
+        return bool((hidden & ~dropped).any())
+
+    def note_position_ids(self, given: Tensor | None, batch: int, tokens: int) -> None:
+        """Keep the position ids [B, tokens] as soon as they are not simply the columns."""
+        seen = self.get_seq_length()
+        device = given.device if given is not None else None if self.position_ids is None else self.position_ids.device
+        if given is None and self.position_ids is None:
+            return
+        columns = torch.arange(seen + tokens, device=device)
+        given = columns[None, seen:] if given is None or given.ndim != 2 else given
+        if self.position_ids is None and bool((given == columns[seen:]).all()):
+            return
+        before = columns[None, :seen] if self.position_ids is None else self.position_ids
+        self.position_ids = torch.cat([x.expand(batch, -1) for x in (before, given)], 1)
+
+    def compressed(self) -> None:
+        """All layers have been asked to drop entries: what the mask hides now is gone for good where one did."""
+        self.pending = 0
+        if any(layer.folded == layer.seen for layer in self.layers):
+            self.dropped = None if self.mask is None else ~self.mask
+
+    # ------------------------------------------------------------------------------------------------ copies, rows
 
     def fork(self) -> "LlmoptCache":
         """A copy to continue from, at no cost in memory until it grows; this one stays as it is."""
@@ -32,13 +145,15 @@ class LlmoptCache(Cache):
         """A copy that has not seen the last token yet; what its coming made the method evict stays evicted."""
         twin = self.fork()
         twin.layers = [layer.without_last() for layer in self.layers]
-        twin.mask, twin.position_ids = (None if x is None else x[:, :-1] for x in (self.mask, self.position_ids))
+        seen = self.get_seq_length() - 1
+        for name in NOTES:
+            noted = getattr(self, name)
+            setattr(twin, name, None if noted is None else noted[:, :seen])
         return twin
 
     def reset(self) -> None:
         super().reset()
-        self.mask = self.position_ids = None
-        self.pending = 0
+        self._forget()
 
     def crop(self, *args, **kwargs) -> None:
         raise LlmoptError("assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back, and what "
@@ -58,8 +173,9 @@ class LlmoptCache(Cache):
             return
         for layer in self.layers:
             layer.select_rows(rows)
-        self.mask, self.position_ids = (None if x is None else x[rows.to(x.device)]
-                                        for x in (self.mask, self.position_ids))
+        for name in NOTES:
+            noted = getattr(self, name)
+            setattr(self, name, None if noted is None else noted[rows.to(noted.device)])
 
     @property
     def batch_size(self) -> int:
@@ -86,7 +202,7 @@ class LlmoptCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors held: keys, values, positions, and queries waiting for the next compression."""
         tensors = [t for layer in self.layers for t in layer.tensors()]
-        tensors += [x for x in (self.mask, self.position_ids) if x is not None]
+        tensors += [x for x in map(self.__dict__.get, NOTES) if x is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def dense_nbytes(self) -> int:

@@ -2,10 +2,10 @@
 
 Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from llmopt_kernels import NONE, Ragged
+from llmopt_kernels import NONE, Packed, Ragged, dense, joined
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -14,13 +14,20 @@ from transformers.cache_utils import CacheLayerMixin
 class Entries:
     """All entries of one batch row in one layer, heads padded at the end to equal length.
 
-    keys, values: [G, T, D]; positions: [G, T], NONE at holes; bias: [G, T] or None.
+    keys, values: [G, T, D]; positions: [G, T], NONE at holes; carried: columns [G, T] that go with every entry through
+    eviction, merging, sliding, beams and turns: `bias`, which is added to the logits, and those of scorers.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Packed
+    values: Tensor | Packed
     positions: Tensor
-    bias: Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A carried column [G, T]; zeros if these entries have none of that name."""
+        if name in self.carried:
+            return self.carried[name]
+        return torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
 
     @property
     def counts(self) -> Tensor:
@@ -32,7 +39,7 @@ class RaggedLayer(CacheLayerMixin):
     """`kept` (flat, or None before the first compression) and the dense tail [B, G, S, D].
 
     groups: G; 0 where this layer has lost its attention: it counts tokens and holds nothing. window: of a
-    sliding-window layer.
+    sliding-window layer. folded: tokens seen when entries were last dropped.
     """
 
     is_sliding = False
@@ -42,7 +49,7 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.groups = groups
         self.window = window
-        self.seen = 0
+        self.seen = self.folded = 0
         self.kept: Ragged | None = None
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
@@ -121,6 +128,7 @@ class RaggedLayer(CacheLayerMixin):
         """This layer before it saw its last token, but for what was evicted since."""
         twin = self.fork()
         twin.seen -= 1
+        twin.folded = min(self.folded, twin.seen)
         twin.forget_queries()
         if self.is_initialized and self.keys.shape[2]:
             twin.keys, twin.values = self.keys[:, :, :-1], self.values[:, :, :-1]
@@ -163,10 +171,14 @@ class RaggedLayer(CacheLayerMixin):
         counts = torch.full((self.groups,), tail)
         if self.kept is None:
             return counts
-        if self.window is None:
+        if self.window is None and real is None:
             return counts + self.kept.counts[row]
-        return counts + torch.stack([(self.kept.positions[where] > oldest).sum().cpu()
+        return counts + torch.stack([_alive(self.kept.positions[where], real, oldest).sum().cpu()
                                      for r, _, where in self.kept.heads() if r == row])
+
+    def shown(self, mask: Tensor) -> Ragged:
+        """The kept entries of tokens that `mask` [B, seen] does not hide."""
+        return self.kept.where(mask.to(self.device).bool()[self.kept.rows, self.kept.positions.long()])
 
     def row(self, index: int, real: Tensor | None) -> Entries:
         """The entries of one batch row: real tokens [seen] only, and none that slid out of this layer's window."""
@@ -178,40 +190,41 @@ class RaggedLayer(CacheLayerMixin):
         if not bool(wanted.all()):
             keys, values, columns = keys[:, wanted], values[:, wanted], columns[wanted]
         tail = Entries(keys, values, columns.expand(keys.shape[0], -1))
-        return tail if self.kept is None else self._joined(index, tail)
+        return tail if self.kept is None else self._joined(index, tail, real)
 
-    def _joined(self, index: int, tail: Entries) -> Entries:
-        """Resumable entries of a row, then its tail, head by head."""
-        parts = []
-        for row, head, where in self.kept.heads():
+    def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
+        """Kept entries of a row that a query may still read, then its tail, head by head."""
+        kept, parts = self.kept, []
+        for row, head, where in kept.heads():
             if row != index:
                 continue
-            old = self.kept.positions[where].long()
-            bias = self.kept.bias[where] if self.kept.bias is not None else self.kept.keys.new_zeros(len(old)).float()
-            live = old > (NONE if self.window is None else self.seen - self.window)
-            parts.append((torch.cat([self.kept.keys[where][live], tail.keys[head]]),
-                          torch.cat([self.kept.values[where][live], tail.values[head]]),
-                          torch.cat([old[live], tail.positions[head]]),
-                          torch.cat([bias[live], bias.new_zeros(tail.positions.shape[1])])))
-        fills = (0.0, 0.0, NONE, 0.0)
-        stacked = [torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
-                   for column, fill in zip(zip(*parts, strict=True), fills, strict=True)]
-        return Entries(stacked[0], stacked[1], stacked[2], stacked[3] if self.kept.bias is not None else None)
+            old = kept.positions[where].long()
+            live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
+            new = [tail.keys[head], tail.values[head], tail.positions[head]]
+            new += [column.new_zeros(len(new[2])) for column in kept.carried.values()]
+            before = [dense(kept.keys[where]), dense(kept.values[where]), old]
+            before += [column[where] for column in kept.carried.values()]
+            parts.append([torch.cat([a[live], b]) for a, b in zip(before, new, strict=True)])
+        fills = (0.0, 0.0, NONE, *(0 for _ in kept.carried))
+        keys, values, positions, *columns = (
+            torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
+            for column, fill in zip(zip(*parts, strict=True), fills, strict=True))
+        return Entries(keys, values, positions, dict(zip(kept.carried, columns, strict=True)))
 
     def fold(self, rows: list[Entries]) -> None:
         """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
         masks = [entry.positions != NONE for entry in rows]
 
-        def flat(name: str) -> Tensor:
-            return torch.cat([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
+        def flat(name: str) -> Tensor | Packed:
+            return joined([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
 
-        bias = None
-        if any(entry.bias is not None for entry in rows):
-            bias = torch.cat([entry.bias[mask] if entry.bias is not None else mask[mask].float() * 0
-                              for entry, mask in zip(rows, masks, strict=True)])
+        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()}
+        carried = {name: torch.cat([entry.column(name, dtype)[mask] for entry, mask in zip(rows, masks, strict=True)])
+                   for name, dtype in known.items()}
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
-        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, bias)
+        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, carried)
         self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
+        self.folded = self.seen
 
     def counts(self) -> Tensor:
         """[B, G] entries held, padding in the tail included."""
@@ -224,3 +237,9 @@ class RaggedLayer(CacheLayerMixin):
         """Every tensor this layer holds."""
         held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
         return held if self.kept is None else held + self.kept.tensors()
+
+
+def _alive(positions: Tensor, real: Tensor | None, oldest: int) -> Tensor:
+    """bool [N]: entries at `positions` [N] behind `oldest` that are real tokens by `real` [seen] (None: all are)."""
+    live = positions > oldest
+    return live if real is None else live & real[positions.long()]

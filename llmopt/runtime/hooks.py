@@ -1,6 +1,5 @@
 """What `attach` puts into a model: hooks around each forward, and what its layers then do instead of attention."""
 import inspect
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,40 +12,32 @@ from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
-from llmopt.model.positions import attention_windows
+from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
+from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
+from llmopt.runtime.prompt import Prompt
+from llmopt.scale.gauge import give_back_freed
 
 EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
-OTHER_CACHES = ("static", "offloaded", "offloaded_static", "quantized")
-
-
-class Forward(threading.local):
-    """What the forward under way needs to know: each thread has its own, and a copied model starts without one."""
-
-    def __init__(self) -> None:
-        self.cache: LlmoptCache | None = None
-        self.tokens = 0
-        self.due = False                                # it ends in a compression
-        self.plan: dict[int, Any] = {}                  # what the kv method decides once, by batch row
-
-    def __reduce__(self) -> tuple:
-        return Forward, ()
+WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
+SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
 
 class Attachment:
     """All that is added to one model: its parts, by place, and what the present forward needs to know."""
 
     def __init__(self, model: nn.Module):
+        refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
-        self.frozen = False
         self.now = Forward()
         self.rules: dict[int, Rule] = {}
         self.stats: dict[int, Any] = {}                 # counters of a prefill selector, by layer
         self.before = model.config._attn_implementation
         self.modules = attention_modules(model)
+        self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
         decoder = model.get_decoder()
         self.arguments = list(inspect.signature(decoder.forward).parameters)
@@ -54,7 +45,7 @@ class Attachment:
 
     def _switch_on(self, decoder: nn.Module) -> None:
         self.model.set_attn_implementation(NAME)
-        if any(m.config._attn_implementation != NAME for m in self.modules if m is not None):
+        if any(config._attn_implementation != NAME for config in self.configs):
             raise LlmoptError(f"{type(self.model).__name__} does not let its attention be replaced")
         self.kind = type(self.model)
         let_save(self.model)
@@ -73,6 +64,7 @@ class Attachment:
         for module in (self.model, *(m for m in self.modules if m is not None)):
             module.__dict__.pop(KEY, None)
         self.model.__dict__.pop("_prepare_cache_for_generation", None)
+        self.now.cache = None
         drop_tensors(self.model)
         self.model.__class__ = self.kind
         self.model.set_attn_implementation(self.before)
@@ -105,82 +97,92 @@ class Attachment:
 
     def new_cache(self) -> LlmoptCache:
         """An empty cache that fits the model."""
-        return LlmoptCache(self.groups, attention_windows(self.model))
+        return LlmoptCache(self.groups, attention_windows(self.model), self.model)
 
     def _prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """Stands in for the method of that name that `generate` calls."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation in OTHER_CACHES:
-                raise LlmoptError(f"cache_implementation={generation_config.cache_implementation!r} cannot be combined "
-                                  "with attached llmopt methods, which bring their own cache")
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if kind not in SERVED:
+            raise LlmoptError(f"cache_implementation={kind!r} cannot be combined with attached llmopt methods, which "
+                              "bring their own cache; set it to None")
+        if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+        elif given is not None:
+            _checked(given)._is_user_defined = True         # generate then leaves it in a state to go on from
 
     # ------------------------------------------------------------------------------------------- around a forward
 
-    def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    @torch.compiler.disable
+    def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         named = dict(zip(self.arguments, args, strict=False)) | kwargs
-        given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        self.now.tokens, self.now.due, self.now.plan = given.shape[1], False, {}
+        given = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
+        self.now.begin(0 if given is None else given.shape[1])
+        if given is None:
+            return None                                     # the model says what is missing
+        self._check_attention()
+        self._bring_cache(decoder, named)
+        if named.get("past_key_values") is not None:
+            self._open(_checked(named["past_key_values"]), named, given.shape[0])
+        return (), named
+
+    def _check_attention(self) -> None:
+        for config in self.configs:
+            if not str(config._attn_implementation).startswith(NAME):
+                raise LlmoptError(f"set_attn_implementation({config._attn_implementation!r}) has switched off the "
+                                  f"attached methods; set it back to {NAME!r}, or call llmopt.runtime.detach")
+
+    def _bring_cache(self, decoder: nn.Module, named: dict) -> None:
+        """Put a new cache among the arguments of a forward that wants one; checkpointed layers take none."""
+        if decoder.training and decoder.is_activation_checkpointing:
+            if named.get("past_key_values") is not None:
+                raise LlmoptError("gradient checkpointing cannot be combined with past_key_values")
+            named["use_cache"] = False
         use = self.model.config.use_cache if named.get("use_cache") is None else named["use_cache"]
         if named.get("past_key_values") is None and use:
             named["past_key_values"] = self.new_cache()
-        self.now.cache = cache = named.get("past_key_values")
-        if cache is not None:
-            if not isinstance(cache, LlmoptCache):
-                raise LlmoptError(f"a {type(cache).__name__} was passed to a model with attached llmopt methods; "
-                                  "pass none, or the past_key_values that it returned")
-            self._note_mask(named, given.shape[0])
-            self._note_position_ids(named.get("position_ids"), given.shape[0])
-            self.now.due = self._is_due()
-        return (), named
+
+    def _open(self, cache: LlmoptCache, named: dict, batch: int) -> None:
+        """Let this forward read and fill the cache, which learns what is known of the new tokens."""
+        cache.begin(self.now, self.model, batch)
+        mask = named.get("attention_mask")
+        mask = mask.to(self.model.device) if isinstance(mask, Tensor) else mask
+        named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
+        cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
+        self.now.due = self._is_due()
 
     def _is_due(self) -> bool:
         method = self.method(EVICTOR)
-        if method is None or self.frozen:
+        if method is None or self.now.frozen:
             return False
         tokens = self.now.tokens
         return tokens > 1 or (method.every is not None and self.now.cache.pending + tokens >= method.every)
 
-    def _note_mask(self, named: dict, batch: int) -> None:
-        """Keep the padding mask with the cache; a call without one continues with what is known."""
-        mask, cache = named.get("attention_mask"), self.now.cache
-        total = cache.get_seq_length() + self.now.tokens
-        if mask is None and cache.mask is not None:
-            mask = torch.cat([cache.mask, cache.mask.new_ones(batch, self.now.tokens)], 1)
-            named["attention_mask"] = mask
-        if mask is None or mask.ndim != 2:
-            return
-        if mask.shape[1] != total:
-            raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {total} tokens were seen")
-        cache.mask = None if bool(mask.all()) else mask.to(self.model.device).bool()
-
-    def _note_position_ids(self, given: Tensor | None, batch: int) -> None:
-        """Keep the position ids with the cache as soon as they are not simply the columns."""
-        cache = self.now.cache
-        seen = cache.get_seq_length()
-        columns = torch.arange(seen + self.now.tokens, device=self.model.device)
-        given = columns[None, seen:] if given is None or given.ndim != 2 else given
-        if cache.position_ids is None and bool((given == columns[seen:]).all()):
-            return
-        before = columns[None, :seen] if cache.position_ids is None else cache.position_ids
-        cache.position_ids = torch.cat([x.expand(batch, -1) for x in (before, given)], 1)
-
+    @torch.compiler.disable
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache, self.now.cache = self.now.cache, None
-        if cache is None or output is None:             # None: the forward has raised
+        cache, self.now.cache, self.now.shared = self.now.cache, None, {}
+        if cache is None:
             return
-        cache.pending += self.now.tokens
-        if self.now.due:
-            method = self.method(EVICTOR)
-            if not method.layer_by_layer:
-                method.compress(cache, self, self.record(EVICTOR), cache.attending())
-            cache.pending = 0
+        if output is not None:                          # None: the forward has raised
+            cache.pending += self.now.tokens
+            if self.now.due:
+                self._compress(cache)
+        cache.end(died=output is None)
+
+    def _compress(self, cache: LlmoptCache) -> None:
+        method = self.method(EVICTOR)
+        if not method.layer_by_layer:
+            before = cache.nbytes()
+            method.compress(cache, self, self.record(EVICTOR), cache.attending())
+            if before - cache.nbytes() > WORTH_GIVING_BACK:             # all layers in full, freed at once
+                give_back_freed()
+        cache.compressed()
 
     @torch.no_grad()
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
         """The cache after a prompt with these queries, keys and values in its layers: no weight is read."""
         cache = self.new_cache()
-        self.now.cache, self.now.tokens, self.now.plan = cache, length, {}
+        self.now.begin(length)
+        cache.begin(self.now, self.model, 1)
         self.now.due = self._is_due()
         for index, (query, keys, values) in enumerate(layers):
             keys, values = cache.update(keys, values, index)
@@ -198,44 +200,47 @@ class Attachment:
 
         A kv method that can decide on this layer alone makes it smaller before the next layer fills its own.
         """
-        if mask is not None and mask.ndim == 4:
-            return self._custom_mask(query, keys, values, mask, rule)
-        self.rules[index] = rule
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
+        prompt = Prompt(query, keys, values, None if layer is None else layer.kept, mask, seen, rule, index)
+        if mask is not None and mask.ndim == 4:
+            return self._custom_mask(prompt)
+        self.rules[index] = rule
         if mask is not None and mask.shape[1] != seen:
             raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
         if layer is None:
-            return self._over_tail(index, query, keys, values, mask, rule)
+            return self._attention(prompt)
         layer.window = rule.window
         self._record(layer, query, mask)
-        if layer.kept is None:
-            out = self._over_tail(index, query, keys, values, mask, rule)
-        else:
-            first = seen - query.shape[2]
-            visible = dense_visible(query, keys, mask, first, rule)
-            out = ragged_attention(query, layer.kept, (keys, values), visible, first, rule)
+        out = self._attention(prompt)
         if self.now.due and self.method(EVICTOR).layer_by_layer:
             self.method(EVICTOR).compress(self.now.cache, self, self.record(EVICTOR), [index])
         layer.slide()
         return out
 
-    def _over_tail(self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
-                   rule: Rule) -> Tensor:
-        """Attention of the newest tokens over all of a layer's: by the prefill selector if there is one."""
-        seen = keys.shape[2] if self.now.cache is None else self.now.cache.layers[index].seen
-        selector = self.method(SELECTOR)
-        if selector is not None and query.shape[2] > 1 and not self.frozen:
-            real = query.new_ones(query.shape[0], seen, dtype=torch.bool) if mask is None else mask
-            out = selector.prefill(query, keys, values, real, rule, index, self)
-            if out is not None:
-                return out
-        return dense_attention(query, keys, values, mask, seen - query.shape[2], rule)
+    def _attention(self, prompt: Prompt) -> Tensor:
+        """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
+        if self._is_selected(prompt):
+            return self.method(SELECTOR).prefill(prompt, self)
+        query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
+        if prompt.kept is None:
+            return dense_attention(query, *tail, prompt.mask, first, rule)
+        visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
+        cache = self.now.cache
+        kept = cache.layers[prompt.layer].shown(prompt.mask) if cache.hides else prompt.kept
+        return ragged_attention(query, kept, tail, visible, first, rule)
+
+    def _is_selected(self, prompt: Prompt) -> bool:
+        return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
 
     def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them."""
+        """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
+        all since the last compression.
+        """
         method = self.method(EVICTOR)
-        if method is None or self.frozen or method.queries() == 0 or (query.shape[2] == 1 and method.every is None):
+        if method is None or self.now.frozen or method.queries() == 0:
+            return
+        if query.shape[2] == 1 and method.every is None and method.queries() is not None:
             return
         first = layer.seen - query.shape[2]
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)
@@ -243,8 +248,21 @@ class Attachment:
             positions = positions.masked_fill(~mask[:, first:], NONE)
         layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None)
 
-    def _custom_mask(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-        if rule.softcap is not None or (self.now.cache is not None and self.method(EVICTOR) is not None):
+    def _custom_mask(self, prompt: Prompt) -> Tensor:
+        """Attention under a 4-D mask, which a prefill selector must be able to read."""
+        kept = prompt.kept is not None or (self.now.cache is not None and self.method(EVICTOR) is not None)
+        selected = self._is_selected(prompt)
+        if kept or (prompt.rule.softcap is not None and not selected):
             raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
                               "or with softcap; pass a 2-D attention_mask")
-        return scaled_dot_product_attention(query, keys, values, mask, scale=rule.scaling, enable_gqa=True)
+        if selected:
+            return self.method(SELECTOR).prefill(prompt, self)
+        return scaled_dot_product_attention(prompt.query, prompt.keys, prompt.values, prompt.mask,
+                                            scale=prompt.rule.scaling, enable_gqa=True)
+
+
+def _checked(cache: Any) -> LlmoptCache:
+    if not isinstance(cache, LlmoptCache):
+        raise LlmoptError(f"a {type(cache).__name__} was passed to a model with attached llmopt methods; "
+                          "pass none, or the past_key_values that it returned")
+    return cache

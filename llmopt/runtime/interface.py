@@ -1,4 +1,5 @@
 """The one attention function and the one mask function that transformers calls while methods are attached."""
+import torch
 from llmopt_kernels import Rule
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -10,6 +11,7 @@ NAME = "llmopt"             # of the attention function
 KEY = "_llmopt_runtime"     # where model and attention modules keep their attachment
 
 
+@torch.compiler.disable
 def llmopt_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
                      softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
@@ -26,6 +28,7 @@ def llmopt_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     return out.transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable
 def llmopt_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
                 attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
     """The mask function: the padding mask as it came, bool [B, seen], or None; a 4-D mask for packed sequences."""

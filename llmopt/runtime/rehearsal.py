@@ -1,4 +1,4 @@
-"""What the KV cache of a model whose weights are not there will hold, found by filling a real cache with noise."""
+"""What the KV cache of a model will hold, with or without weights: found by filling a real cache with noise."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -6,10 +6,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from llmopt import runtime
-from llmopt.errors import LlmoptError
 from llmopt.model.blocks import Block, blocks
-from llmopt.runtime import rehearsal
 from llmopt.runtime.attach import attachment
 
 
@@ -59,19 +56,7 @@ def prompt_length(model: nn.Module) -> int:
     return min(512, model.config.max_position_embeddings // 2)
 
 
-@torch.no_grad()
 def cache_bytes_per_token(model: nn.Module) -> float:
-    """Bytes that the KV cache holds after a prompt of random tokens, per token; LlmoptError if that computes NaN."""
+    """Bytes that the KV cache holds after a prompt, per token; shapes tell it, no forward is needed."""
     length = prompt_length(model)
-    if next(model.parameters()).is_meta:
-        return rehearsal.cache_bytes(model, length) / length
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    step = model(ids, use_cache=True)
-    if bool(step.logits.isnan().any()):
-        raise LlmoptError("the model computes NaN from ordinary tokens; its config or its weights are damaged")
-    cache = step.past_key_values
-    if isinstance(cache, runtime.LlmoptCache):
-        return cache.nbytes() / length
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in held) / length
+    return cache_bytes(model, length) / length

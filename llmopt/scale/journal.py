@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -112,9 +111,14 @@ class Journal:
         except KeyboardInterrupt as error:
             raise Interrupted(f"interrupted; {self._left()}") from error
         except (OSError, DiskFull) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            number = errno.ENOSPC if isinstance(error, DiskFull) else error.errno
+            if number not in shards.FULL:
                 raise
-            raise DiskFull(f"{self.folder.parent}: the disk is full; {self._left()}") from error
+            fact = str(error).partition(";")[0] if isinstance(error, DiskFull) else \
+                f"{self.folder.parent}: {shards.FULL[number]}"
+            raise DiskFull(f"{fact}; {self._left()}") from error
+        except MemoryError as error:
+            raise MemoryError(f"out of memory; {self._left()}") from error
         except LlmoptError as error:
             if self.hold:
                 error.args = (f"{error}; {self._left()}",)
@@ -164,8 +168,7 @@ class Journal:
     def path(self, key: Key) -> Path:
         """Where the tensors of a block belong."""
         step, sweep, place = key
-        name = f"{place:05d}" if isinstance(place, int) else quote(place, safe="")
-        return self.folder / f"step-{step}" / f"{sweep}-{name}"
+        return self.folder / f"step-{step}" / f"{sweep}-{_file_name(place)}"
 
     def write(self, file: Path, tensors: dict[str, Tensor]) -> Path:
         """One file, whole or not there; tensors of an older file of this name stay mapped."""
@@ -234,6 +237,14 @@ class Journal:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
+
+
+def _file_name(place: int | str) -> str:
+    """Part of a file's name: a block's number, or a name with its checksum where it holds what a file's should not."""
+    if isinstance(place, int):
+        return f"{place:05d}"
+    plain = re.sub(r"[^\w.-]", "-", place, flags=re.ASCII)[:80]
+    return plain if plain == place else f"{plain}-{zlib.crc32(place.encode()):08x}"
 
 
 def _text(key: Key) -> str:

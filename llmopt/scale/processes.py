@@ -91,6 +91,16 @@ class Ranks:
             self.broadcast_(whole[self.span(count, rank)], rank)
         return whole
 
+    def each_of(self, own: Sequence[Tensor], like: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """(tensor [n, in], whether it is this rank's own) of every rank, one rank after the other.
+
+        like: something [..., in] of their type.
+        """
+        for rank, lengths in enumerate(self.gather([len(tensor) for tensor in own])):
+            for index, length in enumerate(lengths):
+                mine = rank == self.rank
+                yield self.broadcast_(own[index] if mine else like.new_empty(length, like.shape[-1]), rank), mine
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (plain data or small tensors on the CPU), by rank."""
         if self.size == 1:

@@ -76,7 +76,7 @@ def test_eval_refuses_the_world_by_name_before_a_model_is_loaded(run, monkeypatc
     monkeypatch.setattr(scores, "evaluate", None)
     code, out, errors = run("eval", "m", "--tasks", "world_ppl")
     assert (code, out) == (2, "")
-    assert "For any model: --tasks text_ppl" in errors
+    assert "For any model: --tasks text_ppl,needles" in errors
 
 
 def test_a_text_reaches_its_task_from_the_command_and_its_home_is_known(run, stranger, monkeypatch):

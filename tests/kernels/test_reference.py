@@ -28,7 +28,8 @@ def test_ragged_attention(rule, even, merged, version):
     total, tokens, first = int(counts.sum()), 3, 12
     positions = torch.cat([torch.randperm(9)[:c].sort().values for c in counts.flatten().tolist()]).int()
     bias = draw(total, seed=9) if merged else None
-    kept = Ragged(draw(total, 8, seed=1), draw(total, 8, seed=2), positions, counts, bias)
+    carried = {} if bias is None else {"bias": bias}
+    kept = Ragged(draw(total, 8, seed=1), draw(total, 8, seed=2), positions, counts, carried)
     query, tail = draw(2, 4, tokens, 8, seed=3), (draw(2, 2, 4, 8, seed=4), draw(2, 2, 4, 8, seed=5))
     where = torch.arange(first - 1, first + tokens)                  # one token of the tail is older than the queries
     visible = rule.visible(torch.arange(first, first + tokens), where)[None]

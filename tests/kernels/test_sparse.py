@@ -141,25 +141,25 @@ def lists(columns, blocks):
     return drawn
 
 
-def visible_by_hand(stripes, rule, heads, tokens):
-    """bool [heads, tokens, TOTAL], twice: of the base, and of everything; one entry after the other."""
+def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
+    """bool [heads, tokens, total], twice: of the base, and of everything; one entry after the other."""
     window, start, columns, blocks = (None if x is None else torch.as_tensor(x).tolist() for x in
                                       (stripes.window, stripes.start, stripes.columns, stripes.blocks))
-    base, every = ([[[False] * TOTAL for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
+    base, every = ([[[False] * total for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
 
     def own(x, h, t):
-        """The entry of a list [tiles] or [X, tiles] for head h and query t."""
-        x = x[h * len(x) // heads] if isinstance(x[0], list) else x
-        return x[t // TILE]
+        """The entry of a list [X, tiles] (or [tiles] of numbers) for head h and query t."""
+        x = x if isinstance(x[0], int) else x[h * len(x) // heads]
+        return x[t // stripes.tile]
 
     for h, t in product(range(heads), range(tokens)):
-        i = t + TOTAL - tokens
+        i = t + total - tokens
         width = window if not isinstance(window, list) else window[h * len(window) // heads]
         first = i + 1 - width if start is None else own(start, h, t)
         for j in range(max(0, i - (rule.window or 99) + 1), i + 1):
             base[h][t][j] = j < stripes.sinks or j >= first
             every[h][t][j] = bool(base[h][t][j] or (columns and j in own(columns, h, t))
-                                  or (blocks and j // BLOCK in own(blocks, h, t)))
+                                  or (blocks and j // stripes.block in own(blocks, h, t)))
     return torch.tensor(base), torch.tensor(every)
 
 
@@ -208,7 +208,8 @@ def test_the_base_is_a_window_or_a_start():
 def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
     counts = torch.tensor([[5, 0]])
     bias = draw(5, seed=9) if biased else None
-    kept = Ragged(draw(5, 8, seed=3), draw(5, 8, seed=4), torch.tensor([0, 2, 3, 6, 8]).int(), counts, bias)
+    carried = {} if bias is None else {"bias": bias}
+    kept = Ragged(draw(5, 8, seed=3), draw(5, 8, seed=4), torch.tensor([0, 2, 3, 6, 8]).int(), counts, carried)
     query, keys, values = draw(4, 6, 8), draw(2, 6, 8, seed=1), draw(2, 6, 8, seed=2)
     new, _ = sparse_partial(query, keys, values, Stripes(0, 6), rule)
     old = ragged_partial(query[None], kept, 10, rule, block=4)
@@ -221,3 +222,15 @@ def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
         want = one_query(query[h, t], torch.cat([kept.keys[past], keys[h // 2, near]]),
                          torch.cat([kept.values[past], values[h // 2, near]]), rule, more)
         assert_close(got.out[h, t], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_are_those_of_dense_attention(rule):
+    """Through the merge of a base that is done with listed keys; together they cover everything."""
+    leaves = [x.requires_grad_() for x in (draw(4, 20, 8), draw(2, 20, 8, seed=1), draw(2, 20, 8, seed=2))]
+    query, keys, values = leaves
+    done, _ = sparse_partial(query, keys, values, Stripes(0, 3, tile=8), rule)
+    got, _ = sparse_attention(query, keys, values, Stripes(0, 3, torch.arange(20).expand(2, 3, 20), 8, done=done), rule)
+    want = dense_attention(query[None], keys[None], values[None], None, 0, rule)[0]
+    for mine, theirs in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (got, want)), strict=True):
+        assert_close(mine, theirs, atol=1e-4, rtol=1e-4)

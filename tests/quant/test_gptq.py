@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.quant import GPTQ, RTN, gptq
-from llmopt.quant.base import Stats
 from llmopt.quant.gptq import inverse_factor
 from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
 from tests.quant.quant_data import batches, logits
@@ -13,18 +13,18 @@ from tests.tiny import make
 
 
 def known(hessian, tokens):
-    """Stats that have come to this Hessian."""
-    stats = Stats()
+    """Moments that have come to this Hessian."""
+    stats = Moments()
     stats.lower, stats.tokens = hessian.double() * (tokens / 2), tokens
     return stats
 
 
 def correlated(out=12, columns=24, tokens=400, seed=0):
-    """A weight, and the Stats of inputs whose channels share most of their variance."""
+    """A weight, and the Moments of inputs whose channels share most of their variance."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -1.5, columns)
     x = torch.randn(tokens, columns, generator=generator) @ mix.T
-    stats = Stats()
+    stats = Moments()
     stats.add(x)
     return torch.randn(out, columns, generator=generator), stats, x
 
@@ -126,7 +126,7 @@ def test_no_row_is_worse_than_round_to_nearest(kind, dtype, group_size):
         x = {"few tokens": x[:3], "outliers": x * (1 + 1e4 * (torch.rand(24, generator=generator) < 0.1)),
              "dead": x * (torch.rand(24, generator=generator) < 0.5), "twins": x[:, :4].repeat(1, 6),
              "tiny": 1e-12 * x, "white": torch.randn(400, 24, generator=generator)}[kind]
-        stats, spec = Stats(), Spec(2 + seed, group_size, symmetric, clip=True, dtype=dtype)
+        stats, spec = Moments(), Spec(2 + seed, group_size, symmetric, clip=True, dtype=dtype)
         stats.add(x)
         weight *= stats.hessian.diagonal() > 0                        # neither may fit its scales to unused columns
         values = [q.dequantize(dtype).float() for q in (solve(weight, stats, spec), round_to_nearest(weight, spec))]
@@ -149,7 +149,7 @@ def test_the_factor_is_made_once_for_the_weights_that_read_one_input(monkeypatch
 def test_dead_columns_become_zero():
     weight, _, x = correlated()
     x[:, [3, 17]] = 0
-    stats = Stats()
+    stats = Moments()
     stats.add(x)
     result = solve(weight, stats, Spec(4, 8))
     value = result.dequantize(torch.float32)
@@ -158,7 +158,7 @@ def test_dead_columns_become_zero():
 
 def test_fewer_tokens_than_columns():
     weight, _, x = correlated()
-    stats = Stats()
+    stats = Moments()
     stats.add(x[:5])
     assert solve(weight, stats, Spec(4)).dequantize(torch.float32).isfinite().all()
 
@@ -199,12 +199,12 @@ def test_overflow_is_named():
 
 def test_stats_are_a_running_mean():
     _, whole, x = correlated()
-    parts = Stats()
+    parts = Moments()
     for piece in x.split([1, 150, 249]):
         parts.add(piece)
     parts.add(x[:0])
     assert torch.allclose(parts.hessian, 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-5) and parts.tokens == whole.tokens
-    weighted = Stats()
+    weighted = Moments()
     weighted.add(x, torch.full((len(x),), 4.0))
     assert torch.allclose(weighted.hessian, 4 * whole.hessian, rtol=1e-4, atol=1e-4)
 

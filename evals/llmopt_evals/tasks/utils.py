@@ -7,6 +7,7 @@ from datasets import Dataset
 
 sys.path += map(str, Path(__file__).resolve().parents[2:4])  # lm_eval loads this file by path, installed or not
 
+from llmopt_evals import needles  # noqa: E402
 from llmopt_evals.texts import documents  # noqa: E402
 from llmopt_evals.world import questions as world  # noqa: E402
 from llmopt_evals.world.text import perplexity_text  # noqa: E402
@@ -65,3 +66,19 @@ def perplexity(**metadata):
 def any_text(text: str | None = None, **metadata):
     """The file named by the metadata key `text` or by LLMOPT_TEXT: .jsonl with `text`, or split at `<|endoftext|>`."""
     return {"test": Dataset.from_list([{"text": one} for one in documents(text)])}
+
+
+def needles_aware(**metadata):
+    """Facts planted in the text; the question belongs to what is compressed."""
+    return {"test": Dataset.from_list(list(needles.rows("aware", **metadata)))}
+
+
+def needles_agnostic(**metadata):
+    """Facts planted in the text; the question comes after the compression."""
+    return {"test": Dataset.from_list(list(needles.rows("agnostic", **metadata)))}
+
+
+def needle_figures(doc, results):
+    """The figures of one answer: every token the model's first choice, and the log-likelihood."""
+    (logprob, exact), = results
+    return {"exact": float(exact), "logprob": logprob}

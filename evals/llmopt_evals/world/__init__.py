@@ -5,8 +5,9 @@
 """
 
 from .paths import reference_path, tasks_path
-from .questions import split_context
+from .questions import probes, split_context
 from .text import calibration_ids, calibration_text
 from .words import speaks_world
 
-__all__ = ["calibration_ids", "calibration_text", "reference_path", "speaks_world", "split_context", "tasks_path"]
+__all__ = ["calibration_ids", "calibration_text", "probes", "reference_path", "speaks_world", "split_context",
+           "tasks_path"]

@@ -66,6 +66,21 @@ def recall_questions(count: int, form: str, documents: int = 16, each: int = 8, 
     return found
 
 
+def probes(count: int, length: int, seed: int = 0) -> list[tuple[list[int], ...]]:
+    """(context, question, answer, corrupted) of `count` facts stated once, each in a context of its own.
+
+    About `length` tokens, from seeds that no evaluation uses; corrupted: another value is stated.
+    """
+    found = []
+    for index in range(count):
+        random = generator("calibration", "probe", seed, index)
+        context, places = recall_context(random, max(1, min(len(NAME_IDS), (length - 1) // 5)))
+        key, value, place = random.choice(places)
+        other = random.choice([i for i in VALUE_IDS if i != value])
+        found.append((context, [ASK, key, HAS], [value], [*context[:place], other, *context[place + 1:]]))
+    return found
+
+
 def fact_questions(count: int | None = None, seed: int = 0) -> list[Question]:
     """`count` (or all) of the facts that the weights should know, as `name relation` -> value."""
     pairs = [(name, relation) for name in NAME_IDS for relation in RELATION_IDS]

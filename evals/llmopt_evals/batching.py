@@ -1,0 +1,51 @@
+"""Batches of evaluation requests by their tokens, as many as the memory holds."""
+from torch import nn
+
+from llmopt.errors import LlmoptError
+from llmopt.model.computing import compute_type
+from llmopt.scale.available import available
+from llmopt_evals.readout import CHUNK
+
+TOKENS = 8192           # of a batch, padding included: more is no faster
+SHARE = 0.5             # of the available memory that a batch may take
+
+
+def token_bytes(model: nn.Module) -> int:
+    """Bytes that a forward without a cache holds at its peak for each token: the widest block's activations."""
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in ends]
+    width = model.get_input_embeddings().weight.shape[1]
+    inner = max((max(p.shape[-2:]) for p in matrices), default=width)
+    return compute_type(model).itemsize * (8 * width + 4 * inner)
+
+
+def scores_bytes(model: nn.Module, length: int) -> int:
+    """Bytes of attention probabilities for each token of a row of `length`; only `eager` attention keeps them."""
+    config = model.config.get_text_config()
+    eager = config._attn_implementation == "eager"
+    return 2 * 4 * config.num_attention_heads * length if eager else 0
+
+
+def batch_tokens(model: nn.Module, longest: int, kept: int = 0) -> int:
+    """How many tokens a batch may have whose longest row has `longest`; kept: bytes of a cache for each token.
+
+    Raises LlmoptError if not even that row fits into the available memory.
+    """
+    free, each = available() - 2 * CHUNK, token_bytes(model) + scores_bytes(model, longest) + kept
+    if longest * each > free:
+        raise LlmoptError(f"a request of {longest:,} tokens takes {longest * each / 1e9:.1f} GB to score, "
+                          f"{max(free, 0) / 1e9:.1f} GB are available; shorter documents or more memory help")
+    return max(longest, min(TOKENS, int(SHARE * free) // each))
+
+
+def batches(lengths: list[int], rows: int, tokens: int) -> list[list[int]]:
+    """Indices of requests, longest first, in batches of at most `rows` rows and, padded, `tokens` tokens."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    found: list[list[int]] = []
+    for index in order:
+        last = found[-1] if found else []
+        if last and len(last) < rows and (len(last) + 1) * lengths[last[0]] <= tokens:
+            last.append(index)
+        else:
+            found.append([index])
+    return found

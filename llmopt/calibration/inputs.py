@@ -1,0 +1,114 @@
+"""The one walk over weights: each in turn, with what it reads on the calibration data as its solver wants it."""
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.calibration.second_moments import Gram, mirrored_
+from llmopt.calibration.walk import Visit, each, visits
+from llmopt.method import Run
+from llmopt.model.blocks import Projection
+from llmopt.scale.processes import Ranks
+
+
+class Moments(Gram):
+    """Second moments of a projection's input, hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
+
+    size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in].
+    """
+
+    def __init__(self, ranks: Ranks = Ranks(), size: bool = False):         # noqa: B008  frozen
+        super().__init__(ranks)
+        self.made: dict[Hashable, Any] = {}
+        self.wants_size, self.sizes = size, None            # the sum behind `size`, float64
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """None until a token has come."""
+        return self.once("hessian", self._hessian) if self.tokens else None
+
+    @property
+    def size(self) -> Tensor | None:                        # [in] float32
+        """Mean absolute input; None if it was not asked for, or no token has come."""
+        return None if self.sizes is None else (self.sizes / self.tokens).float()
+
+    def _hessian(self) -> Tensor:
+        return mirrored_(self.lower.float().mul_(2 / self.tokens))
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
+        if not len(x):
+            return
+        super().add(x if weights is None else x.float() * weights.sqrt().unsqueeze(1))
+        if self.wants_size:
+            sizes = x.abs().double() if weights is None else x.abs().double() * weights.unsqueeze(1)
+            self.sizes = sizes.sum(0) if self.sizes is None else self.sizes + sizes.sum(0)
+        self.made.clear()
+
+    def join(self, like: Tensor) -> None:
+        super().join(like)
+        if not self.tokens:
+            return
+        self.made["hessian"], self.lower = self.hessian, None       # only the float32 Hessian is used from here on
+        if self.wants_size:
+            own = like.new_zeros(like.shape[1], dtype=torch.float64) if self.sizes is None else self.sizes
+            self.sizes = self.ranks.sum_(own)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """q, k and v read one input: what `make` gives is computed for the first of them and kept for the others."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is collected of the inputs of each weight.
+
+    kind: "none"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves, of all
+    processes, [N, in] for each batch. size: mean |x| beside the moments. token_weights: how much each real token of
+    each batch counts in the moments ([N] per batch), given a visit of this process's rows; None: all alike.
+    """
+
+    kind: Literal["none", "moments", "rows"] = "none"
+    size: bool = False
+    token_weights: Callable[[Visit], list[Tensor] | None] | None = None
+
+
+Seen = Moments | list[Tensor] | None
+
+
+def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, inputs: Inputs = Inputs(),    # noqa: B008
+                edits: bool = True) -> Iterator[tuple[Projection, Seen]]:
+    """The weights in `names`, block by block, each with what was collected of its inputs.
+
+    Each group of a block sees what the caller has made of the groups and blocks before it. edits, and what a resumed
+    run passes over: as in walk.each.
+    """
+    if inputs.kind == "none":
+        for block in each(model, run, label, edits):
+            yield from ((p, None) for p in block.projections() if p.name in names)
+        return
+    for visit in visits(model, run, label, edits, shared=True):
+        weights = inputs.token_weights(visit) if inputs.token_weights else None
+        for group in visit.block.groups():
+            if chosen := [p for p in group if p.name in names]:
+                seen = _rows(visit, group[0], run) if inputs.kind == "rows" else \
+                    _moments(visit, group[0], inputs, weights, run)
+                yield from ((p, seen) for p in chosen)
+
+
+def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None, run: Run) -> Moments:
+    found, shares = Moments(run.ranks, inputs.size), iter(weights or ())
+    visit.observe({reader.name: lambda x: found.add(x, next(shares, None))})
+    found.join(reader.weight)
+    return found
+
+
+def _rows(visit: Visit, reader: Projection, run: Run) -> list[Tensor]:
+    """What the reader sees of every batch of all processes, in the order of the data; held as activations are."""
+    own, hold = [], run.memory.keeper()
+    visit.observe({reader.name: lambda x: own.append(hold(x.clone()))})
+    return [x if mine else hold(x) for x, mine in run.ranks.each_of(own, reader.weight)]

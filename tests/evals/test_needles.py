@@ -1,0 +1,73 @@
+"""Needles: planted where they should be, within the length, the same every time; asked of one finished cache or not."""
+import pytest
+import torch
+from llmopt_evals import needles
+from llmopt_evals.evaluate import evaluate, figures
+from llmopt_evals.needles import Plan, Writer, asked, fact, plant, rows
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import llmopt
+from llmopt.errors import LlmoptError
+from tests import tiny
+
+TEXT = "The river is wide. A boat came by in the morning, and nobody saw it. Was it late? It was not. " * 3
+OPTIONS = {"lengths": [220], "documents": 2, "needles": 3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lines = [TEXT, *(fact("amber falcon", code) + asked("amber falcon", form) for code in (1234, 5678)
+                     for form in needles.LEAD)]
+    own.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"],
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def test_a_needle_stands_behind_the_sentence_nearest_its_depth():
+    assert plant(["a.", "b.", "c.", "d."], ["X", "Y"], [0.25, 0.7], [2, 2, 2, 2]) == "a. X b. c. Y d."
+
+
+def test_documents_fill_their_length_and_hold_all_needles_in_order(tokenizer):
+    writer = Writer([TEXT], tokenizer, Plan(needles=4))
+    text, planted = writer.document(0, 240)
+    places = [text.index(fact(subject, code)) / len(text) for subject, code, _ in planted]
+    assert places == pytest.approx([depth for _, _, depth in planted], abs=0.2)
+    whole = text + asked(planted[0][0], "agnostic") + f" {planted[0][1]}"
+    assert 170 < len(tokenizer(whole)["input_ids"]) <= 240
+    assert Writer([TEXT], tokenizer, Plan(needles=4)).document(0, 240) == (text, planted)
+    assert Writer([TEXT], tokenizer, Plan(needles=4, seed=1)).document(0, 240) != (text, planted)
+
+
+@pytest.mark.parametrize(("options", "fact"), [
+    ({"lengths": [600]}, "a length of 600 tokens; the model reads at most 512"), ({"needles": 0}, "needles: 0 given"),
+    ({"lengths": [100]}, "leave no room for text"), ({"lengths": ["many"]}, "lengths: 'many' given")], ids=str)
+def test_a_plan_that_cannot_be_is_one_line(tokenizer, file, options, fact):
+    with pytest.raises(LlmoptError, match=fact):
+        list(rows("aware", file, reader=lambda: (tokenizer, 512), **options))
+
+
+def test_agnostic_questions_are_asked_of_one_finished_cache(tokenizer, file):
+    model, prefills = tiny.make("llama", vocab_size=len(tokenizer)), []
+    dense = figures(evaluate(model, ["needles"], tokenizer, text=file, options=OPTIONS))
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda m, args, kwargs: prefills.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True)
+    with llmopt.attached(model, llmopt.kv.SnapKV(budget=4096)):
+        whole = figures(evaluate(model, ["needles"], tokenizer, text=file, options=OPTIONS))
+    handle.remove()
+    contexts = [ids for ids in prefills if ids.shape[1] > 100]
+    assert len(contexts) == 2 * 3 + 2                       # a prefill for each aware question, one for each document
+    assert [row[:2] for row in whole] == [row[:2] for row in dense]
+    assert torch.allclose(torch.tensor([row[2] for row in whole]), torch.tensor([row[2] for row in dense]), rtol=1e-4)
+    with llmopt.attached(model, llmopt.kv.Streaming(budget=16)):
+        evicted = figures(evaluate(model, ["needles"], tokenizer, text=file, options=OPTIONS))
+    assert evicted != dense
