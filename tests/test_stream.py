@@ -29,29 +29,8 @@ from llmopt.scale.memory import Memory
 from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec
 from tests import tiny
+from tests.folders import contents, dense, plan
 from tests.test_contract import FIELDS
-
-DATA = "data: {name: ids, path: %s, batch_size: 3}\n"
-TIMES = {"llmopt.log"}
-
-
-def dense(folder: Path, family: str, **changes) -> Path:
-    """A sharded dense checkpoint of a tiny model."""
-    model = tiny.make(family, **changes)
-    return checkpoint.save(model, folder / "dense", max_shard_size="60KB")
-
-
-def plan(folder: Path, model: Path, steps: str, extra: str = "") -> recipe.Recipe:
-    rows = tiny.ids(8, 24).tolist()
-    rows[3] = rows[3][:17]                                # padding in the second batch
-    (folder / "ids.jsonl").write_text("\n".join(map(str, rows)))
-    text = f"model: {{id: {model}}}\n{DATA % (folder / 'ids.jsonl')}max_shard_size: 30KB\n{extra}steps: {steps}\n"
-    return recipe.parse(text, "test.yaml")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in TIMES}
-
 
 STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
