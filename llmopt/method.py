@@ -128,6 +128,14 @@ class Method(Part, ABC):
         """
         return 0
 
+    def sketch(self, skeleton, run: Run, source=None) -> str:
+        """Make the same edit on the shapes of a model, its weights on the meta device; a sentence on what it will do.
+
+        run.memory: at this step, so that a decision which is remembered here is not taken again by `apply`.
+        source: the model that the step will find, where no step before it changes weights; else None.
+        """
+        return ", ".join(f"{key} {value}" for key, value in self.to_dict()[self.name].items() if value is not None)
+
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
         """Edit `model` in place and return what load time needs."""

@@ -6,12 +6,15 @@ import torch
 from safetensors.torch import save_file
 
 import llmopt
+from llmopt import recipe
+from llmopt.checkpoint import save as checkpoint
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.forecast.size import predict
 from llmopt.model.blocks import blocks
 from llmopt.prune import Magnitude
 from llmopt.quant import RTN
+from llmopt.run import pipeline
 from llmopt.transform import FoldNorms
 from tests import tiny
 
@@ -62,3 +65,20 @@ def test_the_size_of_a_file_is_known_for_every_dtype(tmp_path):
                    for i in range(20)}
         save_file(tensors, file, metadata=shards.METADATA)
         assert shards.file_bytes(tensors) == file.stat().st_size
+
+
+def test_a_plan_that_was_made_to_foretell_the_size_is_the_one_that_is_carried_out(tmp_path, monkeypatch):
+    scored, plain = [], Magnitude.score
+    monkeypatch.setattr(Magnitude, "score", lambda *args: (scored.append(1), plain(*args))[1])
+    model = checkpoint.save(tiny.make("llama"), tmp_path / "model")
+    text = f"model: {{id: {model}}}\nsteps: [prune.magnitude: {{scope: global, units: [ffn]}}]\n"
+    report = pipeline.run(recipe.parse(text, "r.yaml"), tmp_path / "out")
+    assert len(scored) == 3                                     # blocks
+    assert report.predicted_bytes == shards.written_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("family", "step", "says"), [
+    ("llama", RTN(group_size=16, symmetric=False), "asymmetric"), ("gpt2", RTN(group_size=16), "Conv1D")])
+def test_what_the_format_cannot_hold_is_refused_before_the_work(family, step, says):
+    with pytest.raises(LlmoptError, match=says):
+        predict(tiny.make(family), [step])

@@ -24,7 +24,7 @@ from llmopt.scale.journal import Interrupted, Journal, difference
 from tests import tiny, warm
 from tests.command import ROOT, call, command
 from tests.conftest import mount
-from tests.folders import contents, dense
+from tests.plans import contents, dense
 
 STEPS = """
   - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: true}

@@ -29,7 +29,7 @@ from llmopt.scale.memory import Memory
 from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec
 from tests import tiny
-from tests.folders import contents, dense, plan
+from tests.plans import contents, dense, plan
 from tests.test_contract import FIELDS
 
 STEPS = {

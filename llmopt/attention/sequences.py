@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from llmopt_kernels import NONE, Ragged, Rule, dense_attention, dense_visible, ragged_attention
+from llmopt_kernels import NONE, Ragged, Rule, dense, dense_attention, dense_visible, ragged_attention
 from torch import Tensor
 
 from llmopt.attention.packed import packed_sequences
@@ -119,13 +119,13 @@ def _with_kept(kept: Ragged, row: int, tail: tuple[Tensor, Tensor],
              for index in entries]                                                       # not merged with others
     run = min(_run(at, end, plain) for at, plain in zip(places, whole, strict=True))
     new = torch.stack([index[len(index) - run:] for index in entries])                   # [G, run]
-    keys, values = (torch.cat([held[new], x], 1) for held, x in zip((kept.keys, kept.values), tail, strict=True))
+    keys, values = (torch.cat([dense(held[new]), x], 1) for held, x in zip((kept.keys, kept.values), tail, strict=True))
     left = [len(index) - run for index in entries]
     if not any(left):
         return keys, values, None
     index, at = (torch.cat([x[:n] for x, n in zip(xs, left, strict=True)]) for xs in (entries, places))
-    bias = None if kept.bias is None else kept.bias[index]
-    return keys, values, Ragged(kept.keys[index], kept.values[index], at.int(), torch.tensor([left]), bias)
+    carried = {name: column[index] for name, column in kept.carried.items()}
+    return keys, values, Ragged(kept.keys[index], kept.values[index], at.int(), torch.tensor([left]), carried)
 
 
 def _run(places: Tensor, end: int, whole: Tensor) -> int:

@@ -49,14 +49,14 @@ def _check_lengths(lengths: list[int], limit: int) -> None:
 
 
 def as_batches(rows: Any, vocab_size: int, batch_size: int = 8) -> list[Batch]:
-    """Batches from an id tensor [N, T], a list of id lists, or ready batches; empty or foreign ids are refused."""
+    """Batches from an id tensor [N, T], id lists, or ready batches, one or many; empty or foreign ids are refused."""
     rows = [rows] if isinstance(rows, Mapping) else rows            # one batch, as a tokenizer returns it
-    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
+    rows = list(rows) if isinstance(rows, Iterable) and not isinstance(rows, str) else [rows]
+    if rows and all(isinstance(row, Mapping) for row in rows):
         return [_ready(batch, vocab_size) for batch in rows]
-    if isinstance(rows, str) or any(isinstance(row, (int, str)) or isinstance(row, Tensor) and row.ndim != 1
-                                    for row in rows):
+    rows = [row.tolist() if isinstance(row, Tensor) and row.ndim == 1 else row for row in rows]
+    if not all(isinstance(row, (list, tuple)) and all(type(token) is int for token in row) for row in rows):
         raise LlmoptError("token ids [N, T], a list of lists of ids, or batches {input_ids, attention_mask} expected")
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     if not rows or min(map(len, rows)) == 0:
         raise LlmoptError("no document of at least 2 tokens was found")
     check_ids(((min(row), max(row)) for row in rows), vocab_size)
@@ -70,8 +70,14 @@ def _ready(batch: Batch, vocab_size: int) -> Batch:
     ids = batch["input_ids"]
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
         raise LlmoptError('input_ids of a batch is not a tensor [B, T]; ask the tokenizer for return_tensors="pt"')
+    if ids.is_floating_point() or ids.is_complex():
+        raise LlmoptError(f"input_ids of a batch are {str(ids.dtype).removeprefix('torch.')}; token ids are integers")
     check_ids([(int(ids.min()), int(ids.max()))], vocab_size)
-    return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise LlmoptError(f"attention_mask of a batch is {list(getattr(mask, 'shape', []))}, its input_ids are "
+                          f"{list(ids.shape)}; they must be alike")
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def check_ids(ranges: Iterable[tuple[int, int]], vocab_size: int) -> None:

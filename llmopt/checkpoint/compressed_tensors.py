@@ -5,11 +5,8 @@ with the exact name of every module as a target.
 """
 from torch import Tensor, nn
 
-from llmopt.model.codes import DTYPES
 from llmopt.model.stored import packed, refuse_unportable
 from llmopt.model.weights import check_consistent, coded
-from llmopt.quant.base import Quantizer
-from llmopt.quant.plan import DENSE, packed_bytes
 
 Exported = tuple[dict[str, dict[str, Tensor]], dict]
 
@@ -51,12 +48,3 @@ def _scheme(bits: int, group_size: int, names: list[str]) -> dict:
     grouping = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
     return {"targets": names, "input_activations": None, "output_activations": None,
             "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouping}}
-
-
-def predicted_bytes(model: nn.Module, step: Quantizer) -> int:
-    """Bytes `export` will write for the modules that `step` quantizes, from shapes alone.
-
-    Exact where names and shapes decide the bits; `allocate: sensitivity` is counted at the average.
-    """
-    scale = (DTYPES[step.scale_dtype] if step.scale_dtype else model.dtype).itemsize
-    return int(sum(packed_bytes(t, scale) for t in step.planned(model) if t.bits != DENSE))

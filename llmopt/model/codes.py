@@ -36,8 +36,10 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
     return steps.to(dtype) * scale.to(dtype)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [out, in] side by side in int32 words."""
+def pack(codes: Tensor, bits: int | float) -> Tensor:
+    """Codes [out, in] side by side in int32 words; of codes without values the shape, for fractions of bits too."""
+    if codes.is_meta:
+        return torch.empty(len(codes), -int(-codes.shape[1] * bits // 32), dtype=torch.int32, device="meta")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes two seconds to import
 
     return pack_to_int32(codes.cpu(), bits)

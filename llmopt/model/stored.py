@@ -13,7 +13,7 @@ def packed(weight: Weight) -> dict[str, Tensor]:
     """The tensors of one weight with codes under their checkpoint names."""
     codes, stem = weight.codes, weight.stem
     return {f"{stem}_packed": pack(codes.codes, codes.bits),                              # [out, ceil(in bits / 32)]
-            f"{stem}_scale": codes.scales.cpu().contiguous(),                             # [out, groups]
+            f"{stem}_scale": codes.scales if codes.scales.is_meta else codes.scales.cpu().contiguous(),  # [out, groups]
             f"{stem}_shape": torch.tensor(codes.codes.shape)}                             # [2] int64
 
 

@@ -35,6 +35,8 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
 def _check_wrapping(model: nn.Module) -> None:
     """Raise LlmoptError for a model inside another module, or one that is compiled."""
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise LlmoptError(f"a loaded model expected, this is a {kind}; llmopt.load(FOLDER) gives one")
     if "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None:
         raise LlmoptError("the model is compiled, and what is compiled cannot be changed; pass the model as it was "
                           "before torch.compile (model._orig_mod), and compile it afterwards")

@@ -66,10 +66,20 @@ class Pruner(Method):
         for unit in self.units:
             refuse_units(model, unit)
 
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        """Where the scores cannot be known yet, as many units leave as will leave, whichever they are."""
+        self.refuse(skeleton)
+        known = source is not None and not self.uses_inputs
+        told = self._told(self.guess(skeleton, run)) if not known else self._decided(source, run)
+        apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
+        gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
+        return (f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of {', '.join(self.units)}: "
+                f"{gone}")
+
     def apply(self, model: nn.Module, run: Run) -> Record:
         self.refuse(model)
         before, shape = model.num_parameters(), shapes(model)
-        told = run.memory.remember("plan", lambda: self._told(model, run))
+        told = self._decided(model, run)
         plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
@@ -131,8 +141,13 @@ class Pruner(Method):
         return plan, {"ratio": self.ratio, "removed_share": freed / sum(u.total for u in units),
                       "removed_units": dict(gone)}
 
-    def _told(self, model: nn.Module, run: Run) -> dict[str, Any]:
-        plan, meta = self.plan(model, run)
+    def _decided(self, model: nn.Module, run: Run) -> dict[str, Any]:
+        """The plan and its figures, decided once: a forecast may have done it, or a run that was cut off."""
+        return run.memory.remember("plan", lambda: self._told(self.plan(model, run)))
+
+    @staticmethod
+    def _told(found: tuple[list[LayerPlan], dict[str, Any]]) -> dict[str, Any]:
+        plan, meta = found
         return {"layers": [layer.to_dict() for layer in plan], "meta": meta}
 
     def _rate(self, model: nn.Module, run: Run) -> list[Scores]:

@@ -17,7 +17,7 @@ from llmopt.calibration.trial import Change, Trial, kept_bytes, sample, trial_by
 from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
 from llmopt.method import Method, Pace, Record, Run
-from llmopt.model.blocks import Block, Projection, blocks
+from llmopt.model.blocks import Block, Projection, blocks, spec_of
 from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.finite import all_finite
 from llmopt.model.weights import coded
@@ -143,6 +143,23 @@ class Quantizer(Method):
     def _two_level(self, share: Share, importance: list[float]) -> dict[str, int]:
         bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
         return dict(zip(share.units, bits, strict=True))
+
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        """Hangs codes without values on the weights, at fractions of bits where only data will decide."""
+        found, weights = self.planned(skeleton), {p.name: p for block in blocks(skeleton) for p in block.projections()}
+        if not found:
+            raise LlmoptError("nothing is left to quantize")
+        scale = DTYPES[self.scale_dtype] if self.scale_dtype else skeleton.dtype
+        for t in found:
+            if t.bits != DENSE:
+                empty = partial(torch.empty, t.out, device="meta")
+                scales = empty(t.groups, dtype=scale)
+                weights[t.name].codes = Quantized(empty(t.columns, dtype=torch.int8), scales, t.bits, t.group_size,
+                                                  None if self.symmetric else torch.empty_like(scales))
+        return (f"{len(found)} weights at {self.bits:g} bits, "
+                + ("one scale per channel" if self.group_size == -1 else f"groups of {self.group_size}")
+                + (f", bits by {self.allocate}" if self.allocate != "uniform" else "")
+                + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:

@@ -114,12 +114,6 @@ def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool) -> f
     return total / max(1, sum(t.size for t in decided))
 
 
-def packed_bytes(target: Target, scale_bytes: int) -> int:
-    """Bytes that `export` writes for one weight: codes in whole 32-bit words per row, scales, the shape."""
-    words = -(-target.columns * target.bits // 32)
-    return target.out * (4 * words + target.groups * scale_bytes) + 16
-
-
 @dataclass(frozen=True)
 class Share:
     """What is left to decide: the units with undecided weights, how many each has, and the average they must keep."""

@@ -47,6 +47,9 @@ def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: i
     Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
     """
     check_model(model)
+    steps = [steps] if isinstance(steps, Method) else list(steps)
+    if foreign := [step for step in steps if not isinstance(step, Method)]:
+        raise LlmoptError(f"steps: methods such as llmopt.quant.RTN() expected, {str(foreign[0])[:80]!r} given")
     if batches is not None:
         batches = data.as_batches(batches, model.config.vocab_size)
     return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))

@@ -40,8 +40,7 @@ class Transform(Method):
     def outside(self, rest: Outside) -> None:
         """Edit embeddings, final norm and head, without a look at their values: a forecast does it to shapes alone."""
 
-    def sketch(self, skeleton: nn.Module, run: Run) -> str:
-        """The same edit on shapes, and what a dry run says of it."""
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         self.refuse(skeleton)
         before = skeleton.num_parameters()
         self.outside(Outside(skeleton))

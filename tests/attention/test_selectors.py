@@ -102,7 +102,8 @@ def batch(rule, layer):
             for part, x in zip(flat, (k[head, at], v[head, at], at + OLD - old, bias), strict=True):
                 part.append(x)
     counts = torch.tensor([[len(places) for places in heads] for _, _, heads in ROWS])
-    kept = Ragged(torch.cat(flat[0]), torch.cat(flat[1]), torch.cat(flat[2]).int(), counts, torch.cat(flat[3]))
+    kept = Ragged(torch.cat(flat[0]), torch.cat(flat[1]), torch.cat(flat[2]).int(), counts,
+                  {"bias": torch.cat(flat[3])})
     return Prompt(query, keys, values, kept, mask, OLD + NEW, rule, layer), mask[:, OLD:]
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,10 +7,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmopt.checkpoint.compressed_tensors import export, predicted_bytes
+from llmopt.checkpoint.compressed_tensors import export
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
+from llmopt.model.stored import packed
 from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
@@ -151,13 +153,20 @@ def test_what_cannot_be_stored_is_refused():
         export(model)
 
 
+def foretold(model, step) -> int:
+    """Bytes of the packed tensors of a sketch on the model's shapes."""
+    skeleton = copy.deepcopy(model).to("meta")
+    step.sketch(skeleton, Run())
+    return sum(tensor.nbytes for weight in coded(skeleton) for tensor in packed(weight).values())
+
+
 def test_predicted_bytes_are_those_written():
     model = make("llama", torch.bfloat16)
     step = RTN(bits=3, group_size=32, scale_dtype="float32", overrides={"down_proj": {"bits": 8, "group_size": 48}})
-    predicted = predicted_bytes(model, step)
+    predicted = foretold(model, step)
     step.apply(model, Run())
-    packed, _ = export(model)
-    assert predicted == sum(t.nbytes for tensors in packed.values() for t in tensors.values())
+    written, _ = export(model)
+    assert predicted == sum(t.nbytes for tensors in written.values() for t in tensors.values())
 
 
 @pytest.mark.parametrize("fields", [
@@ -167,7 +176,7 @@ def test_predicted_bytes_are_those_written():
 def test_predicted_bytes_with_allocators_are_close(fields):
     model = make("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=4)
     step = RTN(**{"group_size": 16, **fields})
-    predicted = predicted_bytes(model, step)
+    predicted = foretold(model, step)
     step.apply(model, Run(batches(2, 12)))
     written = sum(t.nbytes for tensors in export(model)[0].values() for t in tensors.values())
     assert predicted == pytest.approx(written, rel=0.02 if step.allocate == "sensitivity" else 0)

@@ -1,4 +1,4 @@
-"""Tiny models and recipes as files, and what a run has written, for tests that go through the disk."""
+"""Small recipes on tiny models, and what they wrote: for tests that compare a run in memory with a streamed one."""
 from pathlib import Path
 
 from llmopt import recipe
