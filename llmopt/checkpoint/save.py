@@ -126,7 +126,7 @@ def _replace(stage: Path, output: Path) -> None:
 
 
 class Weights:
-    """What `save` writes and how that is checked: a model in memory. A streamed run has its own."""
+    """The weights that `save` writes and checks: a model in memory. A streamed run has its own."""
 
     def __init__(self, model: nn.Module, format: str):
         self.model, self.format = model, format
