@@ -27,7 +27,8 @@ from llmopt.attention.sequences import Sequence, causal_pairs, numbered, sequenc
 from llmopt.errors import LlmoptError
 from llmopt.method import Record
 from llmopt.runtime.attach import PrefillMethod
-from llmopt.runtime.hooks import SELECTOR, Attachment
+from llmopt.runtime.compression import SELECTOR
+from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.prompt import Prompt
 
 DENSE_ABOVE = 0.75     # dense where a method expects to compute more than this share of the causal pairs

@@ -20,6 +20,7 @@ from llmopt.model.blocks import blocks
 from llmopt.runtime.attach import CacheMethod
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.compression import fold
 from llmopt.runtime.hooks import Attachment
 
 
@@ -127,7 +128,7 @@ class Scorer(CacheMethod):
         if all(row is None for row in chosen):
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
-            cache.layers[index].fold([self._left(turn, index, None if row is None else row[place])
+            fold(live, cache, index, [self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
             cache.layers[index].forget_queries(self._retained)
 

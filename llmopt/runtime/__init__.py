@@ -3,6 +3,7 @@ from llmopt.runtime.attach import (
     CacheMethod,
     PrefillMethod,
     RuntimeMethod,
+    StoreMethod,
     attach,
     attach_from_config,
     attached,
@@ -16,5 +17,6 @@ from llmopt.runtime.attach import (
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
 
-__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
-           "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
+__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
+           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+           "runtime_config"]

@@ -16,12 +16,15 @@ from llmopt.method import Method, Record, Run
 from llmopt.model.modeling import tensors_below
 from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
-from llmopt.runtime.hooks import EVICTOR, SELECTOR, Attachment
+from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.compression import EVICTOR, SELECTOR, STORE, Packing
+from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.interface import KEY
 from llmopt.runtime.prompt import Prompt
 
-__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "attach", "attach_from_config",
-           "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache", "runtime_config"]
+__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
+           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+           "runtime_config"]
 
 
 CONFIG = {"steps?": [{"method": {str: {str: object}}, "meta": {str: object}}], "tensors?": {str: object}, str: object}
@@ -72,6 +75,23 @@ class CacheMethod(RuntimeMethod):
     @abstractmethod
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         """Drop entries of these layers of `cache` in place. live.rules[l] tells how layer l attends."""
+
+
+class StoreMethod(RuntimeMethod):
+    """A method that keeps what is left of the cache in another form than tensors of the model's type.
+
+    It acts after every forward of several tokens, after the evictor, and every so many tokens of decoding.
+    """
+
+    place = STORE
+    every: int | None
+
+    @abstractmethod
+    def pack(self, entries: Entries, packing: Packing) -> Entries:
+        """One batch row of one layer whose keys and values, [G, T, D], are `llmopt_kernels.Packed`; nothing dropped.
+
+        Entries that were packed before come as tensors again, with the columns they carry.
+        """
 
 
 class PrefillMethod(RuntimeMethod):
@@ -141,9 +161,9 @@ def new_cache(model: nn.Module) -> LlmoptCache:
 
 
 def has_eviction(model: nn.Module) -> bool:
-    """True if an attached method drops cache entries."""
+    """True if an attached method changes what the cache holds, by dropping entries or by packing them."""
     live = attachment(model)
-    return live is not None and live.method(EVICTOR) is not None
+    return live is not None and any(live.method(place) is not None for place in (EVICTOR, STORE))
 
 
 def runtime_config(model: nn.Module) -> dict[str, Any]:

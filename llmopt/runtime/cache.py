@@ -127,9 +127,8 @@ class LlmoptCache(Cache):
         before = columns[None, :seen] if self.position_ids is None else self.position_ids
         self.position_ids = torch.cat([x.expand(batch, -1) for x in (before, given)], 1)
 
-    def compressed(self) -> None:
-        """All layers have been asked to drop entries: what the mask hides now is gone for good where one did."""
-        self.pending = 0
+    def note_dropped(self) -> None:
+        """A compression is done: where a layer dropped entries, what the mask hides now is gone for good."""
         if any(layer.folded == layer.seen for layer in self.layers):
             self.dropped = None if self.mask is None else ~self.mask
 

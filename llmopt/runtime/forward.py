@@ -22,7 +22,8 @@ class Forward(threading.local):
         """Forget the forward before; `tokens` are coming in this one."""
         self.cache: LlmoptCache | None = None
         self.tokens = tokens
-        self.due = False                                # it ends in a compression
+        self.due = False                                # the evictor acts at its end
+        self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row
         self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
         self.before: tuple[Tensor | None, ...] = ()     # what the cache knew of its tokens when the forward began

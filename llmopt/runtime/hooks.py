@@ -15,13 +15,11 @@ from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_be
 from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
+from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
 from llmopt.runtime.prompt import Prompt
-from llmopt.scale.gauge import give_back_freed
 
-EVICTOR, SELECTOR = "evicting kv method", "prefill selector"     # places: at most one attached method each
-WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
 
@@ -148,34 +146,16 @@ class Attachment:
         mask = mask.to(self.model.device) if isinstance(mask, Tensor) else mask
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
-        self.now.due = self._is_due()
-
-    def _is_due(self) -> bool:
-        method = self.method(EVICTOR)
-        if method is None or self.now.frozen:
-            return False
-        tokens = self.now.tokens
-        return tokens > 1 or (method.every is not None and self.now.cache.pending + tokens >= method.every)
+        decide(self)
 
     @torch.compiler.disable
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache, self.now.cache, self.now.shared = self.now.cache, None, {}
-        if cache is None:
-            return
-        if output is not None:                          # None: the forward has raised
-            cache.pending += self.now.tokens
-            if self.now.due:
-                self._compress(cache)
-        cache.end(died=output is None)
-
-    def _compress(self, cache: LlmoptCache) -> None:
-        method = self.method(EVICTOR)
-        if not method.layer_by_layer:
-            before = cache.nbytes()
-            method.compress(cache, self, self.record(EVICTOR), cache.attending())
-            if before - cache.nbytes() > WORTH_GIVING_BACK:             # all layers in full, freed at once
-                give_back_freed()
-        cache.compressed()
+        cache, self.now.cache = self.now.cache, None
+        if cache is not None and output is not None:    # None: the forward has raised
+            after_forward(self, cache)
+        if cache is not None:
+            cache.end(died=output is None)
+        self.now.shared = {}
 
     @torch.no_grad()
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
@@ -183,7 +163,7 @@ class Attachment:
         cache = self.new_cache()
         self.now.begin(length)
         cache.begin(self.now, self.model, 1)
-        self.now.due = self._is_due()
+        decide(self)
         for index, (query, keys, values) in enumerate(layers):
             keys, values = cache.update(keys, values, index)
             if self.modules[index] is not None:
@@ -216,8 +196,7 @@ class Attachment:
         layer.window = rule.window
         self._record(layer, query, mask)
         out = self._attention(prompt)
-        if self.now.due and self.method(EVICTOR).layer_by_layer:
-            self.method(EVICTOR).compress(self.now.cache, self, self.record(EVICTOR), [index])
+        after_attention(self, index)
         layer.slide()
         return out
 
