@@ -1,4 +1,5 @@
 """Tiny random models of every supported family, made from configs."""
+import atexit
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -8,12 +9,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
+import tempfile  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)      # two workers share two cores; results must not depend on the machine's
 os.environ["OMP_NUM_THREADS"] = "1"         # of the commands that are run
+os.environ["LLMOPT_CACHE"] = tempfile.mkdtemp(prefix="llmopt-tests-")       # no score of the user's is read or written
+atexit.register(shutil.rmtree, os.environ["LLMOPT_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

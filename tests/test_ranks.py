@@ -168,7 +168,7 @@ def test_accelerate_launch_that_starts_one_process_is_told():
 
 @pytest.mark.full
 def test_evaluation_requests_are_shared(tmp_path):
-    words = ("eval", "llmopt/reference", "--tasks", "world_ppl,world_recall", "--limit", "6", "--json")
+    words = ("eval", "llmopt/reference", "--tasks", "world_ppl,world_recall", "--limit", "6", "--anew", "--json")
     line, variables = torchrun()
     alone = subprocess.run([sys.executable, "-m", "llmopt", *words], capture_output=True, text=True, env=variables,
                            timeout=200)

@@ -59,6 +59,12 @@ def prepared(tasks: list[str], trust: bool, metadata: dict[str, Any]) -> Any:
     return manager
 
 
+def versions(manager: Any, tasks: list[str]) -> dict[str, Any]:
+    """{name: version} of the tasks, and of those below a group."""
+    with _quiet():
+        return {name: task.VERSION for name, task in manager.load(tasks)["tasks"].items()}
+
+
 def asked_by(config: Any, tokenizer: Any, text: str | None) -> dict[str, Any]:
     """The metadata from which tasks are made for one model: its reader, and the file that was given."""
     limit = config.get_text_config().max_position_embeddings

@@ -1,5 +1,6 @@
 """The evaluation at the end of a run, looked at before the run: hours of work should not end in a missing file."""
 from pathlib import Path
+from typing import Any
 
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.recipe.reader import Recipe
@@ -13,7 +14,7 @@ def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> 
     configs = [read_config(spec)[1] for spec in models]
     task_manager(tasks, models[0].trust_remote_code)
     for spec, config in zip(models, configs, strict=True):
-        tokenizer = _tokenizer(spec)
+        tokenizer = tokenizer_of(spec)
         refuse_foreign(tasks, tokenizer)
         prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text))
 
@@ -32,7 +33,7 @@ def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
     task_manager(tasks, spec.trust_remote_code)
     if fact := obstacle(recipe, output):
         return [], [f"not scored: {fact}. Later: {later(recipe, output, tasks)}"]
-    tokenizer = _tokenizer(spec)
+    tokenizer = tokenizer_of(spec)
     if tokenizer is None:
         return [], [f"not scored: {spec.id} has no tokenizer, and lm-eval needs one"]
     if any(change.startswith("eval.tasks=") for change in recipe.changes):
@@ -51,5 +52,6 @@ def later(recipe: Recipe, output: Path, tasks: list[str]) -> str:
     return f"llmopt eval {output} --tasks {','.join(tasks)} --compare {recipe.model.id}"
 
 
-def _tokenizer(spec: ModelSpec):
+def tokenizer_of(spec: ModelSpec) -> Any:
+    """The tokenizer beside a model, or None."""
     return load_tokenizer(resolve(spec.id), spec.revision, spec.trust_remote_code)

@@ -13,6 +13,7 @@ from llmopt.recipe.reader import Recipe
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals import evaluate as scores
+from llmopt_evals import kept
 
 
 def known(output: Path, ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
@@ -24,23 +25,28 @@ def known(output: Path, ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa:
 
 
 def scored(output: Path, facts: dict[str, Any], recipe: Recipe, tasks: list[str], say: Callable[[str], None],
-           ranks: Ranks = Ranks()) -> dict[str, Any]:       # noqa: B008  frozen
-    """The facts with the scores of the dense and of the compressed model, where those are missing."""
+           ranks: Ranks, anew: bool = False) -> dict[str, Any]:
+    """The facts with the scores of the dense and of the compressed model, where those are missing.
+
+    anew: what is kept of the dense model is measured again. The dates of what was kept, under "kept", are told and not
+    written: a run repeated writes the same bytes.
+    """
     if not tasks or "scores" in facts:
         return facts
-    found = {}
+    found, told = {}, {}
     after = ModelSpec(id=str(output), device=recipe.model.device, compute_dtype=recipe.model.compute_dtype,
                       trust_remote_code=recipe.model.trust_remote_code)
     for which, model in (("before", recipe.model), ("after", after)):
         say(f"scoring the model {which} compression")
-        results = scores.evaluate(model, tasks, None, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text,
-                                  ranks)
+        results, dates = kept.scores(model, tasks, recipe.eval.limit, recipe.eval.batch_size, recipe.eval.text, ranks,
+                                     anew)
         if ranks.is_main:
             scores.write_results(results, output / f"eval-{which}.json", "." if model is after else model.id)
             found[which] = [list(row) for row in scores.figures(results)]
+            told |= {which: dates} if dates else {}
     facts = facts | {"scores": found}
     _keep(output, facts, ranks)
-    return facts
+    return facts | ({"kept": told} if told else {})
 
 
 def _keep(output: Path, facts: dict[str, Any], ranks: Ranks) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
+ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
 
 
 class HomePath(click.Path):
@@ -93,10 +94,11 @@ def cli(context) -> None:
 @click.option("--stream/--no-stream", default=None, help="One block in memory at a time; default: if needed.")
 @click.option("--activation-memory", default="2GiB", show_default=True, help="Activations beyond it go to disk.")
 @click.option("--max-blocks", type=COUNT, help="Stream the first N blocks only, to measure; the output is no model.")
+@ANEW
 @TRUST
 @JSON
 def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_eval, stream, activation_memory,
-             max_blocks, trust_remote_code, as_json) -> None:
+             max_blocks, anew, trust_remote_code, as_json) -> None:
     """Apply a recipe to a model, write the checkpoint, verify it, score it."""
     from llmopt.cli import tables
 
@@ -140,10 +142,11 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             return
         if report.streamed:
             LOG.info("streamed: one block in memory at a time")
-    score(plan, output, tasks, team, lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
+    score(plan, output, tasks, team, anew,
+          lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
 
 
-def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, show: Callable[[dict], None]) -> None:
+def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, anew: bool, show: Callable[[dict], None]) -> None:
     """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
 
     facts, leave = {}, f"the checkpoint in {output} is finished"
@@ -153,7 +156,7 @@ def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, show: Calla
         if tasks:
             leave += f". To score it: the same command with --resume, or {preflight.later(plan, output, tasks)}"
         facts = report.known(output, team)
-        facts = report.scored(output, facts, plan, tasks, LOG.info, team)
+        facts = report.scored(output, facts, plan, tasks, LOG.info, team, anew)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; {leave}") from error
     except LlmoptError as error:
@@ -172,14 +175,16 @@ def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, show: Calla
 @click.option("--batch-size", type=COUNT, default=16, show_default=True)
 @click.option("--text", help="The file that the task text_ppl reads.")
 @click.option("--output", type=FILE, help="Also write lm-eval's results to this JSON file.")
+@ANEW
 @model_options
 @JSON
-def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **loading) -> None:
+def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_json, **loading) -> None:
     """Score a model with lm-eval, its cache methods really in force."""
     from llmopt.cli import tables
 
     tables.quiet_libraries()
     from llmopt_evals import evaluate as scores
+    from llmopt_evals import kept as dense
     from llmopt_evals.preflight import check_tasks
 
     from llmopt.specs import ModelSpec
@@ -192,16 +197,16 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, as_json, **
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
     check_tasks(models, chosen, text)                # before the first is scored
-    columns, team = {}, join(loading["device"])
+    columns, kept, team = {}, {}, join(loading["device"])
     for spec in models:
         LOG.info("scoring %s", spec.id)
-        results = scores.evaluate(spec, chosen, None, limit, batch_size, text, team)
+        results, kept[spec.id] = dense.scores(spec, chosen, limit, batch_size, text, team, anew)
         if not team.is_main:
             continue
         columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
         if output and spec is models[0]:
             scores.write_results(results, output, model)
-    tables.show_scores(columns, as_json)
+    tables.show_scores(columns, as_json, kept)
 
 
 @cli.command()

@@ -116,6 +116,8 @@ def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
                     [(forms[what][0], *map(forms[what][1], figures)) for what, figures in told.items()])
     for way, result in facts["loads_with"].items():
         click.echo(f"  loads with {way:<18} {result}")
+    for which, dates in facts.get("kept", {}).items():
+        show_kept(f"scores {which}", dates)
     click.echo(f"written to {output}")
 
 
@@ -128,16 +130,26 @@ def show_times(seconds: dict[str, float], output: Path, as_json: bool) -> None:
     click.echo(f"{output}: some blocks only, to measure; not a model")
 
 
-def show_scores(columns: dict[str, dict], as_json: bool) -> None:
-    """Scores of one or two models side by side."""
+def show_kept(name: str, dates: dict[str, str]) -> None:
+    """Which scores of one model were not measured now."""
+    if dates:
+        click.echo(f"{name}: {', '.join(dates)} kept from {', '.join(sorted(set(dates.values())))}; "
+                   "--anew measures again")
+
+
+def show_scores(columns: dict[str, dict], as_json: bool, kept: dict[str, dict[str, str]] | None = None) -> None:
+    """Scores of one or two models side by side; kept: {model: {task: date}} of those that were not measured now."""
+    told = {name: dates for name, dates in (kept or {}).items() if dates}
     if as_json:
         print_json({name: {f"{task}/{metric}": v for (task, metric), v in column.items()}
-                    for name, column in columns.items()})
+                    for name, column in columns.items()} | ({"kept": told} if told else {}))
         return
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     rows = [(task, metric, *(f"{column.get((task, metric), float('nan')):.4f}" for column in columns.values()))
             for task, metric in keys]
     print_table("lm-eval", ["task", "metric", *columns], rows)
+    for name, dates in told.items():
+        show_kept(name, dates)
 
 
 def show_heads(figures: dict[str, list], as_json: bool) -> None:
