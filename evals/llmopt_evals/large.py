@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that is gone afterwards; those of processes that were killed go first."""
     home, kind = _beside(folder), f".{folder.name}.llmopt-eval-{platform.node()}@"
     for old in home.glob(f"{glob.escape(kind)}*"):
-        if not psutil.pid_exists(int(old.name.removeprefix(kind).partition("-")[0])):
+        process = re.fullmatch(r"(\d{1,9})-\w+", old.name.removeprefix(kind))
+        if process and not psutil.pid_exists(int(process[1])):
             shutil.rmtree(old, ignore_errors=True)
     with TemporaryDirectory(prefix=f"{kind}{os.getpid()}-", dir=home) as work:
         yield Path(work)

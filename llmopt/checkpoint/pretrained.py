@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.checkpoint.card import write_card
-from llmopt.checkpoint.save import Weights, fill, vanishing
+from llmopt.checkpoint.place import vanishing
+from llmopt.checkpoint.save import Weights, fill
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model.loaded import with_codes

@@ -58,7 +58,7 @@ class Scorer(CacheMethod):
     """
 
     ratio: float | None = Field(None, ge=0, lt=1, description="fraction removed")
-    budget: int | None = Field(None, description="mean entries per KV head, sinks and window included")
+    budget: int | None = Field(None, ge=1, description="mean entries per KV head, sinks and window included")
     minimum: int = Field(7, ge=1, description="floor of any one head")
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmopt import runtime
 from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
@@ -115,7 +116,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
-    output = checkpoint.prepare_output(output, source, overwrite)
+    output = prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
