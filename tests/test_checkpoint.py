@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmopt
-from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import prepare_output
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model import state
@@ -166,7 +166,7 @@ def test_output_inside_the_models_folder_is_refused(tmp_path):
     tiny.make("llama").save_pretrained(tmp_path / "m")
     for inside in (tmp_path / "m", tmp_path / "m" / "out"):
         with pytest.raises(LlmoptError, match="inside the model's folder"):
-            checkpoint.prepare_output(inside, str(tmp_path / "m"), overwrite=True)
+            prepare_output(inside, str(tmp_path / "m"), overwrite=True)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -162,14 +162,14 @@ def test_a_block_damaged_on_disk_is_found_and_done_anew(made, monkeypatch):
     solved = counted(monkeypatch, GPTQ, "_solve")
     report = run(made)
     assert len(solved) == 14
-    assert [line for line in report.told if "damaged" in line] == [
+    assert [line for line in report.messages if "damaged" in line] == [
         f"step-{place} was damaged on disk and is done anew" for place in ("0/1-00002", "1/1-00001")]
     assert contents(made.parent / "out") == contents(made.parent / "whole")
 
 
 def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monkeypatch):
     whole, file = run(made, "whole"), small_disk / "r.yaml"
-    assert not whole.told
+    assert not whole.messages
     mount(small_disk, "140k", "remount")
     file.write_text(made.read_text())
     for stream in (False, True):
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monke
             run(file, stream=stream)
         assert not (small_disk / "out").exists()
     mount(small_disk, "2m", "remount")
-    assert run(file).told
+    assert run(file).messages
     assert contents(small_disk / "out") == contents(made.parent / "whole")
 
 
