@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.checkpoint.card import write_card
-from llmopt.checkpoint.save import Weights, fill, vanishing
+from llmopt.checkpoint.place import vanishing
+from llmopt.checkpoint.save import Weights, fill
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model.loaded import with_codes
@@ -47,7 +48,7 @@ def save_pretrained(model: nn.Module, stock: Callable[..., Any], save_directory:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether transformers alone would write something else than this model."""
+    """True if transformers alone would write something else than this model."""
     config = model.config
     loaded = any(getattr(config, key, None) for key in ("llmopt", "quantization_config"))
     return bool(loaded or coded(model) or runtime_config(model)["steps"] or config.is_heterogeneous
