@@ -63,7 +63,7 @@ def read_json(file: Path, most: int = MAX_VALUES) -> dict[str, Any]:
 
 
 def load_json(file: Path, most: int = MAX_VALUES) -> Any:
-    """What a JSON file says; raises LlmoptError for one that is missing, too large or damaged."""
+    """The content of a JSON file; raises LlmoptError for one that is missing, too large or damaged."""
     try:
         if not file.is_file():
             raise LlmoptError(f"{file}: " + ("is not a file" if file.exists() else "there is no such file"))
@@ -75,7 +75,7 @@ def load_json(file: Path, most: int = MAX_VALUES) -> Any:
 
 
 def parse_json(text: str | bytes, where: str, most: int = MAX_VALUES) -> Any:
-    """What `text` says; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits.
+    """The data in a JSON text; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits.
 
     Values are counted before one is made: a list of three bytes takes sixty.
     """
@@ -220,7 +220,7 @@ def check_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is {dtype: name, shape: [n, ...], data_offsets: [start, end]}; safetensors checks how they fit."""
+    """True for {dtype: name, shape: [n, ...], data_offsets: [start, end]}; safetensors checks how they fit."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")

@@ -43,7 +43,7 @@ class Turn(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What becomes of one layer of one row: bool [G, T] the entries that stay, and what they were judged by."""
+    """The choice in one layer of one row: bool [G, T] the entries that stay, and what they were judged by."""
 
     keep: Tensor
     scored: Scored
@@ -93,7 +93,7 @@ class Scorer(CacheMethod):
 
     @property
     def layer_by_layer(self) -> bool:
-        """Whether a layer's entries can be chosen without the scores of later layers."""
+        """True if a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model"
 
     def share(self, length: int) -> int:
@@ -148,7 +148,7 @@ class Scorer(CacheMethod):
         return self.reduce.reduce(_view(turn, index, entries), entries, choice.keep, choice.scored.scores)
 
     def _choose(self, turn: Turn, layers: list[int]) -> list[Choice] | None:
-        """Which entries of a row stay, per layer; None: all of them."""
+        """The entries of a row that stay, per layer; None: all of them."""
         share = self.share(turn.length)
         caps = self._coming(turn)
         if all(bool((caps[i] <= share).all()) for i in (layers if self.allocate.looks_at == "layer" else caps)):
@@ -161,7 +161,7 @@ class Scorer(CacheMethod):
                 for layer, count in zip(scored, counts, strict=True)]
 
     def _has_voters(self, turn: Turn, index: int) -> bool:
-        """Whether a real query of this row waits in a layer, if the method asks any: nobody can judge by none."""
+        """True if a real query of this row waits in a layer, or the method asks for none."""
         layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
         if self.queries() == 0 or layer.queries is None:
             return self.queries() == 0
