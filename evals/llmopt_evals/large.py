@@ -114,7 +114,7 @@ def memory_bytes(folder: Path, dtype: str | None) -> int:
 
 
 def _too_full(folder: Path, size: int) -> str | None:
-    """What to say if `size` bytes have no place beside `folder`."""
+    """The message if `size` bytes have no place beside `folder`; None if they have."""
     free = psutil.disk_usage(str(_beside(folder))).free
     return None if size <= free else (
         f"{folder}: takes {size / 1e9:.1f} GB to score; {available() / 1e9:.1f} GB of memory are available, and "
@@ -122,7 +122,7 @@ def _too_full(folder: Path, size: int) -> str | None:
 
 
 def _beside(folder: Path) -> Path:
-    """Where what is inflated may lie: in the folder around `folder`, or the working directory."""
+    """The place for inflated weights: the folder around `folder`, or the working directory."""
     home = next(above for above in folder.absolute().parents if above.is_dir())
     return home if os.access(home, os.W_OK) else Path.cwd()
 

@@ -48,7 +48,7 @@ def save_pretrained(model: nn.Module, stock: Callable[..., Any], save_directory:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether transformers alone would write something else than this model."""
+    """True if transformers alone would write something else than this model."""
     config = model.config
     loaded = any(getattr(config, key, None) for key in ("llmopt", "quantization_config"))
     return bool(loaded or coded(model) or runtime_config(model)["steps"] or config.is_heterogeneous

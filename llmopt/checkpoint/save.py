@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 class Weights:
-    """What `save` writes and how that is checked: a model in memory. A streamed run has its own."""
+    """The weights that `save` writes and checks: a model in memory. A streamed run has its own."""
 
     def __init__(self, model: nn.Module, format: str):
         self.model, self.format = model, format

@@ -45,7 +45,7 @@ class Turn(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What becomes of one layer of one row: bool [G, T] the entries that stay, and what they were judged by."""
+    """The choice in one layer of one row: bool [G, T] the entries that stay, and what they were judged by."""
 
     keep: Tensor
     scored: Scored
@@ -104,7 +104,7 @@ class Scorer(CacheMethod):
 
     @property
     def layer_by_layer(self) -> bool:
-        """Whether a layer's entries can be chosen without the scores of later layers."""
+        """True if a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model" and not self.replays
 
     def share(self, length: int) -> int:
@@ -160,7 +160,7 @@ class Scorer(CacheMethod):
         return self.reduce.reduce(_view(turn, index, entries), entries, choice.keep, choice.scored.scores)
 
     def _choose(self, turn: Turn, layers: list[int]) -> list[Choice] | None:
-        """Which entries of a row stay, per layer; None: all of them."""
+        """The entries of a row that stay, per layer; None: all of them."""
         share = self.share(turn.length)
         caps = self._coming(turn)
         if all(bool((caps[i] <= share).all()) for i in (layers if self.allocate.looks_at == "layer" else caps)):
@@ -174,7 +174,7 @@ class Scorer(CacheMethod):
                 for layer, count in zip(scored, counts, strict=True)]
 
     def _has_voters(self, turn: Turn, index: int) -> bool:
-        """Whether a real query of this row waits in a layer, if the method asks any: nobody can judge by none."""
+        """True if a real query of this row waits in a layer, or the method asks for none."""
         layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
         if self.queries() == 0 or self.replays or turn.live.now.rehearsing:
             return True

@@ -51,7 +51,7 @@ def with_codes(model: nn.Module) -> Iterator[None]:
 
 
 def _scheme(module: nn.Module) -> Any:
-    """How compressed-tensors says that the weights of a module are quantized; None where they are not."""
+    """The quantization scheme that compressed-tensors gives for a module's weights; None for dense ones."""
     return getattr(module.__dict__.get("quantization_scheme"), "weights", None)
 
 

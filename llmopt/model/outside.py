@@ -39,7 +39,7 @@ class Outside:
 
     @property
     def tied(self) -> bool:
-        """Whether the head shares its weight with the embeddings."""
+        """True if the head shares its weight with the embeddings."""
         return self.head.key in self.model.all_tied_weights_keys
 
     def untie(self) -> None:

@@ -41,7 +41,7 @@ class RuntimeMethod(Method):
         return self.needs_data            # a plan made from data runs the model
 
     def plan(self, model: nn.Module, run: Run) -> Record:
-        """What is decided once, from head scores or calibration data: plain JSON and small tensors."""
+        """Decide once, from head scores or calibration data: a record of plain JSON and small tensors."""
         return Record()
 
     def apply(self, model: nn.Module, run: Run) -> Record:
@@ -71,7 +71,7 @@ class CacheMethod(RuntimeMethod):
     replays: ClassVar[bool] = False
 
     def queries(self) -> int | None:
-        """How many of the last queries it wants to see in `layer.queries`; None: all since the last compression."""
+        """The number of last queries to keep in `layer.queries`; None: all since the last compression."""
         return 0
 
     @abstractmethod
@@ -107,7 +107,7 @@ class PrefillMethod(RuntimeMethod):
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What is attached to `model`."""
+    """The attachment of `model`; None if there is none."""
     return model.__dict__.get(KEY)
 
 
@@ -167,13 +167,13 @@ def new_cache(model: nn.Module) -> LlmoptCache:
 
 
 def has_eviction(model: nn.Module) -> bool:
-    """Whether an attached method changes what the cache holds, by dropping entries or by packing them."""
+    """True if an attached method changes what the cache holds, by dropping entries or by packing them."""
     live = attachment(model)
     return live is not None and any(live.method(place) is not None for place in (EVICTOR, STORE))
 
 
 def runtime_config(model: nn.Module) -> dict[str, Any]:
-    """What config.json keeps of the attached methods under the key `llmopt`.
+    """The entry `llmopt` of config.json: the attached methods.
 
     {"steps": [{"method", "meta"}], "tensors": {"<step>.<name>": {"shape", "dtype"}}}; no tensors, no such key. The
     tensors themselves are the model's buffers `llmopt.<step>.<name>`.

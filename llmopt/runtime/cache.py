@@ -21,7 +21,7 @@ class Owner:
         self.model = None if model is None else weakref.ref(model)
 
     def differs(self, model: nn.Module) -> bool:
-        """Whether it is known to be another model."""
+        """True if it is known to be another model."""
         return self.model is not None and self.model() is not model
 
     def __deepcopy__(self, memo: dict) -> "Owner":
@@ -105,7 +105,7 @@ class LlmoptCache(Cache):
         return mask
 
     def _hides(self, mask: Tensor) -> bool:
-        """Whether some kept entry is hidden by `mask` [B, total]."""
+        """True if `mask` [B, total] hides a kept entry."""
         hidden = ~mask[:, :max(layer.folded for layer in self.layers)]
         if self.dropped is None:
             return bool(hidden.any())

@@ -89,7 +89,7 @@ class Attachment:
         return self.parts[place][0] if place in self.parts else None
 
     def record(self, place: str) -> Record:
-        """What the method in a place has recorded when it was applied."""
+        """The record of the method in a place, made when it was applied."""
         step = list(self.parts).index(place)
         return Record(self.parts[place][1], tensors_below(self.model, str(step)))
 

@@ -190,7 +190,7 @@ def _empty(layer: nn.Module) -> None:
 
 
 def spilled(tensor: Tensor, file: Path) -> Tensor:
-    """The same values in a mapped file that has no name any more, so that it is gone when the tensor is."""
+    """Move a tensor's values into a mapped file without a name, which is gone when the tensor is."""
     with file.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, tensor.numel() * tensor.element_size())      # or the disk is full
     mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
