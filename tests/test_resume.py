@@ -2,8 +2,6 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from llmopt.quant import GPTQ, RTN
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import Interrupted, Journal, difference
-from tests import tiny
+from tests import tiny, warm
 from tests.command import ROOT, call, command
 from tests.conftest import mount
 from tests.plans import contents, dense
@@ -82,9 +80,8 @@ def killed(made: Path, jobs: list[dict]) -> list[list[int]]:
     """Exit codes of the jobs, the first of which is an undisturbed run into `whole`."""
     jobs = [{"recipe": str(made), **job, "output": str(made.parent / job["output"])}
             for job in [{"output": "whole", "stream": False}, *jobs]]
-    line, environment = command()
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_many.py")], input=json.dumps(jobs), text=True,
-                          env=environment, capture_output=True, timeout=600, check=False)
+    _, environment = command()
+    done = warm.run(ROOT / "tests" / "kill_many.py", env=environment, text=json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
     for job, ended in zip(jobs, codes, strict=True):
