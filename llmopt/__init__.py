@@ -3,6 +3,14 @@
 Notation in all files: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size,
 L layers.
 
+Words: a *block* is a decoder layer seen by its functions. Its *readers* (q, k, v, gate, up) take the residual stream
+in, its *writers* (o, down) add to it. A *unit* is what pruning removes at once: an FFN channel, a KV group, a query
+head, a sub-block, a block. A *group* is, of KV heads, the query heads that share one; of weights, those that read one
+input; of columns, those that share a scale. A *target* is a weight to be quantized with its bits and group size. An
+*entry* is one key and value in the cache with its position; entries are *kept* (flat, per head) or in the *tail* (the
+newest tokens, dense). A *tile* is a run of rows, or of queries, computed together. A *stage* is the place of a step in
+the order score, prune, transform, quant, runtime; also the hidden folder in which a checkpoint is written.
+
 Importing this costs nothing: each name below, and each folder, is imported when it is first used.
 """
 import importlib

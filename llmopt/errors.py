@@ -32,7 +32,7 @@ class FieldError(LlmoptError):
         self.key, self.value, self.expected, self.tail = key, value, expected, tail
 
     def below(self, path: str) -> "FieldError":
-        """The same error, told from further out."""
+        """This error with the name of the field around its own in front."""
         return FieldError(f"{path}.{self.key}" if self.key else path, self.value, self.expected, self.tail)
 
 
@@ -44,7 +44,7 @@ class KeyUnknown(FieldError):
         self.key, self.tail = key, tail
 
     def below(self, path: str) -> "KeyUnknown":
-        """The same error, told from further out."""
+        """This error with the name of the field around its own in front."""
         return KeyUnknown(f"{path}.{self.key}", self.tail)
 
 

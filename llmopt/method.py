@@ -61,7 +61,7 @@ class Probe:
 
 @dataclass
 class Run:
-    """What a step may look at while it is applied.
+    """The context of a step that is being applied.
 
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
     probes: what head scores of `eats` "probes" look at; see calibration.probes.
@@ -96,7 +96,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Pace:
-    """What estimates of time multiply with: the model's blocks, seconds of its whole forward per token."""
+    """The model's speed: its number of blocks, and seconds per token of a forward through all of them."""
 
     blocks: int
     token: float
@@ -141,12 +141,12 @@ class Method(Part, ABC):
         """Edit `model` in place and return what load time needs."""
 
     def rooms(self, model, scene: Scene) -> list[Room]:
-        """What `apply` takes of the memory, an entry for each block or for what it does at once; shapes are enough."""
+        """The memory that `apply` takes, an entry for each block or for work on all of them; shapes are enough."""
         rows, length = scene.largest
         return [Room(whole=self.whole_bytes(model, rows * length))]
 
     def seconds(self, model, run: Run, pace: "Pace") -> float:
-        """How long `apply` will take; `model` is cut to its first block, except for a score that needs all of it."""
+        """The seconds that `apply` will take; `model` is cut to its first block, unless a score needs all of it."""
         return timed(self.apply, model, run) * pace.blocks
 
     def restore(self, model, record: Record) -> None:

@@ -13,7 +13,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class ModelSpec(Checked):
-    """Which model is compressed."""
+    """The model to compress."""
 
     id: str = Field("llmopt/reference", description="a folder or a hub name; llmopt/reference is the embedded model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: the checkpoint's own")

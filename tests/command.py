@@ -1,10 +1,11 @@
-"""The `llmopt` command for tests: as a process of its own, or in this one where only its words matter."""
+"""The `llmopt` command for tests: as a process of its own, cold or warm, or in this one where only its words matter."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from llmopt.cli.commands import main
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,8 +19,10 @@ def command(*words: str, **environment: str) -> tuple[list[str], dict[str, str]]
 
 
 def llmopt(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command in a fresh process."""
+    """Run the command in a warm process; one that is given an environment starts cold."""
     line, variables = command(*words, **environment)
+    if not environment:
+        return warm.run(*line[1:], env=variables)
     return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=300)
 
 

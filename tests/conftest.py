@@ -10,9 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
+from collections import Counter  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests import warm  # noqa: E402
 
 torch.set_num_threads(1)      # two workers share two cores; results must not depend on the machine's
 os.environ["OMP_NUM_THREADS"] = "1"         # of the commands that are run
@@ -31,6 +34,39 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "full" in item.keywords:
             item.add_marker(skip)
+
+
+BUDGET = 40         # CPU-seconds of a file in the default tier, those of processes that it starts included
+LAST = pytest.StashKey[float]()             # cpu_seconds() at the end of the last phase of a test
+
+
+def cpu_seconds() -> float:
+    """What this process has taken so far, and all that it has started."""
+    return sum(os.times()[:4]) + warm.cpu_seconds()
+
+
+def pytest_collection_finish(session):
+    session.config.stash[LAST] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Let every report carry the CPU time of its phase, from a worker to the terminal."""
+    report, now = (yield), cpu_seconds()
+    report.user_properties = [*report.user_properties, ("cpu_seconds", now - item.config.stash[LAST])]
+    item.config.stash[LAST] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Name the files of the default tier that take more than BUDGET."""
+    taken = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            taken[getattr(report, "fspath", None)] += dict(getattr(report, "user_properties", ())).get("cpu_seconds", 0)
+    for file, seconds in taken.most_common():
+        if seconds > BUDGET and not config.getoption("--full"):
+            terminalreporter.write_line(f"{file}: {seconds:.0f} CPU-seconds, the budget of a file is {BUDGET}")
 
 
 def mount(place, size: str, *options: str) -> None:

@@ -1,8 +1,6 @@
 """Checkpoints as strangers load them: every row of the table of how portable each content is, in a fresh process."""
 import errno
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +8,14 @@ import pytest
 import torch
 
 import llmopt
-from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import prepare_output
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model import state
 from llmopt.runtime.attach import detach
-from tests import tiny
+from tests import tiny, warm
+from tests.command import ROOT, command
 
-ROOT = Path(__file__).parents[1]
 RTN = llmopt.get("quant.rtn")
 PRUNE = llmopt.get("prune.magnitude")
 SNAPKV = llmopt.get("kv.snapkv")
@@ -72,11 +70,8 @@ def made(tmp_path_factory) -> Made:
 
 def loaded(how: str, made: Made, tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp(how) / "results.pt"
-    path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "evals")] if how == "import" else []
-    subprocess.run([sys.executable, str(ROOT / "tests" / "load_many.py"), how, str(out),
-                    *map(str, made.folders.values())], check=True, timeout=300,
-                   env={"PATH": "", "PYTHONPATH": ":".join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                        "HF_HOME": str(tmp_path_factory.mktemp("hf"))})
+    done = warm.run(ROOT / "tests" / "load_many.py", how, out, *made.folders.values(), env=command()[1])
+    assert done.returncode == 0, done.stderr
     results = torch.load(out)[how]
     return {name: results[str(folder)] for name, folder in made.folders.items()}
 
@@ -171,7 +166,7 @@ def test_output_inside_the_models_folder_is_refused(tmp_path):
     tiny.make("llama").save_pretrained(tmp_path / "m")
     for inside in (tmp_path / "m", tmp_path / "m" / "out"):
         with pytest.raises(LlmoptError, match="inside the model's folder"):
-            checkpoint.prepare_output(inside, str(tmp_path / "m"), overwrite=True)
+            prepare_output(inside, str(tmp_path / "m"), overwrite=True)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -10,6 +10,7 @@ from time import sleep
 
 import pytest
 
+from tests import warm
 from tests.command import call, command, llmopt
 from tests.conftest import mount
 
@@ -119,7 +120,10 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, moment):
     line, environment = command("compress", "--recipe", recipe, "--output", tmp_path / "out")
-    run = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    if moment in ("saving", "scoring"):
+        run = warm.start(*line[1:], env=environment)
+    else:
+        run = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not MOMENTS[moment](tmp_path) and run.poll() is None:
         sleep(0.01)
     run.send_signal(signal.SIGINT)

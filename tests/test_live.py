@@ -1,8 +1,6 @@
 """What happens inside a forward: how much is held at most, which queries and positions are kept, buffers of methods."""
 import copy
 import json
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,8 @@ from llmopt.method import Record, Run
 from llmopt.model.positions import attention_windows
 from llmopt.parts import _REGISTRY, register
 from llmopt.runtime import hooks
+from tests import warm
+from tests.command import command
 from tests.tiny import ids, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt",
@@ -211,8 +211,8 @@ def test_tensors_of_a_method_travel_with_the_checkpoint(listed, tmp_path):
     runtime.detach(fresh)
     assert not any(name.startswith("llmopt") for name in fresh.state_dict())
     torch.save(tokens, tmp_path / "io.pt")
-    done = subprocess.run([sys.executable, "-c", LOADER, str(folder), str(tmp_path / "io.pt")], text=True,
-                          capture_output=True, check=True, timeout=120)
+    done = warm.run("-c", LOADER, folder, tmp_path / "io.pt", env=command()[1])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "True"] and "llmopt is not installed" in done.stderr
     for trust in (False, True):
         assert torch.equal(torch.load(tmp_path / f"io.pt.{trust}"), dense)

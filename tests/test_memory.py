@@ -34,7 +34,7 @@ def test_named_tensors_survive_a_crash(tmp_path):
     assert calls == [0, 1, 1, 2]
     for i, tensors in enumerate(found):
         assert all(torch.equal(tensors[name], tensor) for name, tensor in made([], i).items())
-    assert any("damaged" in line for line in journal.told)
+    assert any("damaged" in line for line in journal.messages)
 
 
 def test_without_a_journal_they_are_made_each_time():

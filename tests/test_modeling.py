@@ -1,7 +1,5 @@
 """The classes behind AutoModel: stock for stock configs, exact for per-layer shapes, refused by stock transformers."""
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,9 +15,9 @@ from llmopt.model import modeling
 from llmopt.model.blocks import attention_modules
 from llmopt.model.modeling import FAMILIES, SkippedAttn, remote_files, saved_config
 from llmopt.prune.surgery import LayerPlan, apply_plan
-from tests import tiny
+from tests import tiny, warm
+from tests.command import ROOT, command
 
-ROOT = Path(__file__).parents[1]
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
 SHAPED = (*HEADS, "olmo2", "gpt_neox", "gpt2", "opt")
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))       # as in load_many.py
@@ -99,11 +97,10 @@ def behaviour(model):
                                                  eos_token_id=None)
 
 
-def python(folder, *words):
-    """A process of its own, with a fresh cache for the code of trusted folders."""
-    packages = os.pathsep.join(str(ROOT / path) for path in (".", "kernels", "evals"))
-    subprocess.run([sys.executable, *words], check=True, cwd=folder, timeout=300,
-                   env=os.environ | {"HF_HOME": str(folder / "hf"), "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"})
+def python(*words):
+    """A process of its own, warm but without llmopt."""
+    done = warm.run(*words, env=command()[1])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +111,7 @@ def made(tmp_path_factory):
         model = pruned(family, plan)
         code[name] = write(model, root / name)
         memory[name] = behaviour(model)
-    python(root, str(ROOT / "tests/load_many.py"), "plain,trust", str(root / "seen.pt"),
-           *(str(root / name) for name in memory))
+    python(ROOT / "tests/load_many.py", "plain,trust", root / "seen.pt", *(root / name for name in memory))
     seen = {how: {Path(k).name: v for k, v in found.items()} for how, found in torch.load(root / "seen.pt").items()}
     return root, memory, code, seen
 
@@ -188,7 +184,7 @@ def test_a_skipped_first_attention_still_counts_tokens(made, family):
 def test_a_trusted_model_can_be_compressed_again_once_llmopt_is_imported(tmp_path):
     model = pruned("llama", [LayerPlan(skip=("attention",)), LayerPlan(skip=("mlp",)), LayerPlan()])
     write(model, tmp_path / "m")
-    python(tmp_path, "-c", TRUSTED_FIRST, "m", "out", "seen.pt")
+    python("-c", TRUSTED_FIRST, *(tmp_path / name for name in ("m", "out", "seen.pt")))
     seen = torch.load(tmp_path / "seen.pt")
     assert seen["kept"] == [(False, True), (True, False), (True, True)]
     assert torch.equal(load(tmp_path / "out")[0](IDS).logits, seen["logits"])

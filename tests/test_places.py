@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import llmopt
-from llmopt.checkpoint.save import prepare_output
+from llmopt.checkpoint.place import prepare_output
 from llmopt.errors import LlmoptError
 from llmopt.files import own
 from llmopt.scale.journal import OWN, Interrupted, Journal

@@ -2,8 +2,6 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from llmopt.quant import GPTQ, RTN
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import Interrupted, Journal, difference
-from tests import tiny
+from tests import tiny, warm
 from tests.command import ROOT, call, command
 from tests.conftest import mount
 from tests.plans import contents, dense
@@ -82,9 +80,8 @@ def killed(made: Path, jobs: list[dict]) -> list[list[int]]:
     """Exit codes of the jobs, the first of which is an undisturbed run into `whole`."""
     jobs = [{"recipe": str(made), **job, "output": str(made.parent / job["output"])}
             for job in [{"output": "whole", "stream": False}, *jobs]]
-    line, environment = command()
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_many.py")], input=json.dumps(jobs), text=True,
-                          env=environment, capture_output=True, timeout=600, check=False)
+    _, environment = command()
+    done = warm.run(ROOT / "tests" / "kill_many.py", env=environment, text=json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
     for job, ended in zip(jobs, codes, strict=True):
@@ -165,14 +162,14 @@ def test_a_block_damaged_on_disk_is_found_and_done_anew(made, monkeypatch):
     solved = counted(monkeypatch, GPTQ, "_solve")
     report = run(made)
     assert len(solved) == 14
-    assert [line for line in report.told if "damaged" in line] == [
+    assert [line for line in report.messages if "damaged" in line] == [
         f"step-{place} was damaged on disk and is done anew" for place in ("0/1-00002", "1/1-00001")]
     assert contents(made.parent / "out") == contents(made.parent / "whole")
 
 
 def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monkeypatch):
     whole, file = run(made, "whole"), small_disk / "r.yaml"
-    assert not whole.told
+    assert not whole.messages
     mount(small_disk, "140k", "remount")
     file.write_text(made.read_text())
     for stream in (False, True):
@@ -180,7 +177,7 @@ def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monke
             run(file, stream=stream)
         assert not (small_disk / "out").exists()
     mount(small_disk, "2m", "remount")
-    assert run(file).told
+    assert run(file).messages
     assert contents(small_disk / "out") == contents(made.parent / "whole")
 
 

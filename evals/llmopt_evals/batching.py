@@ -27,7 +27,7 @@ def scores_bytes(model: nn.Module, length: int) -> int:
 
 
 def batch_tokens(model: nn.Module, longest: int, kept: int = 0) -> int:
-    """How many tokens a batch may have whose longest row has `longest`; kept: bytes of a cache for each token.
+    """The number of tokens of a batch whose longest row has `longest`; kept: bytes of a cache for each token.
 
     Raises LlmoptError if not even that row fits into the available memory.
     """

@@ -89,7 +89,7 @@ def refuse_foreign(tasks: list[str], tokenizer: Any) -> None:
 
 
 def foreign_tasks(tasks: list[str], tokenizer: Any) -> list[str]:
-    """Those of `tasks` that are written in the embedded world's words, where `tokenizer` has other ones."""
+    """The tasks that are written in the embedded world's words, where `tokenizer` has other ones."""
     return [] if speaks_world(tokenizer) else [task for task in tasks if task.startswith("world")]
 
 

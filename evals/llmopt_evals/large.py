@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that is gone afterwards; those of processes that were killed go first."""
     home, kind = _beside(folder), f".{folder.name}.llmopt-eval-{platform.node()}@"
     for old in home.glob(f"{glob.escape(kind)}*"):
-        if not psutil.pid_exists(int(old.name.removeprefix(kind).partition("-")[0])):
+        process = re.fullmatch(r"(\d{1,9})-\w+", old.name.removeprefix(kind))
+        if process and not psutil.pid_exists(int(process[1])):
             shutil.rmtree(old, ignore_errors=True)
     with TemporaryDirectory(prefix=f"{kind}{os.getpid()}-", dir=home) as work:
         yield Path(work)
@@ -112,7 +114,7 @@ def memory_bytes(folder: Path, dtype: str | None) -> int:
 
 
 def _too_full(folder: Path, size: int) -> str | None:
-    """What to say if `size` bytes have no place beside `folder`."""
+    """The message if `size` bytes have no place beside `folder`; None if they have."""
     free = psutil.disk_usage(str(_beside(folder))).free
     return None if size <= free else (
         f"{folder}: takes {size / 1e9:.1f} GB to score; {available() / 1e9:.1f} GB of memory are available, and "
@@ -120,7 +122,7 @@ def _too_full(folder: Path, size: int) -> str | None:
 
 
 def _beside(folder: Path) -> Path:
-    """Where what is inflated may lie: in the folder around `folder`, or the working directory."""
+    """The place for inflated weights: the folder around `folder`, or the working directory."""
     home = next(above for above in folder.absolute().parents if above.is_dir())
     return home if os.access(home, os.W_OK) else Path.cwd()
 

@@ -183,7 +183,7 @@ class LlmoptLM(HFLM):
 
 
 def common(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists begin with in common."""
+    """The number of tokens that two lists begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -34,7 +34,7 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """How many documents of which lengths (tokens, question and answer included), with how many needles each."""
+    """The trials: numbers of documents, their lengths (tokens, question and answer included), and needles in each."""
 
     lengths: Sequence[int] = ()         # none: DEFAULT_LENGTH, or what the model reads
     documents: int = 4

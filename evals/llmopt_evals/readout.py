@@ -52,7 +52,7 @@ class Readout:
         return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
     def rows(self) -> int:
-        """How many positions the head is run on at a time."""
+        """The number of positions that the head is run on at a time."""
         return max(1, CHUNK // (self.vocabulary() * (self.model.dtype.itemsize + 2 * self.dtype.itemsize)))
 
     def vocabulary(self) -> int:

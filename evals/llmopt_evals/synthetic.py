@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model import state
@@ -32,10 +32,10 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 def write(config: PreTrainedConfig, output: Path, seed: int = 0, max_shard_size: str = "1GB") -> None:
     """A sharded bf16 checkpoint of `config`'s shapes; raises LlmoptError if `output` is in use."""
-    output = checkpoint.prepare_output(output, None, overwrite=False)
+    output = prepare_output(output, None, overwrite=False)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with checkpoint.staged(output) as stage:
+    with staged(output) as stage:
         writer = shards.Writer(stage, max_shard_size)
         for group in shards.by_block(state.plain_state(skeleton)):
             writer.add({name: draw(name, like, seed, config.initializer_range) for name, like in group.items()})

@@ -7,7 +7,7 @@ from llmopt_kernels.reference import Rule, attention
 
 
 def dense_visible(query: Tensor, keys: Tensor, mask: Tensor | None, first: int, rule: Rule) -> Tensor | None:
-    """Which of the S newest tokens each query sees: bool [B or 1, T, S]; None when that is all of them."""
+    """The visibility of the S newest tokens to each query: bool [B or 1, T, S]; None when all are visible."""
     last, total = first + query.shape[2], keys.shape[2]
     reaches = rule.window is None or total <= rule.window
     if query.shape[2] == 1 and mask is None and reaches:

@@ -22,7 +22,7 @@ def product(rows: Tensor, shared: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one layer turns queries and keys into logits, and how far back it looks."""
+    """The attention rule of one layer: how queries and keys become logits, and how far back it looks."""
 
     scaling: float
     softcap: float | None = None     # logits = cap * tanh(logits / cap)
@@ -100,7 +100,7 @@ class Ragged:
 
     @property
     def even(self) -> bool:
-        """Whether all heads of all rows hold equally many entries."""
+        """True if all heads of all rows hold equally many entries."""
         return bool((self.counts == self.counts[0, 0]).all())
 
     @property
@@ -123,7 +123,7 @@ class Ragged:
         return self._at(stay, counts)
 
     def select_rows(self, rows: Tensor) -> "Ragged":
-        """The same entries for a batch made of `rows` [B'], in that order."""
+        """These entries for a batch made of `rows` [B'], in that order."""
         ends = self.counts.sum(1).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         spans = [torch.arange(starts[r], ends[r]) for r in rows.tolist()]
@@ -169,7 +169,7 @@ def attention_weights(query: Tensor, keys: Tensor, visible: Tensor, rule: Rule) 
 
 def column_sums(query: Tensor, keys: Tensor, query_positions: Tensor, key_positions: Tensor, rule: Rule,
                 block: int = 256) -> Tensor:
-    """What each key receives from all queries together: [B, H, S], fp32, holding one block of queries at a time.
+    """The attention that each key receives from all queries together: [B, H, S], fp32, a block of queries at a time.
 
     query [B, H, T, D]; keys [B, G, S, D]; query_positions [B, T]; key_positions [B, G, S].
     """

@@ -13,7 +13,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `rotate` made x from; tables that also scale (YaRN, longrope) are divided out."""
+    """Undo `rotate`; tables that also scale (YaRN, longrope) are divided out."""
     turned, rest = _split(x, cos)
     cos, sin = cos.float(), sin.float()
     back = (turned * cos - _half(turned) * sin) / (cos * cos + sin * sin)

@@ -28,7 +28,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Stripes:
-    """Which keys each row tile reads: a dense base of `sinks` first and some local keys, chosen columns, chosen blocks.
+    """The keys that each row tile reads: a dense base of `sinks` first and some local ones, chosen columns and blocks.
 
     window: row i reads the local keys from i - window + 1 on; int64 [X]: each head has its own.
     start: instead of a window, the first local key of each row tile: int64 [tiles], or [X, tiles] by head.
@@ -106,7 +106,7 @@ class _Tile:
     lists: Tensor | None
 
     def index(self, count: int) -> slice | Tensor:
-        """Which of `count` heads belong to these lists; where lists share a head, it is named once for each."""
+        """The heads, of `count`, that belong to these lists; where lists share a head, it is named once for each."""
         if self.lists is None:
             return slice(None)
         if count <= self.of:

@@ -36,7 +36,7 @@ DENSE_ABOVE = 0.75     # dense where a method expects to compute more than this 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What `select` may know besides q and k.
+    """The context of `select` besides q and k.
 
     values: [G, S, D], for a base that the method computes itself (`Stripes.done`).
     offset: keys in front of the first query. dropped: tokens older than the first key, which slid out of the window or
@@ -103,7 +103,7 @@ class Selector(PrefillMethod):
         return not self.min_length or (length >= self.min_length and self.predict(length) <= DENSE_ABOVE)
 
     def _numbered(self, prompt: Prompt, shared: dict) -> tuple[Tensor, Rule]:
-        """Which sequence each column belongs to; a 4-D mask, the same for many layers, is read once."""
+        """The sequence of each column; a 4-D mask, the same for many layers, is read once."""
         if prompt.mask is None or prompt.mask.ndim == 2:
             return numbered(prompt)
         key = SELECTOR, id(prompt.mask), prompt.rule

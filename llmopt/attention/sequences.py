@@ -129,6 +129,6 @@ def _with_kept(kept: Ragged, row: int, tail: tuple[Tensor, Tensor],
 
 
 def _run(places: Tensor, end: int, whole: Tensor) -> int:
-    """How many of the last entries stand one after another up to `end`, none of them merged."""
+    """The number of last entries that stand one after another up to `end`, none of them merged."""
     wanted = torch.arange(end - len(places), end, device=places.device)
     return int(((places == wanted) & whole).flip(0).long().cumprod(0).sum())

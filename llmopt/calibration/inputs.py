@@ -27,7 +27,7 @@ class Moments(Gram):
     @property
     def hessian(self) -> Tensor | None:
         """None until a token has come."""
-        return self.once("hessian", self._hessian) if self.tokens else None
+        return self.cached("hessian", self._hessian) if self.tokens else None
 
     @property
     def size(self) -> Tensor | None:                        # [in] float32
@@ -56,8 +56,8 @@ class Moments(Gram):
             own = like.new_zeros(like.shape[1], dtype=torch.float64) if self.sizes is None else self.sizes
             self.sizes = self.ranks.sum_(own)
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """q, k and v read one input: what `make` gives is computed for the first of them and kept for the others."""
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """q, k and v read one input: compute `make()` for the first of them, reuse it for the rest."""
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
@@ -65,7 +65,7 @@ class Moments(Gram):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is collected of the inputs of each weight.
+    """The statistics to collect of the inputs of each weight.
 
     kind: "none"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves, of all
     processes, [N, in] for each batch. size: mean |x| beside the moments. token_weights: how much each real token of
@@ -108,7 +108,7 @@ def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Ten
 
 
 def _rows(visit: Visit, reader: Projection, run: Run) -> list[Tensor]:
-    """What the reader sees of every batch of all processes, in the order of the data; held as activations are."""
+    """The reader's inputs from every batch of all processes, in the order of the data; held as activations are."""
     own, hold = [], run.memory.keeper()
     visit.observe({reader.name: lambda x: own.append(hold(x.clone()))})
     return [x if mine else hold(x) for x, mine in run.ranks.each_of(own, reader.weight)]

@@ -116,5 +116,5 @@ def _ids(key: str, given: Any, vocabulary: int, tokenizer: Any) -> Tensor:
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` can be the source of probes."""
+    """True if `name` can be the source of probes."""
     return name in ("world", "tokens") or name.endswith(".jsonl")

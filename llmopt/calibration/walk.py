@@ -54,8 +54,8 @@ def _leave(*_: Any) -> None:
 class Visit:
     """One stop of the walk: a block and everything needed to run it over the calibration set.
 
-    inputs: hidden states [B, T, E] per batch; left: the same behind the block, once the walk has moved on. Padding
-    never reaches an observer. A process without a row of the data has no batch.
+    inputs: hidden states [B, T, E] per batch. outputs_after_edit: those behind the edited block, filled when the walk
+    goes on. Padding never reaches an observer. A process without a row of the data has no batch.
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class Visit:
     inputs: list[Tensor]
     calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
     masks: list[Tensor]                 # [B, T] bool, True at real tokens
-    left: list[Tensor] = field(default_factory=list)
+    outputs_after_edit: list[Tensor] = field(default_factory=list)
 
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
@@ -146,7 +146,7 @@ def each(model: nn.Module, run: Run, label: str, edits: bool = True,
 
 
 def outside(model: nn.Module, run: Run) -> Iterator[Outside]:
-    """What belongs to no block, with its weights there and to be changed; nothing where a resumed run had done that."""
+    """The parts that belong to no block, their weights there to be changed; none if a resumed run had done that."""
     memory = run.memory.editing()
     if not memory.restored(model, OUTSIDE):
         with memory.outside(model, edits=True):
@@ -190,7 +190,7 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
             visit = Visit(model, blocks(model)[index], inputs, calls[index], masks)
             if index not in done:
                 yield visit
-            inputs = visit.left = memory.keep(visit.outputs())
+            inputs = visit.outputs_after_edit = memory.keep(visit.outputs())
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def widths(config: dict) -> dict[str, int]:
 
 
 def quantization_config(model: nn.Module) -> dict:
-    """What config.json says of the quantized modules: one group for each (bits, group size), exact names as targets."""
+    """The quantization_config of config.json: one group for each (bits, group size), exact names as targets."""
     found = coded(model)
     schemes: dict[tuple[int, int], list[str]] = {}
     for weight in found:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.checkpoint.card import write_card
-from llmopt.checkpoint.save import Weights, fill, vanishing
+from llmopt.checkpoint.place import vanishing
+from llmopt.checkpoint.save import Weights, fill
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
-from llmopt.model.loaded import with_codes
+from llmopt.model.loaded import is_ours, with_codes
 from llmopt.model.modeling import heads_fit
 from llmopt.model.weights import coded
 from llmopt.runtime import runtime_config
@@ -47,9 +48,9 @@ def save_pretrained(model: nn.Module, stock: Callable[..., Any], save_directory:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether transformers alone would write something else than this model."""
+    """True if transformers alone would write something else than this model."""
     config = model.config
-    loaded = any(getattr(config, key, None) for key in ("llmopt", "quantization_config"))
+    loaded = getattr(config, "llmopt", None) or is_ours(model)
     return bool(loaded or coded(model) or runtime_config(model)["steps"] or config.is_heterogeneous
                 or not heads_fit(config, config.num_attention_heads))
 

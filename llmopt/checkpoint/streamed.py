@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import staged
 from llmopt.checkpoint.verify import VerificationError
 from llmopt.files import shards, tensors
 from llmopt.model import skeleton
@@ -65,7 +66,7 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
 def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
                  finish: Callable[[Path], None]) -> None:
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
-    with checkpoint.staged(output, weights.memory.work) as stage:
+    with staged(output, weights.memory.work) as stage:
         weights.write(stage, max_shard_size)
         shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
         finish(stage)

@@ -42,7 +42,7 @@ SHARED = ("compress", "eval", "heads")         # whose work several processes di
 
 
 def model_options(command):
-    """How a MODEL argument is to be loaded: the keys of a recipe's `model` section as options."""
+    """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
                    click.option("--compute-dtype", default="auto", show_default=True,
@@ -135,7 +135,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
             report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
                                   resume=resume, ranks=team, gauge=gauge)
         told = report.predictions()
-        for line in report.told:
+        for line in report.messages:
             LOG.info(line)
         if max_blocks:
             tables.show_times(report.seconds, output, as_json)

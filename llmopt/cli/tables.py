@@ -122,7 +122,7 @@ def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:
 
 
 def show_times(seconds: dict[str, float], output: Path, as_json: bool) -> None:
-    """How long each part of a run over some blocks took."""
+    """Print the seconds of each part of a run over some blocks."""
     if as_json:
         print_json(seconds)
         return
@@ -205,7 +205,7 @@ def show_bits(step: str, modules: dict[str, dict]) -> None:
 
 
 def show_shares(step: str, shares: list[list[float]]) -> None:
-    """How a kv step divides the cache over the KV heads of every layer."""
+    """Print how a kv step divides the cache over the KV heads of every layer."""
     if shares:
         _print_heads(f"weights of the KV heads in the budget of {step}", shares)
 

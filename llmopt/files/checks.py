@@ -10,6 +10,7 @@ from llmopt.errors import LlmoptError
 
 # A model of a thousand experts has 300,000 tensors, a large tokenizer 2 million values; what is read takes below 1 GB.
 MAX_HEADER, MAX_JSON, MAX_VALUES, MAX_TENSORS = 100_000_000, 100_000_000, 4_000_000, 400_000      # the first two: bytes
+MAX_CONFIG = 500_000                                # values of a config.json, which transformers copies many times
 MAX_ADDED = 20_000                                  # tokens beside the vocabulary; Gemma 3 has 6,000
 MAX_COUNTED = {"layer": 1_000, "label": 100_000}    # keys of a config with these words make as many objects
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -53,34 +54,34 @@ def _check_added(content: dict[str, Any], file: Path) -> None:
             raise LlmoptError(f"{file}: {key} has {len(value):,} entries; at most {MAX_ADDED:,} are read")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, most: int = MAX_VALUES) -> dict[str, Any]:
     """A JSON mapping; raises LlmoptError for a file that is missing or holds anything else."""
-    content = load_json(file)
+    content = load_json(file, most)
     if not isinstance(content, dict):
         raise LlmoptError(f"{file}: not a JSON mapping")
     return content
 
 
-def load_json(file: Path) -> Any:
-    """What a JSON file says; raises LlmoptError for one that is missing, too large or damaged."""
+def load_json(file: Path, most: int = MAX_VALUES) -> Any:
+    """The content of a JSON file; raises LlmoptError for one that is missing, too large or damaged."""
     try:
         if not file.is_file():
             raise LlmoptError(f"{file}: " + ("is not a file" if file.exists() else "there is no such file"))
         if file.stat().st_size > MAX_JSON:
             raise LlmoptError(f"{file}: {file.stat().st_size:,} bytes are too many for JSON")
-        return parse_json(file.read_bytes(), str(file))
+        return parse_json(file.read_bytes(), str(file), most)
     except OSError as error:
         raise LlmoptError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
-    """What `text` says; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits.
+def parse_json(text: str | bytes, where: str, most: int = MAX_VALUES) -> Any:
+    """The data in a JSON text; raises LlmoptError for no JSON, no UTF-8, half characters, deep nesting, endless digits.
 
     Values are counted before one is made: a list of three bytes takes sixty.
     """
     signs = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
-    if sum(map(text.count, signs)) > MAX_VALUES:
-        raise LlmoptError(f"{where}: more than {MAX_VALUES:,} values; too many for a model's file")
+    if sum(map(text.count, signs)) > most:
+        raise LlmoptError(f"{where}: more than {most:,} values; too many for a model's file")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         content = json.loads(text)
@@ -97,7 +98,7 @@ def check_config(file: Path) -> dict[str, Any]:
     Both are looked at before transformers reads the file: it makes one object for each layer and label, fetches an
     attention kernel that the file names from the hub, and opens whatever weight file is named, a pickled one too.
     """
-    config = read_json(file)
+    config = read_json(file, MAX_CONFIG)
     _check_counts(config, file)
     if "transformers_weights" in config:
         raise LlmoptError(f"{file}: transformers_weights chooses the weight file; remove this key")
@@ -110,7 +111,7 @@ def check_config(file: Path) -> dict[str, Any]:
 def check_bounds(folder: Path) -> None:
     """Raise LlmoptError for sizes that no model has, in whatever is there; all else transformers finds by itself."""
     if (folder / "config.json").is_file():
-        _check_counts(read_json(folder / "config.json"), folder / "config.json")
+        _check_counts(read_json(folder / "config.json", MAX_CONFIG), folder / "config.json")
     for index in folder.glob("*.safetensors.index.json"):
         indexed(index)
     tensors = sum(len(read_header(file)[0]) for file in folder.glob("*.safetensors") if file.is_file())
@@ -219,7 +220,7 @@ def check_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is {dtype: name, shape: [n, ...], data_offsets: [start, end]}; safetensors checks how they fit."""
+    """True for {dtype: name, shape: [n, ...], data_offsets: [start, end]}; safetensors checks how they fit."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")

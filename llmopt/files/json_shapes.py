@@ -8,7 +8,7 @@ SIZE, COUNT, NUMBER = range(2**63), range(1, 2**63), int | float
 
 
 def finite(value: Any) -> bool:
-    """Whether a value is a number to compute with: no NaN, no infinity, no bool."""
+    """True for a number to compute with: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) < 1e30
 
 

@@ -30,7 +30,7 @@ def check_is_folder(place: Path) -> None:
 
 
 def is_mount(place: Path) -> bool:
-    """Whether a file system, or a folder of another place, is mounted at `place`."""
+    """True if a file system, or a folder of another place, is mounted at `place`."""
     if os.path.ismount(place) or not MOUNTS.is_file():
         return os.path.ismount(place)
     points = (line.split()[4] for line in MOUNTS.read_text(errors="surrogateescape").splitlines())

@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
 @torch.no_grad()
 def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0,
             memory: Memory = Memory(), scene: Scene = Scene()) -> Prediction:     # noqa: B008  frozen, or empty
-    """What `steps` will make of `model`, which is left as it is, and what that takes.
+    """Foretell the result of `steps` on `model`, which is left as it is, and the memory that they take.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local.

@@ -54,7 +54,7 @@ class HeadScore(Method):
         return {"scores": self.score(model, run)}
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
-        """What becomes of the mean over all data."""
+        """Turn the mean over all data into the scores; by default they are that mean."""
         return scores
 
     def apply(self, model: nn.Module, run: Run) -> Record:

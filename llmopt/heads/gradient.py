@@ -97,7 +97,7 @@ class Gradient(HeadScore):
         return scores if self.normalize == "none" else [s / s.norm().clamp(min=1e-30) for s in scores]
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
-        """What the backward pass of a batch reads: the inputs of norms and products."""
+        """Bytes of the inputs of norms and products, which the backward pass of a batch reads, and of its logits."""
         size, table = compute_type(model).itemsize, model.get_input_embeddings().weight       # [V, E]
         token, vocabulary = 0, table.shape[0]
         for block in blocks(model):

@@ -18,7 +18,7 @@ def total_of(cap: Tensor, share: int) -> int:
 
 
 def uniform(cap: Tensor, share: int) -> Tensor:
-    """The same for every head."""
+    """Share out evenly: every head gets as much."""
     return cap.clamp(max=share)
 
 

@@ -28,7 +28,7 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What an allocator shares out in one row of the batch.
+    """The budget that an allocator shares out in one row of the batch.
 
     share: mean entries per KV head; cap: int64 [L, G], the entries there are; least: the method's floor of any one
     head; protected: sinks + window; scored: the L layers it looks at; guard: bool [G, T] of a layer, the entries that
@@ -64,7 +64,7 @@ class Demand:
 
 
 class Allocator(Part, ABC):
-    """Who keeps how much. looks_at: the scores of one layer at a time, of all layers, or of none.
+    """Decides how much each head keeps. looks_at: the scores of one layer at a time, of all layers, or of none.
 
     What looks at one layer or none is decided layer by layer, so that a prefill never holds two layers in full. What
     looks at none sees the lengths of all layers. reads_heads: it wants the head scores that the field `heads` names.

@@ -14,7 +14,7 @@ from llmopt.model.positions import rotary_tables
 
 @dataclass(frozen=True)
 class Source:
-    """Where a view comes from: the model, what the method has recorded, and the position ids of entries and queries.
+    """The origin of a view: the model, the method's record, and the position ids of entries and queries.
 
     entries: [B, G, T], queries: [B, W], as the rotary embedding saw them; length: one more than the largest seen.
     shared: the memory of this forward.
@@ -66,7 +66,7 @@ class LayerKV:
 
     @property
     def record(self) -> Record:
-        """What the method's `plan` has recorded: meta and tensors."""
+        """The record that the method's `plan` made: meta and tensors."""
         return self.source.record
 
     @property

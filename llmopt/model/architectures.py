@@ -18,7 +18,7 @@ NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader
 
 @dataclass(frozen=True)
 class Spec:
-    """Where one architecture keeps its parts; module names are relative to the decoder layer."""
+    """One architecture: the places of its parts. Module names are relative to the decoder layer."""
 
     layers: str = "model.layers"
     final_norm: str = "model.norm"

@@ -76,7 +76,7 @@ class Block:
         raise KeyError(which)
 
     def links(self) -> list[Link]:
-        """What feeds what: norms in front of readers; the rows of v the writer's columns; those of up the FFN writer's.
+        """The links of this block: norm to readers, rows of v to the writer's columns, rows of up to the FFN writer's.
 
         An FFN without a gate has a nonlinearity there, and no link.
         """

@@ -6,7 +6,7 @@ from llmopt.errors import LlmoptError
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or Inf."""
+    """True if no value is NaN or Inf."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     ends = torch.stack(tensor.aminmax())            # NaN comes through; much faster than isfinite, and takes no copy

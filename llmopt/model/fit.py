@@ -21,7 +21,7 @@ def refuse_foreign(names: Iterable[str], source: str) -> None:
 
 
 def _reason(name: str) -> str:
-    """What such a tensor is a sign of, where its name tells."""
+    """The likely reason for a tensor without a place, where its name tells."""
     if "lora_" in name:
         return ": merge the adapter into its model first (peft: merge_and_unload)"
     if re.search(r"(scale|scale_inv|zero_point|absmax|qweight|qzeros|g_idx)$", name):

@@ -29,13 +29,13 @@ class Norm:
 
     @property
     def gain(self) -> Tensor | float:              # [E] float32
-        """What it multiplies the normalised stream by; 1 where it has no weight, as OPT allows."""
+        """The factor of the normalised stream; 1 for a norm without a weight, as OPT allows."""
         weight = self.module.weight
         return 1.0 if weight is None else self.offset + weight.data.float()
 
     @property
     def bias(self) -> Tensor | None:               # [E]
-        """What it adds afterwards; RMS norms add nothing."""
+        """The term added after normalising; None for RMS norms."""
         bias = self.module.bias if self.kind == "layer" else None
         return None if bias is None else bias.data
 

@@ -35,7 +35,7 @@ def resolve(name: str) -> str:
 
 
 def local_folder(spec: ModelSpec) -> Path:
-    """Where the files of a model lie, one of the hub after it has been loaded."""
+    """The folder with a model's files; for a hub model the one in the cache, once it has been loaded."""
     source = resolve(spec.id)
     return Path(source) if Path(source).is_dir() else companion(source, "config.json", spec.revision).parent
 
@@ -184,7 +184,7 @@ def _try_out(tokenizer: Any, source: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
+    """True if a module can be imported; it is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:             # of its parent

@@ -53,12 +53,12 @@ class SkippedFFN(nn.Module):
 
 
 def is_skipped(module: nn.Module) -> bool:
-    """Whether `module` stands for a lost part; by name, for a trusted checkpoint brings its own copy of this file."""
+    """True for a placeholder of a lost part; by name, as a trusted checkpoint brings its own copy of this file."""
     return type(module).__name__ in (SkippedAttn.__name__, SkippedFFN.__name__)
 
 
 class Family(NamedTuple):
-    """Where transformers keeps the causal LM of one model_type, and what a skipped part takes with it."""
+    """The place of a model_type's causal LM in transformers, and the norms that a skipped part takes with it."""
 
     package: str
     model: str
@@ -149,7 +149,7 @@ class _Saving:
 
 
 class _Shaped(_Saving):
-    """What `shaped` adds in front of a stock class."""
+    """The mixin that `shaped` puts in front of a stock class."""
 
     _llmopt_family: Family
     _keys_to_ignore_on_load_unexpected = [r"^llmopt\."]
@@ -295,12 +295,12 @@ def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
 
 
 def checks_heads(config) -> bool:
-    """Whether this config class refuses a hidden_size that is no multiple of num_attention_heads."""
+    """True if this config class refuses a hidden_size that is no multiple of num_attention_heads."""
     return type(config).validate_architecture is not PreTrainedConfig.validate_architecture
 
 
 def heads_fit(config, heads: int) -> bool:
-    """Whether this config class accepts `heads` query heads for the whole model."""
+    """True if this config class accepts `heads` query heads for the whole model."""
     return not checks_heads(config) or config.hidden_size % heads == 0
 
 
@@ -309,7 +309,7 @@ def _is_plain_llama(config) -> bool:
 
 
 def _as_mistral(config) -> PreTrainedConfig:
-    """The same model under an architecture that takes any number of heads; every tensor keeps its name."""
+    """A Mistral config of the same model: that architecture takes any number of heads. Every tensor keeps its name."""
     fields = config.to_dict()
     for key in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version", "architectures"):
         fields.pop(key, None)

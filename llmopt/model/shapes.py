@@ -13,7 +13,7 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")
 
 
 class LayerShape(NamedTuple):
-    """What of a layer a config can say: H, G, F, and the parts that are gone."""
+    """The shape of a layer as a config can give it: H, G, F, and the parts that are gone."""
 
     heads: int
     kv_heads: int
@@ -34,7 +34,7 @@ def shapes(model: nn.Module) -> list[LayerShape]:
 
 
 def uniform(layers: list[LayerShape]) -> bool:
-    """Whether one plain config describes them all."""
+    """True if one plain config describes all layers."""
     return len(set(layers)) == 1 and not layers[0].skip
 
 

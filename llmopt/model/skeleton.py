@@ -103,7 +103,7 @@ def _tie_as_filed(model: nn.Module, known: Places) -> None:
 
 
 def _as_known(model: nn.Module, found: Places, state: dict[str, Tensor]) -> Places:
-    """The same places under the names that transformers gives them, before it puts any together.
+    """The places under the names that transformers gives them, before it puts any together.
 
     The model is told, as by `from_pretrained`, which of the conversions its files need: they are written likewise.
     """
@@ -122,7 +122,7 @@ def _as_known(model: nn.Module, found: Places, state: dict[str, Tensor]) -> Plac
 
 
 def converters(model: nn.Module) -> list[Any]:
-    """What puts tensors of the files together to one of this matched model."""
+    """The conversions that put several tensors of the files together to one of this matched model."""
     from transformers.core_model_loading import WeightConverter
 
     return [entry for entry in model._weight_conversions if isinstance(entry, WeightConverter)]

@@ -5,7 +5,7 @@ from llmopt.model.weights import coded
 
 
 def packs(model: nn.Module, format: str) -> bool:
-    """Whether the checkpoint will hold packed weights."""
+    """True if the checkpoint will hold packed weights."""
     return format != "dense" and bool(coded(model))
 
 

@@ -37,7 +37,7 @@ def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def described(layer: nn.Module) -> dict[str, Any]:
-    """What is known of a layer's quantized weights beside their tensors; plain JSON data by the weights' names."""
+    """The facts about a layer's quantized weights beside their tensors: plain JSON data by the weights' names."""
     return {w.name: {"place": [w.path, w.parameter, w.expert], "bits": w.codes.bits, "group_size": w.codes.group_size,
                      "figures": w.codes.figures} for w in coded(layer)}
 

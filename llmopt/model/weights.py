@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def stem(self) -> str:
-        """What the names of its packed tensors begin with."""
+        """The beginning of the names of its packed tensors."""
         return self.key if self.expert is None else f"{self.key}.{self.expert}"
 
     @property

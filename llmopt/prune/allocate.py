@@ -4,6 +4,7 @@ A layer's units leave from the weakest up, in chunks that keep its width divisib
 ranks the chunks of all layers together; `locally` takes the same number from every layer of the same shape.
 """
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from llmopt.errors import BudgetError
 class Units:
     """The prunable units of one kind in one layer.
 
-    scores: [n], larger stays longer; cost: parameters per unit; counts: how many may stay, from n downwards.
+    scores: [n], larger stays longer; cost: parameters per unit; allowed: numbers that the layer may keep, from n down.
     index: [n, k], the channels, groups or heads that unit i stands for (k > 1: they can only leave together).
     """
 
@@ -23,7 +24,7 @@ class Units:
     kind: str
     scores: Tensor
     cost: int
-    counts: tuple[int, ...]
+    allowed: tuple[int, ...]
     index: Tensor
 
     @property
@@ -57,15 +58,15 @@ def normalise(scores: Tensor, how: str) -> Tensor:
 
 
 def survivors(units: Units, count: int) -> Tensor:
-    """What stays when `count` units leave: entries of `index`, ascending; ties leave in their order."""
+    """The entries of `index` that stay when `count` units leave, ascending; ties leave in their order."""
     return units.index[units.scores.argsort(stable=True)[count:]].flatten().sort().values
 
 
 def check_reachable(units: list[Units], ratio: float) -> None:
     """Raise BudgetError if the floors forbid to remove `ratio` of all parameters in `units`, rounding aside."""
     total = sum(u.total for u in units)
-    reach = sum((len(u.scores) - u.counts[-1]) * u.cost for u in units)
-    step = max(((u.counts[i] - u.counts[i + 1]) * u.cost for u in units for i in range(len(u.counts) - 1)), default=0)
+    reach = sum((len(u.scores) - u.allowed[-1]) * u.cost for u in units)
+    step = max(((high - low) * u.cost for u in units for high, low in pairwise(u.allowed)), default=0)
     if ratio * total > reach + step:
         raise BudgetError(f"ratio {ratio:g} cannot be met: the floors leave {reach / total:.3f} of the chosen units "
                           f"to remove")
@@ -91,7 +92,7 @@ def _chunks(units: list[Units]) -> list[tuple[float, int, int]]:
     for entry, u in enumerate(units):
         ordered = u.scores.double().sort().values
         start = 0
-        for high, low in zip(u.counts, u.counts[1:], strict=False):
+        for high, low in pairwise(u.allowed):
             found.append((float(ordered[start:start + high - low].mean()), entry, high - low))
             start += high - low
     return found
@@ -109,7 +110,7 @@ def locally(units: list[Units], ratio: float) -> list[int]:
         left = ratio * sum(units[i].total for i in mine)
         for i in mine:
             share = left if i == mine[-1] else ratio * units[i].total
-            steps = [(len(units[i].scores) - n) * units[i].cost for n in units[i].counts]       # ascending, from 0
+            steps = [(len(units[i].scores) - n) * units[i].cost for n in units[i].allowed]       # ascending, from 0
             freed = min((step for step in steps if step <= left), key=lambda step: abs(step - share))
             removed[i] = freed // units[i].cost
             left -= freed

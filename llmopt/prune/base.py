@@ -114,7 +114,7 @@ class Pruner(Method):
         return spent * pace.blocks
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
-        """What stays of each layer, and figures for the record. A method that searches overrides this."""
+        """The plan of every layer, and figures for the record. A method that searches overrides this."""
         return self._chosen(blocks(model), self._rate(model, run), _multiple(run))
 
     def guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
@@ -179,7 +179,7 @@ class Pruner(Method):
         return found
 
     def _counts(self, block: Block, kind: str, count: int, multiple: int) -> tuple[int, ...]:
-        """How many units of one kind may stay in a layer."""
+        """The numbers of units of one kind that a layer may keep, largest first."""
         if kind in COARSE:
             return 1, 0
         width = {"ffn": 1, "q_heads": block.kv_heads * block.head_dim,

@@ -16,7 +16,7 @@ from llmopt.model.shapes import LayerShape, check_droppable, check_storable, sha
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What stays of one layer: ascending indices; None stays whole.
+    """The units of one layer that stay: ascending indices; None: all of them.
 
     heads: query heads [kept H]; without them, all heads of the kept KV groups.
     """
@@ -28,18 +28,18 @@ class LayerPlan:
     drop: bool = False                  # the whole layer
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """This plan as plain JSON data."""
         return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> "LayerPlan":
-        """What `to_dict` gave."""
+        """The plan that `to_dict` wrote down."""
         return cls(**{k: tuple(v) if k == "skip" else torch.tensor(v, dtype=torch.long) if isinstance(v, list) else v
                       for k, v in told.items()})
 
     @property
     def cuts(self) -> bool:
-        """Whether anything leaves a layer that stays."""
+        """True if anything leaves a layer that stays."""
         return bool(self.skip) or any(part is not None for part in (self.heads, self.kv_groups, self.ffn))
 
     def kept_heads(self, block: Block) -> Tensor:          # [kept H]

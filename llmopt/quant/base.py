@@ -38,7 +38,7 @@ GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
 
 
 class Override(TypedDict, total=False):
-    """What `overrides` may say of the weights that a name matches."""
+    """An entry of `overrides`, for the weights that a name matches."""
 
     bits: Annotated[Width, Field(description="16: as it is")]
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
@@ -87,7 +87,7 @@ class Quantizer(Method):
 
     @property
     def solver(self) -> Solver:
-        """Who chooses the codes. A step that is named after its solver has the solver's fields among its own."""
+        """The solver that chooses the codes. A step named after its solver has the solver's fields among its own."""
         return self
 
     def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
@@ -117,7 +117,7 @@ class Quantizer(Method):
         return blockwise + trials * sum(row["input_ids"].numel() for row in rows) * pace.token
 
     def spec(self, target: Target, dtype: torch.dtype) -> Spec:
-        """What `quantize` is told about one weight of type `dtype`."""
+        """The grid for one weight of type `dtype`."""
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
                     DTYPES[self.scale_dtype] if self.scale_dtype else None)
 
@@ -177,7 +177,7 @@ class Quantizer(Method):
         return Record(meta=self._meta(model, decided) | allocation)
 
     def whole_bytes(self, model: nn.Module, tokens: int) -> int:
-        """What `sensitivity` keeps: each weight dense and at every width, and the log-probabilities it compares."""
+        """Bytes that `sensitivity` keeps: each weight dense and at every width, and log-probabilities."""
         widths = sum(width != DENSE for width in self.widths)
         weights = sum(t.size * (model.dtype.itemsize + widths) for t in self.targets(model) if not t.fixed)
         return weights + kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
@@ -240,7 +240,7 @@ class Quantizer(Method):
 
     def _from_blocks(self, model: nn.Module, run: Run, todo: dict[str, Target],
                      edits: bool) -> Iterator[tuple[Projection, Quantized]]:
-        """What a solver of whole blocks makes of one after the other; every process sees all rows."""
+        """Codes from a solver of whole blocks, one block after the other; every process sees all rows."""
         for visit in visits(model, run, self.name, edits):
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
@@ -250,11 +250,11 @@ class Quantizer(Method):
                     visit, {p.name: self.spec(todo[p.name], p.weight.dtype) for p in chosen})
 
     def _collected(self) -> Inputs:
-        """What is collected of the inputs of each weight."""
+        """The statistics to collect of the inputs of each weight."""
         return Inputs(self.solver.inputs, token_weights=self.solver.token_weights)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
-        """Those who share the rows of this weight: all processes, or each by itself all of them."""
+        """The processes that share the rows of this weight: all of them, or each by itself."""
         return run.ranks if self.solver.rowwise and projection.out_features >= run.ranks.size else Ranks()
 
     @torch.no_grad()
@@ -300,7 +300,7 @@ def _check_finite(projection: Projection) -> None:
 
 
 def _texts(table: dict) -> dict:
-    """The same table as JSON holds it: keys are text."""
+    """A table as JSON holds it: keys are text."""
     return {str(k): _texts(v) if isinstance(v, dict) else v for k, v in table.items()}
 
 

@@ -34,7 +34,7 @@ from llmopt.quant.tokens import Alike, TokenWeights
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the sweeps of all weights that read one input need: order of the columns [in], U in that order [in, in]."""
+    """Shared by all weights that read one input: the order of their columns [in], U in that order [in, in]."""
 
     order: Tensor
     dead: Tensor                # [in] bool: columns whose input is always 0
@@ -65,7 +65,7 @@ class ColumnSweep(Solver):
         return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
 
     def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
-        made = moments.once((self.act_order, self.damping), lambda: self.prepare(moments))
+        made = moments.cached((self.act_order, self.damping), lambda: self.prepare(moments))
         weight[:, made.dead] = 0
         rounded = round_to_nearest(weight, spec)
         if made.factor is None:

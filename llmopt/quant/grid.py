@@ -23,7 +23,7 @@ CHUNK = 1 << 16    # weights whose scales are searched together
 
 @dataclass(frozen=True)
 class Spec:
-    """How one weight matrix is to be quantized. group_size -1: one scale per output channel."""
+    """The grid of one weight matrix. group_size -1: one scale per output channel."""
 
     bits: int
     group_size: int = -1

@@ -38,7 +38,7 @@ class Target:
         return 1 if self.group_size == -1 else self.columns // self.group_size
 
     def at(self, bits: int) -> "Target":
-        """The same target at `bits`, unless its bits are fixed."""
+        """This target at `bits`, unless its bits are fixed."""
         return self if self.fixed else replace(self, bits=bits)
 
 
@@ -116,7 +116,7 @@ def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool) -> f
 
 @dataclass(frozen=True)
 class Share:
-    """What is left to decide: the units with undecided weights, how many each has, and the average they must keep."""
+    """The undecided weights: their units, how many each has, and the average of bits they must keep."""
 
     units: list[str]
     params: list[int]

@@ -27,9 +27,9 @@ def lim(model: nn.Module, run: Run) -> list[float]:
     found, before = [], None
     for visit in visits(model, run, "LIM", edits=False, shared=True):
         if before is not None:
-            found.append(alignment(before.inputs, before.left, visit.masks))
+            found.append(alignment(before.inputs, before.outputs_after_edit, visit.masks))
         before = visit
-    found.append(alignment(before.inputs, before.left, before.masks))
+    found.append(alignment(before.inputs, before.outputs_after_edit, before.masks))
     shares = zip(*run.ranks.gather(found), strict=True)          # of one block after the other, by rank
     return [-sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
 

@@ -39,7 +39,7 @@ class Solver(Part, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not write quantize_block")
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        """How much each real token of each batch counts in the moments ([N] per batch); None: all alike."""
+        """The weight of each real token of each batch in the moments ([N] per batch); None: all alike."""
         return None
 
     def working(self, out: int, columns: int) -> int:

@@ -129,7 +129,7 @@ class Where:
 
 
 def _leads(place: KeyPath, key: str) -> bool:
-    """Whether a place such as ("widths", 1) lies on the way to a key such as `widths[1]` or `overrides.q_proj.bits`."""
+    """True if a place such as ("widths", 1) lies on the way to a key such as `widths[1]` or `overrides.q_proj.bits`."""
     dotted = ".".join(map(str, place))
     key = key.replace("[", ".").replace("]", "")
     return f"{key}.".startswith(f"{dotted}.")
@@ -227,7 +227,7 @@ def _value(text: str, assignment: str) -> Any:
 
 
 def _descend(target: Any, word: str, assignment: str) -> Any:
-    """What lies under `word`; a mapping that is missing, or written as null, is made."""
+    """The value under `word`; a mapping that is missing, or written as null, is made."""
     if isinstance(target, list):
         if word not in map(str, range(len(target))):
             raise LlmoptError(f"--set {assignment}: there is no step {word}; steps run from 0 to {len(target) - 1}")

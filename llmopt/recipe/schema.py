@@ -15,7 +15,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """What a recipe may hold, with every method, piece and field that is registered."""
+    """The JSON Schema of a recipe, with every registered method, piece and field."""
     shared: dict[str, Any] = {}
     made = _fields(Recipe, shared)
     parts = {key: _described(made["properties"][key], fields_of(Recipe)[key].description) for key in KEYS}
@@ -76,6 +76,6 @@ def _described(node: dict[str, Any], text: str | None) -> dict[str, Any]:
 
 
 def _about(cls: type[Checked]) -> str:
-    """What a class is for, in a line: of a method, what its module says first."""
+    """A line on the purpose of a class; for a method, the first of its module."""
     text = inspect.getmodule(cls).__doc__ if issubclass(cls, Method) else cls.__doc__
     return (text or "").strip().splitlines()[0] if text else ""

@@ -70,5 +70,5 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], s
 
 
 def fact_of_yaml(error: Exception) -> str:
-    """What a YAML error says, without the copy of the text that it carries along."""
+    """The message of a YAML error, without the copy of the text that it carries along."""
     return getattr(error, "problem", None) or str(error).splitlines()[0]

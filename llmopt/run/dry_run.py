@@ -132,7 +132,7 @@ def _seconds(index: int, recipe: Recipe, model: nn.Module, run: Run, pace: Pace)
 
 
 def advice(told: Prediction, free: int, streamed: bool, batches: bool) -> list[str]:
-    """What to say of memory that is not there; nothing where it is."""
+    """Lines of advice where memory will not suffice; none where it will."""
     if told.peak.private <= free:
         return []
     ways = ["a machine with more memory"]

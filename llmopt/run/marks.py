@@ -45,7 +45,7 @@ def _mark(file: Path) -> list[int] | None:
 
 def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming(),       # noqa: B008  frozen
                 overwrite: bool = False) -> bool:
-    """Whether `output` is what this very run has written, so that only its evaluation can be missing.
+    """True if `output` is what this very run has written, so that only its evaluation can be missing.
 
     Raises LlmoptError for one that was made from something else, and is not to be overwritten.
     """

@@ -25,7 +25,7 @@ from llmopt.scale.stream import Streamed
 
 @dataclass(frozen=True)
 class Streaming:
-    """Whether and how a run is streamed. force None: if the dense model would not fit into the available memory.
+    """The options of streaming. force None: stream if the dense model would not fit into the available memory.
 
     activations: bytes of calibration activations held in memory. blocks: only so many blocks, to measure; what is
     written then is no model.
@@ -36,7 +36,7 @@ class Streaming:
     blocks: int | None = None
 
     def wanted(self, recipe: Recipe) -> bool:
-        """Whether this recipe is to be streamed."""
+        """True if this recipe is to be streamed."""
         source = Path(resolve(recipe.model.id))
         if self.force is not None or self.blocks:
             return bool(self.force or self.blocks)

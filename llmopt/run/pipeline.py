@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmopt import runtime
 from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
+from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
@@ -115,7 +116,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     """
     clock = time.perf_counter()
     source = resolve(recipe.model.id)
-    output = checkpoint.prepare_output(output, source, overwrite)
+    output = prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
@@ -129,8 +130,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         predicted = foresee(recipe, model, run, streaming)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
-        journal.hold = True
-        report.predicted_bytes, report.streamed, report.told = predicted.bytes, streamed, journal.told
+        journal.keep_on_error = True
+        report.predicted_bytes, report.streamed, report.messages = predicted.bytes, streamed, journal.messages
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds)
@@ -186,7 +187,7 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
 
 
 def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen
-    """Where a run into `output` keeps what it has finished."""
+    """The journal of a run into `output`."""
     return Journal(output.with_name(output.name + WORK), ranks)
 
 
@@ -194,7 +195,7 @@ def _write_log(stage: Path, report: Report) -> None:
     lines = [f"llmopt on {platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     if report.streamed:
         lines.append("streamed: one block in memory at a time")
-    lines += report.told
+    lines += report.messages
     lines += [f"{seconds:9.2f} s  {what}" for what, seconds in report.seconds.items()]
     lines += [f"{what}: {told:,.0f} predicted, {found:,.0f} measured" for what, (told, found) in
               report.predictions().items()]

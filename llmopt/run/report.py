@@ -10,7 +10,7 @@ SAVED = 250 * 10**6         # bytes of a checkpoint written, read again and comp
 
 @dataclass
 class Report:
-    """What a run did and what came of it. Times stay out of `to_dict`: a run repeated writes the same bytes.
+    """The account of a run. Times stay out of `to_dict`: a run repeated writes the same bytes.
 
     records: [{"method": name, "fields": {...}, "meta": {...}}, ...]; sizes in bytes of safetensors.
     """
@@ -27,7 +27,7 @@ class Report:
     cache_after: float = 0.0
     predicted_bytes: int | None = None
     streamed: bool = False             # one block in memory at a time; the result is the same
-    told: list[str] = field(default_factory=list)     # of a resumed run: what was there, what was damaged
+    messages: list[str] = field(default_factory=list)     # of a resumed run: what was there, what was damaged
     seconds: dict[str, float] = field(default_factory=dict)
     predicted_memory: int = 0          # bytes of private memory above the imports' at the peak
     predicted_seconds: float = 0.0
@@ -36,7 +36,7 @@ class Report:
     def predictions(self) -> dict[str, list]:
         """{"memory" and "seconds": [predicted, measured]}, where both are known; they differ from run to run."""
         told = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
-        if not self.told and "total" in self.seconds:               # a resumed run has less to do
+        if not self.messages and "total" in self.seconds:               # a resumed run has less to do
             told["seconds"] = [round(self.predicted_seconds, 2), round(self.seconds["total"], 2)]
         return told
 

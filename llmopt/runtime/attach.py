@@ -41,7 +41,7 @@ class RuntimeMethod(Method):
         return self.needs_data            # a plan made from data runs the model
 
     def plan(self, model: nn.Module, run: Run) -> Record:
-        """What is decided once, from head scores or calibration data: plain JSON and small tensors."""
+        """Decide once, from head scores or calibration data: a record of plain JSON and small tensors."""
         return Record()
 
     def apply(self, model: nn.Module, run: Run) -> Record:
@@ -61,15 +61,17 @@ class CacheMethod(RuntimeMethod):
     """A method that makes the cache smaller after a forward.
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
-    computed, and a prefill never holds more than one layer in full.
+    computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
+    made smaller, so the cache keeps its token ids and no query of the first reading.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
+    replays: ClassVar[bool] = False
 
     def queries(self) -> int | None:
-        """How many of the last queries it wants to see in `layer.queries`; None: all since the last compression."""
+        """The number of last queries to keep in `layer.queries`; None: all since the last compression."""
         return 0
 
     @abstractmethod
@@ -105,7 +107,7 @@ class PrefillMethod(RuntimeMethod):
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What is attached to `model`."""
+    """The attachment of `model`; None if there is none."""
     return model.__dict__.get(KEY)
 
 
@@ -139,17 +141,21 @@ def attached(model: nn.Module, *methods: RuntimeMethod, run: Run | None = None) 
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds."""
+def frozen(model: nn.Module, recording: bool = False) -> Iterator[None]:
+    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds.
+
+    recording: layers keep the queries of these tokens, as many as the attached kv method asks for.
+    """
     live = attachment(model)
     if live is None:
         yield
         return
-    before, live.now.frozen = live.now.frozen, True
+    before = live.now.frozen, live.now.recording
+    live.now.frozen, live.now.recording = True, recording
     try:
         yield
     finally:
-        live.now.frozen = before
+        live.now.frozen, live.now.recording = before
 
 
 def new_cache(model: nn.Module) -> LlmoptCache:
@@ -161,13 +167,13 @@ def new_cache(model: nn.Module) -> LlmoptCache:
 
 
 def has_eviction(model: nn.Module) -> bool:
-    """Whether an attached method changes what the cache holds, by dropping entries or by packing them."""
+    """True if an attached method changes what the cache holds, by dropping entries or by packing them."""
     live = attachment(model)
     return live is not None and any(live.method(place) is not None for place in (EVICTOR, STORE))
 
 
 def runtime_config(model: nn.Module) -> dict[str, Any]:
-    """What config.json keeps of the attached methods under the key `llmopt`.
+    """The entry `llmopt` of config.json: the attached methods.
 
     {"steps": [{"method", "meta"}], "tensors": {"<step>.<name>": {"shape", "dtype"}}}; no tensors, no such key. The
     tensors themselves are the model's buffers `llmopt.<step>.<name>`.

@@ -19,7 +19,7 @@ ENTRIES = 2**24             # of a tile: 64 MiB of fp32
 
 @dataclass(frozen=True)
 class Rows:
-    """What the queries [t] of one layer attend to among the keys [S]: weights [B, H, t, S], fp32; both are positions.
+    """Attention of some queries [t] of one layer over keys [S]: weights [B, H, t, S], fp32; both are positions.
 
     Keys that no query of the tile can see are left out. real: bool [B, t], False at queries that are padding.
     """

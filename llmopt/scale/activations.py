@@ -28,7 +28,7 @@ def forward(model: nn.Module, block: Block, rows: int, length: int) -> int:
 
 
 def observing(model: nn.Module, block: Block, scene: Scene) -> int:
-    """The same on calibration data, while a hook takes in the widest input of a projection in float32."""
+    """Peak of a block's forward on calibration data, while a hook takes in a projection's widest input in float32."""
     rows, length = scene.largest
     widest = max((p.in_features for p in block.projections()), default=0)
     return forward(model, block, rows, length) + rows * length * widest * (compute_type(model).itemsize + 4)

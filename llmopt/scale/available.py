@@ -33,7 +33,7 @@ def _groups() -> Iterator[tuple[Path, int]]:
 
 
 def _left(group: Path, version: int) -> int | None:
-    """What one group may still take; None: it has no limit, or there is no such group."""
+    """The memory that one group may still take; None: it has no limit, or there is no such group."""
     try:
         limit, used = ((group / name).read_text().strip() for name in FILES[version])
         charged = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

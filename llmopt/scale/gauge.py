@@ -24,7 +24,7 @@ class Taken(NamedTuple):
 
 
 def taken(process: psutil.Process) -> Taken:
-    """What one process takes now."""
+    """The memory that one process takes now."""
     if not psutil.LINUX:
         return Taken(process.memory_full_info().uss)
     info = process.memory_info()                # counters of the kernel; smaps_rollup would walk through all pages

@@ -47,16 +47,17 @@ class Interrupted(KeyboardInterrupt):
 class Journal:
     """The work folder of one run, which the first of its processes writes.
 
-    seconds: what keeping it has cost. told: what a user should know of it, such as files found damaged. hold: keep what
-    is finished whatever happens, set when all steps are done.
+    seconds: what keeping it has cost. messages: what a user should know of it, such as files found damaged.
+    keep_on_error: after the last step even a refused checkpoint leaves the finished blocks, so that saving can be tried
+    again.
     """
 
     def __init__(self, folder: Path, ranks: Ranks = Ranks()):        # noqa: B008  frozen
         self.folder, self.file = folder, folder / "journal"
         self.ranks, self.writes = ranks, ranks.is_main
         self.entries: dict[str, dict[str, Any]] = {}
-        self.told: list[str] = []
-        self.seconds, self.hold = 0.0, False
+        self.messages: list[str] = []
+        self.seconds, self.keep_on_error = 0.0, False
 
     def check(self, resume: bool) -> None:
         """Raise LlmoptError if somebody else's files are here, or an earlier run's that is not to be gone on with."""
@@ -75,7 +76,7 @@ class Journal:
                           "give --resume to go on with it, or remove the folder")
 
     def _is_own(self) -> bool:
-        """Whether the folder is empty, or has been a run's: its lock is there, or a journal's first line."""
+        """True if the folder is empty, or has been a run's: its lock is there, or a journal's first line."""
         if (self.folder / "lock").exists() or self._read() or not any(self.folder.iterdir()):
             return True
         return self.file.is_file() and self.file.stat().st_size < CHUNK and bool(TORN.fullmatch(self.file.read_bytes()))
@@ -120,7 +121,7 @@ class Journal:
         except MemoryError as error:
             raise MemoryError(f"out of memory; {self._left()}") from error
         except LlmoptError as error:
-            if self.hold:
+            if self.keep_on_error:
                 error.args = (f"{error}; {self._left()}",)
             else:
                 self.remove()                           # the same again would end the same way
@@ -142,7 +143,7 @@ class Journal:
         with self._timed():
             if file.is_file() and checksum(file) == entry["checksum"]:
                 return file, entry["record"]
-        self.told.append(f"{file.relative_to(self.folder)} was damaged on disk and is done anew")
+        self.messages.append(f"{file.relative_to(self.folder)} was damaged on disk and is done anew")
         return None
 
     def commit(self, key: Key, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
@@ -155,7 +156,7 @@ class Journal:
         return file
 
     def remember(self, step: int, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` gives in every process, plain JSON data; an earlier run's answer if there is one."""
+        """The result of `compute` in every process, plain JSON data; an earlier run's answer if there is one."""
         key = f"{step}.{name}"
         if key not in self.entries:
             entry = {"key": key, "checksum": 0, "record": compute()}
@@ -166,7 +167,7 @@ class Journal:
         return self.entries[key]["record"]
 
     def path(self, key: Key) -> Path:
-        """Where the tensors of a block belong."""
+        """The file for the tensors of a block."""
         step, sweep, place = key
         return self.folder / f"step-{step}" / f"{sweep}-{_file_name(place)}"
 
@@ -201,7 +202,7 @@ class Journal:
         self.entries = {entry["key"]: entry for entry in map(_entry, lines[1:])}
         os.truncate(self.file, sum(map(len, lines)))
         if self.entries:
-            self.told.append(f"resumed: {len(self.entries)} parts were done")
+            self.messages.append(f"resumed: {len(self.entries)} parts were done")
 
     def _read(self) -> list[bytes]:
         """The lines up to the first that is not whole."""
@@ -257,7 +258,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _body(line: bytes, shape: dict) -> dict[str, Any]:
-    """What a line says; raises LlmoptError unless it is whole and of this shape."""
+    """The content of a line; raises LlmoptError unless it is whole and of this shape."""
     check, _, body = line[:-1].partition(b" ")
     if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(body):
         raise LlmoptError("a damaged line")

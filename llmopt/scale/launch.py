@@ -20,17 +20,17 @@ class Lost(Exception):
 
 
 def count() -> int:
-    """How many processes the launcher has started."""
+    """The number of processes that the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, or alone; known before anything is joined."""
+    """True for rank 0 and for a process alone; known before anything is joined."""
     return int(os.environ.get("RANK", 0)) == 0 or count() == 1
 
 
 def started_alone() -> bool:
-    """Whether `accelerate launch` has started this process, and no other."""
+    """True if `accelerate launch` has started this process, and no other."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ and count() == 1
 
 
@@ -58,7 +58,7 @@ def one_voice() -> Iterator[None]:
 
 
 def _is_first() -> bool:
-    """Whether no other process of this run has asked before; true where there is nobody to ask."""
+    """True if no other process of this run has asked before, or there is nobody to ask."""
     from torch.distributed import TCPStore
 
     place = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))

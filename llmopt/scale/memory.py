@@ -21,22 +21,22 @@ KEPT = "kept"               # where a loop over the blocks has its number: what 
 
 
 class Memory:
-    """Where the weights are while steps run: all in memory. `Streamed` brings in one block at a time instead."""
+    """All weights in memory while steps run. `Streamed` brings in one block at a time instead."""
 
     def begin(self, step: int) -> None:
         """The step that is about to run."""
 
     @property
     def reading(self) -> "Memory":
-        """The same for a loop that changes no weight: what a block became is not kept."""
+        """This memory, read-only, for a loop that changes no weight: blocks are not written back."""
         return self
 
     def editing(self, again: bool = False) -> "Memory":
-        """The same for one loop that changes blocks; again: so cheap that a resumed run does it again."""
+        """This memory for one loop that edits blocks; each is committed. again: none is, a resumed run repeats it."""
         return self
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` gives, plain JSON data; computed once, even if the run is cut off and resumed."""
+        """The result of `compute`, plain JSON data; computed once, even if the run is cut off and resumed."""
         return compute()
 
     def keep_named(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class Memory:
         return make()
 
     def restored(self, model, place: int | str) -> bool:
-        """Whether a run that was cut off had done this loop's work on a block, or OUTSIDE, which is then in place."""
+        """True if a run that was cut off had done this loop's work on a block, or OUTSIDE; it is then in place."""
         return False
 
     @contextmanager
@@ -62,7 +62,7 @@ class Memory:
         yield
 
     def keeper(self) -> Callable[[Tensor], Tensor]:
-        """What turns tensors into the same ones, to be held until the caller drops them; it has a room of its own."""
+        """A function that stores activations: an equal tensor, in memory up to a budget, else mapped from a file."""
         return lambda tensor: tensor
 
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -35,11 +35,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+        """True for the process that writes files and talks."""
         return self.rank == 0
 
     def span(self, count: int, rank: int | None = None) -> slice:
-        """Which of `count` things are this rank's (or another's): all get as many, or one more or less."""
+        """The slice of `count` things that is this rank's (or another's): all get as many, or one more or less."""
         rank = self.rank if rank is None else rank
         return slice(count * rank // self.size, count * (rank + 1) // self.size)
 
@@ -118,7 +118,7 @@ class Ranks:
         return {name: sum(each[name] for each in found) for name in counts}
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 has found: where all do the same work, the last bit must not depend on the machine."""
+        """Rank 0's value on every rank: where all do the same work, the last bit must not depend on the machine."""
         return self.gather(value if self.is_main else None)[0]
 
     def wait(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Scene:
-    """What a run works with. shapes: (B, T) of every calibration batch; padded: whether any of them needs a mask.
+    """The workload of a run. shapes: (B, T) of every calibration batch; padded: whether any of them needs a mask.
 
     activations: bytes of them that stay in memory; None: all. streamed: one block's weights are there at a time.
     converted: names of the weights that are not mapped from their files as they are. shard: bytes of one at most.
@@ -33,7 +33,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Room:
-    """What a step takes for one block, or for the whole model.
+    """The memory that a step takes for one block, or for the whole model.
 
     rewritten: modules whose weights it changes: private from then on. stays: codes and the like, kept beside them.
     passes: while it works on the block, at most. whole: before that, while it looks at the dense block, or at all of

@@ -42,7 +42,7 @@ class FoldNorms(Transform):
 
 
 def _folded(links: list[Link]) -> list[Link]:
-    """Those of the links that begin at a norm, folded."""
+    """Fold the links that begin at a norm, and give them."""
     found = [link for link in links if isinstance(link.producer, Norm)]
     for link in found:
         link.fold_()

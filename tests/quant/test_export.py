@@ -1,8 +1,5 @@
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +15,10 @@ from llmopt.model.stored import packed
 from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
+from tests import warm
+from tests.command import ROOT, command
 from tests.quant.quant_data import batches, logits
 from tests.tiny import ids, make
-
-ROOT = Path(__file__).parents[2]
 
 MIXED = {"0": {"bits": 8, "group_size": -1}, "1": {"bits": 3}, "2": {"bits": 2}}
 
@@ -76,8 +73,8 @@ def test_every_width_and_group_loads_in_plain_transformers(shifts, tmp_path):
         RTN(group_size=-1, overrides=every_setting(model, turn + 2 * shift)).apply(model, Run())
         write(model, folder)
         saved[str(folder)] = model
-    subprocess.run([sys.executable, str(ROOT / "tests" / "load_many.py"), "plain", str(tmp_path / "seen.pt"), *saved],
-                   check=True, timeout=300, env={"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
+    assert done.returncode == 0, done.stderr
     for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
         assert "error" not in seen, (folder, seen)
         with torch.no_grad():

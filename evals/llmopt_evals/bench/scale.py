@@ -35,7 +35,7 @@ NEWBORN = 10                # looks at the memory between two searches for new p
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. recipe: a file, None for RTN. solve: the shape on which one and two processes solve GPTQ."""
+    """The measurements to make. recipe: a file, None for RTN. solve: the shape for GPTQ in one and two processes."""
 
     shape: str = "qwen3-0.6b"
     blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -163,7 +163,7 @@ class Tree:
             self.members = [self.root, *self.root.children(recursive=True)]
 
     def taken(self) -> Taken:
-        """What all take together."""
+        """The memory of all processes together."""
         each = []
         for process in self.members:
             with suppress(psutil.Error):
@@ -172,7 +172,7 @@ class Tree:
 
 
 def imported() -> Taken:
-    """What a process takes that has only imported what the command imports."""
+    """The memory of a process that has only imported what the command imports."""
     with subprocess.Popen([sys.executable, "-c", IMPORTS], env=os.environ | {"OMP_NUM_THREADS": "1"},
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()

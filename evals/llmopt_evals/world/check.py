@@ -27,7 +27,7 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the bound is kept."""
+        """True if the bound is kept."""
         return self.value >= self.target if self.least else self.value <= self.target
 
 

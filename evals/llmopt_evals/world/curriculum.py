@@ -23,7 +23,7 @@ STORY_WEIGHT = (0.05, 0.05, 0.05, 0.5)  # by stage
 
 @dataclass
 class Place:
-    """Where the curriculum stands; `score` is the running mean of recall at this level."""
+    """A level of the curriculum; `score` is the running mean of recall there."""
 
     stage: int = 0
     level: int = 0

@@ -17,7 +17,7 @@ ROOM = {40: 80, 160: 160}  # tokens of filler among the statements of a document
 
 @dataclass(frozen=True)
 class Question:
-    """What is read, what must come next, and how many tokens lie between the fact and its answer."""
+    """A question: what is read, what must come next, and how many tokens lie between the fact and its answer."""
 
     context: tuple[int, ...]  # BOS included, the question not
     asked: tuple[int, ...]  # `ask key has`

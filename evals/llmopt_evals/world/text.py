@@ -26,7 +26,7 @@ def calibration_ids(samples: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def calibration_text(samples: int, length: int, seed: int = 0) -> list[str]:
-    """The same rows as text, for those who bring a tokenizer."""
+    """The calibration rows as text, for those who bring a tokenizer."""
     return [text(mixed_row("calibration", seed, index, length).ids) for index in range(samples)]
 
 

@@ -37,7 +37,7 @@ CONTENT_IDS = [index for index, word in enumerate(WORDS) if word not in SPECIALS
 
 
 def speaks_world(tokenizer) -> bool:
-    """Whether a tokenizer (or None) has the world's words, and no others."""
+    """True if a tokenizer (or None) has the world's words, and no others."""
     return tokenizer is not None and tokenizer.get_vocab() == ID
 
 
