@@ -1,5 +1,6 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from llmopt.files.json_shapes import check_shape, finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
+from llmopt.kv.replay import highest_scores
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
@@ -79,6 +81,15 @@ class Scorer(CacheMethod):
     def score(self, kv: LayerKV) -> Tensor:
         """The worth of every entry: [B, G, T], higher is better. Holes may hold anything."""
 
+    def replay(self, ids: Tensor, record: Record) -> Iterator[Tensor]:
+        """What is read again before entries are dropped, where `replays` is set: token ids int64 [t], chunk by chunk.
+
+        ids: int64 [n], the real tokens seen by one row. Every chunk is read on a copy of the cache, behind all that it
+        holds; `score` is asked once for each, with the chunk's queries in `kv.queries` (as many as `queries()` says;
+        None: all), and the highest score of an entry counts.
+        """
+        yield ids
+
     def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
         """Columns [B, G, T] that the entries carry from now on, through eviction, beams and turns; scores: [B, G, T].
 
@@ -94,7 +105,7 @@ class Scorer(CacheMethod):
     @property
     def layer_by_layer(self) -> bool:
         """True if a layer's entries can be chosen without the scores of later layers."""
-        return self.allocate.looks_at != "model"
+        return self.allocate.looks_at != "model" and not self.replays
 
     def share(self, length: int) -> int:
         """Mean entries per KV head after `length` real tokens."""
@@ -140,7 +151,8 @@ class Scorer(CacheMethod):
     def _left(self, turn: Turn, index: int, choice: Choice | None) -> Entries:
         """The entries of one layer and row after the reducer; all of them, if there is no choice to be made."""
         entries = turn.entries(index)
-        if choice is None and type(self).carry is not Scorer.carry and self._has_voters(turn, index):
+        carries = type(self).carry is not Scorer.carry and not self.replays
+        if choice is None and carries and self._has_voters(turn, index):
             choice = Choice(entries.positions >= 0, self._scored(turn, index))
         if choice is None:
             return entries
@@ -155,7 +167,8 @@ class Scorer(CacheMethod):
             return None
         if not all(self._has_voters(turn, index) for index in layers):
             return None
-        scored = [self._scored(turn, index) for index in layers]
+        replayed = self._replayed(turn) if self.replays and not turn.live.now.rehearsing else {}
+        scored = [self._scored(turn, index, replayed.get(index)) for index in layers]
         counts = self._counts(scored, turn, share, layers)
         return [Choice(self._keep(layer, count[:len(layer.scores)], turn.length), layer)
                 for layer, count in zip(scored, counts, strict=True)]
@@ -163,8 +176,10 @@ class Scorer(CacheMethod):
     def _has_voters(self, turn: Turn, index: int) -> bool:
         """True if a real query of this row waits in a layer, or the method asks for none."""
         layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
-        if self.queries() == 0 or layer.queries is None:
-            return self.queries() == 0
+        if self.queries() == 0 or self.replays or turn.live.now.rehearsing:
+            return True
+        if layer.queries is None:
+            return False
         return real is None or bool(_are_real(layer.query_positions[turn.row], real).any())
 
     def _coming(self, turn: Turn) -> dict[int, Tensor]:
@@ -175,12 +190,26 @@ class Scorer(CacheMethod):
             turn.live.now.plan[turn.row] = {i: cache.layers[i].coming(real, turn.row, total) for i in cache.attending()}
         return turn.live.now.plan[turn.row]
 
-    def _scored(self, turn: Turn, index: int) -> Scored:
-        """One layer's scores; raises LlmoptError if the method gave NaN."""
+    def _replayed(self, turn: Turn) -> dict[int, Tensor]:
+        """By layer, the highest scores [1, G, T] over all that is read again."""
+        real, ids = turn.cache.real(turn.row), turn.cache.ids[turn.row]
+        chunks = self.replay(ids if real is None else ids[real.to(ids.device)], turn.record)
+
+        def score(copy: LlmoptCache, index: int) -> Tensor:
+            view = _view(turn._replace(cache=copy, row=0), index, turn.entries(index))
+            return self.score(replace(view, lengths=torch.tensor([turn.length])))
+
+        return highest_scores(turn.live, turn.cache, turn.row, chunks, score)
+
+    def _scored(self, turn: Turn, index: int, scores: Tensor | None = None) -> Scored:
+        """One layer's scores, [1, G, T] if they are known; raises LlmoptError if the method gave NaN."""
         view = _view(turn, index, turn.entries(index))
         if view.positions.shape[-1] == 0:               # nothing but padding in this layer's window
             return Scored(view.positions[0].float(), view.positions[0], {})
-        scores = self.score(view)
+        if turn.live.now.rehearsing:                    # no weight is there to be read
+            scores = torch.rand(view.positions.shape, generator=torch.Generator().manual_seed(index))
+        elif scores is None:
+            scores = self.score(view)
         carried = {name: column[0] for name, column in self.carry(view, scores).items()}
         scores = scores[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):

@@ -61,12 +61,14 @@ class CacheMethod(RuntimeMethod):
     """A method that makes the cache smaller after a forward.
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
-    computed, and a prefill never holds more than one layer in full.
+    computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
+    made smaller, so the cache keeps its token ids and no query of the first reading.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
+    replays: ClassVar[bool] = False
 
     def queries(self) -> int | None:
         """The number of last queries to keep in `layer.queries`; None: all since the last compression."""
@@ -139,17 +141,21 @@ def attached(model: nn.Module, *methods: RuntimeMethod, run: Run | None = None) 
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds."""
+def frozen(model: nn.Module, recording: bool = False) -> Iterator[None]:
+    """Inside, nothing is compressed in this thread and new tokens attend densely to what the cache holds.
+
+    recording: layers keep the queries of these tokens, as many as the attached kv method asks for.
+    """
     live = attachment(model)
     if live is None:
         yield
         return
-    before, live.now.frozen = live.now.frozen, True
+    before = live.now.frozen, live.now.recording
+    live.now.frozen, live.now.recording = True, recording
     try:
         yield
     finally:
-        live.now.frozen = before
+        live.now.frozen, live.now.recording = before
 
 
 def new_cache(model: nn.Module) -> LlmoptCache:

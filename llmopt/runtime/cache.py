@@ -11,7 +11,7 @@ from llmopt.runtime.forward import Forward
 
 __all__ = ["Entries", "LlmoptCache", "RaggedLayer"]
 
-NOTES = ("mask", "position_ids", "dropped")     # tensors [B, ...] that a cache knows of its tokens
+NOTES = ("mask", "position_ids", "dropped", "ids")     # tensors [B, ...] that a cache knows of its tokens
 
 
 class Owner:
@@ -35,9 +35,10 @@ class LlmoptCache(Cache):
     """The cache of a whole model, whose layers have `groups` KV heads (0: no attention) and maybe sliding windows.
 
     mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
-    them, or None while they count the columns. dropped: bool [B, seen then], the tokens that a mask hid when entries
-    were last dropped, or None. pending: tokens since the last compression. hides: the mask of this forward hides kept
-    entries. forward: the forward that reads this cache now, or one that died.
+    them, or None while they count the columns. ids: int64 [B, seen], where a method replays the context. dropped: bool
+    [B, seen then], the tokens that a mask hid when entries were last dropped, or None. pending: tokens since the last
+    compression. hides: the mask of this forward hides kept entries. forward: the forward that reads this cache now, or
+    one that died.
     """
 
     def __init__(self, groups: list[int], windows: list[int | None], model: nn.Module | None = None):
@@ -49,6 +50,7 @@ class LlmoptCache(Cache):
         self.mask: Tensor | None = None
         self.position_ids: Tensor | None = None
         self.dropped: Tensor | None = None
+        self.ids: Tensor | None = None
         self.pending = 0
         self.hides = False
         self.forward: Forward | None = None
@@ -113,6 +115,14 @@ class LlmoptCache(Cache):
             raise LlmoptError("attention_mask shows tokens that were hidden when the cache was compressed; they are "
                               "gone")
         return bool((hidden & ~dropped).any())
+
+    def note_ids(self, given: Tensor | None, tokens: int) -> None:
+        """Keep the token ids [B, tokens] of a forward, for a method that replays the context."""
+        if given is None:
+            raise LlmoptError("the attached kv method replays the context, which needs input_ids, not inputs_embeds")
+        if (0 if self.ids is None else self.ids.shape[1]) != self.get_seq_length():
+            raise LlmoptError("the attached kv method replays the context, whose token ids this cache has not kept")
+        self.ids = given if self.ids is None else torch.cat([self.ids, given], 1)
 
     def note_position_ids(self, given: Tensor | None, batch: int, tokens: int) -> None:
         """Keep the position ids [B, tokens] as soon as they are not simply the columns."""

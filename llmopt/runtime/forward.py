@@ -1,5 +1,7 @@
 """What the forward under way needs to know."""
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,22 +13,33 @@ if TYPE_CHECKING:
 class Forward(threading.local):
     """The state of one forward of an attached model: each thread has its own, and a copied model starts without one.
 
-    frozen: nothing is compressed in this thread, new tokens attend densely.
+    frozen: nothing is compressed in this thread, new tokens attend densely; recording: the kv method sees their queries
+    all the same. rehearsing: no weight may be read.
     """
 
     def __init__(self) -> None:
-        self.frozen = False
+        self.frozen = self.recording = False
         self.begin(0)
 
     def begin(self, tokens: int) -> None:
         """Forget the forward before; `tokens` are coming in this one."""
         self.cache: LlmoptCache | None = None
         self.tokens = tokens
+        self.rehearsing = False
         self.due = False                                # the evictor acts at its end
         self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row
         self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
         self.before: tuple[Tensor | None, ...] = ()     # what the cache knew of its tokens when the forward began
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """Inside, other forwards may run; afterwards this one goes on as it was."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     def __reduce__(self) -> tuple:
         return Forward, ()

@@ -145,6 +145,8 @@ class Attachment:
         mask = named.get("attention_mask")
         mask = mask.to(self.model.device) if isinstance(mask, Tensor) else mask
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
+        if self.method(EVICTOR) is not None and self.method(EVICTOR).replays:
+            cache.note_ids(named.get("input_ids"), self.now.tokens)
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
         decide(self)
 
@@ -164,6 +166,7 @@ class Attachment:
         self.now.begin(length)
         cache.begin(self.now, self.model, 1)
         decide(self)
+        self.now.rehearsing = True
         for index, (query, keys, values) in enumerate(layers):
             keys, values = cache.update(keys, values, index)
             if self.modules[index] is not None:
@@ -218,9 +221,11 @@ class Attachment:
         all since the last compression.
         """
         method = self.method(EVICTOR)
-        if method is None or self.now.frozen or method.queries() == 0:
+        if method is None or method.queries() == 0:
             return
-        if query.shape[2] == 1 and method.every is None and method.queries() is not None:
+        if (self.now.frozen or method.replays) and not self.now.recording:
+            return
+        if query.shape[2] == 1 and method.every is None and method.queries() is not None and not self.now.recording:
             return
         first = layer.seen - query.shape[2]
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)
