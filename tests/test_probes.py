@@ -1,5 +1,6 @@
 """Probes: what they hold, where they come from, and a head score that eats them."""
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -9,16 +10,18 @@ from torch import tensor
 
 import llmopt
 from llmopt import parts, recipe
-from llmopt.calibration.probes import load
+from llmopt.calibration.probes import as_batches, load
+from llmopt.calibration.walk import visits
 from llmopt.errors import LlmoptError
 from llmopt.heads import ProbeScore
 from llmopt.method import Probe, Run
 from llmopt.model.blocks import blocks
 from llmopt.run import pipeline
 from llmopt.run.marks import is_finished
-from llmopt.runtime.attention_rows import attention_rows
+from llmopt.run.opening import Streaming
 from llmopt.scale.processes import Ranks
 from tests import tiny
+from tests.plans import contents
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class Retrieval(ProbeScore):
     @torch.no_grad()
     def score(self, model, run):
         totals = [torch.zeros(block.heads) for block in blocks(model)]
-        for probe in run.probes:
-            def see(rows, needle=probe.needle):
-                at = rows.weights[0, :, torch.arange(len(needle)), needle - rows.keys[0]]      # each to its own token
-                totals[rows.layer] += at.mean(1)
 
-            with attention_rows(model, see, probe.asked):
-                model(probe.ids[None], use_cache=False)
+        def see(index, rows):
+            needle = run.probes[index].needle
+            at = rows.weights[0, :, torch.arange(len(needle)), needle - rows.keys[0]]      # each to its own token
+            totals[rows.layer] += at.mean(1).cpu()
+
+        batches = as_batches(run.probes)
+        for visit in visits(model, replace(run, batches=batches), self.name, edits=False):
+            visit.attention(see, [probe.asked for probe in run.probes])
         return [total / len(run.probes) for total in totals]
 
 
@@ -85,18 +90,30 @@ def test_the_reference_model_answers_the_worlds_probes_and_not_the_corrupted_one
         given("world", model.config)
 
 
+@torch.no_grad()
+def whole_forward(model, found: list[Probe]) -> torch.Tensor:
+    """The toy's score by the model's own maps, all of them."""
+    model.set_attn_implementation("eager")
+    maps = [torch.stack(model(p.ids[None], output_attentions=True).attentions)[:, 0] for p in found]    # [L, H, T, T]
+    model.set_attn_implementation("sdpa")
+    asked = [torch.arange(p.asked.start, p.asked.stop) for p in found]
+    at = [m[:, :, rows, p.needle].mean(2) for m, rows, p in zip(maps, asked, found, strict=True)]
+    return torch.stack(at).mean(0).flatten()
+
+
 def test_the_heads_that_retrieve_are_found_in_the_reference_model():
     """Few heads look at the needle of a fact that was stated once; at random they would give it 1 part in 200."""
-    model, tokenizer = llmopt.load("llmopt/reference")
+    model, tokenizer = llmopt.load("llmopt/reference", dtype="float32")
     run = Run(tokenizer=tokenizer)
     record = Retrieval(probe="world", probes=8, length=200).apply(model, run)
     scores = torch.cat(run.scores["heads.toy"])
     assert scores.max() > .5 and scores.median() < .05
     assert record.meta["samples"] == 8 and record.meta["tokens"] > 8 * 100
+    found = given("world", model.config, tokenizer, 8, 200)
+    torch.testing.assert_close(scores, whole_forward(model, found), atol=1e-4, rtol=1e-3)
     parts_of = []
     for rank in (0, 1):                              # what two processes would each compute, weighed by their share
-        own = Run(tokenizer=tokenizer, ranks=Ranks(rank, 2),
-                  probes=given("world", model.config, tokenizer, 8, 200)).own_probes
+        own = Run(tokenizer=tokenizer, ranks=Ranks(rank, 2), probes=found).own_probes
         assert len(own) == 4
         parts_of.append(torch.cat(Retrieval().score(model, Run(probes=own))))
     torch.testing.assert_close(sum(parts_of) / 2, scores, rtol=1e-4, atol=1e-6)
@@ -151,6 +168,8 @@ def test_a_recipe_needs_no_calibration_data_for_probes(tmp_path, monkeypatch):
              "kv.snapkv: {ratio: 0.5, allocate: heads, heads: heads.toy}]")
     made = recipe.parse(f"data: {{name: text, path: {tmp_path / 'absent.txt'}}}\nsteps: {steps}", "t")
     report = pipeline.run(made, tmp_path / "out")
+    pipeline.run(made, tmp_path / "streamed", streaming=Streaming(True))         # block by block: it needs no more
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "out")
     assert report.records[0]["meta"]["samples"] == 1 and len(report.records[1]["meta"]["shares"]) == len(blocks(model))
     assert is_finished(tmp_path / "out", made)
     file.write_text(json.dumps(LINES[1]))

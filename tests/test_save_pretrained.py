@@ -40,8 +40,8 @@ def test_it_writes_what_llmopt_save_writes(name, tmp_path):
     model.save_pretrained(tmp_path / "a")
     assert isinstance(model, LlamaForCausalLM)
     assert weights(tmp_path / "a") == weights(tmp_path / "saved")
-    for used in (False, True):                              # transformers unpacks weights at the first forward
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    for used, kind in ((False, AutoModelForCausalLM), (True, AutoModelForCausalLM), (True, LlamaForCausalLM)):
+        loaded = kind.from_pretrained(tmp_path / "a")       # transformers unpacks weights at the first forward
         if used:
             loaded(tiny.ids())
         loaded.save_pretrained(tmp_path / "b")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.calibration.data import check_ids, json_lines, read_text
+from llmopt.calibration.data import Batch, check_ids, json_lines, read_text
 from llmopt.errors import LlmoptError, naming, nearest
 from llmopt.files.checks import refusals
 from llmopt.method import Probe
@@ -113,6 +113,11 @@ def _ids(key: str, given: Any, vocabulary: int, tokenizer: Any) -> Tensor:
         raise LlmoptError(f"{key}: {str(given)[:60]} given, text or a list of token ids expected")
     check_ids([(min(given), max(given))], vocabulary)
     return torch.tensor(given)
+
+
+def as_batches(found: list[Probe]) -> list[Batch]:
+    """A batch of one row for each probe: context, question and answer, as a walk through the blocks reads them."""
+    return [{"input_ids": probe.ids[None], "attention_mask": torch.ones_like(probe.ids)[None]} for probe in found]
 
 
 def is_source(name: str) -> bool:

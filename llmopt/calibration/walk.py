@@ -89,11 +89,11 @@ class Visit:
         return x, args, kwargs
 
     @torch.no_grad()
-    def attention(self, see: Callable[[int, Rows], None], rows: slice | None = None) -> None:
+    def attention(self, see: Callable[[int, Rows], None], rows: slice | list[slice] | None = None) -> None:
         """Hand the attention rows of every batch to `see(batch, rows)`; the block runs only so far.
 
-        rows: the queries that are wanted. The block gets its padding as a mask [B, T], not the mask of all pairs that
-        was recorded; a block without attention shows nothing.
+        rows: the queries that are wanted, of all batches or of each. The block gets its padding as a mask [B, T], not
+        the mask of all pairs that was recorded; a block without attention shows nothing.
         """
         if self.block.attention is None:
             return
@@ -103,7 +103,8 @@ class Visit:
                 x, args, kwargs = self._call(index)
                 bound = inspect.signature(self.block.module.forward).bind(x, *args, **kwargs)
                 bound.arguments["attention_mask"] = None if bool(mask.all()) else mask.to(x.device)
-                with attention_rows(self.model, partial(see, index), rows), suppress(_Enough):
+                wanted = rows[index] if isinstance(rows, list) else rows
+                with attention_rows(self.model, partial(see, index), wanted), suppress(_Enough):
                     self.block.module(*bound.args, **bound.kwargs)
         finally:
             handle.remove()

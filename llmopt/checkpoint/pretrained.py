@@ -16,7 +16,7 @@ from llmopt.checkpoint.place import vanishing
 from llmopt.checkpoint.save import Weights, fill
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
-from llmopt.model.loaded import with_codes
+from llmopt.model.loaded import is_ours, with_codes
 from llmopt.model.modeling import heads_fit
 from llmopt.model.weights import coded
 from llmopt.runtime import runtime_config
@@ -50,7 +50,7 @@ def save_pretrained(model: nn.Module, stock: Callable[..., Any], save_directory:
 def is_compressed(model: nn.Module) -> bool:
     """True if transformers alone would write something else than this model."""
     config = model.config
-    loaded = any(getattr(config, key, None) for key in ("llmopt", "quantization_config"))
+    loaded = getattr(config, "llmopt", None) or is_ours(model)
     return bool(loaded or coded(model) or runtime_config(model)["steps"] or config.is_heterogeneous
                 or not heads_fit(config, config.num_attention_heads))
 

@@ -5,6 +5,7 @@ run finds them decided. Exact where names and shapes decide the bits; with `allo
 counted at the average.
 """
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from llmopt.method import Method, Run
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed, packed_in_place, refuse_unportable
 from llmopt.model.weights import coded
-from llmopt.scale.memory import Memory
 from llmopt.scale.room import Scene
 
 UNCHANGED = ("score", "runtime")        # stages whose steps leave the weights as they are
@@ -37,20 +37,21 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, steps: list[Method], format: str = "portable", seed: int = 0,
-            memory: Memory = Memory(), scene: Scene = Scene()) -> Prediction:     # noqa: B008  frozen, or empty
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", run: Run | None = None,
+            scene: Scene = Scene()) -> Prediction:     # noqa: B008  frozen
     """Foretell the result of `steps` on `model`, which is left as it is, and the memory that they take.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
-    many units as it will remove, whichever they are: exact where its scope is local.
+    many units as it will remove, whichever they are: exact where its scope is local. run: the one to come; what it
+    remembers of its decisions is not decided again.
     """
     skeleton, told, source = _skeleton(model), [], model
     forecast = Forecast(skeleton, scene)
     forecast.check()
-    run = Run(seed=seed, memory=memory)
+    run = Run() if run is None else replace(run)
     for i, step in enumerate(steps):
         run.ahead = tuple(steps[i + 1:])
-        memory.begin(i)
+        run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
             rooms = step.rooms(skeleton, scene)
             told.append([step.name, step.sketch(skeleton, run, source)])

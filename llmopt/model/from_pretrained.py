@@ -72,6 +72,15 @@ def _refuse_strange_names(model: Any) -> None:
                           f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
 
 
+def _keep_codes(model: Any) -> None:
+    """Let save_pretrained of a model that was loaded packed write it packed, as AutoModelForCausalLM's does."""
+    from llmopt.model.loaded import is_ours
+    from llmopt.model.modeling import FAMILIES, let_save
+
+    if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None and is_ours(model):
+        let_save(model)
+
+
 def _extend_models(utilities: ModuleType) -> None:
     """Have every model class build what the config says, and attach runtime parts once the weights are there."""
     stock = utilities.PreTrainedModel.from_pretrained.__func__
@@ -84,6 +93,8 @@ def _extend_models(utilities: ModuleType) -> None:
             from llmopt.runtime import attach_from_config
 
             attach_from_config(model)
+        if getattr(model, "hf_quantizer", None) is not None:
+            _keep_codes(model)
         return loaded
 
     utilities.PreTrainedModel.from_pretrained = classmethod(from_pretrained)

@@ -50,6 +50,16 @@ def with_codes(model: nn.Module) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Whether transformers loaded the model from packed weights of the kind that llmopt writes, and of no other."""
+    schemes = [scheme for module in model.modules() if (scheme := _scheme(module)) is not None]
+    return bool(schemes) and all(map(_is_written, schemes))
+
+
+def _is_written(scheme: Any) -> bool:
+    return scheme.type == "int" and scheme.symmetric and not scheme.dynamic and scheme.strategy in ("group", "channel")
+
+
 def _scheme(module: nn.Module) -> Any:
     """The quantization scheme that compressed-tensors gives for a module's weights; None for dense ones."""
     return getattr(module.__dict__.get("quantization_scheme"), "weights", None)
@@ -59,7 +69,7 @@ def _scheme(module: nn.Module) -> Any:
 def _codes(name: str, module: nn.Module) -> Quantized:
     """The codes of an unpacked weight, from the weight and its scales."""
     scheme, scales = _scheme(module), module._parameters.get("weight_scale")
-    if scheme.type != "int" or not scheme.symmetric or scales is None or scheme.strategy not in ("group", "channel"):
+    if scales is None or not _is_written(scheme):
         raise LlmoptError(f"{name}: quantized in a form that llmopt does not write ({scheme.type}, {scheme.strategy}, "
                           f"symmetric: {scheme.symmetric}); save the model with the tool that made it")
     steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)

@@ -6,6 +6,7 @@ from torch import nn
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import final_norm, spec_of
 from llmopt.model.links import Link, Norm
+from llmopt.model.state import tied_names
 from llmopt.model.weights import Projection
 
 
@@ -39,26 +40,23 @@ class Outside:
 
     @property
     def tied(self) -> bool:
-        """True if the head shares its weight with the embeddings."""
-        return self.head.key in self.model.all_tied_weights_keys
+        """True if the head shares its weight with the embeddings, by the config or by hand."""
+        return bool(tied_names(self.model))
 
     def untie(self) -> None:
         """Give the head a weight of its own, and say so in the config: the checkpoint grows by it."""
         if self.tied:
-            module = self.head.module
-            own = module.weight.detach().clone()
-            del self.model.all_tied_weights_keys[self.head.key]
-            module.weight = nn.Parameter(own, requires_grad=False)
+            head = self.head
+            head.module.weight = nn.Parameter(head.module.weight.detach().clone(), requires_grad=False)
+            self.model.all_tied_weights_keys.pop(head.key, None)
             self.model.config.tie_word_embeddings = False
+
+    def tie(self) -> None:
+        """Give the head the embeddings' weight, as it is now."""
+        self.head.module.weight = self.embeddings.weight
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to no block, by name; one that is tied under the name of the original alone."""
-        inside, tied = f"{spec_of(self.model).layers}.", self.model.all_tied_weights_keys
+        inside, tied = f"{spec_of(self.model).layers}.", tied_names(self.model)
         return {name: parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)
                 if not name.startswith(inside) and name not in tied}
-
-    def tie_again(self) -> None:
-        """Let tied weights be the ones that the originals are now."""
-        for twin, original in self.model.all_tied_weights_keys.items():
-            path, _, leaf = twin.rpartition(".")
-            self.model.get_submodule(path)._parameters[leaf] = self.model.get_parameter(original)

@@ -170,7 +170,7 @@ def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) ->
                   any(not bool(batch["attention_mask"].all()) for batch in batches),
                   streaming.activations // run.ranks.size if streamed else None, streamed,
                   skeleton.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
-    return predict(model, list(recipe.steps), recipe.format, recipe.seed, run.memory, scene)
+    return predict(model, list(recipe.steps), recipe.format, run, scene)
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent,

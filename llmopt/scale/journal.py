@@ -160,10 +160,11 @@ class Journal:
         key = f"{step}.{name}"
         if key not in self.entries:
             entry = {"key": key, "checksum": 0, "record": compute()}
-            if not self.writes:
-                return _entry(_line(entry))["record"]
-            with self._timed():
-                self._append(entry)
+            if self.writes:
+                with self._timed():
+                    self._append(entry)
+            else:
+                self.entries[key] = _entry(_line(entry))
         return self.entries[key]["record"]
 
     def path(self, key: Key) -> Path:

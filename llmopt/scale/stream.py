@@ -52,17 +52,21 @@ class Streamed(Resumable):
 
     @contextmanager
     def _editing_outside(self, rest: Outside) -> Iterator[None]:
+        tied = rest.tied
         self._fill(rest.model, self.rest)
-        rest.tie_again()
+        if tied:                                            # what was read is the embeddings' alone
+            rest.tie()
         try:
             yield
             file, names = self.commit_outside(rest), list(rest.parameters())
             self.rest.clear()                               # shared with the memory of all other loops
             self.rest.update({name: (file, name) for name in names})
         finally:
+            tied = rest.tied
             for name, parameter in rest.parameters().items():
                 _put(rest.model, name, _absent(parameter))
-            rest.tie_again()
+            if tied:
+                rest.tie()
             give_back_freed()
 
     def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:

@@ -73,13 +73,13 @@ def test_weights_that_another_tool_packed_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_cannot_be_scored_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_scored_is_said_before_the_work(tmp_path, monkeypatch, capfd):
     (tmp_path / "r.yaml").write_text(f"steps: {STEPS['packed']}\neval: {{tasks: [world_ppl]}}\n")
     monkeypatch.setattr(large, "available", lambda: ROOM)
     monkeypatch.setattr(large, "psutil", SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=ROOM)))
     output = tmp_path / "out"
     assert call(monkeypatch, "compress", "--recipe", str(tmp_path / "r.yaml"), "--output", str(output)) == 0
-    line, = capsys.readouterr().err.strip().splitlines()
+    line, = [line for line in capfd.readouterr().err.splitlines() if line.startswith("not scored")]
     assert line.startswith(f"not scored: {output}: takes 0.0 GB to score;")
     assert line.endswith(f"Later: llmopt eval {output} --tasks world_ppl --compare llmopt/reference")
     assert (output / "config.json").is_file() and not (output / "eval-before.json").exists()

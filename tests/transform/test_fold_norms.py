@@ -98,3 +98,23 @@ def test_an_architecture_that_cannot_is_refused_before_the_work():
 def test_a_transform_stands_between_pruning_and_quantization(steps, said):
     with pytest.raises(LlmoptError, match=f"{said}: the order is score -> prune -> transform -> quant -> runtime"):
         recipe.parse(f"steps: {steps}", "r.yaml")
+
+
+@torch.no_grad()
+def test_a_head_tied_by_hand_is_untied_too():
+    """The config says nothing of the tie; folded into the common table the gain would reach the embeddings."""
+    model = tiny.make("qwen3", norms=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    before, table = model(tiny.ids()).logits, model.model.embed_tokens.weight.clone()
+    FoldNorms().apply(model, Run())
+    torch.testing.assert_close(model(tiny.ids()).logits, before, rtol=0, atol=1e-4)
+    assert torch.equal(model.model.embed_tokens.weight, table)
+
+
+def test_a_tie_that_stays_is_streamed_as_a_tie(tmp_path):
+    steps = "[transform.fold_norms: {head: false}, quant.rtn: {bits: 4, group_size: 16}]"
+    made = plan(tmp_path, dense(tmp_path, "llama", norms=True), steps)
+    for name, force in (("memory", False), ("streamed", True)):
+        pipeline.run(made, tmp_path / name, streaming=Streaming(force))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+    assert load(tmp_path / "streamed")[0].config.tie_word_embeddings
