@@ -320,7 +320,8 @@ def other_model(made: Path) -> None:
 
 
 def other_generation(made: Path) -> None:
-    (made.parent / "dense" / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+    file = made.parent / "dense" / "generation_config.json"
+    file.write_text('{"eos_token_id": 2, "do_sample": true, "temperature": 0.5}')
 
 
 def other_template(made: Path) -> None:
