@@ -13,12 +13,9 @@ from transformers import LlamaConfig
 import llmopt
 from llmopt import progress, recipe
 from llmopt.checkpoint import save as checkpoint
-from llmopt.forecast.memory import Peak
-from llmopt.forecast.size import Prediction
-from llmopt.method import Pace, Run
+from llmopt.forecast.memory import Peak, advice
 from llmopt.progress import Clock
-from llmopt.quant import RTN
-from llmopt.run.dry_run import advice, dry_run
+from llmopt.run.dry_run import dry_run
 from llmopt.run.opening import Streaming
 from llmopt.scale.gauge import Gauge, taken
 from tests import tiny
@@ -85,15 +82,6 @@ def test_the_first_item_foretells_its_loop(clock, lasts, seconds):
     assert pace.seconds == seconds
 
 
-def test_one_block_foretells_the_others(clock, monkeypatch):
-    monkeypatch.setattr(RTN, "apply", lambda self, model, run: clock.__setitem__(0, clock[0] + 2))
-    assert RTN().seconds(None, Run(), Pace(7, 0.0)) == 14
-    by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
-    run = Run([{"input_ids": torch.ones(2, 10), "attention_mask": torch.ones(2, 10)}])
-    model = tiny.make("llama", num_hidden_layers=1)             # 4 groups of weights that share their bits
-    assert by_trials.seconds(model, run, Pace(7, 0.1)) == pytest.approx(14 + 4 * 7 * 20 * 0.1)
-
-
 STEPS = ("[heads.gradient: {}, prune.magnitude: {ratio: 0.3, units: [ffn], refit: true}, "
          "quant.gptq: {bits: 3.5, group_size: 8, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
 CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2")),
@@ -114,15 +102,17 @@ def test_a_dry_run_works_on_one_block_and_leaves_nothing(family, steps, tmp_path
                         f"format: {'dense' if family == 'gpt2' else 'portable'}\nsteps: {steps}\n", "test.yaml")
     for streamed in {False, not any(step.needs_whole for step in plan.steps)}:
         told = dry_run(plan, Streaming(streamed))
-        done = [part for part, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
+        done = [part for part, _, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
         assert len(done) == sum(step.stage != "runtime" for step in plan.steps)
-        assert told["predicted_seconds"] == pytest.approx(sum(seconds for _, seconds, _ in told["seconds"]))
-        assert told["predicted_memory"] == max(private for _, private, _ in told["peaks"])
+        assert told["predicted_seconds"] == pytest.approx([sum(part[which] for part in told["seconds"])
+                                                           for which in (1, 2)])
+        assert told["predicted_seconds"][0] <= told["predicted_seconds"][1]
+        assert told["predicted_memory"] == max(private for _, private in told["peaks"])
     assert list(scratch.iterdir()) == []
 
 
 def test_too_little_memory_is_said_with_what_helps():
-    told = Prediction(1, [], [Peak("load", 10**9, 0), Peak("steps.0 quant.gptq", 5 * 10**9, 0)])
+    told = Peak("steps.0 quant.gptq", 5 * 10**9)
     assert advice(told, 5 * 10**9, streamed=False, batches=True) == []
     said, = advice(told, 4 * 10**9, streamed=False, batches=True)
     assert said == ("steps.0 quant.gptq will take 5.0 GB, 4.0 GB are available; what helps: --stream, fewer "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import psutil
 
 EVERY = 0.02        # seconds between two looks; one takes a tenth of a millisecond
+OFTEN = 0.005       # where one block speaks for all: it has fewer moments in which its peak can be seen
 
 
 class Taken(NamedTuple):
@@ -34,11 +35,13 @@ def taken(process: psutil.Process) -> Taken:
 class Gauge:
     """Watches this process from a thread of its own: `with Gauge() as gauge: ...`, then gauge.peak.
 
-    peak: above what was taken at the start, at the moment of most private memory. What passes within EVERY is missed.
+    peak: above what was taken at the start, at the moment of most private memory. What passes within `every` seconds is
+    missed.
     """
 
-    def __init__(self) -> None:
-        self.process, self.start, self.peak = psutil.Process(), Taken(), Taken()
+    def __init__(self, every: float = EVERY) -> None:
+        self.process, self.every = psutil.Process(), every
+        self.start = self.peak = self.recent = Taken()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -52,13 +55,24 @@ class Gauge:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(EVERY):
+        while not self._done.wait(self.every):
             self.look()
 
     def look(self) -> Taken:
         """Look now; the peak so far."""
-        self.peak = max(self.peak, taken(self.process).above(self.start))
+        now = self.now()
+        self.peak, self.recent = max(self.peak, now), max(self.recent, now)
         return self.peak
+
+    def now(self) -> Taken:
+        """What is taken at this moment, above the start."""
+        return taken(self.process).above(self.start)
+
+    def lap(self) -> Taken:
+        """The peak since the last call of `lap`, or since the start."""
+        self.look()
+        found, self.recent = self.recent, Taken()
+        return found
 
 
 def whole_pages() -> None:
