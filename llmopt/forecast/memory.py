@@ -17,6 +17,7 @@ from llmopt.model.computing import compute_type
 from llmopt.model.head import LOGITS
 from llmopt.model.state import tied_names
 from llmopt.model.weights import coded
+from llmopt.scale import pages
 
 CHOICES = 4         # bytes of each weight that a step on the whole model keeps beside a copy: codes at four widths
 
@@ -40,24 +41,15 @@ def advice(peak: Peak, free: int, streamed: bool, batches: bool) -> list[str]:
             f"what helps: {', '.join(ways)}"]
 
 
-class PrivateWeights:
-    """The bytes of a model's weights that are no longer, or never were, pages of the model's files, and of its codes.
+def private_bytes(root: nn.Module) -> int:
+    """Bytes of the weights below a module that are not, or no longer, pages of the model's files, and of their codes.
 
-    converted: names of the weights that were private from the start (skeleton.converted). A weight is taken for
-    rewritten once torch counts a change of it or it lies elsewhere; writes through `.data` are not seen.
+    Weights on the meta device or a GPU take none.
     """
-
-    def __init__(self, model: nn.Module, converted: Collection[str] = ()):
-        self.model = model
-        self.mapped = {p.data_ptr(): p._version for name, p in model.named_parameters()
-                       if name not in converted and not p.is_meta}
-
-    def total(self, root: nn.Module | None = None) -> int:
-        """Bytes now, of all weights or of those below a module; on the meta device or a GPU they take none."""
-        root = self.model if root is None else root
-        own = [p for p in root.parameters() if self.mapped.get(p.data_ptr()) != p._version]
-        made = [part for weight in coded(root) for part in vars(weight.codes).values() if isinstance(part, Tensor)]
-        return sum(tensor.nbytes for tensor in own + made if tensor.device.type == "cpu")
+    own = [p for p in root.parameters() if p.device.type == "cpu"]
+    made = [part for weight in coded(root) for part in vars(weight.codes).values() if isinstance(part, Tensor)]
+    return (sum(pages.private_bytes(p.data_ptr(), p.nbytes) for p in own)
+            + sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu"))
 
 
 def whole_bytes(step: Method, model: nn.Module, tokens: int) -> int:

@@ -17,7 +17,7 @@ from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
-from llmopt.forecast.memory import Peak, advice, copied_bytes
+from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
 from llmopt.forecast.size import Prediction
 from llmopt.forecast.times import Span, Times, Trials, Watch, timed
 from llmopt.method import Method, Run
@@ -30,10 +30,10 @@ from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
 from llmopt.run.opening import Streaming, cut_short, open_model
-from llmopt.run.pipeline import foresee, load_batches, unknown
+from llmopt.run.pipeline import foresee, load_batches, saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
-from llmopt.scale.gauge import OFTEN, Gauge
+from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal, checksum
 from llmopt.scale.stream import Streamed
 
@@ -43,7 +43,7 @@ INFLATED = 3        # a byte of a weight that is packed, and inflated to be veri
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
     free = available()
-    with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge(OFTEN) as gauge:
+    with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
         watch = Watch()
         model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
         run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
@@ -63,14 +63,13 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
 class Rehearsal:
     """The parts of a run one after the other, on the first block of its model; `play` cuts the others off.
 
-    weights: those of the model that are private. elsewhere: private bytes of the blocks that are not there, as
+    elsewhere: private bytes of the blocks that are not there, as
     the steps so far would have left them. A part takes what it was seen to take, and that.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
         self.recipe, self.model, self.run, self.told, self.gauge = recipe, model, run, told, gauge
         self.streamed = isinstance(run.memory, Streamed)
-        self.weights, self.saving = unknown(recipe, model, told, self.streamed)
         self.elsewhere, self.times, self.peaks = 0, Times(), []
 
     def note(self, part: str, spent: Span, origin: str, more: int = 0) -> None:
@@ -111,21 +110,21 @@ class Rehearsal:
 
     def _cut(self) -> None:
         """Leave the first block, and its part of what the run knows."""
-        before = self.weights.total()
+        before = private_bytes(self.model)
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
         self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
         cut_short(self.model, 1)
         self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
-        self.elsewhere = before - self.weights.total()
+        self.elsewhere = before - private_bytes(self.model)
         self.gauge.lap()
 
     def _one_block(self, index: int, step: Method, forwards: float, copies: int) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
         count, layers = len(self.told.layers[index]), layer_list(self.model)
-        before = sum(map(self.weights.total, layers))
+        before = sum(map(private_bytes, layers))
         trials = self.run.progress = Trials(len(layers))
         spent = self._applied(index, step, self.run, self.told.takes_parts(index))
-        stays = (count - 1) * (sum(map(self.weights.total, layers)) - before)
+        stays = (count - 1) * (sum(map(private_bytes, layers)) - before)
         if step.needs_whole:                # each block is tried, and each time all of them run
             spent = spent + trials.spent * (forwards - 1)
         self.note(f"steps.{index} {step.name}", spent * count, f"first of {count} blocks, measured",
@@ -162,7 +161,7 @@ class Rehearsal:
     def _saving_more(self, packing: bool) -> int:
         """Bytes that saving takes for the blocks that are not there: in memory, what the fresh model inflates."""
         if self.streamed:
-            return self.saving
+            return saving(self.recipe, self.model, self.told, streamed=True)
         inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if packing else 0
         return (len(self.told.layers[-1]) - 1) * inflated
 

@@ -2,7 +2,9 @@
 import logging
 from collections.abc import Iterable, Iterator
 
-from llmopt.forecast.memory import PrivateWeights
+from torch import nn
+
+from llmopt.forecast.memory import private_bytes
 from llmopt.progress import Progress
 from llmopt.scale.available import available
 from llmopt.scale.gauge import Gauge
@@ -14,29 +16,29 @@ NEWS = 1.1          # a forecast is said again when it has grown by more than a 
 class Foresight:
     """A Progress that tells from the first item of every loop how much memory the run will take.
 
-    weights: of the model in memory; what an item leaves private of them, all others of its loop will leave too. saving:
-    bytes that come on top of that when the checkpoint is written and verified. peak: the forecast so far, in bytes
-    above what the gauge found at its start.
+    All items of a loop leave as much of the weights private as the first one. saving: bytes that come on
+    top of that when the checkpoint is written and verified. peak: the forecast so far, in bytes above what the gauge
+    found at its start.
     """
 
-    def __init__(self, progress: Progress, gauge: Gauge, weights: PrivateWeights, saving: int):
-        self.progress, self.gauge, self.weights, self.saving = progress, gauge, weights, saving
+    def __init__(self, progress: Progress, gauge: Gauge, model: nn.Module, saving: int):
+        self.progress, self.gauge, self.model, self.saving = progress, gauge, model, saving
         self.peak, self.said = max(gauge.lap().private, gauge.now().private + saving), 0
 
     def __call__(self, items: Iterable, label: str) -> Iterator:
-        items = list(items)
-        self.gauge.lap()
-        before = self.weights.total()
+        items, before = list(items), private_bytes(self.model)
+        self.peak = max(self.peak, self.gauge.lap().private)        # what came before the loop comes once
         for i, item in enumerate(self.progress(items, label)):
             if i == 1:
                 self._foretell(label, len(items), before)
             yield item
         if len(items) == 1:
             self._foretell(label, 1, before)
+        self.gauge.lap()                                            # what its other items took was foretold
 
     def _foretell(self, label: str, count: int, before: int) -> None:
         peak, now = self.gauge.lap().private, self.gauge.now().private
-        coming = (count - 1) * max(0, self.weights.total() - before)
+        coming = (count - 1) * max(0, private_bytes(self.model) - before)
         self.peak = max(self.peak, peak + coming, now + coming + self.saving)
         if self.peak > NEWS * self.said:
             self.said, free = self.peak, now + available()

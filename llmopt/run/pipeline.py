@@ -16,7 +16,7 @@ from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
-from llmopt.forecast.memory import PrivateWeights, shard_bytes
+from llmopt.forecast.memory import shard_bytes
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
@@ -128,7 +128,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     with journal.opened(made_from):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
         predicted = foresee(recipe, model, run)
-        sight = Foresight(progress, gauge, *unknown(recipe, model, predicted, streamed)) if gauge else None
+        sight = Foresight(progress, gauge, model, saving(recipe, model, predicted, streamed)) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
@@ -170,11 +170,12 @@ def foresee(recipe: Recipe, model: nn.Module, run: Run) -> Prediction:
     return predict(model, list(recipe.steps), recipe.format, run)
 
 
-def unknown(recipe: Recipe, model: nn.Module, told: Prediction, streamed: bool) -> tuple[PrivateWeights, int]:
-    """What no block tells of the memory: which weights are private already, and bytes that saving takes on top."""
+def saving(recipe: Recipe, model: nn.Module, told: Prediction, streamed: bool) -> int:
+    """Bytes of memory that writing and verifying the checkpoint will take on top of what the steps leave."""
+    if not streamed:
+        return told.saving
     own = skeleton.converted(model, local_folder(recipe.model))
-    most = shards.size_of(recipe.max_shard_size)
-    return PrivateWeights(model, own), shard_bytes(told.tensors, own, most) if streamed else told.saving
+    return shard_bytes(told.tensors, own, shards.size_of(recipe.max_shard_size))
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent,

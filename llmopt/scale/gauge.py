@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import psutil
 
-EVERY = 0.02        # seconds between two looks; one takes a tenth of a millisecond
-OFTEN = 0.005       # where one block speaks for all: it has fewer moments in which its peak can be seen
+EVERY = 0.01        # seconds between two looks; one takes a tenth of a millisecond
 
 
 class Taken(NamedTuple):
@@ -35,12 +34,11 @@ def taken(process: psutil.Process) -> Taken:
 class Gauge:
     """Watches this process from a thread of its own: `with Gauge() as gauge: ...`, then gauge.peak.
 
-    peak: above what was taken at the start, at the moment of most private memory. What passes within `every` seconds is
-    missed.
+    peak: above what was taken at the start, at the moment of most private memory. What passes within EVERY is missed.
     """
 
-    def __init__(self, every: float = EVERY) -> None:
-        self.process, self.every = psutil.Process(), every
+    def __init__(self) -> None:
+        self.process = psutil.Process()
         self.start = self.peak = self.recent = Taken()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -55,7 +53,7 @@ class Gauge:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(self.every):
+        while not self._done.wait(EVERY):
             self.look()
 
     def look(self) -> Taken:
