@@ -9,7 +9,8 @@ head, a sub-block, a block. A *group* is, of KV heads, the query heads that shar
 input; of columns, those that share a scale. A *target* is a weight to be quantized with its bits and group size. An
 *entry* is one key and value in the cache with its position; entries are *kept* (flat, per head) or in the *tail* (the
 newest tokens, dense). A *tile* is a run of rows, or of queries, computed together. A *stage* is the place of a step in
-the order score, prune, transform, quant, runtime; also the hidden folder in which a checkpoint is written.
+the order score, prune, transform, quant, runtime; also the hidden folder in which a checkpoint is written. A *link* is
+a producer of channels (a norm, rows of a weight) with the readers of them. A *probe* is a question about a context.
 
 Importing this costs nothing: each name below, and each folder, is imported when it is first used.
 """

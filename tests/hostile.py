@@ -276,7 +276,7 @@ MADE: dict[str, Edit] = {
     "step_unknown": llmopt_key("steps", 0, "method", {"kv.evil": {}}),
     "step_of_weights": llmopt_key("steps", 0, "method", {"quant.rtn": {}}),
     "step_of_scores": llmopt_key("steps", 0, "method", {"heads.span": {}}),
-    "field_unknown": llmopt_key("steps", 0, "method", "kv.snapkv", "evil", lambda old: 1),
+    "field_unknown": llmopt_key("steps", 0, "method", "kv.snapkv", "evil", 1),
     "field_of_text": llmopt_key("steps", 0, "method", "kv.snapkv", "window", "x"),
     "field_huge": llmopt_key("steps", 0, "method", "kv.snapkv", "window", 10**18),
     "field_nan": llmopt_key("steps", 0, "method", "kv.snapkv", "ratio", float("nan")),

@@ -262,3 +262,26 @@ def test_generate_equals_stock_at_a_large_budget(how):
     want = text()
     with runtime.attached(model, kv.SnapKV(budget=200)):
         assert torch.equal(text(), want)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_turns_of_a_padded_batch_equal_stock_whatever_positions_are_left_open(family, columns):
+    """Left open, or given as columns: as stock. Counted, as generate gives them, after an open turn: as alone."""
+    model, tokens, later = make(family), ids(2, 20), ids(2, 9, 2)
+    mask = torch.ones(2, 29, dtype=torch.long)
+    mask[1, :8] = 0
+    given = {"position_ids": torch.arange(20, 29).expand(2, -1)} if columns else {}
+
+    def turns(**second):
+        cache = model(tokens, attention_mask=mask[:, :20], use_cache=True).past_key_values
+        return model(later, attention_mask=mask, past_key_values=cache, **second).logits
+
+    expected = turns(**given)
+    alone = model(torch.cat([tokens[1:, 8:], later[1:]], 1)).logits[0, 12:]
+    with runtime.attached(model, kv.Streaming(budget=64)):
+        assert_close(turns(**given), expected, atol=2e-5, rtol=1e-4)
+        if family == "llama":
+            counted = turns(position_ids=torch.stack([torch.arange(20, 29), torch.arange(12, 21)]))
+            assert_close(counted[1], alone, atol=2e-5, rtol=1e-4)

@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) ->
 
     Of more rows or columns than any model makes, which a forged file may hold, the first are printed.
     """
-    rows = list(rows)
-    cut = f", the first {ROWS:,} of {len(rows):,} rows" if len(rows) > ROWS else ""
-    cut += f", the first {COLUMNS} of {len(header):,} columns" if len(header) > COLUMNS else ""
+    rows = list(islice(rows, ROWS + 1))
+    cut = f", the first {ROWS} rows" if len(rows) > ROWS else ""
+    cut += f", the first {COLUMNS} columns" if len(header) > COLUMNS else ""
     table = Table(title=one_line(title) + cut, title_justify="left")
     rows = [[one_line(str(cell)) for cell in row[:COLUMNS]] for row in map(tuple, rows[:ROWS])]
     for i, name in enumerate(header[:COLUMNS]):
@@ -201,7 +202,7 @@ def show_bits(step: str, modules: dict[str, dict]) -> None:
     if len({bits for _, bits in found}) > 1:
         names = list(dict.fromkeys(name for row in layers.values() for name in row))
         print_table(f"bits of {step}", ["layer", *names],
-                    [(layer, *(row.get(name, "") for name in names)) for layer, row in layers.items()])
+                    ((layer, *(row.get(name, "") for name in names[:COLUMNS])) for layer, row in layers.items()))
 
 
 def show_shares(step: str, shares: list[list[float]]) -> None:

@@ -37,8 +37,8 @@ class LlmoptCache(Cache):
     mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
     them, or None while they count the columns. ids: int64 [B, seen], where a method replays the context. dropped: bool
     [B, seen then], the tokens that a mask hid when entries were last dropped, or None. pending: tokens since the last
-    compression. hides: the mask of this forward hides kept entries. forward: the forward that reads this cache now, or
-    one that died.
+    compression. counts: position ids are left open and count real tokens, see counted_positions. hides: the mask of
+    this forward hides kept entries. forward: the forward that reads this cache now, or one that died.
     """
 
     def __init__(self, groups: list[int], windows: list[int | None], model: nn.Module | None = None):
@@ -51,6 +51,7 @@ class LlmoptCache(Cache):
         self.position_ids: Tensor | None = None
         self.dropped: Tensor | None = None
         self.ids: Tensor | None = None
+        self.counts = False
         self.pending = 0
         self.hides = False
         self.forward: Forward | None = None
@@ -123,6 +124,23 @@ class LlmoptCache(Cache):
         if (0 if self.ids is None else self.ids.shape[1]) != self.get_seq_length():
             raise LlmoptError("the attached kv method replays the context, whose token ids this cache has not kept")
         self.ids = given if self.ids is None else torch.cat([self.ids, given], 1)
+
+    def counted_positions(self, given: Tensor | None, tokens: int) -> Tensor | None:
+        """Position ids [B, tokens] that a caller with padding on the left has left open, counted from the first real
+        token; `given` where they are not open. A rotary model answers alike, and `generate`, which counts, can go on.
+
+        Columns that are given to a cache which counts are taken for open ones.
+        """
+        seen, pads = self.get_seq_length(), None
+        if seen == 0:
+            pads = None if self.mask is None else (~self.mask).long().cumprod(1).sum(1)          # [B]
+            self.counts = given is None and pads is not None and bool(pads.any())
+        if not self.counts:
+            return given
+        pads = seen - 1 - self.position_ids[:, -1] if pads is None else pads
+        columns = torch.arange(seen, seen + tokens, device=pads.device)
+        open_ = given is None or given.ndim == 2 and bool((given == columns).all())
+        return (columns - pads[:, None]).clamp(min=0) if open_ else given
 
     def note_position_ids(self, given: Tensor | None, batch: int, tokens: int) -> None:
         """Keep the position ids [B, tokens] as soon as they are not simply the columns."""

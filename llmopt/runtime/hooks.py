@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
-from llmopt.model.blocks import attention_modules, blocks
+from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
@@ -35,6 +35,7 @@ class Attachment:
         self.stats: dict[int, Any] = {}                 # counters of a prefill selector, by layer
         self.before = model.config._attn_implementation
         self.modules = attention_modules(model)
+        self.rotary = spec_of(model).rotary is not None
         self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
         decoder = model.get_decoder()
@@ -147,6 +148,8 @@ class Attachment:
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
         if self.method(EVICTOR) is not None and self.method(EVICTOR).replays:
             cache.note_ids(named.get("input_ids"), self.now.tokens)
+        if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
+            named["position_ids"] = given
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
         decide(self)
 
