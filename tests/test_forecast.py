@@ -100,6 +100,7 @@ CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2"
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
          *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
            (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
+         ("llama", "[prune.magnitude: {ratio: 0.4, units: [mlp]}, quant.rtn: {group_size: 8}]"),
          *(("llama", f"[{{{name}: {json.dumps(FIELDS.get(name, {}))}}}]") for name in llmopt.names())]
 
 
@@ -191,6 +192,15 @@ def test_memory_that_no_author_declared_is_seen_in_a_dry_run(plan, streamed, mon
     layer = blocks(tiny.make("llama"))[0]
     weights = sum(p.weight.nbytes + p.weight.numel() * (1 + 4 / 16) for p in layer.projections())
     assert seen[0].elsewhere == (0 if streamed else pytest.approx(2 * weights, rel=0.02))   # the other two blocks
+    dense = sum(p.weight.nbytes for p in layer.projections())
+    assert seen[0]._saving_more(packing=True) == (0 if streamed else 2 * dense)     # what the fresh model inflates
+
+
+def test_a_part_takes_what_was_seen_and_what_the_other_blocks_would_add():
+    rehearsal = Rehearsal.__new__(Rehearsal)
+    rehearsal.__dict__ |= {"gauge": Ticks(), "elsewhere": 4, "times": times.Times(), "peaks": []}
+    rehearsal.note("saving", times.Span(1, 2.0004), "measured", more=3)
+    assert rehearsal.peaks == [("saving", 57)] and rehearsal.times.parts == [["saving", 1, 2, "measured"]]
 
 
 class Ticks:
@@ -214,6 +224,7 @@ def test_the_first_block_of_a_run_foretells_the_memory_of_all(caplog, monkeypatc
     caplog.set_level("INFO", "llmopt")
     ticks, told = Ticks(), []
     monkeypatch.setattr("llmopt.run.foresight.private_bytes", lambda ticks: ticks.left)
+    monkeypatch.setattr("llmopt.run.foresight.FLOOR", 100)
     sight = Foresight(progress.silent, ticks, ticks, 7)
     assert sight.peak == 57
     for _ in sight(range(4), "first"):

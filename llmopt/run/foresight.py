@@ -11,6 +11,7 @@ from llmopt.scale.gauge import Gauge
 
 LOG = logging.getLogger(__name__)
 NEWS = 1.1          # a forecast is said again when it has grown by more than a tenth
+FLOOR = 10**8       # bytes: what is less is not worth a line, and mostly noise
 
 
 class Foresight:
@@ -40,7 +41,7 @@ class Foresight:
         peak, now = self.gauge.lap().private, self.gauge.now().private
         coming = (count - 1) * max(0, private_bytes(self.model) - before)
         self.peak = max(self.peak, peak + coming, now + coming + self.saving)
-        if self.peak > NEWS * self.said:
+        if self.peak > max(FLOOR, NEWS * self.said):
             self.said, free = self.peak, now + available()
             LOG.log(logging.WARNING if self.peak > free else logging.INFO,
                     "%s: by the first of %d the run will take %.2f GB of memory, %.2f GB are there", label, count,
