@@ -4,6 +4,7 @@ import mmap
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -23,6 +24,7 @@ from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.codes import Quantized
 from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
+from llmopt.prune import Magnitude
 from llmopt.quant import RTN
 from llmopt.run.dry_run import Rehearsal, dry_run
 from llmopt.run.foresight import Foresight
@@ -56,7 +58,8 @@ def test_memory_is_what_was_predicted(way, middling, tmp_path):
     assert run.returncode == 0, run.stderr
     predicted, measured = json.loads(run.stdout)["predictions"]["memory"]
     assert predicted == pytest.approx(measured, rel=0.25)
-    assert predicted == dry_run(recipe.load(str(middling / "r.yaml")), Streaming(way == "--stream"))["predicted_memory"]
+    told = command("compress", "--recipe", middling / "r.yaml", "--dry-run", way, "--json")
+    assert json.loads(told.stdout)["predicted_memory"] == pytest.approx(measured, rel=0.25)
     assert f"memory: {predicted:,} predicted, {measured:,} measured" in (tmp_path / "out/llmopt.log").read_text()
     assert "predictions" not in (tmp_path / "out/llmopt.json").read_text()
 
@@ -100,7 +103,6 @@ CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2"
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
          *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
            (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
-         ("llama", "[prune.magnitude: {ratio: 0.4, units: [mlp]}, quant.rtn: {group_size: 8}]"),
          *(("llama", f"[{{{name}: {json.dumps(FIELDS.get(name, {}))}}}]") for name in llmopt.names())]
 
 
@@ -201,6 +203,12 @@ def test_a_part_takes_what_was_seen_and_what_the_other_blocks_would_add():
     rehearsal.__dict__ |= {"gauge": Ticks(), "elsewhere": 4, "times": times.Times(), "peaks": []}
     rehearsal.note("saving", times.Span(1, 2.0004), "measured", more=3)
     assert rehearsal.peaks == [("saving", 57)] and rehearsal.times.parts == [["saving", 1, 2, "measured"]]
+
+
+def test_a_step_that_takes_whole_parts_leaves_them_to_the_others(plan):
+    plan = replace(plan, steps=(Magnitude(ratio=0.4, units=["mlp"]), *plan.steps))
+    parts = [part for part, *_ in dry_run(plan)["seconds"]]
+    assert parts[-3:] == ["steps.1 quant.rtn", "save and verify", "steps.0 prune.magnitude"]
 
 
 class Ticks:
