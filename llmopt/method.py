@@ -14,10 +14,9 @@ from torch import Tensor
 
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.parts import Part
-from llmopt.progress import Progress, silent, timed
+from llmopt.progress import Progress, silent
 from llmopt.scale.memory import Memory
 from llmopt.scale.processes import Ranks
-from llmopt.scale.room import Room, Scene
 
 Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
@@ -94,14 +93,6 @@ class Run:
         return self.ranks.share(self.probes)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """The model's speed: its number of blocks, and seconds per token of a forward through all of them."""
-
-    blocks: int
-    token: float
-
-
 class Method(Part, ABC):
     """One entry of a recipe. Subclasses are frozen pydantic dataclasses registered under `family.method`."""
 
@@ -110,6 +101,7 @@ class Method(Part, ABC):
     place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
+    backward: ClassVar[bool] = False        # True: it takes gradients through all blocks of a batch at once
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -120,13 +112,6 @@ class Method(Part, ABC):
     def multiple(self) -> int:
         """Columns that must go evenly into every width it finds; steps before it keep to that."""
         return 1
-
-    def whole_bytes(self, model, tokens: int) -> int:
-        """Bytes beside the weights that a step which needs_whole takes at least, for batches of so many tokens.
-
-        model: may be a skeleton.
-        """
-        return 0
 
     def sketch(self, skeleton, run: Run, source=None) -> str:
         """Make the same edit on the shapes of a model, its weights on the meta device; a sentence on what it will do.
@@ -139,15 +124,6 @@ class Method(Part, ABC):
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
         """Edit `model` in place and return what load time needs."""
-
-    def rooms(self, model, scene: Scene) -> list[Room]:
-        """The memory that `apply` takes, an entry for each block or for work on all of them; shapes are enough."""
-        rows, length = scene.largest
-        return [Room(whole=self.whole_bytes(model, rows * length))]
-
-    def seconds(self, model, run: Run, pace: "Pace") -> float:
-        """The seconds that `apply` will take; `model` is cut to its first block, unless a score needs all of it."""
-        return timed(self.apply, model, run) * pace.blocks
 
     def restore(self, model, record: Record) -> None:
         """Redo the edit on a model loaded from disk; nothing, where config and weights already carry it."""

@@ -2,7 +2,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 LOG = logging.getLogger(__name__)
 
@@ -67,9 +66,3 @@ class Clock:
         if len(items) == 1:
             self.seconds += time.perf_counter() - start
 
-
-def timed(do: Callable, *given: Any) -> float:
-    """Seconds that `do(*given)` takes."""
-    start = time.perf_counter()
-    do(*given)
-    return time.perf_counter() - start

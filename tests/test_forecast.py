@@ -1,8 +1,11 @@
 """What a dry run says of memory and time is what a run takes; it really works, on one block, and leaves nothing."""
 import json
+import mmap
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,14 +16,22 @@ from transformers import LlamaConfig
 import llmopt
 from llmopt import progress, recipe
 from llmopt.checkpoint import save as checkpoint
-from llmopt.forecast.memory import Peak
-from llmopt.forecast.size import Prediction
-from llmopt.method import Pace, Run
+from llmopt.forecast import times
+from llmopt.forecast.memory import Peak, advice, private_bytes, whole_bytes
+from llmopt.heads import Gradient
+from llmopt.method import Run
+from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.codes import Quantized
+from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
+from llmopt.prune import Magnitude
 from llmopt.quant import RTN
-from llmopt.run.dry_run import advice, dry_run
+from llmopt.run.dry_run import Rehearsal, dry_run
+from llmopt.run.foresight import Foresight
 from llmopt.run.opening import Streaming
-from llmopt.scale.gauge import Gauge, taken
+from llmopt.scale import pages
+from llmopt.scale.gauge import Gauge, Taken, taken
+from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.command import llmopt as command
 from tests.test_contract import FIELDS
@@ -47,7 +58,8 @@ def test_memory_is_what_was_predicted(way, middling, tmp_path):
     assert run.returncode == 0, run.stderr
     predicted, measured = json.loads(run.stdout)["predictions"]["memory"]
     assert predicted == pytest.approx(measured, rel=0.25)
-    assert predicted == dry_run(recipe.load(str(middling / "r.yaml")), Streaming(way == "--stream"))["predicted_memory"]
+    told = command("compress", "--recipe", middling / "r.yaml", "--dry-run", way, "--json")
+    assert json.loads(told.stdout)["predicted_memory"] == pytest.approx(measured, rel=0.25)
     assert f"memory: {predicted:,} predicted, {measured:,} measured" in (tmp_path / "out/llmopt.log").read_text()
     assert "predictions" not in (tmp_path / "out/llmopt.json").read_text()
 
@@ -85,15 +97,6 @@ def test_the_first_item_foretells_its_loop(clock, lasts, seconds):
     assert pace.seconds == seconds
 
 
-def test_one_block_foretells_the_others(clock, monkeypatch):
-    monkeypatch.setattr(RTN, "apply", lambda self, model, run: clock.__setitem__(0, clock[0] + 2))
-    assert RTN().seconds(None, Run(), Pace(7, 0.0)) == 14
-    by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
-    run = Run([{"input_ids": torch.ones(2, 10), "attention_mask": torch.ones(2, 10)}])
-    model = tiny.make("llama", num_hidden_layers=1)             # 4 groups of weights that share their bits
-    assert by_trials.seconds(model, run, Pace(7, 0.1)) == pytest.approx(14 + 4 * 7 * 20 * 0.1)
-
-
 STEPS = ("[heads.gradient: {}, prune.magnitude: {ratio: 0.3, units: [ffn], refit: true}, "
          "quant.gptq: {bits: 3.5, group_size: 8, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
 CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2")),
@@ -114,17 +117,170 @@ def test_a_dry_run_works_on_one_block_and_leaves_nothing(family, steps, tmp_path
                         f"format: {'dense' if family == 'gpt2' else 'portable'}\nsteps: {steps}\n", "test.yaml")
     for streamed in {False, not any(step.needs_whole for step in plan.steps)}:
         told = dry_run(plan, Streaming(streamed))
-        done = [part for part, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
+        done = [part for part, _, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
         assert len(done) == sum(step.stage != "runtime" for step in plan.steps)
-        assert told["predicted_seconds"] == pytest.approx(sum(seconds for _, seconds, _ in told["seconds"]))
-        assert told["predicted_memory"] == max(private for _, private, _ in told["peaks"])
+        assert told["predicted_seconds"] == pytest.approx([sum(part[which] for part in told["seconds"])
+                                                           for which in (1, 2)])
+        assert told["predicted_seconds"][0] <= told["predicted_seconds"][1]
+        assert told["predicted_memory"] == max(private for _, private in told["peaks"])
     assert list(scratch.iterdir()) == []
 
 
 def test_too_little_memory_is_said_with_what_helps():
-    told = Prediction(1, [], [Peak("load", 10**9, 0), Peak("steps.0 quant.gptq", 5 * 10**9, 0)])
+    told = Peak("steps.0 quant.gptq", 5 * 10**9)
     assert advice(told, 5 * 10**9, streamed=False, batches=True) == []
     said, = advice(told, 4 * 10**9, streamed=False, batches=True)
     assert said == ("steps.0 quant.gptq will take 5.0 GB, 4.0 GB are available; what helps: --stream, fewer "
                     "data.samples, a smaller data.batch_size or data.length, a machine with more memory")
     assert "--activation-memory" in advice(told, 4 * 10**9, streamed=True, batches=False)[0]
+
+
+def test_a_lap_forgets_the_peaks_before_it(monkeypatch):
+    levels = iter([Taken(100), Taken(900), Taken(300), Taken(200), Taken(250)])
+    monkeypatch.setattr("llmopt.scale.gauge.taken", lambda process: next(levels))
+    gauge = Gauge()
+    gauge.start = Taken(100)
+    gauge.look()
+    gauge.look()
+    assert (gauge.lap(), gauge.peak) == (Taken(800), Taken(800))
+    assert (gauge.lap(), gauge.peak) == (Taken(100), Taken(800))
+    assert gauge.lap() == Taken(150)
+
+
+def test_weights_are_private_once_they_are_no_longer_their_file_s(tmp_path):
+    model, _ = load_dense(ModelSpec(str(checkpoint.save(tiny.make("llama"), tmp_path / "model"))))
+    first, second = (block.projections()[0] for block in blocks(model)[:2])
+    size = first.weight.nbytes
+    before = private_bytes(model)                           # norms that share a page with something else
+    assert before < 2000
+    first.weight[32:33] += 1                                  # not counted by torch
+    assert 0 < private_bytes(first.module) < size or mmap.PAGESIZE > 4096
+    first.write(first.weight.clone())                       # the same values on pages of its own
+    assert private_bytes(first.module) == size
+    second.keep(rows=torch.arange(32))
+    assert private_bytes(second.module) == size / 2
+    first.codes = Quantized(torch.zeros(5, dtype=torch.int8), torch.zeros(3), 4, -1)
+    assert private_bytes(first.module) == size + 5 + 12
+    assert private_bytes(model) - before == pytest.approx(1.5 * size + 17, abs=2000)
+    assert private_bytes(model.to("meta")) == 5 + 12
+
+
+def test_where_the_system_does_not_tell_all_is_private(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "PAGEMAP", tmp_path / "none")
+    assert pages.private_bytes(12345, 678) == 678
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A recipe of one RTN step on a model of 3 blocks."""
+    model = checkpoint.save(tiny.make("llama"), tmp_path / "model")
+    return recipe.parse(f"model: {{id: {model}}}\nsteps: [quant.rtn: {{group_size: 16}}]\n", "r.yaml")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_memory_that_no_author_declared_is_seen_in_a_dry_run(plan, streamed, monkeypatch):
+    plain, seen = RTN.quantize, []
+
+    def hungry(self, weight, *rest):
+        block = torch.ones(40_000_000)
+        time.sleep(0.05)
+        del block
+        return plain(self, weight, *rest)
+
+    monkeypatch.setattr(RTN, "quantize", hungry)
+    monkeypatch.setattr(Rehearsal, "play", lambda self, play=Rehearsal.play: (seen.append(self), play(self)))
+    told = dry_run(plan, Streaming(streamed))
+    assert dict(told["peaks"])["steps.0 quant.rtn"] == pytest.approx(160_000_000, rel=0.2)
+    layer = blocks(tiny.make("llama"))[0]
+    weights = sum(p.weight.nbytes + p.weight.numel() * (1 + 4 / 16) for p in layer.projections())
+    assert seen[0].elsewhere == (0 if streamed else pytest.approx(2 * weights, rel=0.02))   # the other two blocks
+    dense = sum(p.weight.nbytes for p in layer.projections())
+    assert seen[0]._saving_more(packing=True) == (0 if streamed else 2 * dense)     # what the fresh model inflates
+
+
+def test_a_part_takes_what_was_seen_and_what_the_other_blocks_would_add():
+    rehearsal = Rehearsal.__new__(Rehearsal)
+    rehearsal.__dict__ |= {"gauge": Ticks(), "elsewhere": 4, "times": times.Times(), "peaks": []}
+    rehearsal.note("saving", times.Span(1, 2.0004), "measured", more=3)
+    assert rehearsal.peaks == [("saving", 57)] and rehearsal.times.parts == [["saving", 1, 2, "measured"]]
+
+
+def test_a_step_that_takes_whole_parts_leaves_them_to_the_others(plan):
+    plan = replace(plan, steps=(Magnitude(ratio=0.4, units=["mlp"]), *plan.steps))
+    parts = [part for part, *_ in dry_run(plan)["seconds"]]
+    assert parts[-3:] == ["steps.1 quant.rtn", "save and verify", "steps.0 prune.magnitude"]
+
+
+class Ticks:
+    """A gauge, and the model, in a run whose every block leaves 10 bytes, and 100 while it is at work."""
+
+    def __init__(self):
+        self.left, self.high = 50, 0
+
+    def work(self):
+        self.high, self.left = max(self.high, self.left + 100), self.left + 10
+
+    def lap(self):
+        found, self.high = max(self.high, self.left), 0
+        return Taken(found)
+
+    def now(self):
+        return Taken(self.left)
+
+
+def test_the_first_block_of_a_run_foretells_the_memory_of_all(caplog, monkeypatch):
+    caplog.set_level("INFO", "llmopt")
+    ticks, told = Ticks(), []
+    monkeypatch.setattr("llmopt.run.foresight.private_bytes", lambda ticks: ticks.left)
+    monkeypatch.setattr("llmopt.run.foresight.FLOOR", 100)
+    sight = Foresight(progress.silent, ticks, ticks, 7)
+    assert sight.peak == 57
+    for _ in sight(range(4), "first"):
+        ticks.work()
+        told.append(sight.peak)
+    assert told == [57, 180, 180, 180] and ticks.left == 90             # 50 + 100, and 10 for each of three more
+    for _ in sight(range(1), "second"):
+        ticks.work()
+    assert sight.peak == 190
+    sight.saving = 1000
+    list(sight(range(2), "third"))
+    assert sight.peak == 1100
+    assert [line.getMessage().partition(":")[0] for line in caplog.records] == ["first", "third"]
+
+
+def test_a_time_is_a_range_from_the_processor_s_to_the_clock_s(clock, monkeypatch):
+    monkeypatch.setattr(times.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(times.time, "process_time", lambda: 3 * clock[0] / 4)
+    watch, tried = times.Watch(), times.Trials(1)
+    clock[0] = 8
+    assert watch.read() == times.Span(3, 8) == times.Span(1, 2) + times.Span(1, 3) * 2
+    for items in ([1], [4, 4]):                             # a loop over the block, one over what is tried on all
+        for last in tried(items, "loop"):
+            clock[0] += last
+    assert tried.spent == times.Span(3, 8)
+
+
+def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monkeypatch):
+    rehearsal = Rehearsal.__new__(Rehearsal)
+    rehearsal.__dict__ |= {"model": tiny.make("llama", num_hidden_layers=1), "elsewhere": 0, "streamed": False,
+                           "run": Run(), "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
+
+    def applied(index, step, run, parts):
+        run.progress.spent = times.Span(2, 3)
+        return times.Span(10, 20)
+
+    found = []
+    monkeypatch.setattr(rehearsal, "_applied", applied)
+    monkeypatch.setattr(rehearsal, "note", lambda part, spent, origin, more: found.append((spent, more)))
+    by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
+    rehearsal._one_block(0, by_trials, 4.0, 99)
+    rehearsal._one_block(0, RTN(), 4.0, 0)
+    assert found == [(times.Span(5 * (10 + 2 * 3), 5 * (20 + 3 * 3)), 99), (times.Span(50, 100), 0)]
+
+
+def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():
+    model = tiny.make("llama")
+    weights = sum(p.numel() for layer in layer_list(model) for p in layer.parameters())
+    assert whole_bytes(RTN(bits=3.5, allocate="sensitivity"), model, 10) == weights * (4 + 4)
+    few, more = (whole_bytes(Gradient(), model, tokens) for tokens in (100, 200))
+    assert more == 2 * few > 100 * 12 * tiny.VOCABULARY

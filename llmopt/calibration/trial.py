@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.model.weights import Projection
-from llmopt.scale.room import Scene
 
 LOGITS = 1 << 27    # dense log-probabilities that are kept: at most this many (half a GiB)
 TOKENS = 2048       # and of at most this many tokens: every set of choices costs one forward pass over them
@@ -71,18 +70,6 @@ def sample(batches: list[dict[str, Tensor]], seed: int, vocabulary: int) -> list
             break
         kept.append(rows[index])
     return kept
-
-
-def kept_bytes(vocabulary: int, tokens: int) -> int:
-    """Bytes of the log-probabilities of a trial, and of one more set to compare them with."""
-    return 2 * 4 * vocabulary * min(tokens, TOKENS, LOGITS // vocabulary)
-
-
-def trial_bytes(vocabulary: int, scene: Scene) -> int:
-    """Bytes of the log-probabilities that a trial keeps, and of what comparing one row with them takes."""
-    longest = scene.largest[1]
-    kept = min(scene.tokens, max(longest, min(TOKENS, LOGITS // vocabulary)))
-    return 4 * vocabulary * (kept + 4 * longest)
 
 
 def _log_probs(model: nn.Module, row: dict[str, Tensor]) -> Tensor:

@@ -231,12 +231,14 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         print_json(plan)
         return
     print_table("plan (nothing was written)", ["step", "what it will do"], plan["steps"])
-    print_table("time", ["part", "seconds", "from"], [(part, f"{s:.2f}", how) for part, s, how in plan["seconds"]])
-    print_table("memory above the imports", ["part", "private", "mapped from files"],
-                [(part, human(private), human(mapped)) for part, private, mapped in plan["peaks"]])
+    print_table("time", ["part", "seconds", "from"],
+                [(part, f"{low:.2f} - {high:.2f}", how) for part, low, high, how in plan["seconds"]])
+    print_table("private memory above the imports", ["part", "peak"],
+                [(part, human(private)) for part, private in plan["peaks"]])
     click.echo(f"predicted size {human(plan['predicted_bytes'])}, dense {human(plan['dense_bytes'])}")
     click.echo(f"predicted peak memory {human(plan['predicted_memory'])}, {human(plan['available_memory'])} available")
-    click.echo(f"predicted time {duration(plan['predicted_seconds'])}, evaluation not included")
+    low, high = map(duration, plan["predicted_seconds"])
+    click.echo(f"predicted time {low if low == high else f'{low} - {high}'}, evaluation not included")
     for line in plan["advice"]:
         click.echo(line)
 

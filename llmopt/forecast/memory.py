@@ -1,107 +1,104 @@
-"""How much memory a run will take, from shapes: the parts that its steps tell, added up from loading to verification.
+"""How much memory a run will take: what its first block took, the other blocks like it, and what is known from shapes.
 
-In memory, weights are mapped from their files and become private where a step rewrites them; what steps keep beside
-them stays until the checkpoint is written. Streamed, all of that lasts for one block. FLOOR is what no shape tells: the
-libraries' own caches, modules that are imported late, and what freed copies below 2 MB leave behind.
+In memory, weights are mapped from their files and become private where a step rewrites them; that and the codes beside
+them stay until the checkpoint is written. Streamed, all of that lasts for one block. Shapes alone tell what writing and
+verifying a checkpoint takes, and what a step that works on the whole model takes at least.
 """
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from llmopt.checkpoint.verify import probe_length
 from llmopt.files import shards
-from llmopt.model.blocks import blocks, layer_list
+from llmopt.method import Method
+from llmopt.model.blocks import Block, blocks, layer_list
+from llmopt.model.computing import compute_type
+from llmopt.model.head import LOGITS
 from llmopt.model.state import tied_names
-from llmopt.model.usable import CHECKED
-from llmopt.scale import activations
-from llmopt.scale.room import Room, Scene
+from llmopt.model.weights import coded
+from llmopt.scale import pages
 
-FLOOR = 20 * 10**6
-
-
-def _most(sizes: Iterable[int]) -> int:
-    return max(sizes, default=0)
+CHOICES = 4         # bytes of each weight that a step on the whole model keeps beside a copy: codes at four widths
 
 
 class Peak(NamedTuple):
-    """The most that one part of a run takes, in bytes above what the imports took; see gauge.Taken."""
+    """The most private memory that one part of a run takes, in bytes above what the imports took; see gauge.Taken."""
 
     part: str
     private: int
-    mapped: int
 
 
-class Forecast:
-    """The peaks of a run on `model`, a skeleton that is cut as the run will cut it, after each call of `step`."""
+def advice(peak: Peak, free: int, streamed: bool, batches: bool) -> list[str]:
+    """Lines of advice where memory will not suffice; none where it will."""
+    if peak.private <= free:
+        return []
+    ways = ["a machine with more memory"]
+    if batches:
+        ways.insert(0, "fewer data.samples, a smaller data.batch_size or data.length")
+    ways.insert(0, "a smaller --activation-memory" if streamed else "--stream")
+    return [f"{peak.part} will take {peak.private / 1e9:.1f} GB, {free / 1e9:.1f} GB are available; "
+            f"what helps: {', '.join(ways)}"]
 
-    def __init__(self, model: nn.Module, scene: Scene):
-        self.model, self.scene = model, scene
-        self.peaks: list[Peak] = []
-        self.stays = 0                              # codes and the like, in memory
-        self.owned = {id(module) for name, module in model.named_modules()      # whose weights are private
-                      if any(f"{name}.{leaf}" in scene.converted for leaf in module._parameters)}
-        self._note("load", 0, 0)
 
-    def step(self, name: str, rooms: list[Room]) -> None:
-        """The part of one step, which told these rooms of the model that it found; now the model is as it left it."""
-        rewritten = {id(module) for room in rooms for module in room.rewritten}
-        held = activations.kept(self.model, self.scene, _most(room.sets for room in rooms))
-        passes, whole = _most(room.passes for room in rooms), _most(room.whole for room in rooms)
-        if self.scene.streamed:
-            block = _most(self._private(layer, rewritten) for layer in layer_list(self.model))
-            edited = block + _most(room.stays for room in rooms) + passes
-            self._note(name, held + max(edited, whole), self._largest())
-            if rewritten:                           # blocks now come from the work folder, as they are
-                self.owned -= {id(module) for layer in layer_list(self.model) for module in layer.modules()}
-            return
-        if whole:
-            self._note(name, held + whole, 0)
-        self.owned |= rewritten
-        stays = sum(room.stays for room in rooms)
-        self._note(name, held + passes + stays, 0)
-        self.stays += stays
+def private_bytes(root: nn.Module) -> int:
+    """Bytes of the weights below a module that are not, or no longer, pages of the model's files, and of their codes.
 
-    def check(self) -> None:
-        """The forward over a few tokens that tells whether the model computes numbers."""
-        if not self.scene.streamed:
-            self._note("check", self._forward(1, CHECKED) + activations.logits(self.model, CHECKED, 0), 0)
+    Weights on the meta device or a GPU take none.
+    """
+    own = [p for p in root.parameters() if p.device.type == "cpu"]
+    made = [part for weight in coded(root) for part in vars(weight.codes).values() if isinstance(part, Tensor)]
+    return (sum(pages.private_bytes(p.data_ptr(), p.nbytes) for p in own)
+            + sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu"))
 
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        """Writing a checkpoint of these tensors, and verifying it."""
-        if self.scene.streamed:
-            size, shard = shards.tensor_bytes(tensors), self.scene.shard
-            private = min(self._private(self.model), shard)
-            self._note("save", private, min(size, shard) + self._largest() - private)
-            self._note("verify", 0, 2 * self._largest())
-            return
-        own, tied = dict(self.model.named_parameters()), tied_names(self.model)
-        made = {name: tensor for name, tensor in tensors.items() if name not in own}
-        inflated = {name: tensor for name, tensor in own.items() if name not in tensors and name not in tied}
-        length = probe_length(self.model)
-        answers = self._forward(2, length) + activations.logits(self.model, 2 * length, 4)
-        self._note("save", shards.tensor_bytes(made), 0)
-        self._note("verify", shards.tensor_bytes(inflated) + answers, shards.tensor_bytes(tensors))
 
-    def _forward(self, rows: int, length: int) -> int:
-        return _most(activations.forward(self.model, view, rows, length) for view in blocks(self.model))
+def whole_bytes(step: Method, model: nn.Module, tokens: int) -> int:
+    """Bytes beside the weights that a step which needs_whole takes at least, for batches of so many tokens.
 
-    def _largest(self) -> int:
-        """Bytes of the largest thing that is read at once: a block, or the embedding."""
-        rest = [t for module in self.model.modules() if isinstance(module, nn.Embedding) for t in module.parameters()]
-        layers = [list(layer.parameters()) for layer in layer_list(self.model)]
-        return max(shards.tensor_bytes(dict(enumerate(group))) for group in [*layers, rest])
+    A bound from shapes, of a skeleton too: a backward pass where the step says so, else copies of the blocks.
+    """
+    if step.backward:
+        return _backward_bytes(model, tokens)
+    return copied_bytes(model)
 
-    def _private(self, root: nn.Module, more: set[int] = frozenset()) -> int:
-        """Bytes of the weights below `root` that are not mapped from a file."""
-        found = {id(p): p for module in root.modules() if id(module) in self.owned | more
-                 for p in module._parameters.values() if p is not None}
-        return shards.tensor_bytes(found)
 
-    def _note(self, part: str, private: int, mapped: int) -> None:
-        """A peak: in memory, on top of the model."""
-        if not self.scene.streamed:
-            own = self._private(self.model)
-            mapped += shards.tensor_bytes(dict(self.model.named_parameters())) - own
-            private += own + self.stays
-        self.peaks.append(Peak(part, FLOOR + private, mapped))
+def copied_bytes(model: nn.Module) -> int:
+    """A copy of the blocks' weights, and what a step on the whole model has to choose from for each."""
+    return sum(p.numel() * (p.element_size() + CHOICES) for layer in layer_list(model) for p in layer.parameters())
+
+
+def _backward_bytes(model: nn.Module, tokens: int) -> int:
+    """The inputs of norms and products, which the backward pass of a batch reads, and its logits, some at a time."""
+    size, (vocabulary, hidden) = compute_type(model).itemsize, model.get_input_embeddings().weight.shape
+    token = sum(_read_backwards(block, hidden, size) for block in blocks(model))
+    return tokens * token + 12 * min(tokens * vocabulary, max(LOGITS, vocabulary))    # logits, logarithms, slopes
+
+
+def _read_backwards(block: Block, hidden: int, size: int) -> int:
+    """Bytes for each token."""
+    readers = sum(p.out_features for p in block.attn_in + block.ffn_in)
+    writers = sum(p.in_features for p in (block.attn_out, block.ffn_out) if p is not None)
+    return len(block.norms) * hidden * 4 + (readers + 2 * writers) * size
+
+
+def saving_bytes(skeleton: nn.Module, tensors: dict[str, Tensor]) -> int:
+    """Private bytes on top of a model in memory while these tensors of its checkpoint are written and verified.
+
+    Either what is packed for the files, or what the fresh model inflates and both models' answers.
+    """
+    own, tied = dict(skeleton.named_parameters()), tied_names(skeleton)
+    made = {name: tensor for name, tensor in tensors.items() if name not in own}
+    inflated = {name: tensor for name, tensor in own.items() if name not in tensors and name not in tied}
+    return max(shards.tensor_bytes(made), shards.tensor_bytes(inflated) + _answer_bytes(skeleton))
+
+
+def _answer_bytes(model: nn.Module) -> int:
+    """Two answers to the probe of the verification, in float32 too, and a block's forward that leads to one."""
+    size, (vocabulary, hidden) = compute_type(model).itemsize, model.get_output_embeddings().weight.shape
+    widest = max((block.width or 4 * hidden for block in blocks(model)), default=0)
+    return 2 * probe_length(model) * (vocabulary * (size + 16) + hidden * (2 * size + 8) + 4 * widest * size)
+
+
+def shard_bytes(tensors: dict[str, Tensor], converted: Collection[str], most: int) -> int:
+    """Private bytes while a streamed checkpoint is written: what of a shard is not mapped from a file."""
+    return min(shards.tensor_bytes({name: tensor for name, tensor in tensors.items() if name in converted}), most)

@@ -1,4 +1,4 @@
-"""What a recipe will do and how large its checkpoint will be, before anything is computed: `compress --dry-run`.
+"""What a recipe will do and how large its checkpoint will be, before anything is computed.
 
 Every step sketches its edit on a skeleton without weights. Pruning plans that need no data are made for real, once: the
 run finds them decided. Exact where names and shapes decide the bits; with `allocate: sensitivity` every weight is
@@ -13,53 +13,54 @@ from torch import Tensor, nn
 
 from llmopt.errors import naming
 from llmopt.files import shards
-from llmopt.forecast.memory import Forecast, Peak
+from llmopt.forecast.memory import saving_bytes
 from llmopt.method import Method, Run
+from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed, packed_in_place, refuse_unportable
 from llmopt.model.weights import coded
-from llmopt.scale.room import Scene
 
 UNCHANGED = ("score", "runtime")        # stages whose steps leave the weights as they are
 
 
 class Prediction(NamedTuple):
-    """bytes: of the checkpoint's safetensors. steps: [[step, what it will do]]. peaks: of memory, part by part."""
+    """bytes: of the checkpoint's safetensors. steps: [[step, what it will do]]. layers: as each step finds them.
+
+    tensors: the checkpoint's, without values. saving: see forecast.memory.saving_bytes.
+    """
 
     bytes: int
     steps: list[list[str]]
-    peaks: list[Peak]
+    layers: list[list[LayerShape]]
+    tensors: dict[str, Tensor]
+    saving: int
 
-    @property
-    def peak(self) -> Peak:
-        """The part that takes the most private memory."""
-        return max(self.peaks, key=lambda peak: peak.private)
+    def takes_parts(self, index: int) -> bool:
+        """True if a step removes blocks, or attentions or FFNs as a whole."""
+        before, after = self.layers[index], self.layers[index + 1]
+        return len(before) > len(after) or sum(len(s.skip) for s in before) < sum(len(s.skip) for s in after)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, steps: list[Method], format: str = "portable", run: Run | None = None,
-            scene: Scene = Scene()) -> Prediction:     # noqa: B008  frozen
-    """Foretell the result of `steps` on `model`, which is left as it is, and the memory that they take.
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", run: Run | None = None) -> Prediction:
+    """Foretell the result of `steps` on `model`, which is left as it is.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local. run: the one to come; what it
     remembers of its decisions is not decided again.
     """
     skeleton, told, source = _skeleton(model), [], model
-    forecast = Forecast(skeleton, scene)
-    forecast.check()
+    layers = [shapes(skeleton)]
     run = Run() if run is None else replace(run)
     for i, step in enumerate(steps):
         run.ahead = tuple(steps[i + 1:])
         run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
-            rooms = step.rooms(skeleton, scene)
             told.append([step.name, step.sketch(skeleton, run, source)])
-        forecast.step(f"steps.{i} {step.name}", rooms)
+        layers.append(shapes(skeleton))
         source = source if step.stage in UNCHANGED else None
     tensors = _tensors(skeleton, format)
-    forecast.save(tensors)
-    return Prediction(shards.file_bytes(tensors), told, forecast.peaks)
+    return Prediction(shards.file_bytes(tensors), told, layers, tensors, saving_bytes(skeleton, tensors))
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

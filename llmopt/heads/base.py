@@ -15,10 +15,8 @@ from llmopt.calibration import probes
 from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.method import Method, Pace, Probe, Record, Run
+from llmopt.method import Method, Probe, Record, Run
 from llmopt.model.blocks import blocks
-from llmopt.progress import timed
-from llmopt.scale.room import Room, Scene
 
 Batch = dict[str, Tensor]
 
@@ -94,14 +92,6 @@ class HeadScore(Method):
             return amount(batches)
         return {"samples": len(probes), "tokens": sum(len(probe.ids) for probe in probes)}
 
-    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
-        """Of the whole model: the first batch for real, the others by their number of tokens."""
-        if not self.needs_whole:
-            return super().seconds(model, run, pace)
-        first, total = run.batches[0]["input_ids"].numel(), sum(b["input_ids"].numel() for b in run.batches)
-        spent = timed(self.apply, model, replace(run, batches=run.batches[:1]))
-        return spent * total / first
-
 
 @dataclass(frozen=True)
 class ProbeScore(HeadScore):
@@ -125,15 +115,6 @@ class ProbeScore(HeadScore):
     def apply(self, model: nn.Module, run: Run) -> Record:
         found = probes.load(self.probe, self.probes, self.length, self.seed, model.config, run.tokenizer)
         return super().apply(model, replace(run, probes=found))
-
-    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
-        return [Room(whole=self.whole_bytes(model, self.length))]
-
-    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
-        """Of the whole model: the first probe for real."""
-        if not self.needs_whole:
-            return super().seconds(model, run, pace)
-        return timed(replace(self, probes=1).apply, model, run) * self.probes
 
 
 @contextmanager

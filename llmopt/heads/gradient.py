@@ -22,11 +22,8 @@ from torch.nn.functional import cross_entropy
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
-from llmopt.model.computing import compute_type
-from llmopt.model.head import logits_of
+from llmopt.model.head import LOGITS, logits_of
 from llmopt.parts import register
-
-LOGITS = 1 << 24        # held at a time, in three copies: 200 MB of fp32
 
 
 @contextmanager
@@ -80,6 +77,7 @@ class Gradient(HeadScore):
     """One forward and one backward pass; gradients reach the gates only."""
 
     mean_over: ClassVar = "samples"
+    backward: ClassVar = True
 
     normalize: Literal["layer", "none"] = Field("layer", description="divide by the norm of each layer's scores")
 
@@ -95,16 +93,6 @@ class Gradient(HeadScore):
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         return scores if self.normalize == "none" else [s / s.norm().clamp(min=1e-30) for s in scores]
-
-    def whole_bytes(self, model: nn.Module, tokens: int) -> int:
-        """Bytes of the inputs of norms and products, which the backward pass of a batch reads, and of its logits."""
-        size, table = compute_type(model).itemsize, model.get_input_embeddings().weight       # [V, E]
-        token, vocabulary = 0, table.shape[0]
-        for block in blocks(model):
-            readers = sum(p.out_features for p in block.attn_in + block.ffn_in)
-            writers = sum(p.in_features for p in (block.attn_out, block.ffn_out) if p is not None)
-            token += len(block.norms) * table.shape[1] * 4 + (readers + 2 * writers) * size
-        return tokens * token + 12 * min(tokens * vocabulary, max(LOGITS, vocabulary))    # logits, logarithms, slopes
 
     def _slopes(self, model: nn.Module, views: list[Block], batch: Batch) -> list[Tensor]:
         """dL/dxi per sample: L tensors [B, H_l]."""

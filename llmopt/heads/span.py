@@ -28,9 +28,7 @@ from llmopt.heads.base import HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.parts import register
-from llmopt.runtime.attention_rows import ENTRIES, Rows, attention_rows
-from llmopt.scale import activations
-from llmopt.scale.room import Room, Scene
+from llmopt.runtime.attention_rows import Rows, attention_rows
 
 DRAWS, TIMES, QUERIES = 0.1, 5, 16      # of a sink: mean attention, that over even attention, queries that see it
 
@@ -75,11 +73,6 @@ class Span(HeadScore):
     needs_whole: ClassVar[bool] = False
     mean_over: ClassVar = "tokens"
     beside: ClassVar = ("sink_mass",)
-
-    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
-        length = max((length for _, length in scene.shapes), default=0)
-        return [Room(passes=activations.forward(model, block, 1, length)
-                     + 16 * min(ENTRIES, block.heads * length ** 2), sets=2) for block in blocks(model)]
 
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         return self.measure(model, run)["scores"]

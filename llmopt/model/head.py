@@ -3,6 +3,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+LOGITS = 1 << 24        # of a backward pass, held at a time, in three copies: 200 MB of fp32
+
 
 class _Decoded(tuple):
     """The output of a decoder that gave hidden states and nothing else, read by name or by place."""

@@ -2,7 +2,6 @@
 import math
 from abc import abstractmethod
 from collections import Counter
-from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,16 +11,14 @@ from torch import Tensor, nn
 
 from llmopt.calibration.walk import Visit, each, visits
 from llmopt.errors import BudgetError, FieldError, LlmoptError
-from llmopt.method import Method, Pace, Record, Run
+from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
 from llmopt.parts import Several
-from llmopt.progress import timed
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
 from llmopt.prune.groups import COARSE, cost, members
-from llmopt.prune.refit import refit, refit_bytes
+from llmopt.prune.refit import refit
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
-from llmopt.scale.room import Room, Scene
 
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
 Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer
@@ -70,7 +67,7 @@ class Pruner(Method):
         """Where the scores cannot be known yet, as many units leave as will leave, whichever they are."""
         self.refuse(skeleton)
         known = source is not None and not self.uses_inputs
-        told = self._told(self.guess(skeleton, run)) if not known else self._decided(source, run)
+        told = self._told(self._guess(skeleton, run)) if not known else self._decided(source, run)
         apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
         gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
         return (f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of {', '.join(self.units)}: "
@@ -94,30 +91,11 @@ class Pruner(Method):
             refit(model, run, plan, f"{self.name} refit")
         apply_plan(model, plan, run)
 
-    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
-        return [self._room(model, block, scene) for block in blocks(model)]
-
-    def _room(self, model: nn.Module, block: Block, scene: Scene) -> Room:
-        """The largest weight in float32, with its squares; what refitting takes."""
-        largest = max((p.out_features * p.in_features for p in block.projections()), default=0)
-        cut = {} if self.units[0] in COARSE else {id(m.projection.module): m.projection.module
-                                                  for unit in self.units for m in members(block, unit)}
-        passes = refit_bytes(model, block, scene, 1 - self.ratio) if self.refit else 0
-        return Room(tuple(cut.values()), passes=passes, whole=8 * largest, sets=2 if self.needs_data else 0)
-
-    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
-        spent = timed(self._rate, model, run)
-        if self.units[0] not in COARSE:             # parts that leave as a whole take no time
-            with suppress(BudgetError):             # one block alone may have less to spare than all together
-                plan, _ = self.guess(model, run)
-                spent += timed(self._carry_out, model, run, plan)
-        return spent * pace.blocks
-
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
         return self._chosen(blocks(model), self._rate(model, run), _multiple(run))
 
-    def guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
+    def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
 
         Exact in its counts where scope is local.

@@ -17,9 +17,7 @@ from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection
 from llmopt.model.finite import all_finite
 from llmopt.prune.surgery import LayerPlan, head_columns
-from llmopt.scale import activations
 from llmopt.scale.processes import Ranks
-from llmopt.scale.room import Scene
 
 DAMPING = 0.01
 
@@ -50,14 +48,6 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> None
     for visit in visits(model, run, label, shared=True):
         for projection, kept in writers(visit.block, plan[visit.block.index]):     # attention first: the FFN sees it
             _refit_one(visit, projection, kept, run.ranks)
-
-
-def refit_bytes(model: nn.Module, block: Block, scene: Scene, kept: float) -> int:
-    """The sums of squares while they are taken; of the widest system its share `kept`, twice; all in float64."""
-    width = max((p.in_features for p in (block.attn_out, block.ffn_out) if p), default=0)
-    out = max((p.out_features for p in (block.attn_out, block.ffn_out) if p), default=0)
-    system = int((12 + 16 * kept ** 2 + 8 * kept * (2 - kept)) * width ** 2)
-    return max(activations.observing(model, block, scene) + 8 * width ** 2, system + 40 * out * width)
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor, ranks: Ranks) -> None:

@@ -13,11 +13,11 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 
 from llmopt.calibration.inputs import Inputs, Moments, Seen, each_weight
 from llmopt.calibration.second_moments import energy
-from llmopt.calibration.trial import Change, Trial, kept_bytes, sample, trial_bytes
+from llmopt.calibration.trial import Change, Trial, sample
 from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
-from llmopt.method import Method, Pace, Record, Run
-from llmopt.model.blocks import Block, Projection, blocks, spec_of
+from llmopt.method import Method, Record, Run
+from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.finite import all_finite
 from llmopt.model.weights import coded
@@ -27,10 +27,8 @@ from llmopt.quant.allocate import around, at_most, exact, two_level
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 from llmopt.quant.solver import Solver
-from llmopt.scale import activations
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.processes import Ranks
-from llmopt.scale.room import Room, Scene
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 Width = Annotated[int, Field(ge=2, le=8)] | Literal[16]
@@ -90,32 +88,6 @@ class Quantizer(Method):
         """The solver that chooses the codes. A step named after its solver has the solver's fields among its own."""
         return self
 
-    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
-        found = {t.name: t for t in self.planned(model) if t.bits != DENSE}
-        each_block = [self._room(model, block, found, scene) for block in blocks(model)]
-        if self.allocate == "sensitivity":
-            answers = trial_bytes(model.get_output_embeddings().weight.shape[0], scene)
-            each_block.append(Room(whole=self.whole_bytes(model, 0) + answers))
-        return each_block
-
-    def _room(self, model: nn.Module, block: Block, found: dict[str, Target], scene: Scene) -> Room:
-        mine = [(p, found[p.name]) for p in block.projections() if p.name in found]
-        passes = max((self.solver.working(t.out, t.columns) for _, t in mine), default=0)
-        if self.solver.inputs != "none":            # a Hessian, the share of one batch, and their sum
-            hessian = max((t.columns ** 2 for _, t in mine), default=0)
-            passes = max(passes, activations.observing(model, block, scene) + 12 * hessian)
-        return Room(tuple(p.module for p, _ in mine), sum(t.size + t.out * t.groups * 4 for _, t in mine), passes,
-                    3 if self.allocate == "lim" else 2 if self.needs_data else 0)
-
-    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
-        blockwise = super().seconds(model, run, pace)
-        if self.allocate != "sensitivity":
-            return blockwise
-        rows = sample(run.batches, self.seed, model.get_output_embeddings().weight.shape[0])
-        groups = {t.group for t in self.targets(model)}
-        trials = len(groups) * pace.blocks * (len(self.widths) - 1)
-        return blockwise + trials * sum(row["input_ids"].numel() for row in rows) * pace.token
-
     def spec(self, target: Target, dtype: torch.dtype) -> Spec:
         """The grid for one weight of type `dtype`."""
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
@@ -126,7 +98,7 @@ class Quantizer(Method):
         found = targets(model, self.ignore, self.overrides, self.group_size)
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
 
-    def planned(self, model: nn.Module) -> list[Target]:
+    def _planned(self, model: nn.Module) -> list[Target]:
         """The targets with bits as far as names and shapes tell, fractions where only data will.
 
         lim and zd: two widths, as many blocks of each as there will be, if not the same ones.
@@ -146,7 +118,7 @@ class Quantizer(Method):
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Hangs codes without values on the weights, at fractions of bits where only data will decide."""
-        found, weights = self.planned(skeleton), {p.name: p for block in blocks(skeleton) for p in block.projections()}
+        found, weights = self._planned(skeleton), {p.name: p for block in blocks(skeleton) for p in block.projections()}
         if not found:
             raise LlmoptError("nothing is left to quantize")
         scale = DTYPES[self.scale_dtype] if self.scale_dtype else skeleton.dtype
@@ -175,12 +147,6 @@ class Quantizer(Method):
                 self._write(projection, stats, self._solve(projection, stats, todo[projection.name], team), team)
                 give_back_freed()
         return Record(meta=self._meta(model, decided) | allocation)
-
-    def whole_bytes(self, model: nn.Module, tokens: int) -> int:
-        """Bytes that `sensitivity` keeps: each weight dense and at every width, and log-probabilities."""
-        widths = sum(width != DENSE for width in self.widths)
-        weights = sum(t.size * (model.dtype.itemsize + widths) for t in self.targets(model) if not t.fixed)
-        return weights + kept_bytes(model.get_input_embeddings().weight.shape[0], tokens)
 
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
         """The targets with their bits, and what the allocation was based on."""

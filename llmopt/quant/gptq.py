@@ -60,10 +60,6 @@ class ColumnSweep(Solver):
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
         return self.tokens.weights(visit)
 
-    def working(self, out: int, columns: int) -> int:
-        """While the factor is made: five matrices like the Hessian. In the sweep and after it: two, and six weights."""
-        return 4 * columns * max(5 * columns + 2 * out, 2 * columns + 6 * out)
-
     def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
         made = moments.cached((self.act_order, self.damping), lambda: self.prepare(moments))
         weight[:, made.dead] = 0

@@ -41,7 +41,3 @@ class Solver(Part, ABC):
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
         """The weight of each real token of each batch in the moments ([N] per batch); None: all alike."""
         return None
-
-    def working(self, out: int, columns: int) -> int:
-        """Bytes that rounding one weight takes beside it: the weight, what became of it and the change, in float32."""
-        return 12 * out * columns

@@ -1,10 +1,11 @@
 """`compress --dry-run`: what a recipe will do, how large its checkpoint will be, what that takes of memory and of time.
 
-Sizes follow from shapes. Time is measured: each step works on the model's first block for real, with the recipe's own
-calibration data, and what comes of it is saved and verified in a temporary folder that is gone afterwards.
+Sizes follow from shapes. Time and memory are measured: each step works on the model's first block for real, with the
+recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
+is gone afterwards. The other blocks take as long, and leave as much behind.
 """
-import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,97 +14,156 @@ from torch import nn
 
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
-from llmopt.errors import LlmoptError, naming
+from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
+from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
 from llmopt.forecast.size import Prediction
-from llmopt.method import Method, Pace, Run
+from llmopt.forecast.times import Span, Times, Trials, Watch, timed
+from llmopt.method import Method, Run
 from llmopt.model import state
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
-from llmopt.progress import timed
+from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
 from llmopt.run.opening import Streaming, cut_short, open_model
-from llmopt.run.pipeline import foresee, load_batches
-from llmopt.runtime.rehearsal import cache_bytes_per_token, prompt_length
+from llmopt.run.pipeline import foresee, load_batches, saving
+from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
+from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal, checksum
-from llmopt.scale.memory import Resumable
 from llmopt.scale.stream import Streamed
 
 INFLATED = 3        # a byte of a weight that is packed, and inflated to be verified, takes the time of so many others
 
 
-@dataclass
-class Times:
-    """Seconds of each part of the run, and where the figure comes from."""
-
-    parts: list[list] = field(default_factory=list)         # [part, seconds, origin]
-
-    def add(self, part: str, seconds: float, origin: str) -> None:
-        self.parts.append([part, round(seconds, 3), origin])
-
-    @property
-    def total(self) -> float:
-        return sum(seconds for _, seconds, _ in self.parts)
-
-
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
     free = available()
-    with TemporaryDirectory(prefix="llmopt-dry-run-") as folder:
-        start, times = time.perf_counter(), Times()
+    with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
+        watch = Watch()
         model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
         run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
-        told, dense = foresee(recipe, model, run, streaming), shards.file_bytes(state.plain_state(model))
-        times.add("load", time.perf_counter() - start, "measured")
-        times.add("checksums of the model", *_summing(weight_files(local_folder(recipe.model))))
+        told, dense = foresee(recipe, model, run), shards.file_bytes(state.plain_state(model))
+        rehearsal = Rehearsal(recipe, model, run, told, gauge)
+        rehearsal.note("load", watch.read(), "measured")
         with computing(model):
-            rehearse(model, recipe, run, told, times)
-    streamed = isinstance(memory, Streamed)
+            rehearsal.play()
+    streamed, peaks, seconds = isinstance(memory, Streamed), rehearsal.peaks, rehearsal.times
+    highest = max(peaks, key=lambda peak: peak.private)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
-            "predicted_bytes": told.bytes, "predicted_memory": told.peak.private,
-            "predicted_mapped_memory": told.peak.mapped, "available_memory": free,
-            "predicted_seconds": times.total, "peaks": [list(peak) for peak in told.peaks], "seconds": times.parts,
-            "advice": advice(told, free, streamed, bool(run.batches))}
+            "predicted_bytes": told.bytes, "predicted_memory": highest.private, "available_memory": free,
+            "predicted_seconds": seconds.total, "peaks": [list(peak) for peak in peaks], "seconds": seconds.parts,
+            "advice": advice(highest, free, streamed, bool(run.batches))}
 
 
-def rehearse(model: nn.Module, recipe: Recipe, run: Run, told: Prediction, times: Times) -> None:
-    """Time every part of the run but loading; the model is cut to its first block on the way."""
-    cache, length = timed(cache_bytes_per_token, model), prompt_length(model)
-    times.add("cache before and after", 2 * cache, "measured")
-    pace = Pace(len(layer_list(model)), (cache if isinstance(run.memory, Streamed) else
-                                         timed(check_numbers, model, length)) / length)
-    at_once = {i: _seconds(i, recipe, model, run, pace) for i, step in enumerate(recipe.steps) if _needs_all(step)}
-    weights = _block_bytes(model)
-    numbers = HeadNumbers.of(block.heads for block in blocks(model))
-    run.heads = HeadNumbers(numbers.before, numbers.left[:1])
-    cut_short(model, 1)
-    run.scores = {name: scores[:1] for name, scores in run.scores.items()}
-    for i, step in enumerate(recipe.steps):
-        if i in at_once:
-            times.add(f"steps.{i} {step.name}", at_once[i], f"first of {len(run.batches)} batches, measured")
-        elif step.stage != "runtime":
-            times.add(f"steps.{i} {step.name}", _seconds(i, recipe, model, run, pace),
-                      f"first of {pace.blocks} blocks, measured")
-    times.add("save and verify", *_saving(model, recipe, run.memory, told.bytes, weights))
+class Rehearsal:
+    """The parts of a run one after the other, on the first block of its model; `play` cuts the others off.
 
+    elsewhere: private bytes of the blocks that are not there, as
+    the steps so far would have left them. A part takes what it was seen to take, and that.
+    """
 
-def _saving(model: nn.Module, recipe: Recipe, memory: Resumable, size: int, dense: list[int]) -> tuple[float, str]:
-    """(seconds, origin) of saving a checkpoint of `size` bytes, from the cut model; dense: see _block_bytes."""
-    folder, streamed = memory.journal.folder / "saved", isinstance(memory, Streamed)
-    spent = timed(lambda: checkpoint.save(model, folder, recipe=recipe, format=recipe.format,
-                                          max_shard_size=recipe.max_shard_size,
-                                          weights=StreamedWeights(model, memory) if streamed else None))
-    rest, *layers = dense
-    slow = INFLATED if state.packs(model, recipe.format) else 1
-    scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
-    if streamed:                            # compared as bytes
-        scale = size / shards.written_bytes(folder)
-    return spent * scale, "of one block, measured; the others by their bytes"
+    def __init__(self, recipe: Recipe, model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
+        self.recipe, self.model, self.run, self.told, self.gauge = recipe, model, run, told, gauge
+        self.streamed = isinstance(run.memory, Streamed)
+        self.elsewhere, self.times, self.peaks = 0, Times(), []
+
+    def note(self, part: str, spent: Span, origin: str, more: int = 0) -> None:
+        """Add a part that has just been done; more: bytes that it would take for the blocks that are not there."""
+        self.times.add(part, spent, origin)
+        self.peaks.append(Peak(part, self.gauge.lap().private + self.elsewhere + more))
+
+    def play(self) -> None:
+        """All parts but loading."""
+        model, steps = self.model, list(enumerate(self.recipe.steps))
+        self.note("checksums of the model", *_summing(weight_files(local_folder(self.recipe.model))))
+        self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
+        forward = timed(check_numbers, model)
+        self.note("check", forward, "measured")
+        for i, step in steps:
+            if _needs_all(step):
+                self._score_whole(i, step)
+        weights, copies = _block_bytes(model), copied_bytes(model)
+        self._cut()
+        copies -= copied_bytes(model)
+        trials = forward.high / max(timed(check_numbers, model).high, 1e-9)
+        by_block = [(i, step) for i, step in steps if step.stage != "runtime" and not _needs_all(step)]
+        for last in (False, True):          # steps that take whole parts come last: the others need all of the block
+            for i, step in by_block:
+                if self.told.takes_parts(i) == last:
+                    self._one_block(i, step, trials, copies if step.needs_whole else 0)
+            if not last:
+                self._save(weights)
+
+    def _score_whole(self, index: int, step: Method) -> None:
+        """A score of the whole model: its largest batch, all others by their tokens; probes all of them."""
+        batches = self.run.batches or []
+        sizes = [batch["input_ids"].numel() for batch in batches]
+        largest = [max(batches, key=lambda batch: batch["input_ids"].numel())] if batches else None
+        spent = self._applied(index, step, replace(self.run, batches=largest))
+        self.note(f"steps.{index} {step.name}", spent * (sum(sizes) / max(sizes) if sizes else 1),
+                  f"largest of {len(batches)} batches, measured")
+
+    def _cut(self) -> None:
+        """Leave the first block, and its part of what the run knows."""
+        before = private_bytes(self.model)
+        numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
+        self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
+        cut_short(self.model, 1)
+        self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
+        self.elsewhere = before - private_bytes(self.model)
+        self.gauge.lap()
+
+    def _one_block(self, index: int, step: Method, forwards: float, copies: int) -> None:
+        """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
+        count, layers = len(self.told.layers[index]), layer_list(self.model)
+        before = sum(map(private_bytes, layers))
+        trials = self.run.progress = Trials(len(layers))
+        spent = self._applied(index, step, self.run, self.told.takes_parts(index))
+        stays = (count - 1) * (sum(map(private_bytes, layers)) - before)
+        if step.needs_whole:                # each block is tried, and each time all of them run
+            spent = spent + trials.spent * (forwards - 1)
+        self.note(f"steps.{index} {step.name}", spent * count, f"first of {count} blocks, measured",
+                  max(0, stays) + copies)
+        self.elsewhere += stays
+
+    def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:
+        """The time a step takes; parts: it removes whole parts of the model, which one block may not have to spare."""
+        run.ahead = self.recipe.steps[index + 1:]
+        run.memory.begin(len(self.recipe.steps) + index)        # what was decided for all blocks is not for this one
+        watch = Watch()
+        with naming(f"steps.{index} {step.name}"):
+            if step.needs_data and not run.batches:
+                raise LlmoptError("needs calibration data, and none was given")
+            with suppress(LlmoptError if parts else BudgetError):
+                step.apply(self.model, run)
+        return watch.read()
+
+    def _save(self, dense: list[int]) -> None:
+        """Saving and verifying the block, and the others by their bytes; dense: see _block_bytes."""
+        folder, memory = self.run.memory.journal.folder / "saved", self.run.memory
+        format, packing = self.recipe.format, state.packs(self.model, self.recipe.format)
+        spent = timed(lambda: checkpoint.save(self.model, folder, recipe=self.recipe, format=format,
+                                              max_shard_size=self.recipe.max_shard_size,
+                                              weights=StreamedWeights(self.model, memory) if self.streamed else None))
+        rest, *layers = dense
+        slow = INFLATED if packing else 1
+        scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
+        if self.streamed:                       # compared as bytes
+            scale = self.told.bytes / shards.written_bytes(folder)
+        self.note("save and verify", spent * scale, "of one block, measured; the others by their bytes",
+                  self._saving_more(packing))
+
+    def _saving_more(self, packing: bool) -> int:
+        """Bytes that saving takes for the blocks that are not there: in memory, what the fresh model inflates."""
+        if self.streamed:
+            return saving(self.recipe, self.model, self.told, streamed=True)
+        inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if packing else 0
+        return (len(self.told.layers[-1]) - 1) * inflated
 
 
 def _block_bytes(model: nn.Module) -> list[int]:
@@ -112,32 +172,11 @@ def _block_bytes(model: nn.Module) -> list[int]:
     return [shards.tensor_bytes(dict(model.named_parameters())) - sum(layers), *layers]
 
 
-def _summing(files: list[Path]) -> tuple[float, str]:
+def _summing(files: list[Path]) -> tuple[Span, str]:
     """(seconds, origin) of going through the bytes of all files, from the first."""
     sizes = [file.stat().st_size for file in files]
-    return timed(checksum, files[0]) * sum(sizes) / sizes[0], f"first of {len(files)} files, measured"
+    return timed(checksum, files[0]) * (sum(sizes) / sizes[0]), f"first of {len(files)} files, measured"
 
 
 def _needs_all(step: Method) -> bool:
     return step.needs_whole and step.stage == "score"
-
-
-def _seconds(index: int, recipe: Recipe, model: nn.Module, run: Run, pace: Pace) -> float:
-    step, run.ahead = recipe.steps[index], recipe.steps[index + 1:]
-    run.memory.begin(index)
-    with naming(f"steps.{index} {step.name}"):
-        if step.needs_data and not run.batches:
-            raise LlmoptError("needs calibration data, and none was given")
-        return step.seconds(model, run, pace)
-
-
-def advice(told: Prediction, free: int, streamed: bool, batches: bool) -> list[str]:
-    """Lines of advice where memory will not suffice; none where it will."""
-    if told.peak.private <= free:
-        return []
-    ways = ["a machine with more memory"]
-    if batches:
-        ways.insert(0, "fewer data.samples, a smaller data.batch_size or data.length")
-    ways.insert(0, "a smaller --activation-memory" if streamed else "--stream")
-    return [f"{told.peak.part} will take {told.peak.private / 1e9:.1f} GB, {free / 1e9:.1f} GB are available; "
-            f"what helps: {', '.join(ways)}"]

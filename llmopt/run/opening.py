@@ -11,6 +11,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files import shards, tensors
 from llmopt.files.checks import check_folder
 from llmopt.files.hub import fetch
+from llmopt.forecast.memory import whole_bytes
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, replace_layers
 from llmopt.model.computing import choose
@@ -77,8 +78,8 @@ def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
     data, size = recipe.data, shards.tensor_bytes(dict(model.named_parameters()))
     tokens = min(data.batch_size, data.samples) * (data.length or DEFAULT_LENGTH)
     for i, step in enumerate(recipe.steps):
-        needed = size + step.whole_bytes(model, tokens)
-        if step.needs_whole and needed > room:
+        needed = size + whole_bytes(step, model, tokens) if step.needs_whole else 0
+        if needed > room:
             raise LlmoptError(f"steps.{i} {step.name}: works on the whole model {why}; that takes at least "
                               f"{needed / 1e9:.1f} GB ({size / 1e9:.1f} GB of weights), {available() / 1e9:.1f} GB "
                               "are available")

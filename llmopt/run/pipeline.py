@@ -16,6 +16,7 @@ from llmopt.checkpoint.streamed import StreamedWeights, save_partial
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
+from llmopt.forecast.memory import shard_bytes
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
@@ -27,6 +28,7 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks, written
 from llmopt.run.opening import Streaming, open_model
 from llmopt.run.report import Report, describe
@@ -34,7 +36,6 @@ from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
-from llmopt.scale.room import Scene
 from llmopt.scale.stream import Streamed
 
 LOG = logging.getLogger(__name__)
@@ -125,16 +126,17 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     batches = load_batches(recipe, model, tokenizer)
     made_from = marks(recipe, batches, streaming)
     with journal.opened(made_from):
-        pace = Clock(progress)
-        run = Run(batches, seed=recipe.seed, progress=pace, tokenizer=tokenizer, memory=memory, ranks=ranks)
-        predicted = foresee(recipe, model, run, streaming)
+        run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
+        predicted = foresee(recipe, model, run)
+        sight = Foresight(progress, gauge, model, saving(recipe, model, predicted, streamed)) if gauge else None
+        run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
         journal.keep_on_error = True
-        report.predicted_bytes, report.streamed, report.messages = predicted.bytes, streamed, journal.messages
+        report.streamed, report.messages = streamed, journal.messages
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
-        report.predict(predicted, pace.seconds)
+        report.predict(predicted, pace.seconds, sight.peak if sight else 0)
         report.made_from = written(made_from)
 
         def finish(stage: Path) -> None:
@@ -163,14 +165,17 @@ def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.
     return batches
 
 
-def foresee(recipe: Recipe, model: nn.Module, run: Run, streaming: Streaming) -> Prediction:
-    """Size and memory of the run to come."""
-    streamed, batches = isinstance(run.memory, Streamed), run.own_batches if run.batches else []
-    scene = Scene(tuple(tuple(batch["input_ids"].shape) for batch in batches),
-                  any(not bool(batch["attention_mask"].all()) for batch in batches),
-                  streaming.activations // run.ranks.size if streamed else None, streamed,
-                  skeleton.converted(model, local_folder(recipe.model)), shards.size_of(recipe.max_shard_size))
-    return predict(model, list(recipe.steps), recipe.format, run, scene)
+def foresee(recipe: Recipe, model: nn.Module, run: Run) -> Prediction:
+    """What the run to come makes, and how large it will be."""
+    return predict(model, list(recipe.steps), recipe.format, run)
+
+
+def saving(recipe: Recipe, model: nn.Module, told: Prediction, streamed: bool) -> int:
+    """Bytes of memory that writing and verifying the checkpoint will take on top of what the steps leave."""
+    if not streamed:
+        return told.saving
+    own = skeleton.converted(model, local_folder(recipe.model))
+    return shard_bytes(told.tensors, own, shards.size_of(recipe.max_shard_size))
 
 
 def score_heads(recipe: Recipe, progress: Progress = silent,

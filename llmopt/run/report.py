@@ -35,14 +35,16 @@ class Report:
 
     def predictions(self) -> dict[str, list]:
         """{"memory" and "seconds": [predicted, measured]}, where both are known; they differ from run to run."""
+        if self.messages:                                               # a resumed run has less to do
+            return {}
         told = {"memory": [self.predicted_memory, self.memory]} if self.memory is not None else {}
-        if not self.messages and "total" in self.seconds:               # a resumed run has less to do
+        if "total" in self.seconds:
             told["seconds"] = [round(self.predicted_seconds, 2), round(self.seconds["total"], 2)]
         return told
 
-    def predict(self, told: Prediction, steps: float) -> None:
-        """Take in what was foreseen; steps: seconds of all of them, as far as their loops go."""
-        self.predicted_memory = told.peak.private
+    def predict(self, told: Prediction, steps: float, memory: int) -> None:
+        """Take in what was foreseen; steps: seconds of all of them, memory: bytes, both as their first blocks tell."""
+        self.predicted_bytes, self.predicted_memory = told.bytes, memory
         self.predicted_seconds = self.seconds["load"] + self.seconds["cache"] + steps + told.bytes / SAVED
 
     def to_dict(self) -> dict[str, Any]:

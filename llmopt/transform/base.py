@@ -6,12 +6,9 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from llmopt.calibration.walk import Visit, each, outside, visits
-from llmopt.method import Method, Pace, Record, Run
+from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks
 from llmopt.model.outside import Outside
-from llmopt.progress import timed
-from llmopt.scale import activations
-from llmopt.scale.room import Room, Scene
 
 Figures = dict[str, Any]
 
@@ -68,19 +65,3 @@ class Transform(Method):
     def _rest(self, model: nn.Module, run: Run) -> None:
         for rest in outside(model, run):
             self.outside(rest)
-
-    def rooms(self, model: nn.Module, scene: Scene) -> list[Room]:
-        rest = Outside(model)
-        around = Room(rewritten=(rest.final_norm.module, rest.head.module),
-                      whole=sum(p.nbytes for p in rest.parameters().values()) if scene.streamed else 0)
-        return [around, *(self._room(model, block, scene) for block in blocks(model))]
-
-    def _room(self, model: nn.Module, block: Block, scene: Scene) -> Room:
-        """All weights of a block, the largest of them in float32."""
-        largest = max((p.out_features * p.in_features for p in block.projections()), default=0)
-        edited = [p.module for p in block.projections()] + [norm.module for norm in block.norms.values()]
-        passes = activations.observing(model, block, scene) if self.uses_inputs else 0
-        return Room(tuple(edited), passes=passes + 8 * largest, sets=2 if self.uses_inputs else 0)
-
-    def seconds(self, model: nn.Module, run: Run, pace: Pace) -> float:
-        return timed(self._blocks, model, run) * pace.blocks + timed(self._rest, model, run)
