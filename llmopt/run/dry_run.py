@@ -63,8 +63,8 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
 class Rehearsal:
     """The parts of a run one after the other, on the first block of its model; `play` cuts the others off.
 
-    elsewhere: private bytes of the blocks that are not there, as
-    the steps so far would have left them. A part takes what it was seen to take, and that.
+    elsewhere: private bytes of the blocks that are not there, as the steps so far would have left them. A part takes
+    what it was seen to take, and that.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
