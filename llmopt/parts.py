@@ -250,6 +250,8 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     found = error.errors(include_url=False)
     order = ["unexpected_keyword_argument", "extra_forbidden", "missing"]
     fact = min(found, key=lambda e: order.index(e["type"]) if e["type"] in order else len(order))
+    if not fact["loc"]:                             # no text at all, such as half of a character
+        return KeyUnknown(str(fact["input"]), nearest(str(fact["input"]), fields_of(cls)))
     place, hint, metadata = _place(cls, fact["loc"])
     if fact["type"] in order[:2]:
         known = fields_of(cls) if len(fact["loc"]) == 1 else hint.__annotations__

@@ -116,7 +116,7 @@ def test_recipes(compress, model, text, expected):
     ("steps.0={kv.snapkv: {ratio: 1.0}}", "ratio: 1.0"), ("steps.0={prune.magnitude: {ratio: -1}}", "ratio: -1"),
     ("eval.tasks=[world_pbl]", "did you mean 'world_ppl'"), ("eval.limit=0", "limit: 0"),
     ("eval.batch_size=0", "batch_size: 0"), ("seed=-1", "seed: -1"), ("data.samples=0", "samples: 0"),
-    ("model.dtype=int8", "one of float16, bfloat16, float32"), ("model.device=cuda:99", "device 'cuda:99'"),
+    ("model.dtype=int8", "one of float32, bfloat16, float16"), ("model.device=cuda:99", "device 'cuda:99'"),
     ("model.device=cudaa", "device 'cudaa'"), ("model.device=meta", "device 'meta'"),
     ("max_shard_size=0GB", "'0GB'"), ("format=gguf", "format: 'gguf' given, one of portable, dense"),
 ])

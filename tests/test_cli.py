@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line(recipe, small_disk, monkeypatch, capfd):
                 "steps.0.bits=8", "--set", "format=dense", "--no-eval")
     out, errors = capfd.readouterr()
     assert (code, out) == (2, "")
-    assert errors == (f"error: {small_disk}: the disk is full; what is finished is kept in "
+    assert errors == (f"error: {small_disk}/out: the disk is full; what is finished is kept in "
                       f"{small_disk}/out.llmopt-work, --resume goes on with it\n")
     assert [path.name for path in small_disk.iterdir()] == ["out.llmopt-work"]
 

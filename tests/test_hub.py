@@ -42,7 +42,8 @@ def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     (folder / "r.yaml").write_text(RECIPE)
     files = {p.name: p.read_bytes() for p in reference_path().iterdir()} | {"LICENSE": b"as you like it"}
-    compress = ["compress", "--recipe", "r.yaml", "--no-eval", "--output", "out", "--model"]
+    compress, refused = (["compress", "--recipe", "r.yaml", "--no-eval", "--output", output, "--model"]
+                         for output in ("out", "refused"))
     with hub.running() as server:
         server.repos["user/model"] = {"main": {"README.md": b"not this one"}, "v1": files}
         server.repos["user/gated"] = {"main": files}
@@ -59,9 +60,9 @@ def session(tmp_path_factory):
             ["push", "out", "user/small", "--private"],
             ["eval", "user/small", "--tasks", "world_copy", "--limit", "2", "--json"],
             ["push", "out", "stranger/small"],
-            [*compress, "user/gated", "--overwrite"],
-            [*compress, "user/missing", "--overwrite"],
-            [*compress, "user/model", "--overwrite", "--set", "model.revision=v9"],
+            [*refused, "user/gated"],
+            [*refused, "user/missing"],
+            [*refused, "user/model", "--set", "model.revision=v9"],
             {"HF_TOKEN": "hf_bad"},
             ["push", "out", "user/small"],
             [*streamed, "user/sharded", "--output", "from-hub"],
@@ -137,9 +138,9 @@ def test_without_a_network_the_answer_comes_within_seconds(tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "out" / name).write_bytes((reference_path() / name).read_bytes())
-    results = run(tmp_path, [["compress", "--recipe", "r.yaml", "--model", "user/model", "--output", "o2"],
-                             ["push", "out", "user/model"]], HF_ENDPOINT="http://127.0.0.1:9")
-    for result in results:
+    words = ["compress", "--recipe", "r.yaml", "--model", "user/model", "--output", "o2"]
+    _, *results = run(tmp_path, [words, words, ["push", "out", "user/model"]], HF_ENDPOINT="http://127.0.0.1:9")
+    for result in results:                          # the first one also waits for its imports
         assert result["code"] == 2
         assert len(result["err"].strip().splitlines()) == 1, result["err"]
         assert "user/model" in result["err"]

@@ -211,12 +211,12 @@ def test_without_llmopt_runtime_parts_are_announced(tmp_path, monkeypatch):
     model = tiny.make("llama")
     write(model, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
-    config["llmopt"] = {"steps": [], "tensors": {"kv.x.weight": {"shape": [3], "dtype": "float32"}}}
+    config["llmopt"] = {"steps": [], "tensors": {"0.x": {"shape": [3], "dtype": "float32"}}}
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     monkeypatch.setattr(modeling.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="llmopt is not installed"):
         fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert fresh.get_buffer("llmopt.kv.x.weight").shape == (3,)
+    assert fresh.get_buffer("llmopt.0.x").shape == (3,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "m"))

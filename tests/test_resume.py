@@ -14,6 +14,7 @@ from llmopt.checkpoint import save as checkpoint
 from llmopt.errors import LlmoptError
 from llmopt.files.shards import DiskFull
 from llmopt.heads import Gradient
+from llmopt.model import computing
 from llmopt.model.blocks import layer_list
 from llmopt.model.stored import rebuilt, stored
 from llmopt.model.weights import coded
@@ -320,7 +321,8 @@ def other_model(made: Path) -> None:
 
 
 def other_generation(made: Path) -> None:
-    (made.parent / "dense" / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+    file = made.parent / "dense" / "generation_config.json"
+    file.write_text('{"eos_token_id": 2, "do_sample": true, "temperature": 0.5}')
 
 
 def other_template(made: Path) -> None:
@@ -350,3 +352,15 @@ def test_another_model_is_never_taken_for_the_same(made, change, said, finished,
         before = (made.parent / "out" / "llmopt.json").read_text()
         assert call(monkeypatch, *words, "--overwrite") == 0
         assert (made.parent / "out" / "llmopt.json").read_text() != before
+
+
+def test_a_run_is_not_gone_on_with_in_another_type(made, monkeypatch, capsys):
+    """`compute_dtype: auto` may choose differently on another machine: two types would meet in one checkpoint."""
+    words = ("compress", "--recipe", made, "--output", made.parent / "out", "--no-eval", "--resume")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 9, KeyboardInterrupt())
+        assert call(monkeypatch, *words) == 130
+    monkeypatch.setattr(computing, "fast_type", lambda stored, device: torch.float64)
+    capsys.readouterr()
+    assert call(monkeypatch, *words) == 2
+    assert "computes in was torch.float32, is torch.float64" in capsys.readouterr().err

@@ -253,8 +253,8 @@ def test_it_starts_by_itself_when_the_model_does_not_fit(tmp_path, monkeypatch):
     assert size == sum(t.numel() * 4 for f in checks.weight_files(tmp_path / "dense") for t in load_file(f).values())
     for free, streamed in ((size, False), (size - 1, True)):
         monkeypatch.setattr(opening, "available", lambda free=free: free)
-        assert Streaming().wanted(made) == streamed
-        assert not Streaming(force=False).wanted(made)
+        assert Streaming().wanted(made.model) == streamed
+        assert not Streaming(force=False).wanted(made.model)
 
 
 def test_a_dry_run_says_the_same(tmp_path):

@@ -43,10 +43,22 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
     with there as (loaded, words):
         refuse_foreign(tasks, words)
         manager = prepared(tasks, trust, options | asked_by(loaded.config, words, text))
-        with _quiet(), _naming(tasks), computing(loaded):
+        with _quiet(), _unsurveyed(), _naming(tasks), computing(loaded):
             lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
             return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
                                    random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0)
+
+
+@contextmanager
+def _unsurveyed():
+    """After each run lm-eval asks pip and the machine for seconds what they are, of which nothing is kept."""
+    from lm_eval import evaluator
+
+    survey, evaluator.add_env_info = evaluator.add_env_info, lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = survey
 
 
 def prepared(tasks: list[str], trust: bool, metadata: dict[str, Any]) -> Any:

@@ -187,6 +187,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_js
     from llmopt_evals import kept as dense
     from llmopt_evals.preflight import check_tasks
 
+    from llmopt.model.loading import check_device
     from llmopt.specs import ModelSpec
 
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -196,6 +197,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_js
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
+    check_device(loading["device"])
     check_tasks(models, chosen, text)                # before the first is scored
     columns, kept, team = {}, {}, join(loading["device"])
     for spec in models:

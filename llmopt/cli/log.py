@@ -16,7 +16,7 @@ from llmopt.errors import one_line
 from llmopt.progress import Progress, Spoken, silent
 
 LOG = logging.getLogger("llmopt")
-PATIENCE = 3        # seconds
+PATIENCE = 10       # seconds
 LEVELS = {"-q": logging.WARNING, "": logging.INFO, "-v": logging.DEBUG}
 
 

@@ -22,6 +22,7 @@ from llmopt.scale.available import available
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
 from llmopt.scale.stream import Streamed
+from llmopt.specs import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class Streaming:
     activations: int = 2 << 30
     blocks: int | None = None
 
-    def wanted(self, recipe: Recipe) -> bool:
-        """True if this recipe is to be streamed."""
-        source = Path(resolve(recipe.model.id))
+    def wanted(self, model: ModelSpec) -> bool:
+        """True if a run on this model is to be streamed."""
+        source = Path(resolve(model.id))
         if self.force is not None or self.blocks:
             return bool(self.force or self.blocks)
-        fits = recipe.model.device != "cpu" or not source.is_dir()
-        return not fits and _dense_bytes(source, recipe) > available()
+        fits = model.device != "cpu" or not source.is_dir()
+        return not fits and _dense_bytes(source, model.dtype) > available()
 
 
-def _dense_bytes(folder: Path, recipe: Recipe) -> int:
+def _dense_bytes(folder: Path, dtype: str | None) -> int:
     check_folder(folder)
-    return tensors.dense_bytes(folder, recipe.model.dtype)
+    return tensors.dense_bytes(folder, dtype)
 
 
 def open_streamed(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Streamed]:
@@ -87,7 +88,7 @@ def refuse_whole(recipe: Recipe, model: nn.Module, why: str, room: int) -> None:
 
 def open_model(recipe: Recipe, journal: Journal, streaming: Streaming) -> tuple[nn.Module, Any, Resumable]:
     """(model, tokenizer, memory) of a recipe, streamed or as a whole; `journal` is written to by steps alone."""
-    if journal.ranks.agree(streaming.wanted(recipe)):
+    if journal.ranks.agree(streaming.wanted(recipe.model)):
         model, tokenizer, memory = open_streamed(recipe, journal, streaming)
     else:
         model, tokenizer, memory = *open_whole(recipe, streaming), Resumable(journal)

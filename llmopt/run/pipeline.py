@@ -20,7 +20,7 @@ from llmopt.forecast.memory import shard_bytes
 from llmopt.forecast.size import Prediction, predict
 from llmopt.method import Method, Run
 from llmopt.model import skeleton, state
-from llmopt.model.computing import choose, computing
+from llmopt.model.computing import choose, compute_type, computing
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
@@ -125,7 +125,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     streamed = isinstance(memory, Streamed)
     batches = load_batches(recipe, model, tokenizer)
     made_from = marks(recipe, batches, streaming)
-    with journal.opened(made_from):
+    with journal.opened(made_from | {"computes in": str(compute_type(model))}):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
         predicted = foresee(recipe, model, run)
         sight = Foresight(progress, gauge, model, saving(recipe, model, predicted, streamed)) if gauge else None
