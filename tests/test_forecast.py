@@ -251,13 +251,14 @@ def test_the_first_block_of_a_run_foretells_the_memory_of_all(caplog, monkeypatc
 def test_a_time_is_a_range_from_the_processor_s_to_the_clock_s(clock, monkeypatch):
     monkeypatch.setattr(times.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(times.time, "process_time", lambda: 3 * clock[0] / 4)
-    watch, tried = times.Watch(), times.Trials(1)
+    watch, loops = times.Watch(), times.Loops()
     clock[0] = 8
     assert watch.read() == times.Span(3, 8) == times.Span(1, 2) + times.Span(1, 3) * 2
-    for items in ([1], [4, 4]):                             # a loop over the block, one over what is tried on all
-        for last in tried(items, "loop"):
+    for items in ([4], [4, 4]):                             # a loop over the block, one over what is tried on all
+        for last in loops(items, "loop"):
             clock[0] += last
-    assert tried.spent == times.Span(3, 8)
+    assert (loops.block, loops.trials) == (times.Span(1.5, 4), times.Span(3, 8))
+    assert loops.scaled(times.Span(5, 13), 10, 3) == times.Span(0.5 + 15 + 90, 1 + 40 + 240)
 
 
 def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monkeypatch):
@@ -266,7 +267,7 @@ def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monk
                            "run": Run(), "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
 
     def applied(index, step, run, parts):
-        run.progress.spent = times.Span(2, 3)
+        run.progress.block, run.progress.trials = times.Span(7, 16), times.Span(2, 3)
         return times.Span(10, 20)
 
     found = []
@@ -275,7 +276,8 @@ def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monk
     by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
     rehearsal._one_block(0, by_trials, 4.0, 99)
     rehearsal._one_block(0, RTN(), 4.0, 0)
-    assert found == [(times.Span(5 * (10 + 2 * 3), 5 * (20 + 3 * 3)), 99), (times.Span(50, 100), 0)]
+    once = times.Span(1, 1)
+    assert found == [(once + times.Span(5 * (7 + 2 * 4), 5 * (16 + 3 * 4)), 99), (once + times.Span(45, 95), 0)]
 
 
 def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():

@@ -57,14 +57,27 @@ class Times:
         return [sum(part[which] for part in self.parts) for which in (1, 2)]
 
 
-class Trials:
-    """A Progress that adds up the time of loops over more items than there are blocks: they try out the whole model."""
+class Loops:
+    """A Progress that sums up, apart from all else, the time of loops on a model of one block.
 
-    def __init__(self, blocks: int):
-        self.blocks, self.spent = blocks, Span()
+    block: of loops over the block. trials: of loops over more, each item of which tries something out.
+    """
+
+    def __init__(self) -> None:
+        self.block = self.trials = Span()
 
     def __call__(self, items: Iterable, label: str) -> Iterator:
         items, watch = list(items), Watch()
         yield from items
-        if len(items) > self.blocks:
-            self.spent += watch.read()
+        if len(items) > 1:
+            self.trials += watch.read()
+        else:
+            self.block += watch.read()
+
+    def scaled(self, spent: Span, blocks: int, forwards: float) -> Span:
+        """The time for a model of so many blocks, on which each trial takes `forwards` times as long.
+
+        spent: on all there was to do; what belongs to no loop is done once.
+        """
+        once = spent + (self.block + self.trials) * -1
+        return once + self.block * blocks + self.trials * (blocks * forwards)

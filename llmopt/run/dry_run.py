@@ -19,7 +19,7 @@ from llmopt.files import shards
 from llmopt.files.checks import weight_files
 from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
 from llmopt.forecast.size import Prediction
-from llmopt.forecast.times import Span, Times, Trials, Watch, timed
+from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import Method, Run
 from llmopt.model import state
 from llmopt.model.blocks import blocks, layer_list
@@ -90,12 +90,12 @@ class Rehearsal:
         weights, copies = _block_bytes(model), copied_bytes(model)
         self._cut()
         copies -= copied_bytes(model)
-        trials = forward.high / max(timed(check_numbers, model).high, 1e-9)
+        forwards = forward.high / max(timed(check_numbers, model).high, 1e-9)
         by_block = [(i, step) for i, step in steps if step.stage != "runtime" and not _needs_all(step)]
         for last in (False, True):          # steps that take whole parts come last: the others need all of the block
             for i, step in by_block:
                 if self.told.takes_parts(i) == last:
-                    self._one_block(i, step, trials, copies if step.needs_whole else 0)
+                    self._one_block(i, step, forwards, copies if step.needs_whole else 0)
             if not last:
                 self._save(weights)
 
@@ -122,13 +122,11 @@ class Rehearsal:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
         count, layers = len(self.told.layers[index]), layer_list(self.model)
         before = sum(map(private_bytes, layers))
-        trials = self.run.progress = Trials(len(layers))
+        loops = self.run.progress = Loops()
         spent = self._applied(index, step, self.run, self.told.takes_parts(index))
         stays = (count - 1) * (sum(map(private_bytes, layers)) - before)
-        if step.needs_whole:                # each block is tried, and each time all of them run
-            spent = spent + trials.spent * (forwards - 1)
-        self.note(f"steps.{index} {step.name}", spent * count, f"first of {count} blocks, measured",
-                  max(0, stays) + copies)
+        spent = loops.scaled(spent, count, forwards if step.needs_whole else 1)     # all blocks run in each trial
+        self.note(f"steps.{index} {step.name}", spent, f"first of {count} blocks, measured", max(0, stays) + copies)
         self.elsewhere += stays
 
     def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:
