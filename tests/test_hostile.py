@@ -11,7 +11,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files import checks
 from llmopt.files import limited as limits
 from llmopt.files.limited import limited
-from tests import hostile, tiny
+from tests import hostile, hostile_runs, tiny
 
 CORE = {                # a case of every kind and the command that meets it: a few seconds in all
     "template_loops": "chat", "template_doubles": "chat", "template_width": "chat", "template_name_above": "compress",
@@ -30,7 +30,7 @@ COMMANDS = ("chat", "compress", "show", "eval", "heads", "from_pretrained")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    hostile.make(folder)
+    hostile_runs.make(folder)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_the_table_is_long():
 @pytest.mark.parametrize("name", CORE)
 def test_a_hostile_folder_is_one_line(home, name, monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 1)
-    ended = hostile.run(home, name, [CORE[name]])[CORE[name]]
+    ended = hostile_runs.run(home, name, [CORE[name]])[CORE[name]]
     assert not ended.fault, ended.fault
     assert (ended.code == 0) == (name in HARMLESS), ended
 
@@ -49,7 +49,7 @@ def test_a_hostile_folder_is_one_line(home, name, monkeypatch):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [*hostile.DENSE, *hostile.MADE])
 def test_every_command_on_every_hostile_folder(home, name):
-    found = hostile.run(home, name, [what for what in COMMANDS if what != "chat" or name.startswith("template")])
+    found = hostile_runs.run(home, name, [what for what in COMMANDS if what != "chat" or name.startswith("template")])
     assert not {what: ended.fault for what, ended in found.items() if ended.fault}
 
 
@@ -72,7 +72,7 @@ def test_a_long_honest_template_is_rendered(home, tmp_path):
     assert len(template) > 20_000
     hostile.DENSE["template_honest"] = hostile.template(template)
     try:
-        ended = hostile.run(home, "template_honest", ["chat"])["chat"]
+        ended = hostile_runs.run(home, "template_honest", ["chat"])["chat"]
     finally:
         del hostile.DENSE["template_honest"]
     assert ended.code == 0, ended
