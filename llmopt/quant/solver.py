@@ -27,16 +27,21 @@ class Solver(Part, ABC):
     rowwise: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Raise TypeError for a solver that does not write what its `inputs` call for; a step would call nothing."""
+        super().__init_subclass__(**kwargs)
+        verb = "quantize_block" if cls.inputs == "block" else "quantize"
+        if getattr(cls, verb) is getattr(Solver, verb):
+            raise TypeError(f"{cls.__name__}: a solver with inputs = {cls.inputs!r} writes {verb}")
+
     def quantize(self, weight: Tensor, seen: Seen, spec: Spec) -> Quantized:
         """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
 
         rowwise: `weight` may be some of the rows. A figure `loss` is half of what its rows' outputs lose (row_errors).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not write quantize")
 
     def quantize_block(self, visit: Visit, specs: Mapping[str, Spec]) -> Iterator[tuple[Projection, Quantized]]:
         """The projections of a block that `specs` names; each is written before the next one is asked for."""
-        raise NotImplementedError(f"{type(self).__name__} does not write quantize_block")
 
     def token_weights(self, visit: Visit) -> list[Tensor] | None:
         """The weight of each real token of each batch in the moments ([N] per batch); None: all alike."""

@@ -146,3 +146,9 @@ def test_a_solver_may_see_the_rows_behind_the_edited_groups():
         assert torch.equal(logits(one), logits(two))
     finally:
         del _REGISTRY["solver"]["rows"]
+
+
+@pytest.mark.parametrize(("sees", "verb"), [("none", "quantize"), ("moments", "quantize"), ("block", "quantize_block")])
+def test_a_solver_that_writes_nothing_is_refused_where_it_is_defined(sees, verb):
+    with pytest.raises(TypeError, match=rf"Mute: a solver with inputs = '{sees}' writes {verb}$"):
+        type("Mute", (Solver,), {"inputs": sees})
