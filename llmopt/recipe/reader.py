@@ -8,15 +8,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError, LlmoptError, nearest
+from llmopt.files.packaged import PACKAGED, recipes
 from llmopt.method import STAGES, Method
-from llmopt.parts import Checked, build
+from llmopt.parts import Checked, build, in_our_words
 from llmopt.recipe.assign import KEYS, PLAIN, assign
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 from llmopt.specs import MAX_SEED, SECTIONS, DataSpec, EvalSpec, ModelSpec
 
-PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
 
-
+@in_our_words
 @dataclass(frozen=True)
 class Recipe(Checked):
     """Everything one run of `llmopt compress` is told."""
@@ -66,8 +66,7 @@ def find(name: str) -> Path:
         packaged = folder / f"{name.removesuffix('.yaml')}.yaml"
         if packaged.is_file():
             return packaged
-    known = sorted({p.stem for folder in PACKAGED for p in folder.glob("*.yaml")})
-    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
+    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, recipes())}")
 
 
 def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None,
