@@ -13,7 +13,8 @@ from tests import tiny
 
 
 def test_bad_input_is_a_value_error():
-    for wrong in (lambda: RTN(bits=9), lambda: RTN(bit=4), lambda: llmopt.get("quant.rnt"), lambda: llmopt.load("none/")):
+    for wrong in (lambda: RTN(bits=9), lambda: RTN(bit=4), lambda: llmopt.get("quant.rnt"),
+                  lambda: llmopt.load("/none")):
         with pytest.raises(ValueError, match=r"bits|quant\.rtn|none"):
             wrong()
 
