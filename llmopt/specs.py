@@ -59,3 +59,6 @@ class EvalSpec(Checked):
     limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
     batch_size: int = Field(16, ge=1, description="requests computed together")
     text: str | None = Field(None, description="the file that the task text_ppl reads")
+
+
+SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}         # of a recipe

@@ -29,6 +29,9 @@ class HomePath(click.Path):
 FILE = HomePath(path_type=Path)
 
 
+MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "trust_remote_code")
+
+
 def model_options(command):
     """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
