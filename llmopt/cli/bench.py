@@ -28,7 +28,7 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
-    from llmopt.recipe.reader import values
+    from llmopt.recipe.assign import values
 
     counts = values([f"blocks=[{blocks}]"])["blocks"]
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):

@@ -36,7 +36,8 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
     from llmopt.errors import nearest
     from llmopt.heads.base import plot as draw
     from llmopt.parts import build
-    from llmopt.recipe.reader import Recipe, values
+    from llmopt.recipe.assign import values
+    from llmopt.recipe.reader import Recipe
     from llmopt.run.pipeline import score_heads
     from llmopt.specs import DataSpec, ModelSpec
 
