@@ -1,11 +1,15 @@
 """Recipes: what is accepted, and that each error names file, line, key and the nearest valid choice."""
+import jsonschema
 import pytest
+import torch
 
 import llmopt
 from llmopt import recipe
 from llmopt.errors import LlmoptError
 from llmopt.recipe import assign, reader
+from llmopt.recipe.schema import recipe_schema
 from llmopt.recipe.yaml_lines import read_yaml
+from llmopt.specs import ModelSpec
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}
@@ -159,3 +163,15 @@ def test_a_key_that_is_none_or_several_lists_the_full_ones(text, assignment, exp
     with pytest.raises(LlmoptError) as caught:
         recipe.parse(text, "r.yaml", (assignment,))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"),
+                                             ("fp32", "float32"), ("torch.bfloat16", "bfloat16"),
+                                             (torch.float16, "float16"), (None, None)])
+def test_a_type_may_be_spelled_as_people_do(given, name):
+    assert ModelSpec(dtype=given).dtype == name == llmopt.quant.RTN(scale_dtype=given).scale_dtype
+    assert ModelSpec(compute_dtype=given or "auto").compute_dtype == name or given is None
+    with pytest.raises(LlmoptError, match="one of float32, bfloat16, float16"):
+        ModelSpec(dtype=torch.int8)
+    if isinstance(given, str):
+        jsonschema.validate({"model": {"dtype": given}, "steps": ["heads.span"]}, recipe_schema())
