@@ -251,6 +251,16 @@ def show_scale(found: dict[str, Any], as_json: bool) -> None:
         click.echo(line)
 
 
+def show_findings(found: list, as_json: bool) -> None:
+    """`llmopt doctor`: a line for each finding, problems last, where they are seen."""
+    ranked = sorted(found, key=lambda finding: ("ok", "note", "problem").index(finding.level))
+    if as_json:
+        print_json([finding._asdict() for finding in ranked])
+        return
+    for level, subject, fact in ranked:
+        click.echo(one_line(f"{level:<8} {subject}: {fact}"))
+
+
 def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
