@@ -17,7 +17,7 @@ PAGES = sorted([ROOT / "README.md", *(page for folder in ("llmopt", "recipes", "
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 
 # A tiny model with random weights, a text, a recipe and a checkpoint stand in for those of the reader.
-STAND_INS = {"MODEL": "model", "FOLDER": "made", "FILE": "text.txt", "smollm2": "model",
+STAND_INS = {"MODEL": "model", "FOLDER": "made", "FILE": "text.txt", "smollm2": "model", "FOLDER_OR_HUB_NAME": "model",
              "arc_easy,gsm8k": "text_ppl --text text.txt"}
 FILES = {"my.yaml": "steps: [quant.rtn: {bits: 4, group_size: 32}]\n",
          "calibration.txt": "a text of thirty two tokens or more, to calibrate on " * 8}
@@ -28,7 +28,7 @@ LESS = {"compress": ("--set", "data.samples=2", "--set", "data.length=32", "--se
 READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these tests", "ruff": "run by .ci/run",
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "world.train": "an hour and more",
         "synthetic": "gigabytes", "llmopt_evals --model": "data of the hub",
-        "m7": "13 GB", "bench scale": "minutes"}
+        "llmopt_evals.real": "90 MB of the index", "m7": "13 GB", "bench scale": "minutes"}
 FULL = {"torchrun": "two cold processes", "world.check": "half a minute"}
 
 
