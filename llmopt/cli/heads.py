@@ -29,7 +29,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
     from llmopt.errors import nearest
     from llmopt.heads.base import plot as draw
     from llmopt.parts import build
-    from llmopt.recipe.reader import Recipe, values
+    from llmopt.recipe.reader import values
     from llmopt.run.pipeline import score_heads
     from llmopt.specs import DataSpec, ModelSpec
 
@@ -45,7 +45,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
                     batch_size=batch_size)
     with log.progress() as progress:
         team = join(loading["device"])
-        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
+        scores, meta = score_heads(ModelSpec(id=model, **loading), step, data, progress, team)
     if output and team.is_main:
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:
