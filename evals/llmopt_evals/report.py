@@ -6,10 +6,10 @@ from typing import Any
 
 from llmopt.checkpoint.card import write_card
 from llmopt.checkpoint.facts import FILE, RUN, read_facts
-from llmopt.cli.tables import human
 from llmopt.files.json_shapes import check_shape
 from llmopt.files.shards import write_text
 from llmopt.recipe.reader import Recipe
+from llmopt.run.table import table
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals import evaluate as scores
@@ -56,29 +56,3 @@ def _keep(output: Path, facts: dict[str, Any], ranks: Ranks) -> None:
     if ranks.is_main and (output / FILE).read_text(encoding="utf-8") != text:
         write_text(output / FILE, text)
         write_card(output)
-
-
-def table(facts: dict[str, Any]) -> list[list[str]]:
-    """Rows [what, before, after]."""
-    (many, left), (full, kept) = facts["parameters"], facts["cache_bytes_per_token"]
-    predicted = facts["predicted_bytes"]
-    rows = [["file size", human(facts["dense_bytes"]), human(facts["bytes"])],
-            ["predicted file size", "", human(predicted) if predicted else "not predicted"],
-            ["parameters", f"{many:,}", f"{left:,}"],
-            ["bits per parameter of the file", f"{8 * facts['dense_bytes'] / many:.2f}",
-             f"{8 * facts['bytes'] / left:.2f}"],
-            ["bits per quantized weight", f"{_dense_bits(facts):.0f}", _quantized_bits(facts)],
-            ["cache bytes per token", f"{full:,.0f}", f"{kept:,.0f}"]]
-    after = {(task, metric): value for task, metric, value in facts.get("scores", {}).get("after", [])}
-    for task, metric, value in facts.get("scores", {}).get("before", []):
-        rows.append([f"{task} {metric}", f"{value:.4f}", f"{after.get((task, metric), float('nan')):.4f}"])
-    return rows
-
-
-def _dense_bits(facts: dict[str, Any]) -> float:
-    return round(8 * facts["dense_bytes"] / facts["parameters"][0] / 8) * 8
-
-
-def _quantized_bits(facts: dict[str, Any]) -> str:
-    metas = [r["meta"] for r in facts["records"] if r["method"].startswith("quant.")]
-    return f"{metas[-1]['bits']:.3f}" if metas else "-"

@@ -2,6 +2,8 @@
 import logging
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.forecast.memory import shard_bytes
-from llmopt.forecast.size import Prediction, predict
+from llmopt.forecast.size import UNCHANGED, Prediction, predict
 from llmopt.method import Method, Run
-from llmopt.model import skeleton, state
+from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
@@ -64,7 +66,22 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     let_save(model)
     with evaluating(model), computing(model):
         check_numbers(model)
-        return _apply(model, steps, run)
+        with _whole_or_refused(model):
+            return _apply(model, steps, run)
+
+
+@contextmanager
+def _whole_or_refused(model: nn.Module) -> Iterator[None]:
+    """Whatever ends the steps: a model that they have edited in part refuses to run, another one is as it was."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if done:
+            unfinished.finish(model)
+        elif not unfinished.abandon(model):
+            runtime.detach(model)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
@@ -87,6 +104,8 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
+        if step.stage not in UNCHANGED:
+            unfinished.begin(model)
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
         LOG.debug("%s: %s, %s", place, step.name, duration(time.perf_counter() - start))
