@@ -37,7 +37,6 @@ def heads(model, method, sets, output, plot, data, samples, length, batch_size, 
     from llmopt.heads.base import plot as draw
     from llmopt.parts import build
     from llmopt.recipe.assign import values
-    from llmopt.recipe.reader import Recipe
     from llmopt.recipe.sources import source
     from llmopt.run.pipeline import score_heads
     from llmopt.specs import DataSpec, ModelSpec
@@ -54,7 +53,7 @@ def heads(model, method, sets, output, plot, data, samples, length, batch_size, 
                     batch_size=batch_size)
     with log.progress() as progress:
         team = join(loading["device"])
-        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), rows, (step,)), progress, team)
+        scores, meta = score_heads(ModelSpec(id=model, **loading), step, rows, progress, team)
     if output and team.is_main:
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:
