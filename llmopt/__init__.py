@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.model.from_pretrained import extend_transformers
 
+__version__: str        # of the package's metadata, read when it is asked for
+
 if TYPE_CHECKING:
     from llmopt import attention, heads, kv, prune, quant, transform
     from llmopt.checkpoint.save import load, save
@@ -37,14 +39,17 @@ _HOMES = {
     "get": "parts", "load": "checkpoint.save", "names": "parts", "register": "parts", "save": "checkpoint.save",
 }
 
-__all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "attached", "attention", "compress", "get",
-           "heads", "kv", "load", "names", "prune", "quant", "register", "save",
-           "transform"]
+__all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "__version__", "attached", "attention",
+           "compress", "get", "heads", "kv", "load", "names", "prune", "quant", "register", "save", "transform"]
 
 extend_transformers()       # plain from_pretrained now loads per-layer shapes and attaches runtime parts
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
@@ -55,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

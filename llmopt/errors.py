@@ -15,7 +15,7 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST else f"{line[:LONGEST * 3 // 4]} ... {line[-LONGEST // 4:]}"
 
 
-class LlmoptError(Exception):
+class LlmoptError(ValueError):
     """Something the user can mend; its text is the whole message. Commands print it and exit with `exit_code`."""
 
     exit_code: ClassVar[int] = 2

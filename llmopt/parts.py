@@ -3,6 +3,7 @@
 A piece is a frozen pydantic dataclass. A field is declared once, `bits: int = Field(4, ge=2, le=8, description="...")`:
 type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt schema` tell of it.
 """
+import functools
 import importlib
 import math
 import types
@@ -10,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, core_schema
@@ -27,24 +28,33 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 class Checked:
     """A pydantic dataclass whose values must fit their annotations, strictly: True is no int, "3" no number.
 
-    A wrong value raises FieldError when the instance is made, an unknown keyword KeyUnknown.
+    Decorated with `in_our_words`, as `register` does, a wrong value raises FieldError when the instance is made, an
+    unknown keyword KeyUnknown.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _speaking(cls, given: Any, make: Callable[[Any], Any]) -> Any:
-        try:
-            return make(given)
-        except ValidationError as error:
-            raise _first_fact(cls, error) from None
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise FieldError for a value that types and bounds do not rule out."""
+
+
+def in_our_words(cls: type[T]) -> type[T]:
+    """Class decorator above pydantic's `dataclass`: errors of making an instance are LlmoptErrors, not pydantic's."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        try:
+            make(self, *args, **fields)
+        except ValidationError as error:
+            raise _first_fact(cls, error) from None
+
+    if not hasattr(make, "__wrapped__"):
+        cls.__init__ = __init__
+    return cls
 
 
 class Part(Checked):
@@ -130,7 +140,7 @@ def register(name: str) -> Callable[[type], type]:
         if not is_pydantic_dataclass(cls):
             raise RuntimeError(f"{cls} is no pydantic dataclass: decorate it with pydantic.dataclasses.dataclass")
         cls.name, cls.about = name, (cls.__doc__ or "").rstrip()
-        known[name] = cls
+        known[name] = in_our_words(cls)
         holders = [other for of_kind in _REGISTRY.values() for other in of_kind.values() if cls.kind in _held(other)]
         for told in (cls, *holders):
             told.__doc__ = _with_fields(told)
@@ -250,6 +260,8 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     found = error.errors(include_url=False)
     order = ["unexpected_keyword_argument", "extra_forbidden", "missing"]
     fact = min(found, key=lambda e: order.index(e["type"]) if e["type"] in order else len(order))
+    if isinstance(own := fact.get("ctx", {}).get("error"), LlmoptError):        # of `check`
+        return own
     if not fact["loc"]:                             # no text at all, such as half of a character
         return KeyUnknown(str(fact["input"]), nearest(str(fact["input"]), fields_of(cls)))
     place, hint, metadata = _place(cls, fact["loc"])

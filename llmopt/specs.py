@@ -5,12 +5,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
-from llmopt.parts import Checked
+from llmopt.parts import Checked, in_our_words
 
 MAX_SAMPLES = 1_000_000
 MAX_SEED = 2**32 - 1
 
 
+@in_our_words
 @dataclass(frozen=True)
 class ModelSpec(Checked):
     """The model to compress."""
@@ -28,6 +29,7 @@ class ModelSpec(Checked):
             raise FieldError("id", self.id, "a folder or a hub name")
 
 
+@in_our_words
 @dataclass(frozen=True)
 class DataSpec(Checked):
     """Calibration data; llmopt.calibration.data tells what each source means."""
@@ -48,6 +50,7 @@ class DataSpec(Checked):
             raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r},")
 
 
+@in_our_words
 @dataclass(frozen=True)
 class EvalSpec(Checked):
     """lm-eval tasks that score the dense and the compressed model."""

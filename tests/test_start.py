@@ -3,6 +3,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from transformers import LlamaConfig
@@ -58,7 +59,8 @@ def test_type_checkers_and_dir_see_every_name():
     tree = ast.parse((ROOT / "llmopt/__init__.py").read_text())
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name for node in guarded.body for alias in node.names}
-    assert seen == set(llmopt.__all__) <= set(dir(llmopt))
+    assert seen | {"__version__"} == set(llmopt.__all__) == set(dir(llmopt))
+    assert llmopt.__version__ == version("llmopt")
     assert all(getattr(llmopt, name) is not None for name in llmopt.__all__)
     with pytest.raises(AttributeError, match="'comprss'"):
         _ = llmopt.comprss

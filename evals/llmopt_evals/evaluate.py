@@ -88,6 +88,8 @@ def _naming(tasks: list[str]):
     """Name the tasks in an error of lm-eval's: no network, no such dataset, a package that is missing."""
     try:
         yield
+    except LlmoptError:
+        raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         fact = (str(error) or type(error).__name__).splitlines()[0]
         raise LlmoptError(f"the tasks {', '.join(tasks)} cannot be run: {fact}") from error

@@ -9,13 +9,14 @@ from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError, LlmoptError, naming, nearest
 from llmopt.method import STAGES, Method
-from llmopt.parts import Checked, build
+from llmopt.parts import Checked, build, in_our_words
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 from llmopt.specs import MAX_SEED, DataSpec, EvalSpec, ModelSpec
 
 PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Recipe(Checked):
     """Everything one run of `llmopt compress` is told."""

@@ -1,0 +1,52 @@
+"""`llmopt eval`: one or two models scored with lm-eval."""
+import click
+
+from llmopt.cli import log
+from llmopt.cli.log import LOG
+from llmopt.cli.options import ANEW, COUNT, FILE, JSON, check_target, join, model_options
+from llmopt.errors import LlmoptError
+
+
+@click.command("eval")
+@log.verbosity
+@click.argument("model")
+@click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.")
+@click.option("--compare", help="A second model, scored beside the first.")
+@click.option("--limit", type=COUNT, help="Only the first N documents of each task.")
+@click.option("--batch-size", type=COUNT, default=16, show_default=True)
+@click.option("--text", help="The file that the task text_ppl reads.")
+@click.option("--output", type=FILE, help="Also write lm-eval's results to this JSON file.")
+@ANEW
+@model_options
+@JSON
+def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_json, **loading) -> None:
+    """Score a model with lm-eval, its cache methods really in force."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt_evals import evaluate as scores
+    from llmopt_evals import kept as dense
+    from llmopt_evals.preflight import check_tasks
+
+    from llmopt.model.loading import check_device
+    from llmopt.specs import ModelSpec
+
+    chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not chosen:
+        raise LlmoptError("--tasks names no task")
+    check_target(output)
+    models = [ModelSpec(id=model, **loading)]
+    if compare is not None:
+        models.append(ModelSpec(id=compare, **loading | {"revision": None}))
+    check_device(loading["device"])
+    check_tasks(models, chosen, text)                # before the first is scored
+    columns, kept, team = {}, {}, join(loading["device"])
+    for spec in models:
+        LOG.info("scoring %s", spec.id)
+        results, kept[spec.id] = dense.scores(spec, chosen, limit, batch_size, text, team, anew)
+        if not team.is_main:
+            continue
+        columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
+        if output and spec is models[0]:
+            scores.write_results(results, output, model)
+    tables.show_scores(columns, as_json, kept)

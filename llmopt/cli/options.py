@@ -1,0 +1,56 @@
+"""Options that several commands take, and what is checked of them before any work."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llmopt.errors import LlmoptError
+from llmopt.scale import launch
+
+if TYPE_CHECKING:
+    from llmopt.scale.processes import Ranks
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
+COUNT = click.IntRange(min=1)
+ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
+
+
+class HomePath(click.Path):
+    """A path in which `~` stands for the user's home wherever it comes from; shells leave it in `--text=~/x`."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = HomePath(path_type=Path)
+
+
+def model_options(command):
+    """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
+    for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
+                   click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--compute-dtype", default="auto", show_default=True,
+                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
+                   click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
+        command = option(command)
+    return command
+
+
+def check_target(file: Path | None) -> None:
+    """Raise LlmoptError, before any work, for a result file that could not be written after it."""
+    if file and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
+        raise LlmoptError(f"{file}: " + ("is a folder" if file.is_dir() else "is a device, socket or FIFO, not a file"
+                                         if file.exists() else "its folder does not exist"))
+
+
+def join(device: str) -> Ranks:
+    """The processes of this run; raises LlmoptError for a device that all of them would take."""
+    if launch.count() > 1 and device.startswith("cuda:"):
+        raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
+    from llmopt.scale import processes
+
+    return processes.join(device)
