@@ -1,8 +1,8 @@
 """What a model predicts in the second half of a text, whose first half was its prompt, with its methods in force.
 
-The prompt is read as `generate` reads one: by the prefill selector, and compressed by the kv method. The rest is read on
-what was kept, in one piece during which nothing is dropped, as if every token of it were decoded; a method that
-compresses while decoding (`every`) gets pieces of so many tokens and compresses after each. Such pieces of several
+The prompt is read as `generate` reads one: by the prefill selector, and compressed by the kv method. The rest is read
+on what was kept, in one piece during which nothing is dropped, which gives what decoding token by token gives; a method
+that compresses while decoding (`every`) gets pieces of so many tokens and compresses after each. Such pieces of several
 tokens pass through a prefill selector too, if there is one, where single tokens would not.
 """
 from contextlib import nullcontext

@@ -30,12 +30,12 @@ from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
 from llmopt_evals.batching import batch_tokens, cache_bytes
 from llmopt_evals.continuation import SHORTEST, scored, states, targets
-from llmopt_evals.distributions import LEAST, TYPE, Distributions
+from llmopt_evals.distributions import LEAST, TYPE, Distributions, room
 from llmopt_evals.readout import Readout
 
 NAME = "fidelity"                       # wherever a task's name is expected
 ROWS, LENGTH = 16, 512
-BYTES = 1 << 30                         # of the dense model's distributions at most: a large vocabulary, fewer positions
+BYTES = 1 << 30                         # of the dense model's distributions: fewer positions of a large vocabulary
 BATCH = 16                              # rows read together at most
 Opened = AbstractContextManager[tuple[nn.Module, Any]]                  # a model and its tokenizer, for as long as used
 Draw = Callable[[nn.Module, Any], list[Batch]]                          # rows of tokens for that model
@@ -98,7 +98,7 @@ def _dense(dense: Opened, draw: Draw, place: Path, ranks: Ranks, batch_size: int
         readout = Readout(model)
         sample = _sample(draw(model, words), readout.vocabulary(), ranks, batch_size)
         count = sum(len(sample.positions(index)) for index in range(len(sample.rows)))
-        kept = stack.enter_context(Distributions(place, count, readout.vocabulary()))
+        kept = stack.enter_context(room(place, count, readout.vocabulary()))
         found: list[list[Expected]] = [[] for _ in sample.rows]
         for index, table, wanted in _tables(readout, sample, "the dense model"):
             kept.write(table)
@@ -127,8 +127,8 @@ def _held_against(model: nn.Module, sample: Sample, kept: Distributions, expecte
     """The rows as the compressed model sees them beside what the dense one has left."""
     readout = Readout(model)
     if readout.vocabulary() != kept.vocabulary:
-        raise LlmoptError(f"{NAME}: the compressed model has a vocabulary of {readout.vocabulary():,} tokens, the dense "
-                          f"one of {kept.vocabulary:,}; their predictions cannot be compared")
+        raise LlmoptError(f"{NAME}: the compressed model has a vocabulary of {readout.vocabulary():,} tokens, the "
+                          f"dense one of {kept.vocabulary:,}; their predictions cannot be compared")
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in sample.rows]
     for index, table, wanted in _tables(readout, sample, "the compressed model"):
         dense = kept.read(len(table)).to(table.device)
