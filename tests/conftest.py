@@ -11,6 +11,7 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -34,6 +35,23 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "full" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of SmolLM2-135M-Instruct, for the full tier: that of LLMOPT_SMOLLM2, else it is made once and kept."""
+    from llmopt_evals import real
+
+    from llmopt.errors import LlmoptError
+
+    if given := os.environ.get("LLMOPT_SMOLLM2"):
+        return Path(given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LLMOPT_CACHE")            # among the user's own caches: the next run finds it there
+        try:
+            return real.cached("smollm2")
+        except LlmoptError as error:
+            pytest.skip(f"SmolLM2 cannot be had: {error}")
 
 
 BUDGET = 40         # CPU-seconds of a file in the default tier, those of processes that it starts included

@@ -1,10 +1,15 @@
 """Recipes: what is accepted, and that each error names file, line, key and the nearest valid choice."""
+import jsonschema
 import pytest
+import torch
 
 import llmopt
 from llmopt import recipe
 from llmopt.errors import LlmoptError
-from llmopt.recipe import reader
+from llmopt.recipe import assign, reader
+from llmopt.recipe.schema import recipe_schema
+from llmopt.recipe.yaml_lines import read_yaml
+from llmopt.specs import ModelSpec
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}
@@ -118,3 +123,55 @@ def test_every_packaged_recipe_can_be_read():
     for file in files:
         assert recipe.load(str(file)).steps, file
         assert len(file.read_text().splitlines()) <= 30, file
+
+
+TWO = """steps:
+  - heads.span
+  - quant.gptq: {group_size: 32}
+  - kv.snapkv: {ratio: 0.5}
+"""
+
+
+@pytest.mark.parametrize(("key", "full"), [
+    ("steps.gptq.bits", "steps.1.bits"), ("steps.quant.gptq.bits", "steps.1.bits"), ("gptq.bits", "steps.1.bits"),
+    ("quant.gptq.bits", "steps.1.bits"), ("bits", "steps.1.bits"), ("ratio", "steps.2.ratio"),
+    ("steps.1.bits", "steps.1.bits"), ("steps.gptq", "steps.1"), ("samples", "data.samples"), ("tasks", "eval.tasks"),
+    ("data.samples", "data.samples"), ("seed", "seed"), ("tokens.actnorm.share", "steps.1.tokens.actnorm.share"),
+    ("id", "model.id")])
+def test_a_key_may_be_shortened_where_it_is_unambiguous(key, full):
+    data, _ = read_yaml(TWO, "r.yaml")
+    assert ".".join(assign.whole_key(data, key)) == full
+
+
+def test_short_keys_change_what_they_name_and_are_kept_written_out():
+    made = recipe.parse(TWO, "r.yaml", ("bits=3", "steps.snapkv.ratio=0.25", "samples=9"))
+    assert (made.steps[1].bits, made.steps[2].ratio, made.data.samples) == (3, 0.25, 9)
+    assert made.changes == ("--set", "steps.1.bits=3", "--set", "steps.2.ratio=0.25", "--set", "data.samples=9")
+
+
+@pytest.mark.parametrize(("text", "assignment", "expected"), [
+    (TWO, "bit=3", "--set bit=3: unknown key 'bit'. Keys: steps.gptq.bits, "),
+    (TWO, "steps.gtpq.bits=3", "no step gtpq (did you mean 'gptq'?); there are: 0 heads.span, 1 quant.gptq"),
+    (TWO, "batch_size=3", "'batch_size' is ambiguous: data.batch_size, eval.batch_size"),
+    ("steps: [kv.snapkv: {ratio: .5}, attention.a_shape: ]", "window=3",
+     "'window' is ambiguous: steps.0.window, steps.1.window"),
+    ("steps: [prune.magnitude: {}, prune.magnitude: {}]", "steps.magnitude.ratio=.5",
+     "'magnitude' is ambiguous: steps.0 is prune.magnitude, steps.1 is prune.magnitude"),
+    ("steps: [prune.magnitude: {}, prune.magnitude: {}]", "ratoi=.5", "unknown key 'ratoi'. Keys: steps.0.ratio"),
+    ("steps: 3", "steps.gptq.bits=3", "no step gptq"), ("steps: [[], 3, {}]", "bits=3", "unknown key 'bits'")])
+def test_a_key_that_is_none_or_several_lists_the_full_ones(text, assignment, expected):
+    with pytest.raises(LlmoptError) as caught:
+        recipe.parse(text, "r.yaml", (assignment,))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"),
+                                             ("fp32", "float32"), ("torch.bfloat16", "bfloat16"),
+                                             (torch.float16, "float16"), (None, None)])
+def test_a_type_may_be_spelled_as_people_do(given, name):
+    assert ModelSpec(dtype=given).dtype == name == llmopt.quant.RTN(scale_dtype=given).scale_dtype
+    assert ModelSpec(compute_dtype=given or "auto").compute_dtype == name or given is None
+    with pytest.raises(LlmoptError, match="one of float32, bfloat16, float16"):
+        ModelSpec(dtype=torch.int8)
+    if isinstance(given, str):
+        jsonschema.validate({"model": {"dtype": given}, "steps": ["heads.span"]}, recipe_schema())

@@ -2,16 +2,18 @@
 import click
 
 from llmopt.cli import log
+from llmopt.cli.help import Group
 from llmopt.cli.options import JSON
 from llmopt.errors import LlmoptError
 
 
-@click.group()
+@click.group(cls=Group, examples=("llmopt bench scale --quick",))
 def bench() -> None:
     """Measure llmopt itself: the figures of the README, each with the command that gives it."""
 
 
-@bench.command()
+@bench.command(examples=("llmopt bench scale --quick",
+                         "llmopt bench scale --shape llama-1b --blocks 4,8"))
 @log.verbosity
 @click.option("--shape", default="qwen3-0.6b", show_default=True, help="Whose memory: qwen3-0.6b, llama-1b, llama-7b.")
 @click.option("--blocks", default="4,8,16,32", show_default=True, help="How many of them, one run each.")
@@ -26,7 +28,7 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
-    from llmopt.recipe.reader import values
+    from llmopt.recipe.assign import values
 
     counts = values([f"blocks=[{blocks}]"])["blocks"]
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):

@@ -9,8 +9,10 @@ import click
 from llmopt.cli import log
 from llmopt.cli.bench import bench
 from llmopt.cli.compress import compress
+from llmopt.cli.doctor import doctor
 from llmopt.cli.evaluate import evaluate
 from llmopt.cli.heads import heads
+from llmopt.cli.help import Group
 from llmopt.cli.interrupts import patient
 from llmopt.cli.push import push
 from llmopt.cli.show import methods, schema, show
@@ -22,7 +24,12 @@ from llmopt.scale.gauge import whole_pages
 SHARED = ("compress", "eval", "heads")         # whose work several processes divide; one alone does the rest
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLES = ("llmopt show llmopt/reference                      # what is inside a model, and what can be done to it",
+            "llmopt methods                                    # what there is",
+            "llmopt compress --recipe quickstart --dry-run     # size, memory and time beforehand; writes nothing")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, examples=EXAMPLES)
 @click.version_option(package_name="llmopt")
 @log.verbosity
 @click.pass_context
@@ -35,7 +42,7 @@ def cli(context) -> None:
         context.exit()
 
 
-for command in (compress, evaluate, heads, show, methods, schema, push, bench):
+for command in (compress, evaluate, heads, show, methods, schema, push, doctor, bench):
     cli.add_command(command)
 
 

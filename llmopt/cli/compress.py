@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,11 +59,7 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
     tasks = [] if no_eval or max_blocks else plan.eval.tasks
     if tasks:
-        from llmopt_evals.preflight import agreed_tasks
-
-        tasks, notes = agreed_tasks(plan, output)    # an error before the work, not after it
-        for note in notes:
-            LOG.warning(note)
+        tasks = agreed(plan, output)
     team, told = join(plan.model.device), {}
     if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
@@ -83,6 +80,21 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
           lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
 
 
+def agreed(plan: Recipe, output: Path) -> list[str]:
+    """The tasks that a run will end in, told why where some will not be; an error before the work, not after it."""
+    from llmopt_evals.large import obstacle
+    from llmopt_evals.preflight import agreed_tasks, later
+
+    named = any(change.startswith("eval.tasks=") for change in plan.changes)
+    tasks, notes = agreed_tasks(plan.model, plan.eval, output, named)
+    packed = plan.format != "dense" and any(step.stage == "quant" for step in plan.steps)
+    if tasks and (fact := obstacle(plan.model, output, packed)):
+        tasks, notes = [], [f"not scored: {fact}. Later: {later(plan.model, output, tasks)}"]
+    for note in notes:
+        LOG.warning(note)
+    return tasks
+
+
 def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, anew: bool, show: Callable[[dict], None]) -> None:
     """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
     facts, leave = {}, f"the checkpoint in {output} is finished"
@@ -90,9 +102,9 @@ def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, anew: bool,
         from llmopt_evals import preflight, report
 
         if tasks:
-            leave += f". To score it: the same command with --resume, or {preflight.later(plan, output, tasks)}"
+            leave += f". To score it: the same command with --resume, or {preflight.later(plan.model, output, tasks)}"
         facts = report.known(output, team)
-        facts = report.scored(output, facts, plan, tasks, LOG.info, team, anew)
+        facts = report.scored(output, plan.model, replace(plan.eval, tasks=tasks), team, anew)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; {leave}") from error
     except LlmoptError as error:

@@ -1,7 +1,7 @@
 """`llmopt eval`: one or two models scored with lm-eval."""
 import click
 
-from llmopt.cli import log
+from llmopt.cli import completion, log
 from llmopt.cli.log import LOG
 from llmopt.cli.options import ANEW, COUNT, FILE, JSON, check_target, join, model_options
 from llmopt.errors import LlmoptError
@@ -9,9 +9,10 @@ from llmopt.errors import LlmoptError
 
 @click.command("eval")
 @log.verbosity
-@click.argument("model")
-@click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.")
-@click.option("--compare", help="A second model, scored beside the first.")
+@click.argument("model", shell_complete=completion.models)
+@click.option("--tasks", required=True, help="Task names, separated by commas; every name lm-eval knows.",
+              shell_complete=completion.tasks)
+@click.option("--compare", help="A second model, scored beside the first.", shell_complete=completion.models)
 @click.option("--limit", type=COUNT, help="Only the first N documents of each task.")
 @click.option("--batch-size", type=COUNT, default=16, show_default=True)
 @click.option("--text", help="The file that the task text_ppl reads.")

@@ -1,15 +1,22 @@
 """`llmopt heads`: the importance of every attention head of a model."""
 import click
 
-from llmopt.cli import log
-from llmopt.cli.options import COUNT, FILE, JSON, check_target, join, model_options
+from llmopt.cli import completion, log
+from llmopt.cli.help import Command
+from llmopt.cli.options import COUNT, FILE, JSON, MODEL_GROUP, check_target, join, model_options
 from llmopt.errors import LlmoptError
 
+GROUPS = {"Scores": ("method", "sets"), "Calibration data": ("data_path", "samples", "length", "batch_size"),
+          "Model": MODEL_GROUP, "Output": ("output", "plot", "as_json")}
+EXAMPLES = ("llmopt heads llmopt/reference --samples 8",
+            "llmopt heads llmopt/reference --method heads.gradient --samples 8 --output h.json --plot h.png")
 
-@click.command()
+
+@click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
 @log.verbosity
-@click.argument("model")
-@click.option("--method", default="heads.span", show_default=True, help="A heads.* method.")
+@click.argument("model", shell_complete=completion.models)
+@click.option("--method", default="heads.span", show_default=True, help="A heads.* method.",
+              shell_complete=completion.head_scores)
 @click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="A field of the method; repeatable.")
 @click.option("--output", type=FILE, help="Write the scores to this JSON file.")
 @click.option("--plot", type=FILE, help="Write a heat map to this .png, .pdf or .svg file.")
@@ -29,7 +36,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
     from llmopt.errors import nearest
     from llmopt.heads.base import plot as draw
     from llmopt.parts import build
-    from llmopt.recipe.reader import Recipe, values
+    from llmopt.recipe.assign import values
     from llmopt.run.pipeline import score_heads
     from llmopt.specs import DataSpec, ModelSpec
 
@@ -45,7 +52,7 @@ def heads(model, method, sets, output, plot, data_path, samples, length, batch_s
                     batch_size=batch_size)
     with log.progress() as progress:
         team = join(loading["device"])
-        scores, meta = score_heads(Recipe(ModelSpec(id=model, **loading), data, (step,)), progress, team)
+        scores, meta = score_heads(ModelSpec(id=model, **loading), step, data, progress, team)
     if output and team.is_main:
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:

@@ -29,12 +29,15 @@ class HomePath(click.Path):
 FILE = HomePath(path_type=Path)
 
 
+MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "trust_remote_code")
+
+
 def model_options(command):
     """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
-                   click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's."),
                    click.option("--compute-dtype", default="auto", show_default=True,
-                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
+                                help="fp32, bf16 or fp16 to compute in; auto: what is fast here."),
                    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
         command = option(command)
     return command

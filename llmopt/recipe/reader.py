@@ -7,13 +7,13 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from llmopt.errors import FieldError, LlmoptError, naming, nearest
+from llmopt.errors import FieldError, LlmoptError, nearest
+from llmopt.files.packaged import PACKAGED, recipes
 from llmopt.method import STAGES, Method
 from llmopt.parts import Checked, build, in_our_words
+from llmopt.recipe.assign import KEYS, PLAIN, assign
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
-from llmopt.specs import MAX_SEED, DataSpec, EvalSpec, ModelSpec
-
-PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
+from llmopt.specs import MAX_SEED, SECTIONS, DataSpec, EvalSpec, ModelSpec
 
 
 @in_our_words
@@ -42,11 +42,6 @@ class Recipe(Checked):
                 "max_shard_size": self.max_shard_size}
 
 
-SECTIONS = {"model": ModelSpec, "data": DataSpec, "eval": EvalSpec}
-PLAIN = ("format", "seed", "max_shard_size")
-KEYS = (*SECTIONS, "steps", *PLAIN)
-
-
 def load(name: str, sets: tuple[str, ...] = (), model: str | None = None, trust_remote_code: bool = False) -> Recipe:
     """Read a recipe by path or by packaged name; `sets` are "steps.1.bits=3" overrides, `model` replaces model.id.
 
@@ -71,8 +66,7 @@ def find(name: str) -> Path:
         packaged = folder / f"{name.removesuffix('.yaml')}.yaml"
         if packaged.is_file():
             return packaged
-    known = sorted({p.stem for folder in PACKAGED for p in folder.glob("*.yaml")})
-    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, known)}")
+    raise LlmoptError(f"there is no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, recipes())}")
 
 
 def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None = None,
@@ -82,12 +76,13 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     data, where = {} if data is None else data, Where(source, lines)
     if not isinstance(data, dict):
         raise LlmoptError(f"{source}:1: a recipe is a mapping with the keys {', '.join(KEYS)}")
-    for assignment in sets:
-        _assign(data, assignment)
+    changes = [word for given in sets for word in ("--set", assign(data, given))]
     if model is not None:
         data["model"] = _model_section(where, data) | {"id": model}
+        changes = ["--model", model, *changes]
     if trust_remote_code:
         data["model"] = _model_section(where, data) | {"trust_remote_code": True}
+        changes = ["--trust-remote-code", *changes]
     elif isinstance(data.get("model"), dict) and data["model"].get("trust_remote_code"):
         raise where.error(("model", "trust_remote_code"), "model.trust_remote_code: a recipe cannot let code run; read "
                           "the model's code, and if you trust it give --trust-remote-code on the command line")
@@ -95,9 +90,8 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
         if key not in KEYS:
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
-    words = ("--trust-remote-code",) if trust_remote_code else ()
     parts |= {key: data[key] for key in PLAIN if key in data}
-    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": (*words, *_changes(sets, model))}
+    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": tuple(changes)}
     return _filled(where, (), "", lambda: Recipe(**parts))
 
 
@@ -106,11 +100,6 @@ def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise where.error(("model",), "a mapping such as {id: NAME} expected")
     return given
-
-
-def _changes(sets: tuple[str, ...], model: str | None) -> tuple[str, ...]:
-    words = ("--model", model) if model is not None else ()
-    return (*words, *(word for given in sets for word in ("--set", given)))
 
 
 @dataclass(frozen=True)
@@ -190,51 +179,3 @@ def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:
         if step.place:
             places.setdefault(step.place, []).append(step.name)
     return places
-
-
-def _assign(data: dict, assignment: str) -> None:
-    """Apply "steps.1.bits=3"; a number after `steps` counts from 0, the next word is a field of that step."""
-    path, sign, value = assignment.partition("=")
-    if not sign:
-        raise LlmoptError(f"--set {assignment}: KEY=VALUE expected, such as steps.1.bits=3")
-    target: Any = data
-    *parents, last = path.split(".")
-    for i, word in enumerate(parents):
-        target = _descend(target, word, assignment)
-        if i == 1 and parents[0] == "steps":
-            if not isinstance(target, dict) or len(target) != 1:
-                raise LlmoptError(f"--set {assignment}: step {word} is not written as {{family.method: {{fields}}}}")
-            name, = target
-            target = _descend(target, name, assignment)
-    if not isinstance(target, (dict, list)):
-        raise LlmoptError(f"--set {assignment}: {'.'.join(parents)} has no keys")
-    if isinstance(target, list):
-        _descend(target, last, assignment)
-    target[int(last) if isinstance(target, list) else last] = _value(value, assignment)
-
-
-def values(sets: tuple[str, ...]) -> dict[str, Any]:
-    """{"window": 8} from ("window=8",), for the commands that take one method."""
-    pairs = [(given.partition("="), given) for given in sets]
-    for (_, sign, _), given in pairs:
-        if not sign:
-            raise LlmoptError(f"--set {given}: FIELD=VALUE expected")
-    return {field: _value(value, given) for (field, _, value), given in pairs}
-
-
-def _value(text: str, assignment: str) -> Any:
-    with naming(f"--set {assignment}"):
-        return read_yaml(text, "value")[0]
-
-
-def _descend(target: Any, word: str, assignment: str) -> Any:
-    """The value under `word`; a mapping that is missing, or written as null, is made."""
-    if isinstance(target, list):
-        if word not in map(str, range(len(target))):
-            raise LlmoptError(f"--set {assignment}: there is no step {word}; steps run from 0 to {len(target) - 1}")
-        return target[int(word)]
-    if not isinstance(target, dict):
-        raise LlmoptError(f"--set {assignment}: nothing below {word!r}")
-    if target.get(word) is None:
-        target[word] = {}
-    return target[word]
