@@ -18,6 +18,7 @@ from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
 from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
+from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import Method, Run
@@ -29,8 +30,9 @@ from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
+from llmopt.run.calibrating import load_batches
 from llmopt.run.opening import Streaming, cut_short, open_model
-from llmopt.run.pipeline import foresee, load_batches, saving
+from llmopt.run.pipeline import foresee, saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
 from llmopt.scale.gauge import Gauge
@@ -46,10 +48,13 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
         watch = Watch()
         model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
-        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
+        sampler = Foretaste(model, tokenizer)
+        run = Run(load_batches(recipe, model, tokenizer, sampler), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
         told, dense = foresee(recipe, model, run), shards.file_bytes(state.plain_state(model))
         rehearsal = Rehearsal(recipe, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")
+        if sampler.spent.high:
+            rehearsal.times.add("sampling calibration rows", sampler.spent, "first tokens of them, measured")
         with computing(model):
             rehearsal.play()
     streamed, peaks, seconds = isinstance(memory, Streamed), rehearsal.peaks, rehearsal.times

@@ -56,9 +56,13 @@ def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming()
         return False
     _, config = read_config(recipe.model)
     tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
-    wanted = any(step.needs_data for step in recipe.steps)
+    made_from, sampled = facts.get("made_from"), recipe.data.name == "self"
+    wanted = any(step.needs_data for step in recipe.steps) and not sampled
     batches = data.load(recipe.data, config, tokenizer) if wanted else None
-    found = difference(facts.get("made_from"), written(marks(recipe, batches, streaming)))
+    expected = written(marks(recipe, batches, streaming))
+    if sampled:                 # its rows follow from files, recipe and versions, which are compared
+        expected["data"] = (made_from or {}).get("data")
+    found = difference(made_from, expected)
     if found and not overwrite:
         raise LlmoptError(f"{output}: is finished, and was made from something else: {found}; give --overwrite to "
                           "replace it, or another output")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
@@ -28,6 +29,7 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.calibrating import load_batches
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks, written
 from llmopt.run.opening import Streaming, open_model
@@ -123,7 +125,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         journal.check(resume)
     model, tokenizer, memory = open_model(recipe, journal, streaming)
     streamed = isinstance(memory, Streamed)
-    batches = load_batches(recipe, model, tokenizer)
+    batches = load_batches(recipe, model, tokenizer, Sampler(model, tokenizer, ranks, progress))
     made_from = marks(recipe, batches, streaming)
     with journal.opened(made_from | {"computes in": str(compute_type(model))}):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
@@ -156,15 +158,6 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     return report
 
 
-def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
-    """The calibration data, if a step asks for it."""
-    if not any(step.needs_data for step in recipe.steps):
-        return None
-    batches = data.load(recipe.data, model.config, tokenizer)
-    LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
-    return batches
-
-
 def foresee(recipe: Recipe, model: nn.Module, run: Run) -> Prediction:
     """What the run to come makes, and how large it will be."""
     return predict(model, list(recipe.steps), recipe.format, run)
@@ -184,7 +177,7 @@ def score_heads(recipe: Recipe, progress: Progress = silent,
     step, = recipe.steps
     model, tokenizer = load_dense(recipe.model)
     choose(model, recipe.model.compute_dtype, recipe.model.device, ranks.agree)
-    batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
+    batches = load_batches(recipe, model, tokenizer, Sampler(model, tokenizer, ranks, progress))
     run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name), computing(model):
         record = step.apply(model, run)
