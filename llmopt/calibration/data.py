@@ -133,8 +133,8 @@ def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
 
     if tokenizer is None or tokenizer.get_vocab() != dict(ID):
         raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
-                          "another. Give data: {name: self}, rows sampled from the model, or calibration text of your own: "
-                          "data: {name: text, path: FILE}")
+                          "another. Give data: {name: self}, rows sampled from the model, or calibration text of your "
+                          "own, data: {name: text, path: FILE}")
     _check_amount(spec, length)
     return list(world.calibration_ids(spec.samples, length, spec.seed))
 
