@@ -1,8 +1,8 @@
 """The model, data and eval sections of a recipe."""
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
@@ -11,6 +11,27 @@ from llmopt.parts import Checked, in_our_words
 REFERENCE = "llmopt/reference"
 MAX_SAMPLES = 1_000_000
 MAX_SEED = 2**32 - 1
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def dtype_name(given: Any) -> Any:
+    """A type of numbers as recipes call it: bf16, torch.bfloat16 and torch's own object are bfloat16."""
+    if not isinstance(given, str) and type(given).__name__ != "dtype":
+        return given
+    name = str(given).removeprefix("torch.")
+    return SHORT.get(name, name)
+
+
+def _spelled(*dtypes: str) -> BeforeValidator:
+    """Takes other spellings of these types, and says so in the JSON Schema."""
+    short = [word for word, name in SHORT.items() if name in dtypes]
+    full = [f"torch.{name}" for name in dtypes if name != "auto"]
+    return BeforeValidator(dtype_name, json_schema_input_type=Literal[(*dtypes, *short, *full)])
+
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _spelled("float32", "bfloat16", "float16")]
+ComputeDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"],
+                         _spelled("auto", "float32", "bfloat16", "float16")]
 
 
 @in_our_words
@@ -19,8 +40,8 @@ class ModelSpec(Checked):
     """The model to compress."""
 
     id: str = Field(REFERENCE, description="a folder or a hub name; llmopt/reference is the embedded model")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: the checkpoint's own")
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype | None = Field(None, description="null: the checkpoint's own; bf16, fp16, fp32 are known too")
+    compute_dtype: ComputeDtype = Field(
         "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")

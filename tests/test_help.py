@@ -61,5 +61,6 @@ def toy(**given) -> None:
 
 def test_help_has_groups_and_examples_that_are_not_wrapped():
     text = toy.get_help(click.Context(toy, info_name="toy"))
+    assert text.count("--one") == 1
     assert text.index("First:") < text.index("--one") < text.index("Other options:") < text.index("--two")
     assert text.splitlines()[-1] == "  " + toy.examples[0]

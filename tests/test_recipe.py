@@ -1,11 +1,14 @@
 """Recipes: what is accepted, and that each error names file, line, key and the nearest valid choice."""
 import pytest
+import torch
 
 import llmopt
 from llmopt import recipe
 from llmopt.errors import LlmoptError
 from llmopt.recipe import assign, reader
+from llmopt.recipe.schema import recipe_schema
 from llmopt.recipe.yaml_lines import read_yaml
+from llmopt.specs import ModelSpec
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}
@@ -148,9 +151,9 @@ def test_short_keys_change_what_they_name_and_are_kept_written_out():
 @pytest.mark.parametrize(("text", "assignment", "expected"), [
     (TWO, "bit=3", "--set bit=3: unknown key 'bit'. Keys: steps.gptq.bits, "),
     (TWO, "steps.gtpq.bits=3", "no step gtpq (did you mean 'gptq'?); there are: 0 heads.span, 1 quant.gptq"),
-    (TWO, "batch_size=3", "'batch_size' is ambiguous: data.batch_size, eval.batch_size"),
+    (TWO, "batch_size=3", "'batch_size' is ambiguous: data.batch_size or eval.batch_size"),
     ("steps: [kv.snapkv: {ratio: .5}, attention.a_shape: ]", "window=3",
-     "'window' is ambiguous: steps.0.window, steps.1.window"),
+     "'window' is ambiguous: steps.snapkv.window or steps.a_shape.window"),
     ("steps: [prune.magnitude: {}, prune.magnitude: {}]", "steps.magnitude.ratio=.5",
      "'magnitude' is ambiguous: steps.0 is prune.magnitude, steps.1 is prune.magnitude"),
     ("steps: [prune.magnitude: {}, prune.magnitude: {}]", "ratoi=.5", "unknown key 'ratoi'. Keys: steps.0.ratio"),
@@ -159,3 +162,15 @@ def test_a_key_that_is_none_or_several_lists_the_full_ones(text, assignment, exp
     with pytest.raises(LlmoptError) as caught:
         recipe.parse(text, "r.yaml", (assignment,))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"),
+                                             ("fp32", "float32"), ("torch.bfloat16", "bfloat16"),
+                                             (torch.float16, "float16"), (None, None)])
+def test_a_type_may_be_spelled_as_people_do(given, name):
+    assert ModelSpec(dtype=given).dtype == name == llmopt.quant.RTN(scale_dtype=given).scale_dtype
+    assert ModelSpec(compute_dtype=given or "auto").compute_dtype == name or given is None
+    with pytest.raises(LlmoptError, match="one of float32, bfloat16, float16"):
+        ModelSpec(dtype=torch.int8)
+    if isinstance(given, str):
+        assert given in recipe_schema()["$defs"]["ModelSpec"]["properties"]["compute_dtype"]["enum"]

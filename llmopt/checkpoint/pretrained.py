@@ -18,6 +18,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files import shards
 from llmopt.model.loaded import is_ours, with_codes
 from llmopt.model.modeling import heads_fit
+from llmopt.model.unfinished import check_finished
 from llmopt.model.weights import coded
 from llmopt.runtime import runtime_config
 
@@ -33,6 +34,7 @@ def save_pretrained(model: nn.Module, stock: Callable[..., Any], save_directory:
     stock: transformers' own method, which writes models that nothing was done to, and adapters. options: its other
     arguments; raises LlmoptError for those that cannot be served, and for weights that are not the model's own.
     """
+    check_finished(model)
     if getattr(model, "_hf_peft_config_loaded", False) or not is_compressed(model):
         stock(save_directory, is_main_process=is_main_process, state_dict=state_dict, max_shard_size=max_shard_size,
               **options)

@@ -9,6 +9,7 @@ import click
 from llmopt.cli import log
 from llmopt.cli.bench import bench
 from llmopt.cli.compress import compress
+from llmopt.cli.doctor import doctor
 from llmopt.cli.evaluate import evaluate
 from llmopt.cli.heads import heads
 from llmopt.cli.help import Group
@@ -41,7 +42,7 @@ def cli(context) -> None:
         context.exit()
 
 
-for command in (compress, evaluate, heads, show, methods, schema, push, bench):
+for command in (compress, evaluate, heads, show, methods, schema, push, doctor, bench):
     cli.add_command(command)
 
 

@@ -17,6 +17,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
 ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
+DATA = click.option("--data", metavar="WORD", help="A file, self (sampled from the model), world, or a dataset of the "
+                    "hub.  [default: self; llmopt/reference: world]")
 
 
 class HomePath(click.Path):
@@ -35,9 +37,9 @@ MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "trust_remote_cod
 def model_options(command):
     """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
     for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
-                   click.option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's."),
+                   click.option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's."),
                    click.option("--compute-dtype", default="auto", show_default=True,
-                                help="float32, bfloat16 or float16 to compute in; auto: what is fast here."),
+                                help="fp32, bf16 or fp16 to compute in; auto: what is fast here."),
                    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")):
         command = option(command)
     return command

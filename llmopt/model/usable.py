@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.unfinished import check_finished
 
 CHECKED = 16        # tokens of the forward that tells whether a model computes numbers
 
@@ -16,6 +17,7 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
     streamed: its weights are elsewhere on purpose.
     """
     _check_wrapping(model)
+    check_finished(model)
     spec_of(model)
     if model.get_output_embeddings() is None:
         raise LlmoptError(f"{type(model).__name__} has no output head that predicts tokens; load the model with "

@@ -29,6 +29,7 @@ from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits
 from llmopt.quant.solver import Solver
 from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.processes import Ranks
+from llmopt.specs import Dtype
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
 Width = Annotated[int, Field(ge=2, le=8)] | Literal[16]
@@ -53,7 +54,7 @@ class Quantizer(Method):
     group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")
     symmetric: bool = Field(True, description="no zero points")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
-    scale_dtype: Literal["float16", "bfloat16", "float32"] | None = Field(None, description="null: the model's")
+    scale_dtype: Dtype | None = Field(None, description="null: the model's")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
     allocate: Allocation = Field("uniform", description="who decides the bits of each block")

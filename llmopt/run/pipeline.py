@@ -2,6 +2,8 @@
 import logging
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.forecast.memory import shard_bytes
-from llmopt.forecast.size import Prediction, predict
+from llmopt.forecast.size import UNCHANGED, Prediction, predict
 from llmopt.method import Method, Run
-from llmopt.model import skeleton, state
+from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
@@ -31,14 +33,15 @@ from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
 from llmopt.run.calibrating import load_batches
 from llmopt.run.foresight import Foresight
-from llmopt.run.marks import marks, written
-from llmopt.run.opening import Streaming, open_model
+from llmopt.run.marks import marks
+from llmopt.run.opening import Streaming, open_model, refuse_whole
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
 from llmopt.scale.stream import Streamed
+from llmopt.specs import DataSpec, ModelSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -66,7 +69,22 @@ def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
     let_save(model)
     with evaluating(model), computing(model):
         check_numbers(model)
-        return _apply(model, steps, run)
+        with _whole_or_refused(model):
+            return _apply(model, steps, run)
+
+
+@contextmanager
+def _whole_or_refused(model: nn.Module) -> Iterator[None]:
+    """Whatever ends the steps: a model that they have edited in part refuses to run, another one is as it was."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if done:
+            unfinished.finish(model)
+        elif not unfinished.abandon(model):
+            runtime.detach(model)
 
 
 def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
@@ -89,6 +107,8 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
+        if step.stage not in UNCHANGED:
+            unfinished.begin(model)
         report.records.append(describe(step, record))
         report.seconds[f"steps.{i} {step.name}"] = time.perf_counter() - start
         LOG.debug("%s: %s, %s", place, step.name, duration(time.perf_counter() - start))
@@ -123,14 +143,22 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
-    model, tokenizer, memory = open_model(recipe, journal, streaming)
+    room = streaming.room(recipe.model)
+    model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
-    batches = load_batches(recipe, model, tokenizer, Sampler(model, tokenizer, ranks, progress))
-    made_from = marks(recipe, batches, streaming)
-    with journal.opened(made_from | {"computes in": str(compute_type(model))}):
+    refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
+    sampler = Sampler(model, tokenizer, ranks, progress)
+    batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
+    if batches:
+        LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
+    made_from = marks(recipe.model, recipe.steps, batches, streaming.blocks)
+    with journal.opened({"recipe": recipe.resolved(), **made_from, "computes in": str(compute_type(model))}):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
-        predicted = foresee(recipe, model, run)
-        sight = Foresight(progress, gauge, model, saving(recipe, model, predicted, streamed)) if gauge else None
+        predicted = predict(model, list(recipe.steps), recipe.format, run)
+        saving = predicted.saving
+        if streamed:
+            saving = streamed_saving(model, recipe.model, predicted, recipe.max_shard_size)
+        sight = Foresight(progress, gauge, model, saving) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
@@ -139,7 +167,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds, sight.peak if sight else 0)
-        report.made_from = written(made_from)
+        report.made_from = made_from
 
         def finish(stage: Path) -> None:
             total = time.perf_counter() - clock
@@ -158,27 +186,19 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     return report
 
 
-def foresee(recipe: Recipe, model: nn.Module, run: Run) -> Prediction:
-    """What the run to come makes, and how large it will be."""
-    return predict(model, list(recipe.steps), recipe.format, run)
+def streamed_saving(model: nn.Module, spec: ModelSpec, told: Prediction, max_shard_size: str) -> int:
+    """Bytes of memory that writing and verifying a streamed checkpoint takes on top of what the steps leave."""
+    own = skeleton.converted(model, local_folder(spec))
+    return shard_bytes(told.tensors, own, shards.size_of(max_shard_size))
 
 
-def saving(recipe: Recipe, model: nn.Module, told: Prediction, streamed: bool) -> int:
-    """Bytes of memory that writing and verifying the checkpoint will take on top of what the steps leave."""
-    if not streamed:
-        return told.saving
-    own = skeleton.converted(model, local_folder(recipe.model))
-    return shard_bytes(told.tensors, own, shards.size_of(recipe.max_shard_size))
-
-
-def score_heads(recipe: Recipe, progress: Progress = silent,
+def score_heads(spec: ModelSpec, step: Method, source: DataSpec, progress: Progress = silent,
                 ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
-    """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
-    step, = recipe.steps
-    model, tokenizer = load_dense(recipe.model)
-    choose(model, recipe.model.compute_dtype, recipe.model.device, ranks.agree)
-    batches = load_batches(recipe, model, tokenizer, Sampler(model, tokenizer, ranks, progress))
-    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
+    """(scores [L][H], what is known about them) by a method of head scores; nothing is written."""
+    model, tokenizer = load_dense(spec)
+    choose(model, spec.compute_dtype, spec.device, ranks.agree)
+    batches = load_batches(source.of(spec.id), [step], spec, Sampler(model, tokenizer, ranks, progress))
+    run = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name), computing(model):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmopt.errors import naming
+from llmopt.model import unfinished
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.outside import Outside
 from llmopt.model.stored import rebuilt, stored
@@ -23,17 +24,21 @@ KEPT = "kept"               # where a loop over the blocks has its number: what 
 class Memory:
     """All weights in memory while steps run. `Streamed` brings in one block at a time instead."""
 
+    edits = False               # True in the memory of a loop that edits blocks
+
     def begin(self, step: int) -> None:
         """The step that is about to run."""
 
     @property
     def reading(self) -> "Memory":
         """This memory, read-only, for a loop that changes no weight: blocks are not written back."""
-        return self
+        return Memory()
 
     def editing(self, again: bool = False) -> "Memory":
         """This memory for one loop that edits blocks; each is committed. again: none is, a resumed run repeats it."""
-        return self
+        twin = copy.copy(self)
+        twin.edits = True
+        return twin
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `compute`, plain JSON data; computed once, even if the run is cut off and resumed."""
@@ -54,11 +59,15 @@ class Memory:
         With edits they can be changed, a tied head given a weight of its own, and what they became is kept like a
         block. See llmopt.model.outside.Outside.
         """
+        if edits:
+            unfinished.begin(model)
         yield
 
     @contextmanager
     def block(self, model, index: int) -> Iterator[None]:
         """Inside, the weights of one block can be used and changed."""
+        if self.edits:
+            unfinished.begin(model)
         yield
 
     def keeper(self) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,50 @@
+"""What the Python interface promises around a call: errors, and the model after one."""
+import copy
+
+import pytest
+import torch
+
+import llmopt
+from llmopt.attention import AShape
+from llmopt.errors import LlmoptError
+from llmopt.kv import SnapKV
+from llmopt.quant import RTN
+from tests import tiny
+
+
+def test_bad_input_is_a_value_error():
+    for wrong in (lambda: RTN(bits=9), lambda: RTN(bit=4), lambda: llmopt.get("quant.rnt"),
+                  lambda: llmopt.load("/none")):
+        with pytest.raises(ValueError, match=r"bits|quant\.rtn|none"):
+            wrong()
+
+
+def interrupting(items, label):
+    """A progress that is interrupted at the second block."""
+    for index, item in enumerate(items):
+        if index:
+            raise KeyboardInterrupt
+        yield item
+
+
+def test_a_model_left_half_edited_refuses_by_name(tmp_path):
+    model = tiny.make("llama")
+    with pytest.raises(KeyboardInterrupt):
+        llmopt.compress(model, [RTN(group_size=16)], progress=interrupting)
+    for use in (lambda: model(tiny.ids()), lambda: model.generate(tiny.ids(), max_new_tokens=2),
+                lambda: llmopt.save(model, tmp_path / "a"), lambda: model.save_pretrained(tmp_path / "b"),
+                lambda: llmopt.compress(model, [RTN()]), lambda: copy.deepcopy(model)(tiny.ids())):
+        with pytest.raises(LlmoptError, match="half-edited; load it again"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_step_has_edited_is_as_it_was():
+    model = tiny.make("llama")
+    before = model(tiny.ids()).logits
+    for steps in ([RTN(group_size=48)], [AShape(min_length=0), SnapKV(ratio=0.5, allocate="heads", heads="none.json")]):
+        with pytest.raises(LlmoptError):
+            llmopt.compress(model, steps, progress=interrupting)
+        assert torch.equal(model(tiny.ids()).logits, before)
+    llmopt.compress(model, [RTN(group_size=16)])
+    assert model(tiny.ids()).logits.isfinite().all()
