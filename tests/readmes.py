@@ -97,7 +97,8 @@ def furnish(folder: Path) -> None:
     text = perplexity_text(40, 60)
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(text))
     tokenizer = tiny.tokenizer(text)
-    tiny.make("llama", vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(folder / "model")
+    model = tiny.make("llama", vocab_size=len(tokenizer), intermediate_size=128, max_position_embeddings=1024)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, content in FILES.items():
         (folder / name).write_text(content)
