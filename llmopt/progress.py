@@ -1,4 +1,4 @@
-"""Progress of loops, estimates of the time that is left, and clocks."""
+"""Progress of loops, estimates of the time that is left, clocks, and figures in words."""
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +11,15 @@ Progress = Callable[[Iterable, str], Iterable]
 def silent(items: Iterable, label: str) -> Iterable:
     """The progress that shows nothing."""
     return items
+
+
+def human(size: float) -> str:
+    """1234567 -> "1.23 MB" (powers of ten, as disks and hubs count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
-"""The README's table of architectures, read back: what is refused there, and why."""
+"""The table of architectures in llmopt/model/README.md, read back: what is refused there, and why."""
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "llmopt/model/README.md"
 HEADING = "## Architectures"
 
 

@@ -1,4 +1,4 @@
-"""The README's table of architectures is what happens; and configs as they are found in the wild survive a recipe."""
+"""The table of architectures is what happens; and configs as they are found in the wild survive a recipe."""
 import copy
 import json
 

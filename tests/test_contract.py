@@ -1,7 +1,7 @@
 """The contract, over every registered method and architecture: it changes something, comes back, repeats itself.
 
 By default every method runs on three architectures and every architecture under one method; --full runs all pairs. What
-an architecture refuses is read from the README's table, which test_architectures.py holds to the truth.
+an architecture refuses is read from the table in llmopt/model/README.md, which test_architectures.py holds true.
 """
 import dataclasses
 import importlib

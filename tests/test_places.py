@@ -187,21 +187,25 @@ def test_an_empty_folder_and_a_link_to_one_are_outputs(tmp_path):
         prepare_output(Path("~nobody-of-this-name/out"), None, overwrite=False)
 
 
-def test_an_interrupted_removal_can_be_gone_on_with(tmp_path, monkeypatch):
-    for name in ("journal", "lock", "step-0/0-0.safetensors", "step-1/0-0.safetensors"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    plain, gone = Path.unlink, []
+@pytest.mark.parametrize("when", range(9))
+def test_a_removal_cut_off_anywhere_can_be_gone_on_with(tmp_path, monkeypatch, when):
+    work = tmp_path / "out.llmopt-work"
+    for name in ("journal", "lock", "step-0/0-0.safetensors", "step-1/0-0.safetensors", "output/README.md"):
+        (work / name).parent.mkdir(exist_ok=True, parents=True)
+        (work / name).write_text("")
+    left = iter(range(when))
 
-    def cut(self, *args, **kwargs):
-        gone.append(self.name)
-        if len(gone) == 3:
-            raise KeyboardInterrupt
-        plain(self, *args, **kwargs)
+    def cut(plain):
+        def act(place, *args, **kwargs):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            plain(place, *args, **kwargs)
+        return act
 
-    monkeypatch.setattr(Path, "unlink", cut)
-    with pytest.raises(KeyboardInterrupt):
-        own.remove(tmp_path, OWN)
-    assert not own.foreign(tmp_path, OWN) and {"journal", "lock"} & {p.name for p in tmp_path.iterdir()}
-    own.remove(tmp_path, OWN)
-    assert not tmp_path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut(Path.unlink))
+        patch.setattr(os, "rmdir", cut(os.rmdir))
+        with pytest.raises(KeyboardInterrupt):
+            own.remove(work, OWN)
+    Journal(work).remove()
+    assert not work.exists()

@@ -53,7 +53,7 @@ def test_it_holds_the_packages_the_data_and_the_licence_and_nothing_else(wheel):
     tracked = [path.relative_to(ROOT / base) for base in ("kernels", "evals", ".") for path in
                (ROOT / base / {"kernels": "llmopt_kernels", "evals": "llmopt_evals", ".": "llmopt"}[base]).rglob("*")
                if path.is_file() and "__pycache__" not in path.parts]
-    expected = {str(p) for p in tracked} | {f"llmopt/recipes/{p.name}" for p in (ROOT / "recipes").glob("*.yaml")}
+    expected = {str(p) for p in tracked} | {f"llmopt/recipes/{p.name}" for p in (ROOT / "recipes").iterdir()}
     facts = {name for name in names if ".dist-info/" in name}
     assert set(names) - facts == expected
     assert "llmopt_evals/world/reference/model.safetensors" in expected

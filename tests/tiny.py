@@ -2,6 +2,7 @@
 import copy
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,6 +15,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -70,3 +72,12 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, norms: 
 def ids(rows: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
     """Token ids [rows, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
+    """500 tokens that can say everything, bytes and what is frequent in the lines."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"],
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

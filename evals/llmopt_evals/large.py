@@ -32,7 +32,6 @@ from llmopt.model.architectures import SPECS
 from llmopt.model.codes import unpacked
 from llmopt.model.computing import choose, convert
 from llmopt.model.loading import load_model, read_config, resolve
-from llmopt.recipe.reader import Recipe
 from llmopt.scale.available import available
 from llmopt.specs import ModelSpec
 
@@ -93,15 +92,17 @@ def _with_tokenizer(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def obstacle(recipe: Recipe, output: Path) -> str | None:
-    """Why a run's models could not be scored in the end: larger than memory, and than what is free on the disk."""
-    source = Path(resolve(recipe.model.id))
-    if recipe.model.device != "cpu" or not source.is_dir():
+def obstacle(model: ModelSpec, output: Path, packed: bool) -> str | None:
+    """Why a run's models could not be scored in the end: larger than memory, and than what is free on the disk.
+
+    packed: the output will be.
+    """
+    source = Path(resolve(model.id))
+    if model.device != "cpu" or not source.is_dir():
         return None
-    size = memory_bytes(source, recipe.model.dtype)
+    size = memory_bytes(source, model.dtype)
     if size <= available():
         return None
-    packed = recipe.format != "dense" and any(step.stage == "quant" for step in recipe.steps)
     return _too_full(source, size if _has_experts(source) else 0) or _too_full(output, size if packed else 0)
 
 

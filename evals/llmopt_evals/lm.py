@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llmopt import runtime
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import blocks
-from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
-from llmopt_evals.batching import batch_tokens, batches
+from llmopt_evals.batching import batch_tokens, batches, cache_bytes
 from llmopt_evals.readout import Readout
 from llmopt_evals.world import speaks_world, split_context
 from llmopt_evals.world.words import ID
@@ -199,11 +197,6 @@ def up_to(part: str, context: str) -> str:
 def common(one: list[int], other: list[int]) -> int:
     """The number of tokens that two lists begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def cache_bytes(model: nn.Module) -> int:
-    """Bytes that the cache of a supported model takes for each token before anything is dropped."""
-    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def fingerprint(lm: HFLM) -> str:

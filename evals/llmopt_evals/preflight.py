@@ -3,11 +3,9 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.model.loading import load_tokenizer, read_config, resolve
-from llmopt.recipe.reader import Recipe
-from llmopt.specs import ModelSpec
+from llmopt.specs import EvalSpec, ModelSpec
 from llmopt_evals.asking import Asking, check_asking, check_templates
 from llmopt_evals.evaluate import FOR_ANY, asked_by, foreign_tasks, prepared, refuse_foreign, task_manager
-from llmopt_evals.large import obstacle
 
 
 def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None,
@@ -24,37 +22,35 @@ def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None,
         prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text), asking.include_path)
 
 
-def agreed_tasks(recipe: Recipe, output: Path) -> tuple[list[str], list[str]]:
+def agreed_tasks(spec: ModelSpec, wanted: EvalSpec, output: Path, named: bool = False) -> tuple[list[str], list[str]]:
     """(tasks that the run will end in, what to say about those that it will not).
 
     Tasks of the embedded world are left out for a model of another vocabulary, so that a packaged recipe runs on any
-    model; named in --set eval.tasks, they are an error.
+    model; where the user has named the tasks, they are an error. output: the checkpoint to be scored later.
     Raises LlmoptError for an unknown task, and one whose data or text cannot be had.
     """
-    tasks, spec = recipe.eval.tasks, recipe.model
+    tasks = wanted.tasks
     if not tasks:
         return [], []
     _, config = read_config(spec)
     task_manager(tasks, spec.trust_remote_code)
-    if fact := obstacle(recipe, output):
-        return [], [f"not scored: {fact}. Later: {later(recipe, output, tasks)}"]
     tokenizer = tokenizer_of(spec)
     if tokenizer is None:
         return [], [f"not scored: {spec.id} has no tokenizer, and lm-eval needs one"]
-    if any(change.startswith("eval.tasks=") for change in recipe.changes):
+    if named:
         refuse_foreign(tasks, tokenizer)
     foreign = foreign_tasks(tasks, tokenizer)
     notes = [f"not scored: {', '.join(foreign)}, written in the vocabulary of llmopt/reference; this model has another"
              f". Instead: --set eval.tasks=[{FOR_ANY}] --set eval.text=FILE, or later: "
-             f"{later(recipe, output, FOR_ANY.split(','))} --text FILE"] if foreign else []
+             f"{later(spec, output, FOR_ANY.split(','))} --text FILE"] if foreign else []
     left = [task for task in tasks if task not in foreign]
-    prepared(left, spec.trust_remote_code, asked_by(config, tokenizer, recipe.eval.text))
+    prepared(left, spec.trust_remote_code, asked_by(config, tokenizer, wanted.text))
     return left, notes
 
 
-def later(recipe: Recipe, output: Path, tasks: list[str]) -> str:
+def later(model: ModelSpec, output: Path, tasks: list[str]) -> str:
     """The command that scores a finished checkpoint beside the model it was made of."""
-    return f"llmopt eval {output} --tasks {','.join(tasks)} --compare {recipe.model.id}"
+    return f"llmopt eval {output} --tasks {','.join(tasks)} --compare {model.id}"
 
 
 def tokenizer_of(spec: ModelSpec) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llmopt.errors import one_line
 from llmopt.parts import default_of, field_lines, fields_of, get, names, plain
-from llmopt.progress import duration
+from llmopt.progress import duration, human
 from llmopt.scale.launch import is_main
 
 ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
@@ -93,15 +93,6 @@ def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) ->
 
 def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, default=str))
-
-
-def human(size: float) -> str:
-    """1234567 -> "1.23 MB" (powers of ten, as disks and hubs count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
 
 
 def show_result(facts: dict[str, Any], output: Path, as_json: bool) -> None:

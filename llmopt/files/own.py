@@ -56,12 +56,19 @@ def foreign(folder: Path, known: re.Pattern) -> list[str]:
 def remove(folder: Path, known: re.Pattern) -> None:
     """Delete the entries that `known` names, and the folders that are empty then; all others stay.
 
-    What proves a folder to be llmopt's goes last: an interrupted removal can be gone on with.
+    What proves a folder to be llmopt's goes last, when no other folder is left in it: a removal that is interrupted
+    anywhere can be gone on with.
     """
-    for name in sorted(entries(folder), key=PROOFS.__contains__):
-        place = folder / name
-        if known.fullmatch(name) and not (place.is_dir() and not place.is_symlink()):
-            place.unlink(missing_ok=True)
+    names = [name for name in entries(folder) if known.fullmatch(name)]
+    _delete(folder, [name for name in names if name not in PROOFS])
+    _delete(folder, [name for name in names if name in PROOFS])
+
+
+def _delete(folder: Path, names: list[str]) -> None:
+    """Delete these files and links of a folder, and every folder that is empty then."""
+    for name in names:
+        if not (folder / name).is_dir() or (folder / name).is_symlink():
+            (folder / name).unlink(missing_ok=True)
     for home, _, _ in os.walk(folder, topdown=False):
         if not os.listdir(home):
             os.rmdir(home)

@@ -4,6 +4,7 @@ Sizes follow from shapes. Time and memory are measured: each step works on the m
 recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
 is gone afterwards. The other blocks take as long, and leave as much behind.
 """
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
 from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
-from llmopt.forecast.size import Prediction
+from llmopt.forecast.sampling import Foretaste
+from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import Method, Run
 from llmopt.model import state
@@ -29,13 +31,15 @@ from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
-from llmopt.run.opening import Streaming, cut_short, open_model
-from llmopt.run.pipeline import foresee, load_batches, saving
+from llmopt.run.calibrating import load_batches
+from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
+from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
 from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal, checksum
 from llmopt.scale.stream import Streamed
+from llmopt.specs import ModelSpec
 
 INFLATED = 3        # a byte of a weight that is packed, and inflated to be verified, takes the time of so many others
 
@@ -45,14 +49,22 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
     free = available()
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
         watch = Watch()
-        model, tokenizer, memory = open_model(recipe, Journal(Path(folder)), streaming)
-        run = Run(load_batches(recipe, model, tokenizer), seed=recipe.seed, tokenizer=tokenizer, memory=memory)
-        told, dense = foresee(recipe, model, run), shards.file_bytes(state.plain_state(model))
-        rehearsal = Rehearsal(recipe, model, run, told, gauge)
+        room = streaming.room(recipe.model)
+        model, tokenizer, memory = open_model(recipe.model, recipe.format, Journal(Path(folder)), streaming)
+        streamed = isinstance(memory, Streamed)
+        refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
+        sampler = Foretaste(model, tokenizer)
+        batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
+        run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory)
+        told = predict(model, list(recipe.steps), recipe.format, run)
+        dense = shards.file_bytes(state.plain_state(model))
+        rehearsal = Rehearsal(recipe.steps, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")
+        if sampler.spent.high:
+            rehearsal.times.add("sampling calibration rows", sampler.spent, "first tokens of them, measured")
         with computing(model):
-            rehearsal.play()
-    streamed, peaks, seconds = isinstance(memory, Streamed), rehearsal.peaks, rehearsal.times
+            rehearsal.play(recipe.model, recipe.format, recipe.max_shard_size)
+    peaks, seconds = rehearsal.peaks, rehearsal.times
     highest = max(peaks, key=lambda peak: peak.private)
     return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": highest.private, "available_memory": free,
@@ -67,8 +79,8 @@ class Rehearsal:
     what it was seen to take, and that.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
-        self.recipe, self.model, self.run, self.told, self.gauge = recipe, model, run, told, gauge
+    def __init__(self, steps: Sequence[Method], model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
+        self.steps, self.model, self.run, self.told, self.gauge = steps, model, run, told, gauge
         self.streamed = isinstance(run.memory, Streamed)
         self.elsewhere, self.times, self.peaks = 0, Times(), []
 
@@ -77,10 +89,10 @@ class Rehearsal:
         self.times.add(part, spent, origin)
         self.peaks.append(Peak(part, self.gauge.lap().private + self.elsewhere + more))
 
-    def play(self) -> None:
-        """All parts but loading."""
-        model, steps = self.model, list(enumerate(self.recipe.steps))
-        self.note("checksums of the model", *_summing(weight_files(local_folder(self.recipe.model))))
+    def play(self, spec: ModelSpec, format: str, max_shard_size: str) -> None:
+        """Note all parts but loading; format, max_shard_size: of the checkpoint."""
+        model, steps = self.model, list(enumerate(self.steps))
+        self.note("checksums of the model", *_summing(weight_files(local_folder(spec))))
         self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")
@@ -97,7 +109,12 @@ class Rehearsal:
                 if self.told.takes_parts(i) == last:
                     self._one_block(i, step, forwards, copies if step.needs_whole else 0)
             if not last:
-                self._save(weights)
+                spent = self._saved(weights, format, max_shard_size)
+                if self.streamed:
+                    more = streamed_saving(model, spec, self.told, max_shard_size)
+                else:
+                    more = self._inflated(format)
+                self.note("save and verify", spent, "of one block, measured; the others by their bytes", more)
 
     def _score_whole(self, index: int, step: Method) -> None:
         """A score of the whole model: its largest batch, all others by their tokens; probes all of them."""
@@ -131,8 +148,8 @@ class Rehearsal:
 
     def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:
         """The time a step takes; parts: it removes whole parts of the model, which one block may not have to spare."""
-        run.ahead = self.recipe.steps[index + 1:]
-        run.memory.begin(len(self.recipe.steps) + index)        # what was decided for all blocks is not for this one
+        run.ahead = self.steps[index + 1:]
+        run.memory.begin(len(self.steps) + index)        # what was decided for all blocks is not for this one
         watch = Watch()
         with naming(f"steps.{index} {step.name}"):
             if step.needs_data and not run.batches:
@@ -141,26 +158,22 @@ class Rehearsal:
                 step.apply(self.model, run)
         return watch.read()
 
-    def _save(self, dense: list[int]) -> None:
-        """Saving and verifying the block, and the others by their bytes; dense: see _block_bytes."""
-        folder, memory = self.run.memory.journal.folder / "saved", self.run.memory
-        format, packing = self.recipe.format, state.packs(self.model, self.recipe.format)
-        spent = timed(lambda: checkpoint.save(self.model, folder, recipe=self.recipe, format=format,
-                                              max_shard_size=self.recipe.max_shard_size,
-                                              weights=StreamedWeights(self.model, memory) if self.streamed else None))
+    def _saved(self, dense: list[int], format: str, max_shard_size: str) -> Span:
+        """The time of saving and verifying the block, and the others by their bytes; dense: see _block_bytes."""
+        folder = self.run.memory.journal.folder / "saved"
+        weights = StreamedWeights(self.model, self.run.memory) if self.streamed else None
+        slow = INFLATED if state.packs(self.model, format) else 1
+        spent = timed(lambda: checkpoint.save(self.model, folder, format=format, max_shard_size=max_shard_size,
+                                              weights=weights))
         rest, *layers = dense
-        slow = INFLATED if packing else 1
         scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
         if self.streamed:                       # compared as bytes
             scale = self.told.bytes / shards.written_bytes(folder)
-        self.note("save and verify", spent * scale, "of one block, measured; the others by their bytes",
-                  self._saving_more(packing))
+        return spent * scale
 
-    def _saving_more(self, packing: bool) -> int:
+    def _inflated(self, format: str) -> int:
         """Bytes that saving takes for the blocks that are not there: in memory, what the fresh model inflates."""
-        if self.streamed:
-            return saving(self.recipe, self.model, self.told, streamed=True)
-        inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if packing else 0
+        inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
 
 

@@ -1,5 +1,6 @@
 """What makes two runs the same, so that only such a run goes on with another's work or takes its output for its own."""
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,34 @@ from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError
 from llmopt.files import own
 from llmopt.files.hub import companion
+from llmopt.method import Method
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.recipe.reader import Recipe
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import checksum, difference
+from llmopt.specs import ModelSpec
 
 READ = re.compile(rf"config\.json|generation_config\.json|[^/]+\.safetensors|{own.TOKENIZER}")
 
 
-def marks(recipe: Recipe, batches: list[data.Batch] | None, streaming: Streaming) -> dict[str, Any]:
-    """Recipe, the model's files, data, seeds and versions; not whether the run is streamed."""
-    read = {name: _mark(Path(name).expanduser()) for step in recipe.steps for name in step.reads}
-    return {"recipe": recipe.resolved(), "files": _files(recipe), "blocks": streaming.blocks,
-            "data": data.fingerprint(batches) if batches else None, "versions": checkpoint.versions(),
-            **({"steps read": read} if read else {})}
+def marks(model: ModelSpec, steps: Sequence[Method], batches: list[data.Batch] | None,
+          blocks: int | None) -> dict[str, Any]:
+    """The model's files, data and versions, which with the recipe make a run; not whether it is streamed.
+
+    blocks: how many the run stops after, None for all.
+    """
+    read = {name: _mark(Path(name).expanduser()) for step in steps for name in step.reads}
+    return {"files": _files(model), "blocks": blocks, "data": data.fingerprint(batches) if batches else None,
+            "versions": checkpoint.versions(), **({"steps read": read} if read else {})}
 
 
-def _files(recipe: Recipe) -> dict[str, list[int]]:
+def _files(model: ModelSpec) -> dict[str, list[int]]:
     """[bytes, CRC-32] of every file that the output is made from: weights, configs, tokenizer.
 
     Of the hub's cache config and weights alone: all its files are of one commit, fetched as they are needed.
     """
-    source = resolve(recipe.model.id)
-    home = companion(source, "config.json", recipe.model.revision).parent
+    source = resolve(model.id)
+    home = companion(source, "config.json", model.revision).parent
     found = [*home.iterdir(), *home.glob("additional_chat_templates/*")] if Path(source).is_dir() else \
         [home / "config.json", *home.glob("*.safetensors")]
     names = {file.relative_to(home).as_posix(): file for file in sorted(found)}
@@ -56,15 +62,14 @@ def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming()
         return False
     _, config = read_config(recipe.model)
     tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
-    wanted = any(step.needs_data for step in recipe.steps)
+    made_from, sampled = facts.get("made_from"), recipe.data.name == "self"
+    wanted = any(step.needs_data for step in recipe.steps) and not sampled
     batches = data.load(recipe.data, config, tokenizer) if wanted else None
-    found = difference(facts.get("made_from"), written(marks(recipe, batches, streaming)))
+    expected = marks(recipe.model, recipe.steps, batches, streaming.blocks)
+    if sampled:                 # its rows follow from files, recipe and versions, which are compared
+        expected["data"] = (made_from or {}).get("data")
+    found = difference(made_from, expected)
     if found and not overwrite:
         raise LlmoptError(f"{output}: is finished, and was made from something else: {found}; give --overwrite to "
                           "replace it, or another output")
     return found is None
-
-
-def written(made_from: dict[str, Any]) -> dict[str, Any]:
-    """The marks that llmopt.json keeps under `made_from`; recipe and versions have places of their own in there."""
-    return {key: value for key, value in made_from.items() if key != "recipe"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
@@ -30,15 +31,17 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.calibrating import load_batches
 from llmopt.run.foresight import Foresight
-from llmopt.run.marks import marks, written
-from llmopt.run.opening import Streaming, open_model
+from llmopt.run.marks import marks
+from llmopt.run.opening import Streaming, open_model, refuse_whole
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal
 from llmopt.scale.processes import Ranks
 from llmopt.scale.stream import Streamed
+from llmopt.specs import DataSpec, ModelSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -140,14 +143,22 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
-    model, tokenizer, memory = open_model(recipe, journal, streaming)
+    room = streaming.room(recipe.model)
+    model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
-    batches = load_batches(recipe, model, tokenizer)
-    made_from = marks(recipe, batches, streaming)
-    with journal.opened(made_from | {"computes in": str(compute_type(model))}):
+    refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
+    sampler = Sampler(model, tokenizer, ranks, progress)
+    batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
+    if batches:
+        LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
+    made_from = marks(recipe.model, recipe.steps, batches, streaming.blocks)
+    with journal.opened({"recipe": recipe.resolved(), **made_from, "computes in": str(compute_type(model))}):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
-        predicted = foresee(recipe, model, run)
-        sight = Foresight(progress, gauge, model, saving(recipe, model, predicted, streamed)) if gauge else None
+        predicted = predict(model, list(recipe.steps), recipe.format, run)
+        saving = predicted.saving
+        if streamed:
+            saving = streamed_saving(model, recipe.model, predicted, recipe.max_shard_size)
+        sight = Foresight(progress, gauge, model, saving) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
         report = _compress(model, list(recipe.steps), run)
@@ -156,7 +167,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
         report.seconds = {"load": loaded, **report.seconds}
         report.predict(predicted, pace.seconds, sight.peak if sight else 0)
-        report.made_from = written(made_from)
+        report.made_from = made_from
 
         def finish(stage: Path) -> None:
             total = time.perf_counter() - clock
@@ -175,36 +186,19 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     return report
 
 
-def load_batches(recipe: Recipe, model: nn.Module, tokenizer: Any) -> list[data.Batch] | None:
-    """The calibration data, if a step asks for it."""
-    if not any(step.needs_data for step in recipe.steps):
-        return None
-    batches = data.load(recipe.data, model.config, tokenizer)
-    LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
-    return batches
+def streamed_saving(model: nn.Module, spec: ModelSpec, told: Prediction, max_shard_size: str) -> int:
+    """Bytes of memory that writing and verifying a streamed checkpoint takes on top of what the steps leave."""
+    own = skeleton.converted(model, local_folder(spec))
+    return shard_bytes(told.tensors, own, shards.size_of(max_shard_size))
 
 
-def foresee(recipe: Recipe, model: nn.Module, run: Run) -> Prediction:
-    """What the run to come makes, and how large it will be."""
-    return predict(model, list(recipe.steps), recipe.format, run)
-
-
-def saving(recipe: Recipe, model: nn.Module, told: Prediction, streamed: bool) -> int:
-    """Bytes of memory that writing and verifying the checkpoint will take on top of what the steps leave."""
-    if not streamed:
-        return told.saving
-    own = skeleton.converted(model, local_folder(recipe.model))
-    return shard_bytes(told.tensors, own, shards.size_of(recipe.max_shard_size))
-
-
-def score_heads(recipe: Recipe, progress: Progress = silent,
+def score_heads(spec: ModelSpec, step: Method, source: DataSpec, progress: Progress = silent,
                 ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
-    """(scores [L][H], what is known about them) of a recipe whose one step is a head score; nothing is written."""
-    step, = recipe.steps
-    model, tokenizer = load_dense(recipe.model)
-    choose(model, recipe.model.compute_dtype, recipe.model.device, ranks.agree)
-    batches = data.load(recipe.data, model.config, tokenizer) if step.needs_data else None
-    run = Run(batches=batches, seed=recipe.seed, progress=progress, tokenizer=tokenizer, ranks=ranks)
+    """(scores [L][H], what is known about them) by a method of head scores; nothing is written."""
+    model, tokenizer = load_dense(spec)
+    choose(model, spec.compute_dtype, spec.device, ranks.agree)
+    batches = load_batches(source.of(spec.id), [step], spec, Sampler(model, tokenizer, ranks, progress))
+    run = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name), computing(model):
         record = step.apply(model, run)
     return run.scores[step.name], record.meta

@@ -4,8 +4,6 @@ import torch
 from llmopt_evals import needles
 from llmopt_evals.evaluate import evaluate, figures
 from llmopt_evals.needles import Plan, Writer, asked, fact, plant, rows
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import llmopt
 from llmopt.errors import LlmoptError
@@ -17,13 +15,9 @@ OPTIONS = {"lengths": [220], "documents": 2, "needles": 3}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     lines = [TEXT, *(fact("amber falcon", code) + asked("amber falcon", form) for code in (1234, 5678)
                      for form in needles.LEAD)]
-    own.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"],
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return tiny.tokenizer(lines)
 
 
 @pytest.fixture(scope="module")
