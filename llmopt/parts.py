@@ -6,6 +6,7 @@ type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt
 import functools
 import importlib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -278,8 +279,15 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     given = fact["input"]
     if isinstance(given, float) and not math.isfinite(given):
         return FieldError(place, given, "a finite number")
-    tail = closest(given, typing.get_args(hint)) if isinstance(given, str) else ""
-    return FieldError(place, given, wanted(hint, metadata), tail)
+    return FieldError(place, given, wanted(hint, metadata), _hint(given, hint) if isinstance(given, str) else "")
+
+
+def _hint(given: str, hint: Any) -> str:
+    """A tail for text where something else is expected: the word that was meant, or the number."""
+    inside = typing.get_args(hint)
+    if re.fullmatch(r"-?\d+(\.\d+)?", given) and {int, float} & {hint, *inside}:
+        return f"; without quotes: {given}"
+    return closest(given, inside)
 
 
 def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, Any]:

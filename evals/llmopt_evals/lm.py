@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llmopt import runtime
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import blocks
-from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
-from llmopt_evals.batching import batch_tokens, batches
+from llmopt_evals.batching import batch_tokens, batches, cache_bytes
 from llmopt_evals.readout import Readout
 from llmopt_evals.world import speaks_world, split_context
 from llmopt_evals.world.words import ID
@@ -63,7 +61,8 @@ class LlmoptLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Score]:
-        self._contexts = [r.doc.get(CONTEXT) if isinstance(r.doc, dict) else None for r in requests]
+        self._contexts = [r.doc.get(CONTEXT) and up_to(r.doc[CONTEXT], r.args[0]) if isinstance(r.doc, dict) else None
+                          for r in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
@@ -182,14 +181,22 @@ class LlmoptLM(HFLM):
         return super().get_model_info() | {"llmopt": runtime.runtime_config(self.model)}
 
 
+def up_to(part: str, context: str) -> str:
+    """The context up to the end of `part`, which a chat template and few-shot examples may stand in front of.
+
+    Templates take away the space around a message. Raises LlmoptError where they have changed more than that.
+    """
+    if context.startswith(part):
+        return part
+    place = context.rfind(part.strip())
+    if place < 0:
+        raise LlmoptError("the chat template changes the text whose cache is to be compressed; ask without it")
+    return context[:place + len(part.strip())]
+
+
 def common(one: list[int], other: list[int]) -> int:
     """The number of tokens that two lists begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def cache_bytes(model: nn.Module) -> int:
-    """Bytes that the cache of a supported model takes for each token before anything is dropped."""
-    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def fingerprint(lm: HFLM) -> str:

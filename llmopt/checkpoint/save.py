@@ -21,7 +21,7 @@ from llmopt.checkpoint.older import keep_tokenizer_class, with_rotary_names
 from llmopt.checkpoint.origin import origin
 from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.checkpoint.verify import verify
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, naming_arguments
 from llmopt.files import own, shards
 from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
@@ -57,6 +57,7 @@ class Weights:
         verify(stage, self.model)
 
 
+@naming_arguments
 def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
          recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
          finish: Callable[[Path], None] | None = None, weights: Weights | None = None,
@@ -199,7 +200,9 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not belong into a JSON file")
 
 
-def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
-    """(model, tokenizer or None) of a checkpoint, its runtime parts attached; LlmoptError for damaged files."""
-    name = str(dtype).removeprefix("torch.")
-    return load_model(ModelSpec(id=str(folder), dtype=None if name == "auto" else name, device=device))
+@naming_arguments
+def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu",
+         revision: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """(model, tokenizer or None) of a folder or hub name, runtime parts attached; LlmoptError for damaged files."""
+    return load_model(ModelSpec(id=str(folder), dtype=None if dtype == "auto" else dtype, device=str(device),
+                                revision=revision, trust_remote_code=trust_remote_code))

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llmopt.cli import log
+from llmopt.cli import completion, log
+from llmopt.cli.help import Command
 from llmopt.cli.log import LOG
-from llmopt.cli.options import ANEW, COUNT, FILE, JSON, TRUST, join
+from llmopt.cli.options import ANEW, COUNT, DATA, FILE, JSON, TRUST, join
+from llmopt.cli.plans import by_recipe, by_words, one_model
 from llmopt.errors import LlmoptError
 from llmopt.scale import launch
 
@@ -19,29 +21,58 @@ if TYPE_CHECKING:
     from llmopt.scale.processes import Ranks
 
 
-@click.command()
+EXAMPLES = ("llmopt compress MODEL --scheme W4A16 --output out",
+            "llmopt compress MODEL --bits 3.5 --output out           # on average over the blocks",
+            "llmopt compress MODEL --scheme W4A16 --method snapkv --set ratio=0.5 --output out",
+            "llmopt compress --recipe quickstart --output out        # all families on the embedded model",
+            "llmopt compress MODEL --scheme W4A16 --dry-run          # size, memory and time beforehand")
+GROUPS = {"What to do": ("scheme", "bits", "method", "group_size", "recipe_name", "sets"),
+          "Model": ("model_option", "dtype", "device", "revision", "trust_remote_code"),
+          "Calibration data": ("data", "samples", "length", "seed"),
+          "The run": ("output", "dry_run", "overwrite", "resume", "no_eval", "anew", "stream", "activation_memory",
+                      "max_blocks")}
+
+
+@click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
 @log.verbosity
-@click.option("--recipe", "recipe_name", required=True, help="A recipe file, or the name of a packaged one.")
+@click.argument("models", metavar="[MODEL]", nargs=-1, shell_complete=completion.models)
+@click.option("--scheme", help="W2A16 ... W8A16: weights of so many bits, activations as they are.")
+@click.option("--bits", type=float, help="2 to 8; a fraction such as 3.5 is an average over the blocks.")
+@click.option("--method", multiple=True, shell_complete=completion.methods,
+              help="quant.rtn, kv.snapkv, ..., or the last word of it; repeatable.  [default: quant.gptq]")
+@click.option("--group-size", type=int, help="Inputs that share a scale.  [default: 128, or what fits the model]")
+@click.option("--recipe", "recipe_name", help="A recipe file, or the name of a packaged one.",
+              shell_complete=completion.recipes)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE",
+              help="Set any key of the recipe, such as bits=3, steps.gptq.bits=3 or data.samples=64; repeatable.")
+@click.option("--model", "model_option", help="Another way to say MODEL; with --recipe it replaces the recipe's.")
+@click.option("--dtype", help="Load the model as fp32, bf16 or fp16.  [default: the checkpoint's]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cpu]")
+@click.option("--revision", help="Branch, tag or commit of a hub name.")
+@TRUST
+@DATA
+@click.option("--samples", type=COUNT, help="Rows of data.  [default: 128]")
+@click.option("--length", type=COUNT, help="Tokens of a row.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the data, and of every random draw.  [default: 0]")
 @click.option("--output", type=FILE, help="Folder for the compressed checkpoint.")
-@click.option("--model", help="Folder or hub name; replaces the recipe's model.id.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as steps.1.bits=3; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Plan, size, memory and time; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at --output.")
 @click.option("--resume", is_flag=True, help="Go on with a run of the same recipe that was cut off.")
-@click.option("--no-eval", is_flag=True, help="Skip the recipe's evaluation.")
+@click.option("--no-eval", is_flag=True, help="Do not score the dense and the compressed model.")
 @click.option("--stream/--no-stream", default=None, help="One block in memory at a time; default: if needed.")
 @click.option("--activation-memory", default="2GiB", show_default=True, help="Activations beyond it go to disk.")
 @click.option("--max-blocks", type=COUNT, help="Stream the first N blocks only, to measure; the output is no model.")
 @ANEW
-@TRUST
 @JSON
-def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_eval, stream, activation_memory,
-             max_blocks, anew, trust_remote_code, as_json) -> None:
-    """Apply a recipe to a model, write the checkpoint, verify it, score it."""
+def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite, resume, no_eval, stream,
+             activation_memory, max_blocks, anew, trust_remote_code, as_json, **words) -> None:
+    """Compress MODEL (a folder, a hub name or llmopt/reference), write the checkpoint, verify it, score it.
+
+    What to do is said in words, such as --scheme W4A16, or by a recipe.
+    """
     from llmopt.cli import tables
 
     tables.quiet_libraries()
-    from llmopt import recipe
     from llmopt.files.shards import size_of
     from llmopt.run import pipeline
     from llmopt.run.dry_run import dry_run as rehearsed
@@ -50,7 +81,9 @@ def compress(recipe_name, output, model, sets, dry_run, overwrite, resume, no_ev
     from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    plan = recipe.load(recipe_name, sets, model, trust_remote_code)
+    model = one_model((*models, *((model_option,) if model_option is not None else ())))
+    plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
+        by_words(model, sets, trust_remote_code, words)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)

@@ -31,6 +31,7 @@ class Recipe(Checked):
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
+        object.__setattr__(self, "data", self.data.of(self.model.id))       # frozen; what was used is written down
         if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
             raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
@@ -79,8 +80,17 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     if model is not None:
         data["model"] = _model_section(where, data) | {"id": model}
         changes = ["--model", model, *changes]
+    return _recipe(data, where, text, changes, trust_remote_code)
+
+
+def from_data(data: dict[str, Any], text: str = "", trust_remote_code: bool = False) -> Recipe:
+    """Build a Recipe from plain data, as `text` would hold it in YAML; errors name the key, as there is no line."""
+    return _recipe(data, Where("", {}), text, [], trust_remote_code)
+
+
+def _recipe(data: dict[str, Any], where: "Where", text: str, changes: list[str], trust_remote_code: bool) -> Recipe:
     if trust_remote_code:
-        data["model"] = _model_section(where, data) | {"trust_remote_code": True}
+        data = data | {"model": _model_section(where, data) | {"trust_remote_code": True}}
         changes = ["--trust-remote-code", *changes]
     elif isinstance(data.get("model"), dict) and data["model"].get("trust_remote_code"):
         raise where.error(("model", "trust_remote_code"), "model.trust_remote_code: a recipe cannot let code run; read "
@@ -103,13 +113,15 @@ def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Where:
-    """Turns a key path into FILE:LINE for messages."""
+    """Turns a key path into FILE:LINE for messages; source "": there is no file, so a message stands alone."""
 
     source: str
     lines: dict[KeyPath, int]
 
     def error(self, path: KeyPath, fact: str, key: str = "") -> LlmoptError:
         """An error at the line of `path`, or of the deepest place below it on the way to `key` (of a FieldError)."""
+        if not self.source:
+            return LlmoptError(fact)
         probe = path
         while probe and probe not in self.lines:
             probe = probe[:-1]
