@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
+from llmopt.files.json_shapes import finite
 from llmopt.files.shards import write_text
 from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
@@ -145,15 +146,26 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     return rows
 
 
+def errors(results: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(task, metric, standard error) of the figures that have one."""
+    return [(task, key.split(",")[0].removesuffix("_stderr"), float(value))
+            for task, values in results["results"].items() for key, value in values.items()
+            if key.split(",")[0].endswith("_stderr") and finite(value)]
+
+
 def write_results(results: dict[str, Any], path: Path, model: str) -> None:
     """The results of `model` as JSON, without what differs from run to run."""
-    from lm_eval.utils import handle_non_serializable
-
     kept = {k: v for k, v in results.items() if k not in PASSING}
     kept["config"] = kept["config"] | {"model": model}
     for config in kept.get("configs", {}).values():
         config.get("metadata", {}).pop(READER, None)
-    write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable) + "\n")
+    write_text(path, json.dumps(kept, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    from lm_eval.utils import handle_non_serializable  # seconds, which results without such values save
+
+    return handle_non_serializable(value)
 
 
 @contextmanager
