@@ -21,6 +21,8 @@ from llmopt_evals.world import speaks_world, tasks_path
 
 READER = "reader"                        # key of the metadata: a function that returns (tokenizer, longest input)
 FOR_ANY = "text_ppl,needles"             # what to score a model with that does not know the world
+DRAWS = 1000                             # for standard errors that have no formula, such as that of F1
+NO_FORKS = "DISABLE_MULTIPROC"          # lm-eval's variable
 PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")     # of lm-eval's results: not written
 
 
@@ -44,10 +46,22 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
     with there as (loaded, words):
         refuse_foreign(tasks, words)
         manager = prepared(tasks, trust, options | asked_by(loaded.config, words, text))
-        with _quiet(), _unsurveyed(), _naming(tasks), computing(loaded):
+        with _quiet(), _unsurveyed(), _in_this_process(), _naming(tasks), computing(loaded):
             lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
-            return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
+            return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=DRAWS,
                                    random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0)
+
+
+@contextmanager
+def _in_this_process():
+    """Standard errors by drawing again are computed here: lm-eval would fork, with the model and all its threads."""
+    before = os.environ.get(NO_FORKS)
+    os.environ[NO_FORKS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_FORKS)
+        os.environ |= {} if before is None else {NO_FORKS: before}
 
 
 @contextmanager
@@ -151,6 +165,12 @@ def errors(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     return [(task, key.split(",")[0].removesuffix("_stderr"), float(value))
             for task, values in results["results"].items() for key, value in values.items()
             if key.split(",")[0].endswith("_stderr") and finite(value)]
+
+
+def column(results: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """{(task, metric): (value, standard error)}, as tables show them."""
+    found = {(task, metric): error for task, metric, error in errors(results)}
+    return {(task, metric): (value, found.get((task, metric))) for task, metric, value in figures(results)}
 
 
 def write_results(results: dict[str, Any], path: Path, model: str) -> None:
