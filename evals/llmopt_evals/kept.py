@@ -16,6 +16,7 @@ from typing import Any
 
 from llmopt.checkpoint.facts import FILE
 from llmopt.errors import LlmoptError
+from llmopt.files import cache
 from llmopt.files.checks import load_json
 from llmopt.files.hub import fetch
 from llmopt.files.json_shapes import check_shape
@@ -28,7 +29,6 @@ from llmopt_evals import FIGURES, texts
 from llmopt_evals import evaluate as runs
 from llmopt_evals.preflight import tokenizer_of
 
-VARIABLE = "LLMOPT_CACHE"
 SHIPPED = Path(__file__).parent / "world" / "scores"
 OURS = ("world", "text_ppl", "needles")                 # tasks that no version of lm-eval changes
 NOT_READ = ("llmopt.json", "training.json")             # files of a model's folder that no score depends on
@@ -95,9 +95,7 @@ def _digest_of(text: str | None, task: str) -> str | None:
 
 def folder() -> Path:
     """Where this user's scores are kept; raises RuntimeError for a user without a home."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser() / "scores"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmopt" / "scores"
+    return cache.folder("scores")
 
 
 def read(wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -127,7 +125,7 @@ def write(known: dict[str, Any], part: dict[str, Any], place: Path | None = None
 
 
 def _file(known: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest() + ".json"
+    return cache.name_of(known)
 
 
 def _are_figures(results: dict[str, dict[str, Any]]) -> bool:
