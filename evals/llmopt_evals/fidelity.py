@@ -34,7 +34,7 @@ from llmopt_evals.continuation import SHORTEST, scored, states, targets, unseen
 from llmopt_evals.distributions import LEAST, TYPE, Distributions, room
 from llmopt_evals.readout import Readout
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("llmopt")
 NAME = "fidelity"                       # wherever a task's name is expected
 ROWS, LENGTH = 16, 512
 BYTES = 1 << 30                         # of the dense model's distributions: fewer positions of a large vocabulary

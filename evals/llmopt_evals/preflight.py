@@ -11,6 +11,8 @@ from llmopt_evals.fidelity import NAME
 def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> None:
     """Raise LlmoptError unless each model is there and can be asked each task; no weight is read."""
     configs = [read_config(spec)[1] for spec in models]
+    if not tasks:
+        return
     task_manager(tasks, models[0].trust_remote_code)
     for spec, config in zip(models, configs, strict=True):
         tokenizer = tokenizer_of(spec)
