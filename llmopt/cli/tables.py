@@ -206,7 +206,8 @@ def _changed(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
     known = fields_of(get(record["method"])) if record["method"] in names() else {}
     defaults = {key: plain(default_of(item)) for key, item in known.items()}
-    return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
+    return {key: value for key, value in record["fields"].items()
+            if key not in defaults or value != defaults[key]}
 
 
 def _brief(meta: dict[str, Any]) -> str:
