@@ -76,12 +76,26 @@ class Report:
                                                   "report": self} | options)
         return self.output
 
+    def take(self, facts: dict[str, Any]) -> None:
+        """Take in the scores of the checkpoint's llmopt.json."""
+        self.scores = facts.get("scores", {})
+
     @property
     def size(self) -> int:
         """Bytes of the checkpoint's safetensors, as it stands or as it would be written."""
         return written_bytes(self.output) if self.output else checkpoint_bytes(self.model)
 
+    @classmethod
+    def of(cls, facts: dict[str, Any], output: Path) -> "Report":
+        """The report of a checkpoint that an earlier run has finished, from its llmopt.json."""
+        (many, left), (full, kept) = facts["parameters"], facts["cache_bytes_per_token"]
+        return cls(facts["records"], facts["seed"], facts["calibration_sha256"], facts["made_from"],
+                   facts["calibration"], facts["dense_bytes"], many, left, full, kept, facts["predicted_bytes"],
+                   scores=facts.get("scores", {}), output=output)
+
     def _rows(self) -> list[list[str]]:
+        if self.made is None and self.output is None:
+            return []
         measured = [row for row in table(self.to_dict() | {"bytes": self.size, "scores": self.scores})
                     if row[-1] != "not predicted"]
         foreseen = [(what, FORMS[what](told), FORMS[what](found)) for what, (told, found) in self.predictions().items()]
