@@ -350,7 +350,7 @@ def test_data_that_cannot_be_read_for_this_model(compress, model, tmp_path):
         file.unlink()
     (tmp_path / "d.txt").write_text("the fox runs . " * 20)
     assert "has no tokenizer" in compress(model, text="data: {name: text, path: d.txt}\n" + GPTQ)
-    assert "calibration text of your own" in compress(model, text=GPTQ)
+    assert "calibration text of your own" in compress(model, text="data: {name: world}\n" + GPTQ)
     assert "this is a folder" in compress(model, text="data: {name: text, path: m}\n" + GPTQ)
     assert "the dataset cannot be loaded" in compress(model, text="data: {name: hub, path: no/such}\n" + GPTQ)
 

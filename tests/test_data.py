@@ -68,8 +68,8 @@ def test_ids_come_whole_by_default_and_cut_when_asked(tmp_path):
 
 
 def test_the_world_is_deterministic_and_seeded():
-    spec = DataSpec(samples=4, length=64)
-    first, again, other = load(spec), load(spec), load(DataSpec(samples=4, length=64, seed=1))
+    spec = DataSpec(name="world", samples=4, length=64)
+    first, again, other = load(spec), load(spec), load(DataSpec(name="world", samples=4, length=64, seed=1))
     assert data.fingerprint(first) == data.fingerprint(again) != data.fingerprint(other)
     assert first[0]["input_ids"].shape == (4, 64)
 
@@ -108,7 +108,7 @@ def test_another_models_vocabulary_cannot_read_the_world():
             return {"a": 0}
 
     with pytest.raises(LlmoptError, match="calibration text of your own"):
-        load(DataSpec(), Other())
+        load(DataSpec(name="world"), Other())
 
 
 def test_ids_above_the_vocabulary_are_refused():

@@ -61,7 +61,8 @@ class LlmoptLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Score]:
-        self._contexts = [r.doc.get(CONTEXT) if isinstance(r.doc, dict) else None for r in requests]
+        self._contexts = [r.doc.get(CONTEXT) and up_to(r.doc[CONTEXT], r.args[0]) if isinstance(r.doc, dict) else None
+                          for r in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
@@ -178,6 +179,19 @@ class LlmoptLM(HFLM):
 
     def get_model_info(self) -> dict:
         return super().get_model_info() | {"llmopt": runtime.runtime_config(self.model)}
+
+
+def up_to(part: str, context: str) -> str:
+    """The context up to the end of `part`, which a chat template and few-shot examples may stand in front of.
+
+    Templates take away the space around a message. Raises LlmoptError where they have changed more than that.
+    """
+    if context.startswith(part):
+        return part
+    place = context.rfind(part.strip())
+    if place < 0:
+        raise LlmoptError("the chat template changes the text whose cache is to be compressed; ask without it")
+    return context[:place + len(part.strip())]
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -4,17 +4,22 @@ from typing import Any
 
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.specs import EvalSpec, ModelSpec
+from llmopt_evals.asking import Asking, check_asking, check_templates
 from llmopt_evals.evaluate import FOR_ANY, asked_by, foreign_tasks, prepared, refuse_foreign, task_manager
 
 
-def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None) -> None:
+def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None,
+                asking: Asking = Asking()) -> None:      # noqa: B008  frozen
     """Raise LlmoptError unless each model is there and can be asked each task; no weight is read."""
     configs = [read_config(spec)[1] for spec in models]
-    task_manager(tasks, models[0].trust_remote_code)
+    check_asking(asking, models[0].trust_remote_code)
+    task_manager(tasks, models[0].trust_remote_code, folder=asking.include_path)
     for spec, config in zip(models, configs, strict=True):
         tokenizer = tokenizer_of(spec)
         refuse_foreign(tasks, tokenizer)
-        prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text))
+        if tokenizer is not None:
+            check_templates(asking, tokenizer, spec.id)
+        prepared(tasks, spec.trust_remote_code, asked_by(config, tokenizer, text), asking.include_path)
 
 
 def agreed_tasks(spec: ModelSpec, wanted: EvalSpec, output: Path, named: bool = False) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Calibration batches from the embedded world, a text or .jsonl file, token ids, or a dataset of the hub.
+"""Calibration batches from the model itself, its embedded world, a text or .jsonl file, token ids, or a hub dataset.
 
 A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic. A document
 longer than a row is cut into several: first come the first rows of all documents, then their second rows, and so on.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.calibration.sampling import LENGTH, Sampler
 from llmopt.errors import LlmoptError, naming
 from llmopt.files.checks import parse_json, refusals
 from llmopt.files.limited import limited
@@ -26,14 +27,18 @@ WIDEST = 16                     # characters of a token: what lies beyond all ro
 Batch = dict[str, Tensor]
 
 
-def load(spec: DataSpec, config: Any, tokenizer: Any) -> list[Batch]:
-    """The batches that `spec` describes, checked against the model's vocabulary and maximum length."""
+def load(spec: DataSpec, config: Any, tokenizer: Any, sampler: Sampler | None = None) -> list[Batch]:
+    """The batches that `spec` describes, checked against the model's vocabulary and maximum length.
+
+    sampler: draws the rows of `self`; a source that is not named is taken to be that.
+    """
     limit = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
     if spec.length is not None and spec.length > limit:
         raise LlmoptError(f"data.length is {spec.length}, but the model reads at most {limit} tokens")
-    length = spec.length or min(DEFAULT_LENGTH, limit)
-    with naming(f"data ({spec.name}{': ' + spec.path if spec.path else ''})"):
-        rows = SOURCES[spec.name](spec, length, tokenizer)
+    own = spec.name in (None, "self")
+    length = spec.length or min(LENGTH if own else DEFAULT_LENGTH, limit)
+    with naming(f"data ({spec.name or 'self'}{': ' + spec.path if spec.path else ''})"):
+        rows = _self(spec, length, sampler) if own else SOURCES[spec.name](spec, length, tokenizer)
         rows = [row for row in rows if len(row) > 1][:spec.samples]
         batches = as_batches(rows, config.vocab_size, spec.batch_size)
         _check_lengths([len(row) for row in rows], limit)
@@ -110,15 +115,27 @@ def _pad(rows: list[Tensor]) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _check_amount(spec: DataSpec, length: int) -> None:
+    if spec.samples * length > MAX_TOKENS:
+        raise LlmoptError(f"{spec.samples:,} samples of {length:,} tokens are too many; at most {MAX_TOKENS:,} tokens")
+
+
+def _self(spec: DataSpec, length: int, sampler: Sampler | None) -> list[list[int]]:
+    if sampler is None:
+        raise LlmoptError("these rows are sampled from the model itself, and none was given")
+    _check_amount(spec, length)
+    return sampler.rows(spec, length)
+
+
 def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
     from llmopt_evals import world
     from llmopt_evals.world.words import ID
 
     if tokenizer is None or tokenizer.get_vocab() != dict(ID):
         raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
-                          "another. Give calibration text of your own: data: {name: text, path: FILE}")
-    if spec.samples * length > MAX_TOKENS:
-        raise LlmoptError(f"{spec.samples:,} samples of {length:,} tokens are too many; at most {MAX_TOKENS:,} tokens")
+                          "another. Give data: {name: self}, rows sampled from the model, or calibration text of your "
+                          "own, data: {name: text, path: FILE}")
+    _check_amount(spec, length)
     return list(world.calibration_ids(spec.samples, length, spec.seed))
 
 

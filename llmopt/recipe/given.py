@@ -8,12 +8,12 @@ from typing import Any
 from llmopt.errors import LlmoptError, closest
 from llmopt.files.packaged import recipes
 from llmopt.method import Method
-from llmopt.model.loading import REFERENCE
 from llmopt.parts import build, default_of, fields_of, names, plain
 from llmopt.recipe.assign import assign
 from llmopt.recipe.one_line import Words, method_name, one_line
 from llmopt.recipe.reader import Recipe, from_data, load
 from llmopt.recipe.schemes import ELSEWHERE, SCHEMES
+from llmopt.specs import REFERENCE
 
 
 def recipe_of(given: Any, model: str | None = None, words: Mapping[str, Any] | None = None,

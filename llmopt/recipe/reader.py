@@ -33,6 +33,7 @@ class Recipe(Checked):
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
+        object.__setattr__(self, "data", self.data.of(self.model.id))       # frozen; what was used is written down
         if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
             raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from llmopt.calibration import data as calibration
+from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming_arguments
 from llmopt.method import Method, Run
 from llmopt.model.computing import choose
-from llmopt.model.loading import load_dense, load_tokenizer
+from llmopt.model.loading import load_dense, load_tokenizer, resolve
 from llmopt.model.usable import check_model
 from llmopt.progress import Progress, silent
 from llmopt.recipe.given import is_recipe, methods_of, recipe_of, scheme_words
@@ -19,9 +20,8 @@ from llmopt.recipe.one_line import Words, entries
 from llmopt.recipe.sources import source
 from llmopt.run import dry_run as rehearsal
 from llmopt.run import pipeline
-from llmopt.run.opening import load_batches
 from llmopt.run.report import Report
-from llmopt.specs import DataSpec
+from llmopt.specs import REFERENCE, DataSpec
 
 Named = str | os.PathLike
 Batches = list[calibration.Batch]
@@ -42,7 +42,8 @@ def compress(model: nn.Module | Named, steps: Any = None, data: Any = None, seed
     steps: one or several of: a method (`llmopt.quant.RTN(bits=4)`), its class, its name ("quant.rtn"), {name: fields}.
         Or a whole recipe: a packaged name ("quickstart"), a file, its plain data; or a scheme ("W4A16").
     data: calibration data, where a step asks for it: texts, token ids (a tensor, lists, a BatchEncoding, a DataLoader),
-        a datasets.Dataset, the path of a text, a source ("world"), or a recipe's `data` section.
+        a datasets.Dataset, the path of a text, a source ("self": rows sampled from the model, the default), or a
+        recipe's `data` section.
     scheme, bits: in the place of steps, as the command's --scheme and --bits.
     dtype, device: of a model that is loaded here. seed: of every random draw. progress: see llmopt.progress.
     output: also write the checkpoint there; a model that is named is then run as by llmopt.run, scored too.
@@ -60,9 +61,10 @@ def compress(model: nn.Module | Named, steps: Any = None, data: Any = None, seed
     if dtype is not None or device is not None:
         raise LlmoptError("dtype and device are for a model that is loaded by its name; a model in memory has its own")
     check_model(model)
+    pipeline.refuse_compressed(model)
     methods, spec, usual = _planned(model, steps, words)
     tokenizer = tokenizer or _beside(model, methods, given)
-    found = _batches(given, spec, methods, model, tokenizer)
+    found = _batches(given, spec, methods, Sampler(model, tokenizer, progress=progress))
     run = Run(found, seed=usual if seed is None else seed, progress=progress, tokenizer=tokenizer)
     report = pipeline.apply_steps(model, methods, run)
     report.made = model, tokenizer
@@ -93,32 +95,38 @@ def _named(model: str, steps: Any, data: Any, words: dict[str, Any], progress: P
     recipe = recipe_of(steps, model, words | {"data": _word(data)} if said else words)
     loaded, tokenizer = load_dense(recipe.model)
     choose(loaded, recipe.model.compute_dtype, recipe.model.device)
-    found = _batches(None if said else data, recipe.data, recipe.steps, loaded, tokenizer)
+    found = _batches(None if said else data, recipe.data, recipe.steps, Sampler(loaded, tokenizer, progress=progress))
     run = Run(found, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
     report = pipeline.apply_steps(loaded, list(recipe.steps), run)
     report.made, report.recipe = (loaded, tokenizer), recipe
     return report
 
 
-def _planned(model: nn.Module, steps: Any, words: dict[str, Any]) -> tuple[list[Method], DataSpec | None, int]:
-    """(methods, calibration data, seed) for a model in memory, the data of a recipe alone."""
+def _planned(model: nn.Module, steps: Any, words: dict[str, Any]) -> tuple[list[Method], DataSpec, int]:
+    """(methods, calibration data, seed) for a model in memory."""
     if is_recipe(steps):
         recipe = recipe_of(steps, None, words)
         return list(recipe.steps), recipe.data, recipe.seed
     asked = Words(**scheme_words(steps, words))
-    return methods_of(entries(asked, lambda: model) if asked.steps else steps), None, 0
+    return methods_of(entries(asked, lambda: model) if asked.steps else steps), DataSpec(), 0
 
 
-def _batches(given: Any, spec: DataSpec | None, steps: Sequence[Method], model: nn.Module,
-             tokenizer: Any) -> Batches | None:
-    """Calibration batches from whatever was given, else from `spec`; None where there is neither."""
-    if isinstance(given, (str, os.PathLike)):
-        given, spec = None, DataSpec(**source(os.fspath(given)))
-    elif isinstance(given, Mapping) and {"name", "path"} & given.keys():
-        given, spec = None, DataSpec(**given)
-    if given is not None:
-        return calibration.as_batches(given, model.config.vocab_size)
-    return load_batches(spec, steps, model.config, tokenizer) if spec else None
+def _batches(given: Any, spec: DataSpec, steps: Sequence[Method], sampler: Sampler) -> Batches | None:
+    """Calibration batches from whatever was given, else from `spec`, if a step asks for them."""
+    config = sampler.model.config
+    if given is not None and not _is_named(given):
+        return calibration.as_batches(given, config.vocab_size)
+    if _is_named(given):
+        spec = DataSpec(**(given if isinstance(given, Mapping) else source(os.fspath(given))))
+    if not any(step.needs_data for step in steps):
+        return None
+    embedded = config._name_or_path in (REFERENCE, resolve(REFERENCE))
+    return calibration.load(spec.of(REFERENCE if embedded else ""), config, sampler.tokenizer, sampler)
+
+
+def _is_named(data: Any) -> bool:
+    """True for calibration data that a recipe could name too: a word, a path, or its `data` section."""
+    return isinstance(data, (str, os.PathLike)) or isinstance(data, Mapping) and bool({"name", "path"} & data.keys())
 
 
 def _beside(model: nn.Module, steps: Sequence[Method], data: Any) -> Any:

@@ -19,6 +19,7 @@ from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
 from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
+from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import Method, Run
@@ -30,7 +31,8 @@ from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
-from llmopt.run.opening import Streaming, cut_short, load_batches, open_model, refuse_whole
+from llmopt.run.calibrating import load_batches
+from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
 from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
@@ -51,12 +53,15 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
         model, tokenizer, memory = open_model(recipe.model, recipe.format, Journal(Path(folder)), streaming)
         streamed = isinstance(memory, Streamed)
         refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
-        batches = load_batches(recipe.data, recipe.steps, model.config, tokenizer)
+        sampler = Foretaste(model, tokenizer)
+        batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory)
         told = predict(model, list(recipe.steps), recipe.format, run)
         dense = shards.file_bytes(state.plain_state(model))
         rehearsal = Rehearsal(recipe.steps, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")
+        if sampler.spent.high:
+            rehearsal.times.add("sampling calibration rows", sampler.spent, "first tokens of them, measured")
         with computing(model):
             rehearsal.play(recipe.model, recipe.format, recipe.max_shard_size)
     peaks, seconds = rehearsal.peaks, rehearsal.times

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
@@ -30,9 +31,10 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.calibrating import load_batches
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks
-from llmopt.run.opening import Streaming, load_batches, open_model, refuse_whole
+from llmopt.run.opening import Streaming, open_model, refuse_whole
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
@@ -130,7 +132,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
     refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
-    batches = load_batches(recipe.data, recipe.steps, model.config, tokenizer)
+    sampler = Sampler(model, tokenizer, ranks, progress)
+    batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
     if batches:
         LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
     made_from = marks(recipe.model, recipe.steps, batches, streaming.blocks)
@@ -180,7 +183,7 @@ def score_heads(spec: ModelSpec, step: Method, source: DataSpec, progress: Progr
     """(scores [L][H], what is known about them) by a method of head scores; nothing is written."""
     model, tokenizer = load_dense(spec)
     choose(model, spec.compute_dtype, spec.device, ranks.agree)
-    batches = load_batches(source, [step], model.config, tokenizer)
+    batches = load_batches(source.of(spec.id), [step], spec, Sampler(model, tokenizer, ranks, progress))
     run = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name), computing(model):
         record = step.apply(model, run)

@@ -27,8 +27,8 @@ def _dense_bits(facts: dict[str, Any]) -> float:
 
 
 def _quantized_bits(facts: dict[str, Any]) -> str:
-    metas = [r["meta"] for r in facts["records"] if r["method"].startswith("quant.")]
-    return f"{metas[-1]['bits']:.3f}" if metas else "-"
+    found = [r["meta"]["bits"] for r in facts["records"] if r["method"].startswith("quant.") and "bits" in r["meta"]]
+    return f"{found[-1]:.3f}" if found else "-"
 
 
 def as_text(header: list[str], rows: list[list[str]]) -> str:
