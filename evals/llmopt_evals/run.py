@@ -118,7 +118,7 @@ def score(plan: Recipe, output: Path, tasks: list[str], options: Options, team: 
         if tasks:
             leave += f". To score it: the same command with --resume, or {preflight.later(plan.model, output, tasks)}"
         facts = report.known(output, team)
-        facts = report.scored(output, plan.model, replace(plan.eval, tasks=tasks), team, options.anew)
+        facts = report.scored(output, (plan.model, plan.data), replace(plan.eval, tasks=tasks), team, options.anew)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; {leave}") from error
     except LlmoptError as error:

@@ -21,11 +21,11 @@ FILE = "llmopt.json"
 META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]], "bits?": finite, str: object}
 FACTS = {
     "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_repo?": str | None,
-    "base_licence": str | None,
+    "base_ancestor?": str | None, "base_licence": str | None, "base_licence_more?": {str: str}, "recipe?": dict | None,
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],
     "calibration?": {"samples?": COUNT, "tokens?": COUNT},
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],
-    "scores?": {str: [(str, str, NUMBER)]}, str: object,
+    "scores?": {str: [(str, str, NUMBER)]}, "errors?": {str: [(str, str, NUMBER)]}, str: object,
 }
 RUN = {"parameters": (COUNT, COUNT), "dense_bytes": SIZE, "predicted_bytes": int | None,
        "cache_bytes_per_token": (NUMBER, NUMBER), "records": list, str: object}       # what `llmopt compress` adds
