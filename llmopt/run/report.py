@@ -97,8 +97,8 @@ class Report:
     def _rows(self) -> list[list[str]]:
         if self.made is None and self.output is None:
             return []
-        measured = [row for row in table(self.to_dict() | {"bytes": self.size, "scores": self.scores, "errors": self.errors})
-                    if row[-1] != "not predicted"]
+        facts = self.to_dict() | {"bytes": self.size, "scores": self.scores, "errors": self.errors}
+        measured = [row for row in table(facts) if row[-1] != "not predicted"]
         foreseen = [(what, FORMS[what](told), FORMS[what](found)) for what, (told, found) in self.predictions().items()]
         return measured + [[f"{what}: predicted, measured", told, found] for what, told, found in foreseen]
 
