@@ -1,6 +1,8 @@
 """`llmopt compress`: a recipe applied to a model, written, verified and scored."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from llmopt.cli import completion, log
@@ -72,14 +74,15 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
     model = one_model((*models, *((model_option,) if model_option is not None else ())))
     plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
         by_words(model, sets, trust_remote_code, words)
+    if output is None and not dry_run:
+        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
+    options = run.Options(overwrite, resume, not no_eval, anew, streaming)
+    tasks = run.tasks_of(plan, output or Path("OUTPUT"), options)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
-    if output is None:
-        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
-    options = run.Options(overwrite, resume, not no_eval, anew, streaming)
-    tasks, team = run.tasks_of(plan, output, options), join(plan.model.device)
+    team = join(plan.model.device)
     with log.progress() as progress:
         report = run.checkpoint(plan, output, options, progress, team)
     if max_blocks:
