@@ -89,10 +89,11 @@ class DataSpec(Checked):
 @in_our_words
 @dataclass(frozen=True)
 class EvalSpec(Checked):
-    """lm-eval tasks that score the dense and the compressed model."""
+    """What scores the dense and the compressed model: `fidelity` fits any model, all else are lm-eval's tasks."""
 
-    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows")
-    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
+    tasks: list[str] = Field(default_factory=lambda: ["fidelity"], strict=False,
+                             description="fidelity (KL to the dense model, agreement, perplexity), names lm-eval knows")
+    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all (fidelity: 16)")
     batch_size: int = Field(16, ge=1, description="requests computed together")
     text: str | None = Field(None, description="the file that the task text_ppl reads")
 

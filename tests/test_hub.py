@@ -93,7 +93,7 @@ def test_push_uploads_everything_and_nothing_hidden(session):
 def test_the_uploaded_card_names_the_repository_and_the_command(session):
     card = session[1].repos["user/small"]["main"]["README.md"].decode()
     assert 'from_pretrained("user/small")' in card
-    assert "llmopt compress --recipe recipe.yaml --model user/model --set model.revision=v1 --output out" in card
+    assert "llmopt compress --recipe recipe.yaml --output out" in card
 
 
 def test_what_was_uploaded_can_be_evaluated_by_its_name(session):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = ("llmopt compress MODEL --scheme W4A16 --output out",
-            "llmopt compress MODEL --bits 3.5 --output out           # each layer as many bits as it needs",
+            "llmopt compress MODEL --bits 3.5 --output out           # on average over the blocks",
             "llmopt compress MODEL --scheme W4A16 --method snapkv --set ratio=0.5 --output out",
             "llmopt compress --recipe quickstart --output out        # all families on the embedded model",
             "llmopt compress MODEL --scheme W4A16 --dry-run          # size, memory and time beforehand")
@@ -37,7 +37,7 @@ GROUPS = {"What to do": ("scheme", "bits", "method", "group_size", "recipe_name"
 @log.verbosity
 @click.argument("models", metavar="[MODEL]", nargs=-1, shell_complete=completion.models)
 @click.option("--scheme", help="W2A16 ... W8A16: weights of so many bits, activations as they are.")
-@click.option("--bits", type=float, help="2 to 8; a fraction such as 3.5 is an average over the layers.")
+@click.option("--bits", type=float, help="2 to 8; a fraction such as 3.5 is an average over the blocks.")
 @click.option("--method", multiple=True, shell_complete=completion.methods,
               help="quant.rtn, kv.snapkv, ..., or the last word of it; repeatable.  [default: quant.gptq]")
 @click.option("--group-size", type=int, help="Inputs that share a scale.  [default: 128, or what fits the model]")
@@ -83,7 +83,7 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
     model = one_model((*models, *((model_option,) if model_option is not None else ())))
     plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
-        by_words(streaming, model, sets, trust_remote_code, words)
+        by_words(model, sets, trust_remote_code, words)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
@@ -137,7 +137,7 @@ def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, anew: bool,
         if tasks:
             leave += f". To score it: the same command with --resume, or {preflight.later(plan.model, output, tasks)}"
         facts = report.known(output, team)
-        facts = report.scored(output, plan.model, replace(plan.eval, tasks=tasks), team, anew)
+        facts = report.scored(output, (plan.model, plan.data), replace(plan.eval, tasks=tasks), team, anew)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; {leave}") from error
     except LlmoptError as error:

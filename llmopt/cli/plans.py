@@ -9,7 +9,6 @@ from llmopt.files.packaged import recipes
 
 if TYPE_CHECKING:
     from llmopt.recipe.reader import Recipe
-    from llmopt.run.opening import Streaming
 
 COMMON = ("--scheme W4A16", "--bits 3.5", "--recipe everything")
 KINDS = {".yaml": "a recipe goes behind --recipe", ".yml": "a recipe goes behind --recipe",
@@ -45,16 +44,13 @@ def by_recipe(name: str, model: str | None, sets: tuple[str, ...], trust: bool, 
     return recipe.load(name, (*asked.assignments(), *sets), model, trust)
 
 
-def by_words(streaming: Streaming, model: str | None, sets: tuple[str, ...], trust: bool,
-             words: dict[str, Any]) -> Recipe:
+def by_words(model: str | None, sets: tuple[str, ...], trust: bool, words: dict[str, Any]) -> Recipe:
     """The recipe that the words of the command line ask for."""
     from llmopt.recipe.one_line import Words, one_line
-    from llmopt.specs import ModelSpec
 
     asked = Words(**words)
     if model is None or not asked.steps:
         raise LlmoptError(("which model? " if model is None else f"what is to be done with {model}? ") + "Such as: "
-                          + ", or ".join(f"llmopt compress {model or 'MODEL'} {words} --output out"
-                                         for words in (COMMON if model or not asked.steps else COMMON[:1])))
-    whole = not streaming.wanted(ModelSpec(id=model, dtype=asked.dtype, device=asked.device or "cpu"))
-    return one_line(model, sets, trust, whole, **words)
+                          + ", or ".join(f"llmopt compress {model or 'MODEL'} {common} --output out"
+                                         for common in (COMMON if model or not asked.steps else COMMON[:1])))
+    return one_line(model, sets, trust, **words)

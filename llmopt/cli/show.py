@@ -11,10 +11,12 @@ from llmopt.cli.options import FILE, JSON
 @JSON
 def show(folder, as_json) -> None:
     """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
-    from llmopt.checkpoint.facts import read_facts, read_layers
+    from llmopt.checkpoint.facts import check_runtime, read_facts, read_layers
     from llmopt.cli import tables
 
-    tables.show_folder(read_facts(folder), read_layers(folder), as_json)
+    facts, config = read_facts(folder), read_layers(folder)
+    check_runtime(folder, facts)
+    tables.show_folder(facts, config, as_json)
 
 
 @click.command(cls=Command, examples=("llmopt methods",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.files.json_shapes import check_shape, finite
+from llmopt.files.json_shapes import finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
@@ -123,12 +123,17 @@ class Scorer(CacheMethod):
         return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
                                   for scores, block in found]})
 
+    @property
+    def meta_shape(self) -> dict:
+        return {"shares": [[finite]], str: object} if self.allocate.reads_heads else {str: object}
+
     def check_record(self, model: nn.Module, record: Record) -> None:
+        super().check_record(model, record)
         if self.allocate.reads_heads:
-            check_shape(record.meta, {"shares": [[finite]], str: object}, f"{self.name}: meta")
             found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
             if found != heads:
-                raise LlmoptError(f"{self.name}: shares for {found} KV heads per layer; the model has {heads}")
+                raise LlmoptError(f"{self.name}: shares for {str(found)[:200]} KV heads per layer; the model has "
+                                  f"{heads}")
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 

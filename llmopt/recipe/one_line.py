@@ -25,6 +25,7 @@ from llmopt.specs import MAX_SAMPLES, MAX_SEED, Dtype, ModelSpec
 
 LOG = logging.getLogger(__name__)
 SOLVER = "quant.gptq"                   # where bits are asked for and no method is named
+ALLOCATION = "lim"                      # of fractions of bits: one forward, whatever the size; streamed models too
 SIZES = (GROUP, 64, 32)                 # group sizes that inference kernels are written for
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else
                                                    tuple(given) if isinstance(given, list) else given)]
@@ -67,11 +68,9 @@ class Words(Checked):
         return tuple(f"{key}={json.dumps(value)}" for key, value in made.items() if value is not None)
 
 
-def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = False, whole: bool = True,
-             **words: Any) -> Recipe:
+def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = False, **words: Any) -> Recipe:
     """The recipe that the `words` (see Words) ask for on a model; `sets` are "bits=3" overrides of it.
 
-    whole: the model will be in memory as a whole, so that any allocation of bits can work on it.
     Raises LlmoptError for words that ask for nothing, contradict each other, or do not fit the model.
     """
     asked = Words(**words)
@@ -80,7 +79,7 @@ def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = F
         assign(data, given)
     spec = ModelSpec(**data["model"], trust_remote_code=trust_remote_code)
     check_dense(spec)
-    data["steps"] = [{name: _fields(name, asked, spec, whole)} for name in data["steps"]]
+    data["steps"] = [{name: _fields(name, asked, spec)} for name in data["steps"]]
     for given in sets:
         assign(data, given)
     if not data["data"]:
@@ -113,14 +112,14 @@ def _names(asked: Words) -> list[str]:
     return sorted(chosen, key=lambda name: STAGES.index(get(name).stage))
 
 
-def _fields(name: str, asked: Words, model: ModelSpec, whole: bool) -> dict[str, Any]:
+def _fields(name: str, asked: Words, model: ModelSpec) -> dict[str, Any]:
     """The fields of one step that the words, and the model's shapes, decide."""
     if get(name).stage != "quant":
         return {}
     fields = scheme_fields(asked.scheme) if asked.scheme else {"bits": 4 if asked.bits is None else asked.bits}
     fields["group_size"] = _group_size(asked.group_size, fields.get("group_size", GROUP), model)
     if fields["bits"] != int(fields["bits"]):
-        return fields | {"allocate": "sensitivity" if whole else "lim"}
+        return fields | {"allocate": ALLOCATION}
     return fields | {"bits": int(fields["bits"])}
 
 

@@ -28,7 +28,6 @@ class Recipe(Checked):
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
     max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
-    text: str = ""                       # the file, verbatim
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
@@ -101,7 +100,7 @@ def _recipe(data: dict[str, Any], where: "Where", text: str, changes: list[str],
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
     parts |= {key: data[key] for key in PLAIN if key in data}
-    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": tuple(changes)}
+    parts |= {"steps": _steps(where, data.get("steps")), "changes": tuple(changes)}
     return _filled(where, (), "", lambda: Recipe(**parts))
 
 

@@ -55,7 +55,8 @@ def test_a_packaged_recipe_runs_on_any_model(run, stranger, tmp_path):
     assert "world_copy" not in out
     line, = [line for line in errors.splitlines() if "not scored" in line]
     assert "not scored: world_copy, written in the vocabulary of llmopt/reference" in line
-    assert "--set eval.text=FILE" in line
+    assert "Instead: fidelity. More, later: llmopt eval" in line
+    assert "KL to the dense model (nats a token)" in out
 
 
 @pytest.mark.parametrize(("more", "fact"), [
