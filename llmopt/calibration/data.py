@@ -17,7 +17,7 @@ from llmopt.calibration.sampling import LENGTH, Sampler
 from llmopt.calibration.sources import MIN_TOKENS, check_amount
 from llmopt.errors import LlmoptError, naming
 from llmopt.progress import Spoken
-from llmopt.specs import MAX_SAMPLES, DataSpec
+from llmopt.specs import MAX_SAMPLES, WITH_PATH, DataSpec
 
 LOG = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
@@ -42,6 +42,15 @@ def load(spec: DataSpec, config: Any, tokenizer: Any, sampler: Sampler | None = 
         batches = as_batches(rows, config.vocab_size, spec.batch_size)
         _check_lengths([len(row) for row in rows], limit)
         return batches
+
+
+def check_source(spec: DataSpec) -> None:
+    """Raise LlmoptError for a file that is not there or a dataset that cannot be had: before a model is loaded."""
+    with naming(_place(spec)):
+        if SOURCES.get(spec.name) is hub.rows:
+            hub.check(spec)
+        elif spec.name in WITH_PATH:
+            sources.check_file(spec.path)
 
 
 def held_out(spec: DataSpec, tokenizer: Any, model: nn.Module, rows: int, length: int) -> list[Batch]:

@@ -96,13 +96,19 @@ def _chat(document: Any, tokenizer: Any) -> list[int]:
         return tokenizer.apply_chat_template(messages)["input_ids"]
 
 
-def read_text(path: str) -> str:
-    """The text of a file, a byte order mark left out."""
+def check_file(path: str) -> Path:
+    """The file at `path`; raises LlmoptError where there is none, or an empty one."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
     if file.stat().st_size == 0:
         raise LlmoptError("the file is empty")
+    return file
+
+
+def read_text(path: str) -> str:
+    """The text of a file, a byte order mark left out."""
+    file = check_file(path)
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
