@@ -31,7 +31,7 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
-from llmopt.run.calibrating import load_batches
+from llmopt.run.calibrating import load_batches, needs_data
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks
 from llmopt.run.opening import Streaming, open_model, refuse_whole
@@ -128,6 +128,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
+    if needs_data(recipe.steps):
+        data.check_source(recipe.data)
     room = streaming.room(recipe.model)
     model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
