@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from llmopt import runtime
 from llmopt.errors import LlmoptError
+from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
 from llmopt_evals.batching import batch_tokens, batches, cache_bytes
 from llmopt_evals.readout import Readout
@@ -38,6 +39,7 @@ class LlmoptLM(HFLM):
     """HFLM whose log-likelihoods pass through the compressed cache of the attached methods."""
 
     _rolling = False
+    _longest = 0                                # tokens of the longest request that is generated at the moment
     _contexts: list[str | None] = []            # of the requests at hand: what of each may be compressed; None: all
 
     def __init__(self, *args, ranks: Ranks = Ranks(), **kwargs):        # noqa: B008  frozen
@@ -76,7 +78,15 @@ class LlmoptLM(HFLM):
             self._rolling = False
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
-        return self.max_batch_size if self._rolling else super()._detect_batch_size(requests, pos)
+        """What --batch_size auto means: as many of the longest requests as the memory holds.
+
+        lm-eval tries the largest batch out until one fits, which on a CPU ends the process.
+        """
+        if self._rolling:
+            return self.max_batch_size
+        longest, config = self._longest or self.max_length, self.model.config.get_text_config()
+        cached = 2 * compute_type(self.model).itemsize * config.num_hidden_layers * config.hidden_size     # at most
+        return max(1, min(self.max_batch_size, batch_tokens(self.model, longest, cached) // longest))
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False,
@@ -129,7 +139,13 @@ class LlmoptLM(HFLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        return self._of_all(super().generate_until(self.ranks.share(requests), disable_tqdm))
+        own = self.ranks.share(requests)
+        lengths = (len(self.tok_encode(r.args[0])) + r.args[1].get("max_gen_toks", self.max_gen_toks) for r in own)
+        self._longest = min(max(lengths, default=1), self.max_length)
+        try:
+            return self._of_all(super().generate_until(own, disable_tqdm))
+        finally:
+            self._longest = 0
 
     def _of_all(self, own: list) -> list:
         return [one for part in self.ranks.gather(own) for one in part]

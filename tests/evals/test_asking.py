@@ -2,14 +2,18 @@
 import json
 
 import pytest
+from llmopt_evals import batching, kept
 from llmopt_evals import evaluate as runs
-from llmopt_evals import kept
 from llmopt_evals.asking import Asking, generation, seeds
-from llmopt_evals.lm import up_to
+from llmopt_evals.lm import LlmoptLM, up_to
+from llmopt_evals.readout import CHUNK
+from llmopt_evals.world import reference_path
 
 from llmopt.errors import LlmoptError
+from llmopt.model.loading import load_tokenizer
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
+from tests import tiny
 from tests.command import call
 
 TASK = """task: story
@@ -124,3 +128,12 @@ def test_what_may_be_compressed_is_found_behind_a_template():
     assert up_to("a b ", "<user> x a b c") == "<user> x a b"
     with pytest.raises(LlmoptError, match="ask without it"):
         up_to("a  b", "<user> a b")
+
+
+def test_an_automatic_batch_is_what_the_memory_holds(monkeypatch):
+    model = tiny.make("llama", max_position_embeddings=64)
+    lm = LlmoptLM(pretrained=model, tokenizer=load_tokenizer(str(reference_path())), batch_size="auto")
+    lm._model_call = None                       # nothing is tried out
+    assert lm._detect_batch_size() == lm.max_batch_size == 64
+    monkeypatch.setattr(batching, "available", lambda: 2 * CHUNK + 5_000_000)
+    assert 1 <= lm._detect_batch_size() < 64
