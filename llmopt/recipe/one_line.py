@@ -4,10 +4,15 @@ What is not said is decided here, from the model's config alone: the recipe that
 repeats the run as it is written into the checkpoint.
 """
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
+
 from llmopt.errors import LlmoptError, closest
-from llmopt.method import STAGES
+from llmopt.method import STAGES, Method
 from llmopt.model.blocks import blocks
 from llmopt.model.loading import check_dense, read_config
 from llmopt.model.skeleton import skeleton
@@ -36,11 +41,15 @@ def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = F
         assign(data, given)
     made = from_data(data, trust_remote_code)           # all errors but those of the model
     check_dense(made.model)
-    for i, step in enumerate(made.steps):
-        if step.stage == "quant":
-            size = _group_size(_given(data["steps"][i], "group_size"), step, made.model)
-            assign(data, f"steps.{i}.group_size={size}")
+    _fit(data, made.steps, partial(_skeleton, made.model))
     return from_data(data, trust_remote_code)
+
+
+def entries(asked: Words, model: Callable[[], nn.Module]) -> list[dict[str, dict[str, Any]]]:
+    """The steps, each {method: fields}, that the words ask for; `model` gives one whose shapes decide what is left."""
+    data = {"steps": [{name: _fields(name, asked)} for name in _names(asked)]}
+    _fit(data, from_data(data).steps, model)
+    return data["steps"]
 
 
 def method_name(word: str) -> str:
@@ -82,11 +91,19 @@ def _given(entry: Any, field: str) -> Any:
     return (next(iter(entry.values())) or {}).get(field) if isinstance(entry, dict) else None
 
 
-def _group_size(asked: int | None, step: Any, model: ModelSpec) -> int:
+def _fit(data: dict[str, Any], steps: tuple[Method, ...], model: Callable[[], nn.Module]) -> None:
+    """Choose the group size where none was given, and check one that was."""
+    for i, step in enumerate(steps):
+        if step.stage == "quant":
+            size = _group_size(_given(data["steps"][i], "group_size"), step, model)
+            assign(data, f"steps.{i}.group_size={size}")
+
+
+def _group_size(asked: int | None, step: Any, model: Callable[[], nn.Module]) -> int:
     """The group size that was asked for, else GROUP, else the largest that divides all widths of the model."""
     if asked == -1:
         return -1
-    widths = _widths(model)
+    widths = sorted({p.in_features for block in blocks(model()) for p in block.projections()})
     fitting, told = [size for size in SIZES if not any(width % size for width in widths)], ", ".join(map(str, widths))
     if asked is not None and any(width % asked for width in widths) and not (step.ignore or step.overrides):
         raise LlmoptError(f"group_size {asked} does not divide all widths of the model ({told}). "
@@ -98,10 +115,6 @@ def _group_size(asked: int | None, step: Any, model: ModelSpec) -> int:
     return size
 
 
-def _widths(spec: ModelSpec) -> list[int]:
-    """The numbers of input features that weights of the model's blocks have."""
-    import torch
-
-    _, config = read_config(spec)
-    model = skeleton(config, torch.float32, spec.trust_remote_code)
-    return sorted({p.in_features for block in blocks(model) for p in block.projections()})
+def _skeleton(spec: ModelSpec) -> nn.Module:
+    """The model without weights."""
+    return skeleton(read_config(spec)[1], torch.float32, spec.trust_remote_code)
