@@ -115,6 +115,7 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
 
 def agreed(plan: Recipe, output: Path) -> list[str]:
     """The tasks that a run will end in, told why where some will not be; an error before the work, not after it."""
+    from llmopt_evals import pairs
     from llmopt_evals.large import obstacle
     from llmopt_evals.preflight import agreed_tasks, later
 
@@ -123,6 +124,8 @@ def agreed(plan: Recipe, output: Path) -> list[str]:
     packed = plan.format != "dense" and any(step.stage == "quant" for step in plan.steps)
     if tasks and (fact := obstacle(plan.model, output, packed)):
         tasks, notes = [], [f"not scored: {fact}. Later: {later(plan.model, output, tasks)}"]
+    if pairs.NAME in tasks and (fact := pairs.obstacle(plan.model, plan.data)):
+        tasks, notes = [task for task in tasks if task != pairs.NAME], [*notes, f"not scored: {pairs.NAME}: {fact}"]
     for note in notes:
         LOG.warning(note)
     return tasks
