@@ -84,15 +84,15 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
     model = one_model((*models, *((model_option,) if model_option is not None else ())))
     plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
         by_words(model, sets, trust_remote_code, words)
+    if output is None and not dry_run:
+        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
+    tasks = [] if no_eval or max_blocks else plan.eval.tasks
+    if tasks:
+        tasks = agreed(plan, output or Path("OUTPUT"))
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
-    if output is None:
-        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
-    tasks = [] if no_eval or max_blocks else plan.eval.tasks
-    if tasks:
-        tasks = agreed(plan, output)
     team, told = join(plan.model.device), {}
     if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
         if team.is_main:
