@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from llmopt.calibration import sampling
-from llmopt.calibration.data import Batch, check_source, held_out
+from llmopt.calibration.data import Batch, held_out
 from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError
 from llmopt.model.loading import read_config, resolve
@@ -60,9 +60,7 @@ def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pa
         return None
     dense = models[1] if len(models) > 1 else source_of(models[0])
     check(dense, models[0])
-    spec = data_of(models[0], data).of(dense.id)
-    check_source(spec)
-    return Pair(dense, models[0], spec)
+    return Pair(dense, models[0], data_of(models[0], data).of(dense.id))
 
 
 def data_of(compressed: ModelSpec, given: str | None) -> DataSpec:
