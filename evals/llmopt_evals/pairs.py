@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from llmopt.calibration import sampling
-from llmopt.calibration.data import Batch, held_out
+from llmopt.calibration.data import Batch, check_source, held_out
 from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError
 from llmopt.model.loading import read_config, resolve
@@ -60,7 +60,9 @@ def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pa
         return None
     dense = models[1] if len(models) > 1 else source_of(models[0])
     check(dense, models[0])
-    return Pair(dense, models[0], data_of(models[0], data).of(dense.id))
+    spec = data_of(models[0], data).of(dense.id)
+    check_source(spec)
+    return Pair(dense, models[0], spec)
 
 
 def data_of(compressed: ModelSpec, given: str | None) -> DataSpec:
@@ -98,7 +100,11 @@ def draw(data: DataSpec, rows: int) -> Draw:
 
 
 def obstacle(dense: ModelSpec, data: DataSpec) -> str | None:
-    """Why `fidelity` could not draw its rows in the end, where the dense model is to write them itself."""
+    """Why `fidelity` could not draw its rows in the end, where the dense model is to write them itself.
+
+    Raises LlmoptError for a file that is not there, or a dataset that cannot be had.
+    """
+    check_source(data)
     folder = Path(resolve(dense.id))
     if data.name not in (None, "self") or dense.device != "cpu" or not folder.is_dir():
         return None

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -83,8 +84,9 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     return _recipe(data, where, text, changes, trust_remote_code)
 
 
-def from_data(data: dict[str, Any], text: str = "", trust_remote_code: bool = False) -> Recipe:
-    """Build a Recipe from plain data, as `text` would hold it in YAML; errors name the key, as there is no line."""
+def from_data(data: dict[str, Any], trust_remote_code: bool = False) -> Recipe:
+    """Build a Recipe from plain data, and its text; errors name the key, as there is no line."""
+    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
     return _recipe(data, Where("", {}), text, [], trust_remote_code)
 
 
