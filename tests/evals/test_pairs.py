@@ -118,7 +118,9 @@ def test_a_model_larger_than_memory_is_not_asked_to_write_rows(place, monkeypatc
     monkeypatch.setattr(pairs, "available", lambda: 1000)
     dense = ModelSpec(id=str(place / "m"))
     assert "larger than memory" in pairs.obstacle(dense, DataSpec(name="self"))
-    assert pairs.obstacle(dense, DataSpec(name="text", path="t.txt")) is None
+    assert pairs.obstacle(dense, DataSpec(name="text", path=str(place / "t.txt"))) is None
+    with pytest.raises(LlmoptError, match="there is no such file"):
+        pairs.obstacle(dense, DataSpec(name="text", path="no.txt"))
     hollow = SimpleNamespace(parameters=lambda: iter([torch.empty(1, device="meta")]))
     with pytest.raises(LlmoptError, match="larger than memory cannot write the rows"):
         pairs.draw(DataSpec(name="self"), 2)(hollow, None)
