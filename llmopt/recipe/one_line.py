@@ -5,11 +5,13 @@ like any other, whose text repeats the run.
 """
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from torch import nn
 
 from llmopt.errors import FieldError, LlmoptError, closest
 from llmopt.method import STAGES
@@ -79,12 +81,17 @@ def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = F
         assign(data, given)
     spec = ModelSpec(**data["model"], trust_remote_code=trust_remote_code)
     check_dense(spec)
-    data["steps"] = [{name: _fields(name, asked, spec)} for name in data["steps"]]
+    data["steps"] = entries(asked, partial(_skeleton, spec))
     for given in sets:
         assign(data, given)
     if not data["data"]:
         del data["data"]
-    return from_data(data, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110), trust_remote_code)
+    return from_data(data, trust_remote_code)
+
+
+def entries(asked: Words, model: Callable[[], nn.Module]) -> list[dict[str, dict[str, Any]]]:
+    """The steps, each {method: fields}, that the words ask for; `model` gives one whose shapes decide what is left."""
+    return [{name: _fields(name, asked, model)} for name in _names(asked)]
 
 
 def method_name(word: str) -> str:
@@ -112,7 +119,7 @@ def _names(asked: Words) -> list[str]:
     return sorted(chosen, key=lambda name: STAGES.index(get(name).stage))
 
 
-def _fields(name: str, asked: Words, model: ModelSpec) -> dict[str, Any]:
+def _fields(name: str, asked: Words, model: Callable[[], nn.Module]) -> dict[str, Any]:
     """The fields of one step that the words, and the model's shapes, decide."""
     if get(name).stage != "quant":
         return {}
@@ -123,11 +130,11 @@ def _fields(name: str, asked: Words, model: ModelSpec) -> dict[str, Any]:
     return fields | {"bits": int(fields["bits"])}
 
 
-def _group_size(asked: int | None, usual: int, model: ModelSpec) -> int:
+def _group_size(asked: int | None, usual: int, model: Callable[[], nn.Module]) -> int:
     """The group size that was asked for, else the usual one, else the largest that divides all widths of the model."""
     if asked == -1 or usual == -1:
         return -1
-    widths = _widths(model)
+    widths = sorted({p.in_features for block in blocks(model()) for p in block.projections()})
     fitting = [size for size in SIZES if all(width % size == 0 for width in widths)]
     told = ", ".join(map(str, widths))
     if asked is not None and (asked < 1 or any(width % asked for width in widths)):
@@ -141,10 +148,8 @@ def _group_size(asked: int | None, usual: int, model: ModelSpec) -> int:
     return size
 
 
-def _widths(spec: ModelSpec) -> list[int]:
-    """The numbers of input features that weights of the model's blocks have."""
+def _skeleton(spec: ModelSpec) -> nn.Module:
+    """The model without weights."""
     import torch
 
-    _, config = read_config(spec)
-    model = skeleton(config, torch.float32, spec.trust_remote_code)
-    return sorted({p.in_features for block in blocks(model) for p in block.projections()})
+    return skeleton(read_config(spec)[1], torch.float32, spec.trust_remote_code)

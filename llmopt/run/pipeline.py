@@ -46,23 +46,8 @@ from llmopt.specs import DataSpec, ModelSpec
 LOG = logging.getLogger(__name__)
 
 
-def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
-             tokenizer: Any = None) -> Report:
-    """Apply `steps` to `model` in place.
-
-    batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
-    Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
-    """
-    check_model(model)
-    steps = [steps] if isinstance(steps, Method) else list(steps)
-    if foreign := [step for step in steps if not isinstance(step, Method)]:
-        raise LlmoptError(f"steps: methods such as llmopt.quant.RTN() expected, {str(foreign[0])[:80]!r} given")
-    if batches is not None:
-        batches = data.as_batches(batches, model.config.vocab_size)
-    return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
-
-
-def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
+def apply_steps(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    """Apply `steps` to `model` in place; raises LlmoptError for a wrong order, missing data, a compressed model."""
     check_order(tuple(steps))
     check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
@@ -163,7 +148,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         sight = Foresight(progress, gauge, model, saving) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
-        report = _compress(model, list(recipe.steps), run)
+        report = apply_steps(model, list(recipe.steps), run)
         journal.keep_on_error = True
         report.streamed, report.messages = streamed, journal.messages
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
@@ -185,6 +170,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
                             finish=finish, weights=weights, work=journal.folder)
         ranks.wait()
+    report.output, report.recipe = output, recipe
     return report
 
 
