@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
@@ -31,7 +32,7 @@ from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
-from llmopt.run.calibrating import load_batches
+from llmopt.run.calibrating import load_batches, needs_data
 from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
 from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
@@ -46,6 +47,8 @@ INFLATED = 3        # a byte of a weight that is packed, and inflated to be veri
 
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
+    if needs_data(recipe.steps):
+        data.check_source(recipe.data)
     free = available()
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
         watch = Watch()
