@@ -9,6 +9,8 @@ from llmopt.errors import FieldError
 from llmopt.parts import Checked, in_our_words
 
 REFERENCE = "llmopt/reference"
+BY_NAME = ("wikitext", "c4", "ultrachat", "pile")       # datasets of the hub; llmopt.calibration.hub tells which
+WITH_PATH = ("text", "ids", "hub")
 MAX_SAMPLES = 1_000_000
 MAX_SEED = 2**32 - 1
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -57,7 +59,7 @@ class ModelSpec(Checked):
 class DataSpec(Checked):
     """Calibration data; llmopt.calibration.data tells what each source means."""
 
-    name: Literal["self", "world", "text", "ids", "hub"] | None = Field(
+    name: Literal["self", "wikitext", "c4", "ultrachat", "pile", "world", "text", "ids", "hub"] | None = Field(
         None, description="the source; null: rows sampled from the model itself, for llmopt/reference its world")
     path: str | None = Field(None, description="a file (text, ids) or a dataset (hub)")
     config: str | None = Field(None, description="configuration of the dataset (hub)")
@@ -72,8 +74,12 @@ class DataSpec(Checked):
     def check(self) -> None:
         if self.name is None and self.path is not None:
             raise FieldError("name", None, "text, ids or hub, because data.path is given,")
-        if self.name in ("text", "ids", "hub") and self.path is None:
+        if self.name in WITH_PATH and self.path is None:
             raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r},")
+        if self.name in BY_NAME:
+            for key, usual in (("path", None), ("config", None), ("split", "train"), ("column", "text")):
+                if (given := getattr(self, key)) != usual:
+                    raise FieldError(key, given, f"nothing, as data.name is {self.name!r} (the source hub takes it),")
 
     def of(self, model: str) -> "DataSpec":
         """This spec with the source that a model (its id) gets where none is named."""
@@ -83,10 +89,11 @@ class DataSpec(Checked):
 @in_our_words
 @dataclass(frozen=True)
 class EvalSpec(Checked):
-    """lm-eval tasks that score the dense and the compressed model."""
+    """What scores the dense and the compressed model: `fidelity` fits any model, all else are lm-eval's tasks."""
 
-    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows")
-    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
+    tasks: list[str] = Field(default_factory=lambda: ["fidelity"], strict=False,
+                             description="fidelity (KL to the dense model, agreement, perplexity), names lm-eval knows")
+    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all (fidelity: 16)")
     batch_size: int = Field(16, ge=1, description="requests computed together")
     text: str | None = Field(None, description="the file that the task text_ppl reads")
 

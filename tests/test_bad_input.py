@@ -346,13 +346,16 @@ def test_a_damaged_llmopt_json_cannot_be_resumed(refused, pristine, compressed):
 
 
 def test_data_that_cannot_be_read_for_this_model(compress, model, tmp_path):
+    for name in ("hub, path: no/such", "c4"):
+        said = compress(model, text=f"data: {{name: {name}}}\n" + GPTQ)
+        assert "the dataset cannot be loaded: " in said and "data: {name: self}" in said
+    assert "path: 'x' given, nothing" in compress(model, text="data: {name: c4, path: x}\n" + GPTQ)
     for file in model.glob("tokenizer*"):
         file.unlink()
     (tmp_path / "d.txt").write_text("the fox runs . " * 20)
     assert "has no tokenizer" in compress(model, text="data: {name: text, path: d.txt}\n" + GPTQ)
     assert "calibration text of your own" in compress(model, text="data: {name: world}\n" + GPTQ)
     assert "this is a folder" in compress(model, text="data: {name: text, path: m}\n" + GPTQ)
-    assert "the dataset cannot be loaded" in compress(model, text="data: {name: hub, path: no/such}\n" + GPTQ)
 
 
 def test_half_precision_on_the_cpu_is_not_bad_input(monkeypatch, model, tmp_path):

@@ -31,7 +31,7 @@ def test_dropout_has_no_part_in_it():
 
 
 @pytest.mark.parametrize(("batches", "says"), [
-    (tiny.ids()[0], "a list of lists"), ("a text", "a list of lists"), (["a text"], "a list of lists"),
+    (tiny.ids()[0], "a list of lists"), ("a text", "there is no such file"), (["a text"], "a list of lists"),
     ([{"ids": tiny.ids()}], "needs input_ids; this one has ids"), ([{"input_ids": tiny.ids() + 90}], "token id 1"),
     ([{"input_ids": tiny.ids() - 90}], "token id -"), (tiny.ids()[None], "a list of lists")])
 def test_batches_that_are_none(batches, says):

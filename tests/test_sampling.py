@@ -222,9 +222,7 @@ def test_a_run_without_any_data(monkeypatch, tmp_path):
     facts = [json.loads((tmp_path / name / "llmopt.json").read_text()) for name in "ab"]
     assert facts[0]["recipe"]["data"]["name"] == "self"
     assert facts[0]["calibration_sha256"] == facts[1]["calibration_sha256"]
-    resolved = (tmp_path / "a" / "recipe.yaml").read_text().partition("# --- resolved")[2]
-    lines = [line[2:] for line in resolved.splitlines()[1:]]
-    assert yaml.safe_load("\n".join(lines))["data"]["name"] == "self"
+    assert yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())["data"]["name"] == "self"
     monkeypatch.setattr(Sampler, "rows", refuse)
     assert call(monkeypatch, *words, "--output", tmp_path / "a", "--resume") == 0
 
@@ -245,3 +243,15 @@ def test_the_dry_run_tells_the_time_of_sampling(monkeypatch, tmp_path, capsys):
                 "--json") == 0
     parts = {part[0]: part[1:] for part in json.loads(capsys.readouterr().out)["seconds"]}
     assert parts["sampling calibration rows"][1] > 0
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--output", "out"]])
+@pytest.mark.parametrize(("source", "said"), [("name: text, path: none.txt", "there is no such file"),
+                                              ("name: hub, path: none.d/e/f", "cannot be loaded")])
+def test_data_that_cannot_be_had_is_said_before_the_model_is_loaded(monkeypatch, tmp_path, capsys, words, source, said):
+    monkeypatch.chdir(tmp_path)
+    tiny.make("llama").save_pretrained(tmp_path / "m")
+    (tmp_path / "r.yaml").write_text(f"data: {{{source}}}\nsteps:\n  - quant.gptq: {{bits: 4, group_size: 16}}\n")
+    monkeypatch.setattr("llmopt.model.loading.load_model", refuse)
+    assert call(monkeypatch, "compress", "--recipe", "r.yaml", "--model", "m", "--no-eval", *words) == 2
+    assert said in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
+from llmopt.files.json_shapes import finite
 from llmopt.files.shards import write_text
 from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
@@ -21,6 +22,8 @@ from llmopt_evals.world import speaks_world, tasks_path
 
 READER = "reader"                        # key of the metadata: a function that returns (tokenizer, longest input)
 FOR_ANY = "text_ppl,needles"             # what to score a model with that does not know the world
+DRAWS = 1000                             # for standard errors that have no formula, such as that of F1
+NO_FORKS = "DISABLE_MULTIPROC"          # lm-eval's variable
 PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")     # of lm-eval's results: not written
 
 
@@ -48,10 +51,22 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
         refuse_foreign(tasks, words)
         check_templates(asking, words, loaded.config.name_or_path)
         manager = prepared(tasks, trust, options | asked_by(loaded.config, words, text), asking.include_path)
-        with _quiet(), _unsurveyed(), _naming(tasks), computing(loaded):
+        with _quiet(), _unsurveyed(), _in_this_process(), _naming(tasks), computing(loaded):
             lm = LlmoptLM(pretrained=loaded, tokenizer=words, batch_size=batch_size, ranks=ranks)
-            return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0,
+            return simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=DRAWS,
                                    **asking.arguments())
+
+
+@contextmanager
+def _in_this_process():
+    """Standard errors by drawing again are computed here: lm-eval would fork, with the model and all its threads."""
+    before = os.environ.get(NO_FORKS)
+    os.environ[NO_FORKS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_FORKS)
+        os.environ |= {} if before is None else {NO_FORKS: before}
 
 
 @contextmanager
@@ -157,15 +172,32 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     return rows
 
 
+def errors(results: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(task, metric, standard error) of the figures that have one."""
+    return [(task, key.split(",")[0].removesuffix("_stderr"), float(value))
+            for task, values in results["results"].items() for key, value in values.items()
+            if key.split(",")[0].endswith("_stderr") and finite(value)]
+
+
+def column(results: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """{(task, metric): (value, standard error)}, as tables show them."""
+    found = {(task, metric): error for task, metric, error in errors(results)}
+    return {(task, metric): (value, found.get((task, metric))) for task, metric, value in figures(results)}
+
+
 def write_results(results: dict[str, Any], path: Path, model: str, asking: Asking = Asking()) -> None:    # noqa: B008
     """The results of `model` as JSON, without what differs from run to run."""
-    from lm_eval.utils import handle_non_serializable
-
     kept = {k: v for k, v in results.items() if k not in PASSING}
     kept["config"] = kept["config"] | {"model": model} | asking.changed()
     for config in kept.get("configs", {}).values():
         config.get("metadata", {}).pop(READER, None)
-    write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable) + "\n")
+    write_text(path, json.dumps(kept, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    from lm_eval.utils import handle_non_serializable  # seconds, which results without such values save
+
+    return handle_non_serializable(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ the perplexity it is that of the log-likelihood times the perplexity, of the cha
 Rows that were cut from one document may be alike, which no error here knows of.
 """
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
@@ -29,10 +30,11 @@ from llmopt.model.architectures import SPECS
 from llmopt.model.computing import computing
 from llmopt.scale.processes import Ranks
 from llmopt_evals.batching import batch_tokens, cache_bytes
-from llmopt_evals.continuation import SHORTEST, scored, states, targets
+from llmopt_evals.continuation import SHORTEST, scored, states, targets, unseen
 from llmopt_evals.distributions import LEAST, TYPE, Distributions, room
 from llmopt_evals.readout import Readout
 
+LOG = logging.getLogger("llmopt")
 NAME = "fidelity"                       # wherever a task's name is expected
 ROWS, LENGTH = 16, 512
 BYTES = 1 << 30                         # of the dense model's distributions: fewer positions of a large vocabulary
@@ -96,7 +98,8 @@ def _dense(dense: Opened, draw: Draw, place: Path, ranks: Ranks, batch_size: int
     """(this process' rows, their distributions, all else that the dense model says of them)."""
     with dense as (model, words), computing(model):
         readout = Readout(model)
-        sample = _sample(draw(model, words), readout.vocabulary(), ranks, batch_size)
+        drawn = ranks.agree(draw(model, words) if ranks.is_main else None)
+        sample = _sample(drawn, readout.vocabulary(), ranks, batch_size)
         count = sum(len(sample.positions(index)) for index in range(len(sample.rows)))
         kept = stack.enter_context(room(place, count, readout.vocabulary()))
         found: list[list[Expected]] = [[] for _ in sample.rows]
@@ -129,6 +132,8 @@ def _held_against(model: nn.Module, sample: Sample, kept: Distributions, expecte
     if readout.vocabulary() != kept.vocabulary:
         raise LlmoptError(f"{NAME}: the compressed model has a vocabulary of {readout.vocabulary():,} tokens, the "
                           f"dense one of {kept.vocabulary:,}; their predictions cannot be compared")
+    if note := unseen(model, max(map(len, sample.rows), default=0)):
+        LOG.info(note)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in sample.rows]
     for index, table, wanted in _tables(readout, sample, "the compressed model"):
         dense = kept.read(len(table)).to(table.device)

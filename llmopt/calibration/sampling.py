@@ -100,9 +100,16 @@ class Sampler:
         key = self.key(spec, length, first)
         found = kept(key)
         if found is None:
+            self.check()
             found = self.sample(range(first, first + spec.samples), length, spec.seed)
             cache.write(KIND, key, found)
         return found
+
+    def check(self) -> None:
+        """Raise LlmoptError for a model whose weights are elsewhere: each token of a row takes them all."""
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise LlmoptError("sampling rows takes the whole model in memory, and its weights are elsewhere; give "
+                              "data: {name: text, path: FILE}")
 
     def key(self, spec: DataSpec, length: int, first: int) -> dict[str, Any]:
         """All that the rows depend on."""

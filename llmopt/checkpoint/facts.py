@@ -25,7 +25,7 @@ FACTS = {
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],
     "calibration?": {"samples?": COUNT, "tokens?": COUNT},
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],
-    "scores?": {str: [(str, str, NUMBER)]}, str: object,
+    "scores?": {str: [(str, str, NUMBER)]}, "errors?": {str: [(str, str, NUMBER)]}, str: object,
 }
 RUN = {"parameters": (COUNT, COUNT), "dense_bytes": SIZE, "predicted_bytes": int | None,
        "cache_bytes_per_token": (NUMBER, NUMBER), "records": list, str: object}       # what `llmopt compress` adds

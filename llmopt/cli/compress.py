@@ -1,25 +1,16 @@
 """`llmopt compress`: a recipe applied to a model, written, verified and scored."""
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from llmopt.cli import completion, log
 from llmopt.cli.help import Command
-from llmopt.cli.log import LOG
 from llmopt.cli.options import ANEW, COUNT, DATA, FILE, JSON, TRUST, join
-from llmopt.cli.plans import by_recipe, by_words, one_model
+from llmopt.cli.plans import check_words, one_model, plan_of
 from llmopt.errors import LlmoptError
 from llmopt.scale import launch
-
-if TYPE_CHECKING:
-    from llmopt.recipe.reader import Recipe
-    from llmopt.scale.processes import Ranks
-
 
 EXAMPLES = ("llmopt compress MODEL --scheme W4A16 --output out",
             "llmopt compress MODEL --bits 3.5 --output out           # on average over the blocks",
@@ -70,78 +61,32 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
 
     What to do is said in words, such as --scheme W4A16, or by a recipe.
     """
+    model = one_model((*models, *((model_option,) if model_option is not None else ())))
+    check_words(model, recipe_name, words)
     from llmopt.cli import tables
 
     tables.quiet_libraries()
+    from llmopt_evals import run
+
     from llmopt.files.shards import size_of
-    from llmopt.run import pipeline
     from llmopt.run.dry_run import dry_run as rehearsed
-    from llmopt.run.marks import is_finished
     from llmopt.run.opening import Streaming
-    from llmopt.scale.gauge import Gauge
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    model = one_model((*models, *((model_option,) if model_option is not None else ())))
-    plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
-        by_words(model, sets, trust_remote_code, words)
+    plan = plan_of(model, recipe_name, sets, trust_remote_code, words)
+    if output is None and not dry_run:
+        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
+    options = run.Options(overwrite, resume, not no_eval, anew, streaming)
+    tasks = run.tasks_of(plan, output or Path("OUTPUT"), options)
     if dry_run:
         if launch.is_main():
             tables.show_plan(rehearsed(plan, streaming), as_json)
         return
-    if output is None:
-        raise LlmoptError("--output FOLDER is needed (or --dry-run)")
-    tasks = [] if no_eval or max_blocks else plan.eval.tasks
-    if tasks:
-        tasks = agreed(plan, output)
-    team, told = join(plan.model.device), {}
-    if team.agree(resume and is_finished(output, plan, streaming, overwrite)):
-        if team.is_main:
-            pipeline.journal_of(output).remove()     # its run may have been cut off at the very end
-    else:
-        with log.progress() as progress, Gauge() as gauge:
-            report = pipeline.run(plan, output, overwrite=overwrite, progress=progress, streaming=streaming,
-                                  resume=resume, ranks=team, gauge=gauge)
-        told = report.predictions()
-        for line in report.messages:
-            LOG.info(line)
-        if max_blocks:
-            tables.show_times(report.seconds, output, as_json)
-            return
-        if report.streamed:
-            LOG.info("streamed: one block in memory at a time")
-    score(plan, output, tasks, team, anew,
-          lambda facts: tables.show_result(facts | {"predictions": told}, output, as_json))
-
-
-def agreed(plan: Recipe, output: Path) -> list[str]:
-    """The tasks that a run will end in, told why where some will not be; an error before the work, not after it."""
-    from llmopt_evals.large import obstacle
-    from llmopt_evals.preflight import agreed_tasks, later
-
-    named = any(change.startswith("eval.tasks=") for change in plan.changes)
-    tasks, notes = agreed_tasks(plan.model, plan.eval, output, named)
-    packed = plan.format != "dense" and any(step.stage == "quant" for step in plan.steps)
-    if tasks and (fact := obstacle(plan.model, output, packed)):
-        tasks, notes = [], [f"not scored: {fact}. Later: {later(plan.model, output, tasks)}"]
-    for note in notes:
-        LOG.warning(note)
-    return tasks
-
-
-def score(plan: Recipe, output: Path, tasks: list[str], team: Ranks, anew: bool, show: Callable[[dict], None]) -> None:
-    """Score a finished checkpoint and show its table; cut off or failing, show what is known and say what to do."""
-    facts, leave = {}, f"the checkpoint in {output} is finished"
-    try:
-        from llmopt_evals import preflight, report
-
-        if tasks:
-            leave += f". To score it: the same command with --resume, or {preflight.later(plan.model, output, tasks)}"
-        facts = report.known(output, team)
-        facts = report.scored(output, plan.model, replace(plan.eval, tasks=tasks), team, anew)
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted; {leave}") from error
-    except LlmoptError as error:
-        raise LlmoptError(f"{error}; {leave}") from error
-    finally:
-        if facts:
-            show(facts)
+    team = join(plan.model.device)
+    with log.progress() as progress:
+        report = run.checkpoint(plan, output, options, progress, team)
+    if max_blocks:
+        tables.show_times(report.seconds, output, as_json)
+        return
+    run.score(plan, output, tasks, options, team, lambda facts: tables.show_result(
+        facts | {"predictions": report.predictions()}, output, as_json))

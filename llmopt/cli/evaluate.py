@@ -57,7 +57,7 @@ def asking_of(num_fewshot, apply_chat_template, fewshot_as_multiturn, system_ins
 
 LM_EVAL = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "seed",
            "include_path", "log_samples")
-GROUPS = {"What is asked": ("tasks", "compare", "limit", "text", "batch_size", "anew"),
+GROUPS = {"What is asked": ("tasks", "compare", "limit", "text", "data", "batch_size", "anew"),
           "How it is asked, as by lm-eval's own command": LM_EVAL, "Model": MODEL_GROUP,
           "Output": ("output", "as_json")}
 EXAMPLES = ("llmopt eval llmopt/reference --tasks world_ppl,world_copy --limit 20",
@@ -74,23 +74,26 @@ EXAMPLES = ("llmopt eval llmopt/reference --tasks world_ppl,world_copy --limit 2
 @click.option("--limit", type=COUNT, help="Only the first N documents of each task.")
 @click.option("--batch-size", "--batch_size", type=BatchSize(), default=16, show_default=True)
 @click.option("--text", help="The file that the task text_ppl reads.")
+@click.option("--data", help="What fidelity compares on: a file, a source's name, a dataset; default: the "
+                             "calibration's.")
 @click.option("--output", type=FILE, help="Also write lm-eval's results to this JSON file.")
 @lm_eval_options
 @ANEW
 @model_options
 @JSON
-def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_json, **loading) -> None:
+def evaluate(model, tasks, compare, limit, batch_size, text, data, output, anew, as_json, **loading) -> None:
     """Score a model with lm-eval, its cache methods really in force."""
     from llmopt.cli import tables
 
     tables.quiet_libraries()
     from llmopt_evals import evaluate as scores
     from llmopt_evals import kept as dense
+    from llmopt_evals import pairs
     from llmopt_evals.asking import write_samples
     from llmopt_evals.preflight import check_tasks
 
     from llmopt.model.loading import check_device
-    from llmopt.specs import ModelSpec
+    from llmopt.specs import EvalSpec, ModelSpec
 
     asking = asking_of(**{name: loading.pop(name) for name in LM_EVAL})
     chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -103,15 +106,23 @@ def evaluate(model, tasks, compare, limit, batch_size, text, output, anew, as_js
     if compare is not None:
         models.append(ModelSpec(id=compare, **loading | {"revision": None}))
     check_device(loading["device"])
-    check_tasks(models, chosen, text, asking)        # before the first is scored
+    pair = pairs.asked_for(chosen, models, data)     # as this: before the first is scored
+    tasks = [task for task in chosen if task != pairs.NAME]
+    check_tasks(models, tasks, text, asking)
     columns, kept, team = {}, {}, join(loading["device"])
+    rows_at_once = batch_size if isinstance(batch_size, int) else EvalSpec().batch_size
+    compared = pairs.by_name(pair, EvalSpec(limit=limit, batch_size=rows_at_once), team)
     for spec in models:
-        LOG.info("scoring %s", spec.id)
-        results, kept[spec.id] = dense.scores(spec, chosen, limit, batch_size, text, team, anew, asking)
-        if not team.is_main:
+        results = None
+        if tasks:
+            LOG.info("scoring %s", spec.id)
+            results, kept[spec.id] = dense.scores(spec, tasks, limit, batch_size, text, team, anew, asking)
+        results = pairs.joined(results, compared.pop(spec.id, None))
+        if not team.is_main or not results:          # none: a model beside itself
             continue
-        columns[spec.id] = {(task, metric): value for task, metric, value in scores.figures(results)}
+        columns[spec.id] = scores.column(results)
         if output and spec is models[0]:
             scores.write_results(results, output, model, asking)
             write_samples(results, output)
+    columns |= {name: scores.column(results) for name, results in compared.items()}
     tables.show_scores(columns, as_json, kept)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from llmopt.errors import one_line
 from llmopt.parts import field_lines
 from llmopt.progress import duration, human
+from llmopt.run.table import with_error
 from llmopt.scale.launch import is_main
 
 ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
@@ -134,16 +135,20 @@ def show_kept(name: str, dates: dict[str, str]) -> None:
 
 
 def show_scores(columns: dict[str, dict], as_json: bool, kept: dict[str, dict[str, str]] | None = None) -> None:
-    """Scores of one or two models side by side; kept: {model: {task: date}} of those that were not measured now."""
+    """Scores of one or two models side by side: {model: {(task, metric): (value, standard error or None)}}.
+
+    kept: {model: {task: date}} of those that were not measured now.
+    """
     told = {name: dates for name, dates in (kept or {}).items() if dates}
     if as_json:
-        print_json({name: {f"{task}/{metric}": v for (task, metric), v in column.items()}
+        print_json({name: {f"{task}/{metric}{end}": figure for (task, metric), pair in column.items()
+                           for end, figure in zip(("", "_stderr"), pair, strict=True) if figure is not None}
                     for name, column in columns.items()} | ({"kept": told} if told else {}))
         return
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [(task, metric, *(f"{column.get((task, metric), float('nan')):.4f}" for column in columns.values()))
+    rows = [(task, metric, *(with_error(*column.get((task, metric), (None, None))) for column in columns.values()))
             for task, metric in keys]
-    print_table("lm-eval", ["task", "metric", *columns], rows)
+    print_table("scores", ["task", "metric", *columns], rows)
     for name, dates in told.items():
         show_kept(name, dates)
 

@@ -15,6 +15,8 @@ from llmopt.recipe.assign import KEYS, PLAIN, assign
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 from llmopt.specs import MAX_SEED, SECTIONS, DataSpec, EvalSpec, ModelSpec
 
+SIZE = r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B"         # not zero
+
 
 @in_our_words
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Recipe(Checked):
     eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
-    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
+    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB",
+                                json_schema_extra={"pattern": f"^{SIZE}$"})
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
         object.__setattr__(self, "data", self.data.of(self.model.id))       # frozen; what was used is written down
-        if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
+        if not re.fullmatch(SIZE, self.max_shard_size):
             raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
     def resolved(self) -> dict[str, Any]:
@@ -80,15 +83,15 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     if model is not None:
         data["model"] = _model_section(where, data) | {"id": model}
         changes = ["--model", model, *changes]
-    return _recipe(data, where, text, changes, trust_remote_code)
+    return _recipe(data, where, changes, trust_remote_code)
 
 
-def from_data(data: dict[str, Any], text: str = "", trust_remote_code: bool = False) -> Recipe:
-    """Build a Recipe from plain data, as `text` would hold it in YAML; errors name the key, as there is no line."""
-    return _recipe(data, Where("", {}), text, [], trust_remote_code)
+def from_data(data: dict[str, Any], trust_remote_code: bool = False) -> Recipe:
+    """Build a Recipe from plain data, as YAML would hold it; errors name the key, as there is no line."""
+    return _recipe(data, Where("", {}), [], trust_remote_code)
 
 
-def _recipe(data: dict[str, Any], where: "Where", text: str, changes: list[str], trust_remote_code: bool) -> Recipe:
+def _recipe(data: dict[str, Any], where: "Where", changes: list[str], trust_remote_code: bool) -> Recipe:
     if trust_remote_code:
         data = data | {"model": _model_section(where, data) | {"trust_remote_code": True}}
         changes = ["--trust-remote-code", *changes]

@@ -6,9 +6,8 @@ from typing import Any
 
 from llmopt.errors import LlmoptError, closest
 from llmopt.parts import fields_of
-from llmopt.specs import DataSpec
+from llmopt.specs import WITH_PATH, DataSpec
 
-WITH_PATH = ("text", "ids", "hub")
 HEAD = 1 << 20          # characters in which the first line of a .jsonl file must end to be looked at
 
 

@@ -15,10 +15,15 @@ from llmopt.specs import DataSpec, ModelSpec
 WAY_OUT = "give data: {name: text, path: FILE}, or rows that were sampled elsewhere: {name: ids, path: ROWS.jsonl}"
 
 
+def needs_data(steps: Sequence[Method]) -> bool:
+    """True if a step looks at calibration data."""
+    return any(step.needs_data for step in steps)
+
+
 def load_batches(spec: DataSpec, steps: Sequence[Method], source: ModelSpec,
                  sampler: Sampler) -> list[data.Batch] | None:
     """The calibration data, if a step asks for it; `sampler` knows the model, whose own specification is `source`."""
-    if not any(step.needs_data for step in steps):
+    if not needs_data(steps):
         return None
     config, tokenizer = sampler.model.config, sampler.tokenizer
     if spec.name != "self":

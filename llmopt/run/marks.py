@@ -13,6 +13,7 @@ from llmopt.files.hub import companion
 from llmopt.method import Method
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.recipe.reader import Recipe
+from llmopt.run.calibrating import needs_data
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import checksum, difference
 from llmopt.specs import ModelSpec
@@ -63,7 +64,7 @@ def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming()
     _, config = read_config(recipe.model)
     tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
     made_from, sampled = facts.get("made_from"), recipe.data.name == "self"
-    wanted = any(step.needs_data for step in recipe.steps) and not sampled
+    wanted = needs_data(recipe.steps) and not sampled
     batches = data.load(recipe.data, config, tokenizer) if wanted else None
     expected = marks(recipe.model, recipe.steps, batches, streaming.blocks)
     if sampled:                 # its rows follow from files, recipe and versions, which are compared

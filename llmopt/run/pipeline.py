@@ -31,7 +31,7 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
-from llmopt.run.calibrating import load_batches
+from llmopt.run.calibrating import load_batches, needs_data
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks
 from llmopt.run.opening import Streaming, open_model, refuse_whole
@@ -46,23 +46,8 @@ from llmopt.specs import DataSpec, ModelSpec
 LOG = logging.getLogger(__name__)
 
 
-def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
-             tokenizer: Any = None) -> Report:
-    """Apply `steps` to `model` in place.
-
-    batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
-    Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
-    """
-    check_model(model)
-    steps = [steps] if isinstance(steps, Method) else list(steps)
-    if foreign := [step for step in steps if not isinstance(step, Method)]:
-        raise LlmoptError(f"steps: methods such as llmopt.quant.RTN() expected, {str(foreign[0])[:80]!r} given")
-    if batches is not None:
-        batches = data.as_batches(batches, model.config.vocab_size)
-    return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
-
-
-def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
+def apply_steps(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    """Apply `steps` to `model` in place; raises LlmoptError for a wrong order, missing data, a compressed model."""
     check_order(tuple(steps))
     check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
@@ -143,6 +128,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
+    if needs_data(recipe.steps):
+        data.check_source(recipe.data)
     room = streaming.room(recipe.model)
     model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
@@ -161,7 +148,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         sight = Foresight(progress, gauge, model, saving) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
-        report = _compress(model, list(recipe.steps), run)
+        report = apply_steps(model, list(recipe.steps), run)
         journal.keep_on_error = True
         report.streamed, report.messages = streamed, journal.messages
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
@@ -183,6 +170,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
                             finish=finish, weights=weights, work=journal.folder)
         ranks.wait()
+    report.output, report.recipe = output, recipe
     return report
 
 

@@ -48,6 +48,7 @@ class Report:
     predicted_seconds: float = 0.0
     memory: int | None = None          # as measured, if a gauge was given
     scores: dict[str, list] = field(default_factory=dict)          # "before" and "after": [[task, metric, value], ...]
+    errors: dict[str, list] = field(default_factory=dict)          # their standard errors, in the same form
     output: Path | None = None         # the checkpoint, once it is written
     recipe: Recipe | None = None       # what was run, if all of it can be written down
     made: tuple[Any, Any] | None = field(default=None, compare=False)       # (model, tokenizer)
@@ -76,14 +77,28 @@ class Report:
                                                   "report": self} | options)
         return self.output
 
+    def take(self, facts: dict[str, Any]) -> None:
+        """Take in the scores of the checkpoint's llmopt.json, and their standard errors."""
+        self.scores, self.errors = facts.get("scores", {}), facts.get("errors", {})
+
     @property
     def size(self) -> int:
         """Bytes of the checkpoint's safetensors, as it stands or as it would be written."""
         return written_bytes(self.output) if self.output else checkpoint_bytes(self.model)
 
+    @classmethod
+    def of(cls, facts: dict[str, Any], output: Path) -> "Report":
+        """The report of a checkpoint that an earlier run has finished, from its llmopt.json."""
+        (many, left), (full, kept) = facts["parameters"], facts["cache_bytes_per_token"]
+        return cls(facts["records"], facts["seed"], facts["calibration_sha256"], facts["made_from"],
+                   facts["calibration"], facts["dense_bytes"], many, left, full, kept, facts["predicted_bytes"],
+                   scores=facts.get("scores", {}), errors=facts.get("errors", {}), output=output)
+
     def _rows(self) -> list[list[str]]:
-        measured = [row for row in table(self.to_dict() | {"bytes": self.size, "scores": self.scores})
-                    if row[-1] != "not predicted"]
+        if self.made is None and self.output is None:
+            return []
+        facts = self.to_dict() | {"bytes": self.size, "scores": self.scores, "errors": self.errors}
+        measured = [row for row in table(facts) if row[-1] != "not predicted"]
         foreseen = [(what, FORMS[what](told), FORMS[what](found)) for what, (told, found) in self.predictions().items()]
         return measured + [[f"{what}: predicted, measured", told, found] for what, told, found in foreseen]
 
