@@ -136,7 +136,7 @@ def test_overrides(compress, model, assignment, expected):
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--compare", ""], "id: ''"),
     (["eval", "llmopt/reference", "--tasks", ","], "names no task"),
     (["eval", "llmopt/reference", "--tasks", "world_pbl"], "world_pbl"),
-    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--limit", "0"], "0' given, a number from 1, auto or auto:N expected"),
+    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--limit", "0"], 0 is not in the range"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--batch-size", "0"], "0' given, a number from 1, auto or auto:N expected"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--device", "cudaa"], "cudaa"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--dtype", "int3"], "int3"),
