@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 import llmopt
 from llmopt.checkpoint.card import render
 from llmopt.checkpoint.origin import origin
+from llmopt.checkpoint.save import recipe_text
 from llmopt.recipe.reader import PACKAGED, load, parse
 from llmopt.run.pipeline import run
 from tests import tiny
@@ -103,8 +104,6 @@ def test_the_written_recipe_is_the_one_that_ran_without_the_comments_of_another(
 
 @pytest.mark.parametrize("name", sorted(file.stem for folder in PACKAGED for file in folder.glob("*.yaml")))
 def test_every_packaged_recipe_survives_being_written_out(name):
-    from llmopt.checkpoint.save import recipe_text
-
     recipe = load(name)
     assert parse(recipe_text(recipe), name).resolved() == recipe.resolved()
 
@@ -136,3 +135,9 @@ def test_a_snapshot_of_the_hubs_cache_goes_by_its_name(tmp_path):
 def test_a_card_that_cannot_be_read_gives_nothing(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
     assert origin(str(tmp_path), "", None)["base_licence"] is None
+
+
+def test_a_written_recipe_leaves_it_to_the_command_line_to_let_code_run():
+    allowed = load("rtn", trust_remote_code=True)
+    again = parse(recipe_text(allowed), "recipe.yaml", trust_remote_code=True)
+    assert again.resolved() == allowed.resolved() and "trust_remote_code" not in recipe_text(allowed)

@@ -202,7 +202,6 @@ def hub() -> Iterator[Finding]:
 def openmp() -> Iterator[Finding]:
     """OpenMP runtimes in this process, once those libraries are loaded that bring one."""
     import numpy  # noqa: F401
-    import scipy.linalg  # noqa: F401
     import torch  # noqa: F401
 
     maps = Path("/proc/self/maps")

@@ -16,6 +16,8 @@ from llmopt.recipe.assign import KEYS, PLAIN, assign
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 from llmopt.specs import MAX_SEED, SECTIONS, DataSpec, EvalSpec, ModelSpec
 
+SIZE = r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B"         # not zero
+
 
 @in_our_words
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Recipe(Checked):
     eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
-    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
+    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB",
+                                json_schema_extra={"pattern": f"^{SIZE}$"})
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
         object.__setattr__(self, "data", self.data.of(self.model.id))       # frozen; what was used is written down
-        if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
+        if not re.fullmatch(SIZE, self.max_shard_size):
             raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
     def resolved(self) -> dict[str, Any]:
