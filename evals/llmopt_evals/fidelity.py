@@ -98,7 +98,8 @@ def _dense(dense: Opened, draw: Draw, place: Path, ranks: Ranks, batch_size: int
     """(this process' rows, their distributions, all else that the dense model says of them)."""
     with dense as (model, words), computing(model):
         readout = Readout(model)
-        sample = _sample(draw(model, words), readout.vocabulary(), ranks, batch_size)
+        drawn = ranks.agree(draw(model, words) if ranks.is_main else None)
+        sample = _sample(drawn, readout.vocabulary(), ranks, batch_size)
         count = sum(len(sample.positions(index)) for index in range(len(sample.rows)))
         kept = stack.enter_context(room(place, count, readout.vocabulary()))
         found: list[list[Expected]] = [[] for _ in sample.rows]

@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llmopt.calibration import data as sources
 from llmopt.calibration import sampling
-from llmopt.calibration.data import Batch
+from llmopt.calibration.data import Batch, check_source, held_out
 from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError
 from llmopt.model.loading import read_config, resolve
 from llmopt.recipe.sources import source
+from llmopt.scale.available import available
 from llmopt.scale.processes import Ranks
 from llmopt.specs import DataSpec, EvalSpec, ModelSpec
 from llmopt_evals.fidelity import LENGTH, NAME, ROWS, Draw, Figures, compare, figures
-from llmopt_evals.large import beside, opened
+from llmopt_evals.large import beside, memory_bytes, opened
 from llmopt_evals.preflight import tokenizer_of
 from llmopt_evals.world import speaks_world
 
 LOG = logging.getLogger("llmopt")
+TOO_LARGE = ("a model larger than memory cannot write the rows that it is scored on: each token would take all its "
+             "weights; data: {name: text, path: FILE} gives them")
 Results = dict[str, Any]
 
 
@@ -58,8 +60,18 @@ def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pa
         return None
     dense = models[1] if len(models) > 1 else source_of(models[0])
     check(dense, models[0])
-    told = source(data) if data is not None else _recorded(models[0]).get("data", {})
-    return Pair(dense, models[0], DataSpec(**told).of(dense.id))
+    spec = data_of(models[0], data).of(dense.id)
+    check_source(spec)
+    return Pair(dense, models[0], spec)
+
+
+def data_of(compressed: ModelSpec, given: str | None) -> DataSpec:
+    """What the calibration of a model read, or another source, of which it saw nothing."""
+    recorded = _recorded(compressed).get("data", {})
+    asked = source(given) if given is not None else {}
+    if all(recorded.get(key) == value for key, value in asked.items()):
+        return DataSpec(**recorded)
+    return DataSpec(**asked, samples=1)                 # the fewest rows that a calibration can have seen
 
 
 def by_name(pair: Pair | None, wanted: EvalSpec, ranks: Ranks) -> dict[str, Results]:
@@ -79,27 +91,24 @@ def draw(data: DataSpec, rows: int) -> Draw:
     def drawn(model: nn.Module, tokenizer: Any) -> list[Batch]:
         foreign = data.name == "world" and not speaks_world(tokenizer)
         spec = replace(data, name="self") if foreign else data
+        if spec.name in (None, "self") and any(parameter.is_meta for parameter in model.parameters()):
+            raise LlmoptError(f"{NAME}: {TOO_LARGE}")
         usual = sampling.LENGTH if spec.name in (None, "self") else LENGTH
         length = min(max(usual, spec.length or 0), model.config.get_text_config().max_position_embeddings)
         return held_out(spec, tokenizer, model, rows, length)
     return drawn
 
 
-def held_out(spec: DataSpec, tokenizer: Any, model: nn.Module, rows: int, length: int) -> list[Batch]:
-    """Rows behind those of the calibration; for the world other ones of its own."""
-    if spec.name == "world":
-        return sources.load(replace(spec, seed=spec.seed + 1, samples=rows, length=length), model.config, tokenizer)
-    if spec.name in (None, "self"):
-        sampler = sampling.Sampler(model, tokenizer)
-        return sources.as_batches(sampler.rows(replace(spec, samples=rows), length, spec.samples),
-                                  model.config.vocab_size)
-    batches = sources.load(replace(spec, samples=spec.samples + rows, length=length), model.config, tokenizer)
-    found = [ids[mask.bool()].tolist() for one in batches for ids, mask in
-             zip(one["input_ids"], one["attention_mask"], strict=True)]
-    if len(found) <= spec.samples:
-        raise LlmoptError(f"{NAME}: the data have {len(found)} rows, and the calibration takes {spec.samples} of them; "
-                          "fewer data.samples leave some to be scored on")
-    return sources.as_batches(found[spec.samples:], model.config.vocab_size)
+def obstacle(dense: ModelSpec, data: DataSpec) -> str | None:
+    """Why `fidelity` could not draw its rows in the end, where the dense model is to write them itself.
+
+    Raises LlmoptError for a file that is not there, or a dataset that cannot be had.
+    """
+    check_source(data)
+    folder = Path(resolve(dense.id))
+    if data.name not in (None, "self") or dense.device != "cpu" or not folder.is_dir():
+        return None
+    return TOO_LARGE if memory_bytes(folder, dense.dtype) > available() else None
 
 
 def as_results(found: Figures, rows: int) -> Results:

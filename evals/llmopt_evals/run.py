@@ -21,7 +21,7 @@ from llmopt.scale.gauge import Gauge
 from llmopt.scale.processes import Ranks, join
 from llmopt.specs import ModelSpec
 from llmopt_evals import evaluate as lm_eval
-from llmopt_evals import preflight, report
+from llmopt_evals import pairs, preflight, report
 from llmopt_evals.large import obstacle
 
 LOG = logging.getLogger("llmopt")
@@ -89,6 +89,8 @@ def tasks_of(plan: Recipe, output: Path, options: Options) -> list[str]:
     packed = plan.format != "dense" and any(step.stage == "quant" for step in plan.steps)
     if tasks and (fact := obstacle(plan.model, output, packed)):
         tasks, notes = [], [f"not scored: {fact}. Later: {preflight.later(plan.model, output, tasks)}"]
+    if pairs.NAME in tasks and (fact := pairs.obstacle(plan.model, plan.data)):
+        tasks, notes = [task for task in tasks if task != pairs.NAME], [*notes, f"not scored: {pairs.NAME}: {fact}"]
     for note in notes:
         LOG.warning(note)
     return tasks

@@ -131,11 +131,12 @@ def column(record: Any, spec: DataSpec, where: str) -> Any:
         raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known})")
     value = record[spec.column]
     turns = spec.template == "chat" and isinstance(value, list)
-    if value is not None and not isinstance(value, str) and not (turns and all(map(_is_message, value))):
+    if value is not None and not isinstance(value, str) and not (turns and all(map(is_message, value))):
         expected = "text, or a list of {role, content}" if spec.template == "chat" else "text"
         raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected")
     return value
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
+    """True for one turn of a conversation."""
     return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)
