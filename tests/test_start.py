@@ -57,6 +57,16 @@ def test_what_needs_no_model_needs_no_library(words, code, text):
     assert run.stderr.splitlines()[-1] == "slow:"
 
 
+@pytest.mark.parametrize("words", [["--scheme", "FP8"], ["--bits", "1"], [], ["--scheme", "W4A16", "--bits", "3"],
+                                   ["--scheme", "W4A16", "--data", "none.txt"],
+                                   ["--scheme", "W4A16", "--recipe", "rtn"]])
+def test_words_that_cannot_be_meant_are_refused_before_torch_is_there(words):
+    run = watched("compress", "nowhere", *words)
+    assert run.returncode == 2
+    told, slow = run.stderr.splitlines()
+    assert told.startswith("error: ") and slow in ("slow:", "slow: pydantic")
+
+
 @pytest.mark.parametrize(("line", "word"), [("llmopt com", "compress"), ("llmopt compress --rec", "--recipe"),
                                             ("llmopt bench sc", "scale"), ("llmopt eval x --ta", "--tasks")])
 def test_shell_completion_needs_no_library(line, word):

@@ -8,7 +8,7 @@ import click
 from llmopt.cli import completion, log
 from llmopt.cli.help import Command
 from llmopt.cli.options import ANEW, COUNT, DATA, FILE, JSON, TRUST, join
-from llmopt.cli.plans import by_recipe, by_words, one_model
+from llmopt.cli.plans import check_words, one_model, plan_of
 from llmopt.errors import LlmoptError
 from llmopt.scale import launch
 
@@ -61,6 +61,8 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
 
     What to do is said in words, such as --scheme W4A16, or by a recipe.
     """
+    model = one_model((*models, *((model_option,) if model_option is not None else ())))
+    check_words(model, recipe_name, words)
     from llmopt.cli import tables
 
     tables.quiet_libraries()
@@ -71,9 +73,7 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
     from llmopt.run.opening import Streaming
 
     streaming = Streaming(stream, size_of(activation_memory), max_blocks)
-    model = one_model((*models, *((model_option,) if model_option is not None else ())))
-    plan = by_recipe(recipe_name, model, sets, trust_remote_code, words) if recipe_name else \
-        by_words(model, sets, trust_remote_code, words)
+    plan = plan_of(model, recipe_name, sets, trust_remote_code, words)
     if output is None and not dry_run:
         raise LlmoptError("--output FOLDER is needed (or --dry-run)")
     options = run.Options(overwrite, resume, not no_eval, anew, streaming)

@@ -32,25 +32,27 @@ def one_model(given: tuple[str, ...]) -> str | None:
     return name
 
 
-def by_recipe(name: str, model: str | None, sets: tuple[str, ...], trust: bool, words: dict[str, Any]) -> Recipe:
-    """The recipe of a file, or a packaged one, with the changes that words and `sets` ask for."""
-    from llmopt import recipe
-    from llmopt.recipe.one_line import Words
+def check_words(model: str | None, recipe_name: str | None, words: dict[str, Any]) -> None:
+    """Raise LlmoptError for what is wrong with the words of the command line, before torch is imported."""
+    from llmopt.recipe.words import Words
 
     asked = Words(**words)
-    if asked.steps:
+    if recipe_name and asked.steps:
         raise LlmoptError(f"--recipe and --{asked.steps[0]} both say what to do; give one of them, and change a recipe "
                           "with --set")
-    return recipe.load(name, (*asked.assignments(), *sets), model, trust)
+    if not recipe_name and not (model and asked.steps):
+        lines = (f"llmopt compress {model or 'MODEL'} {common} --output out" for common in COMMON)
+        raise LlmoptError(f"{f'what is to be done with {model}?' if model else 'which model?'} Such as: "
+                          f"{', or '.join(lines)}")
 
 
-def by_words(model: str | None, sets: tuple[str, ...], trust: bool, words: dict[str, Any]) -> Recipe:
-    """The recipe that the words of the command line ask for."""
-    from llmopt.recipe.one_line import Words, one_line
+def plan_of(model: str | None, recipe_name: str | None, sets: tuple[str, ...], trust: bool,
+            words: dict[str, Any]) -> Recipe:
+    """The recipe of a file, changed by words and `sets`, or the one that the words ask for."""
+    from llmopt.recipe.one_line import one_line
+    from llmopt.recipe.reader import load
+    from llmopt.recipe.words import Words
 
-    asked = Words(**words)
-    if model is None or not asked.steps:
-        raise LlmoptError(("which model? " if model is None else f"what is to be done with {model}? ") + "Such as: "
-                          + ", or ".join(f"llmopt compress {model or 'MODEL'} {common} --output out"
-                                         for common in (COMMON if model or not asked.steps else COMMON[:1])))
+    if recipe_name:
+        return load(recipe_name, (*Words(**words).assignments(), *sets), model, trust)
     return one_line(model, sets, trust, **words)

@@ -10,15 +10,16 @@ from llmopt.files.packaged import recipes
 from llmopt.method import Method
 from llmopt.parts import build, default_of, fields_of, names, plain
 from llmopt.recipe.assign import assign
-from llmopt.recipe.one_line import Words, method_name, one_line
+from llmopt.recipe.one_line import method_name, one_line
 from llmopt.recipe.reader import Recipe, from_data, load
 from llmopt.recipe.schemes import ELSEWHERE, SCHEMES
+from llmopt.recipe.words import Words
 from llmopt.specs import REFERENCE
 
 
 def recipe_of(given: Any, model: str | None = None, words: Mapping[str, Any] | None = None,
               trust_remote_code: bool = False) -> Recipe:
-    """The Recipe that `given` stands for; `model` replaces its model.id, `words` (see one_line.Words) change it.
+    """The Recipe that `given` stands for; `model` replaces its model.id, `words` (see words.Words) change it.
 
     given: a Recipe, its plain data, a file, a packaged name, a scheme such as W4A16, steps (see `methods_of`), or None
     where the words say what is to be done.

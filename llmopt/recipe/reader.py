@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -84,16 +83,15 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     if model is not None:
         data["model"] = _model_section(where, data) | {"id": model}
         changes = ["--model", model, *changes]
-    return _recipe(data, where, text, changes, trust_remote_code)
+    return _recipe(data, where, changes, trust_remote_code)
 
 
 def from_data(data: dict[str, Any], trust_remote_code: bool = False) -> Recipe:
-    """Build a Recipe from plain data, and its text; errors name the key, as there is no line."""
-    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
-    return _recipe(data, Where("", {}), text, [], trust_remote_code)
+    """Build a Recipe from plain data, as YAML would hold it; errors name the key, as there is no line."""
+    return _recipe(data, Where("", {}), [], trust_remote_code)
 
 
-def _recipe(data: dict[str, Any], where: "Where", text: str, changes: list[str], trust_remote_code: bool) -> Recipe:
+def _recipe(data: dict[str, Any], where: "Where", changes: list[str], trust_remote_code: bool) -> Recipe:
     if trust_remote_code:
         data = data | {"model": _model_section(where, data) | {"trust_remote_code": True}}
         changes = ["--trust-remote-code", *changes]

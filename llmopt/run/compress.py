@@ -17,8 +17,9 @@ from llmopt.model.loading import load_dense, load_tokenizer, resolve
 from llmopt.model.usable import check_model
 from llmopt.progress import Progress, silent
 from llmopt.recipe.given import is_recipe, methods_of, recipe_of, scheme_words
-from llmopt.recipe.one_line import Words, entries
+from llmopt.recipe.one_line import entries
 from llmopt.recipe.sources import source
+from llmopt.recipe.words import Words
 from llmopt.run import dry_run as rehearsal
 from llmopt.run import pipeline
 from llmopt.run.report import Report

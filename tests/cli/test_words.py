@@ -1,14 +1,13 @@
 """`llmopt compress MODEL` in words: the recipe that they make, that it repeats the run, and what is refused at once."""
 import pytest
-import yaml
 
-from llmopt import recipe
-from llmopt.cli.plans import by_recipe, one_model
+from llmopt.cli.plans import one_model, plan_of
 from llmopt.errors import LlmoptError
 from llmopt.quant.base import Quantizer
-from llmopt.recipe.one_line import Words, one_line
+from llmopt.recipe.one_line import one_line
 from llmopt.recipe.schemes import SCHEMES
 from llmopt.recipe.sources import source
+from llmopt.recipe.words import Words
 from tests import tiny
 from tests.command import call
 
@@ -22,8 +21,14 @@ def folder(tmp_path_factory) -> str:
     return str(home)
 
 
-def steps(folder, *sets, **words) -> list[dict]:
-    return yaml.safe_load(one_line(folder, sets, **words).text)["steps"]
+GPTQ = "quant.gptq bits 4 group_size 32"
+
+
+def steps(folder, *sets, **words) -> list[str]:
+    """The steps that the words make, each with what they may decide."""
+    return [" ".join([step.name, *(f"{key} {value}" for key, value in step.to_dict()[step.name].items()
+                                   if key in ("bits", "group_size", "ratio"))])
+            for step in one_line(folder, sets, **words).steps]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -34,20 +39,25 @@ def test_every_scheme_is_fields_of_a_quantizer(scheme):
 
 def test_words_become_steps_with_a_group_size_that_fits(folder, caplog):
     caplog.set_level("INFO")
-    gptq = {"quant.gptq": {"bits": 4, "group_size": 32}}
-    assert steps(folder, scheme="w4a16") == [gptq]
+    assert steps(folder, scheme="w4a16") == [GPTQ]
     assert caplog.messages == ["group_size: 32, as 128 does not divide all widths of the model (96, 192)"]
-    assert steps(folder, "ratio=0.5", bits=4, method=["snapkv", "gptq"]) == [gptq, {"kv.snapkv": {"ratio": 0.5}}]
-    assert steps(folder, bits=3, group_size=-1, method="quant.rtn") == [{"quant.rtn": {"bits": 3, "group_size": -1}}]
-    assert steps(folder, "bits=3", method="rtn") == [{"quant.rtn": {"bits": 3, "group_size": 32}}]
-    assert steps("llmopt/reference", scheme="W8A16") == [{"quant.gptq": {"bits": 8, "group_size": 128}}]
+    assert steps(folder, "ratio=0.5", bits=4, method=["snapkv", "gptq"]) == [GPTQ, "kv.snapkv ratio 0.5"]
+    assert steps(folder, bits=3, group_size=-1, method="quant.rtn") == ["quant.rtn bits 3 group_size -1"]
+    assert steps(folder, "bits=3", method="rtn") == ["quant.rtn bits 3 group_size 32"]
+    assert steps(folder, "group_size=48", bits=4) == [GPTQ.replace("32", "48")]
+    assert steps(folder, "steps.0=quant.rtn", bits=3) == [GPTQ.replace("gptq", "rtn")]
+    assert steps("llmopt/reference", scheme="W8A16") == ["quant.gptq bits 8 group_size 128"]
+
+
+def test_weights_left_out_may_have_other_widths(folder):
+    assert "group_size 40" in steps(folder, "group_size=40", "ignore=[mlp]", bits=4)[0]
 
 
 def test_a_model_without_a_usual_group_size_gets_one_scale_for_a_channel(tmp_path, caplog):
     caplog.set_level("INFO")
     tiny.make("llama", hidden_size=48, intermediate_size=80, num_attention_heads=2, num_key_value_heads=1,
               head_dim=24).save_pretrained(tmp_path)
-    assert steps(str(tmp_path), scheme="W4A16")[0]["quant.gptq"]["group_size"] == -1
+    assert "group_size -1" in steps(str(tmp_path), scheme="W4A16")[0]
     assert "-1 (one scale per output channel)" in caplog.text
 
 
@@ -60,9 +70,8 @@ def test_other_words_are_keys_of_the_recipe(folder, tmp_path):
     made = one_line(folder, ("eval.limit=3",), method="rtn", dtype="bf16", data="world", samples=9, length=32, seed=5)
     assert (made.model.dtype, made.data.name, made.data.samples, made.data.length) == ("bfloat16", "world", 9, 32)
     assert (made.seed, made.data.seed, made.eval.limit) == (5, 5, 3)
-    assert recipe.parse(made.text, "r.yaml").resolved() == made.resolved()
     (tmp_path / "r.yaml").write_text("data: {name: text, path: old.txt, samples: 3}\nsteps: [quant.rtn]")
-    changed = by_recipe(str(tmp_path / "r.yaml"), folder, (), False, {"data": "world", "length": 32, "dtype": "fp32"})
+    changed = plan_of(folder, str(tmp_path / "r.yaml"), (), False, {"data": "world", "length": 32, "dtype": "fp32"})
     assert (changed.model.id, changed.model.dtype) == (folder, "float32")
     assert (changed.data.name, changed.data.path, changed.data.length) == ("world", None, 32)
 
@@ -93,7 +102,7 @@ def test_other_data_is_a_source_or_a_dataset():
     ({"bits": float("nan")}, "a finite number"), ({"bits": "4"}, "bits: '4' given, a number"),
     ({"group_size": 64}, "group_size belongs to quantization"),
     ({"group_size": 100, "bits": 4}, "does not divide all widths of the model (96, 192). Give 32, -1"),
-    ({"group_size": 0, "bits": 4}, "group_size 0 does not divide"),
+    ({"group_size": 0, "bits": 4}, "group_size: 0 given"),
     ({"method": "snapvk"}, "did you mean 'snapkv'?"), ({"method": "kv.snpkv"}, "did you mean 'kv.snapkv'?"),
     ({"method": ["rtn", "gptq"]}, "at most one quantization step"), ({"shceme": "W4A16"}, "did you mean 'scheme'?"),
     ({"method": "rtn", "data": "none.txt"}, "data none.txt: there is no such file")])
