@@ -35,7 +35,8 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not (output / FILE).exists():
         raise LlmoptError(f"{output}: is not empty and not a checkpoint made by llmopt (no {FILE}); it is not replaced")
     if not overwrite:
-        raise LlmoptError(f"{output}: is not empty; give --overwrite to replace it, or another output")
+        raise LlmoptError(f"{output}: is not empty; give --overwrite (overwrite=True in Python) to replace it, or "
+                          "another output")
     with naming(f"{output}: is not replaced"):
         check_written(output)
     if strange := own.foreign(output, own.CHECKPOINT):
