@@ -61,7 +61,12 @@ def __getattr__(name: str) -> Any:
         return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    fact = f"module {__name__!r} has no attribute {name!r}"
+    if name.startswith("_"):
+        raise AttributeError(fact)
+    from llmopt.parts import elsewhere
+
+    raise AttributeError(fact + elsewhere(name, __all__))
 
 
 def __dir__() -> list[str]:

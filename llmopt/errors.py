@@ -6,25 +6,30 @@ from contextlib import contextmanager
 from typing import ClassVar, ParamSpec, TypeVar
 
 P, T = ParamSpec("P"), TypeVar("T")
-ELSEWHERE = {       # fields and arguments -> what other tools call them
+ELSEWHERE = {       # fields, arguments and functions -> what other tools call them
     "act_order": "desc_act actorder",
+    "attached": "attach press",
     "batch_size": "calibration_batch_size per_device_eval_batch_size bs",
     "bits": "w_bit wbits w_bits num_bits nbits n_bits weight_bits bitwidth avg_bits q_bits load_in_4bit load_in_8bit",
     "budget": "max_capacity_prompt cache_size capacity cache_budget max_cache_size max_capacity",
+    "compress": "quantize quantize_ oneshot convert apply optimize ptq prune_model quantize_and_save auto_quantize",
     "damping": "percdamp dampening_frac damp_percent damp percent_damp",
     "data": "dataset datasets calibration_dataset calibration_data calib_data calib_dataset examples train_dataset",
     "device": "device_map",
     "dtype": "torch_dtype compute_dtype bnb_4bit_compute_dtype weight_dtype",
+    "evaluate": "eval eval_model simple_evaluate ppl perplexity",
     "folder": "pretrained_model_name_or_path model_path model_id model_name path",
     "group_size": "q_group_size groupsize blocksize block_size gs",
     "ignore": "modules_to_not_convert ignored_layers exclude skip_modules llm_int8_skip_modules exclude_modules",
     "length": "seqlen seq_len max_seq_length max_seq_len sequence_length",
     "limit": "num_samples max_samples",
+    "load": "from_pretrained from_quantized load_model automodelforcausallm",
     "model": "model_id model_name model_name_or_path pretrained_model_name_or_path",
     "output": "output_dir save_dir save_path output_path save_directory mlx_path",
     "overrides": "layer_config config_groups dynamic quant_predicate",
     "ratio": "sparsity compression_ratio pruning_ratio sparsity_ratio amount",
     "samples": "num_calibration_samples nsamples n_samples num_samples calib_size",
+    "save": "save_pretrained save_quantized export save_model save_compressed",
     "sinks": "n_sink num_sinks sink_size attention_sinks n_init",
     "steps": "recipe method methods modifier modifiers config quantization_config quantize_config",
     "symmetric": "sym is_symmetric",

@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, ValidationError
@@ -166,6 +166,14 @@ def names(kind: str = "method") -> list[str]:
 def choices(base: type[Part]) -> list[str]:
     """The names that a field of the type `base` takes."""
     return sorted(name for name, cls in _known(base.kind).items() if issubclass(cls, base))
+
+
+def elsewhere(word: str, public: Iterable[str]) -> str:
+    """A tail for the error about a name that llmopt does not have: where a method of that name is, or what is meant."""
+    for cls in _known("method").values():
+        if word.lower() in (cls.__name__.lower(), f"{cls.__name__}Modifier".lower(), f"{cls.__name__}Config".lower()):
+            return f"; it is llmopt.{cls.name.partition('.')[0]}.{cls.__name__}"
+    return closest(word, public)
 
 
 def build(name: str, given: dict[str, Any]) -> Part:

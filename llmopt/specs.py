@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
-from llmopt.parts import Checked, in_our_words
+from llmopt.parts import Checked, default_of, fields_of, in_our_words
 
 REFERENCE = "llmopt/reference"
 BY_NAME = ("wikitext", "c4", "ultrachat", "pile")       # datasets of the hub; llmopt.calibration.hub tells which
@@ -76,9 +76,9 @@ class DataSpec(Checked):
             raise FieldError("name", None, "text, ids or hub, because data.path is given,")
         if self.name in WITH_PATH and self.path is None:
             raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r},")
-        if self.name in BY_NAME:
-            for key, usual in (("path", None), ("config", None), ("split", "train"), ("column", "text")):
-                if (given := getattr(self, key)) != usual:
+        if self.name in ("self", *BY_NAME):
+            for key in ("path", "config", "split", "column", "template"):
+                if (given := getattr(self, key)) != default_of(fields_of(DataSpec)[key]):
                     raise FieldError(key, given, f"nothing, as data.name is {self.name!r} (the source hub takes it),")
 
     def of(self, model: str) -> "DataSpec":

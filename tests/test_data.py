@@ -249,9 +249,10 @@ def test_datasets_by_their_short_names(monkeypatch, tmp_path, talker, name):
 
 def test_short_names_say_it_all():
     assert set(hub.ALIASES) == set(BY_NAME)
-    for key in ("path", "config", "split", "column"):
-        with pytest.raises(LlmoptError, match=f"{key}: 'x' given, nothing, as data.name is 'c4'"):
-            DataSpec(name="c4", **{key: "x"})
+    for name in ("c4", "self"):
+        for key, given in {**dict.fromkeys(("path", "config", "split", "column"), "x"), "template": "chat"}.items():
+            with pytest.raises(LlmoptError, match=f"{key}: '{given}' given, nothing, as data.name is '{name}'"):
+                DataSpec(name=name, **{key: given})
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):

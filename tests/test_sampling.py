@@ -71,7 +71,7 @@ def test_a_row_depends_on_seed_and_number_alone(monkeypatch):
     alone = Sampler(model)
     assert alone.sample(range(8), 12, 0) == together
     assert alone.rows(DataSpec(name="self", samples=2, length=12), 12, first=6) == together[6:]
-    assert alone.sample(range(8), 12, 1) != together
+    assert alone.sample(range(8), 12, 1) != together and len(set(map(tuple, together))) == 8
 
 
 def test_rows_are_kept_and_told_in_one_line(monkeypatch, caplog, own_cache):

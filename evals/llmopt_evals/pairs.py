@@ -2,6 +2,7 @@
 the form of lm-eval's results, so that tables, files and cards treat them like any other task's.
 """
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from llmopt.recipe.sources import source
 from llmopt.scale.available import available
 from llmopt.scale.processes import Ranks
 from llmopt.specs import DataSpec, EvalSpec, ModelSpec
-from llmopt_evals.fidelity import LENGTH, NAME, ROWS, Draw, Figures, compare, figures
+from llmopt_evals.fidelity import LENGTH, NAME, ROWS, Draw, Figures, Opened, compare, figures
 from llmopt_evals.large import beside, memory_bytes, opened
 from llmopt_evals.preflight import tokenizer_of
 from llmopt_evals.world import speaks_world
@@ -26,26 +27,32 @@ LOG = logging.getLogger("llmopt")
 TOO_LARGE = ("a model larger than memory cannot write the rows that it is scored on: each token would take all its "
              "weights; data: {name: text, path: FILE} gives them")
 Results = dict[str, Any]
+Given = ModelSpec | tuple[nn.Module, Any]               # by its name, or in memory with its tokenizer
 
 
 class Pair(NamedTuple):
     """A dense model, what was made of it, and the data on which the two are compared."""
 
-    dense: ModelSpec
-    compressed: ModelSpec
+    dense: Given
+    compressed: Given
     data: DataSpec
 
 
-def results(dense: ModelSpec, compressed: ModelSpec, data: DataSpec, wanted: EvalSpec,
+def results(dense: Given, compressed: Given, data: DataSpec, wanted: EvalSpec,
             ranks: Ranks = Ranks()) -> tuple[Results, Results]:     # noqa: B008  frozen
     """(results of the dense model, of the compressed one) on rows of `data` that no calibration saw; on every rank.
 
     wanted: its `limit` is the number of rows, its `batch_size` how many are read together at most.
     """
-    rows = compare(opened(dense, False), opened(compressed, False), draw(data, wanted.limit or ROWS),
-                   beside(Path(resolve(compressed.id))), ranks, wanted.batch_size)
+    near = resolve(compressed.id) if isinstance(compressed, ModelSpec) else "model"
+    rows = compare(_opened(dense), _opened(compressed), draw(data, wanted.limit or ROWS), beside(Path(near)), ranks,
+                   wanted.batch_size)
     before, after = figures(rows)
     return as_results(before, len(rows)), as_results(after, len(rows))
+
+
+def _opened(model: Given) -> Opened:
+    return opened(model, False) if isinstance(model, ModelSpec) else nullcontext(model)
 
 
 def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pair | None:
@@ -58,16 +65,25 @@ def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pa
         if data is not None:
             raise LlmoptError(f"--data is what {NAME} draws rows from, and --tasks does not name it")
         return None
-    dense = models[1] if len(models) > 1 else source_of(models[0])
-    check(dense, models[0])
-    spec = data_of(models[0], data).of(dense.id)
+    return pair_of(models[0], models[1] if len(models) > 1 else None, data)
+
+
+def pair_of(compressed: Given, dense: Given | None, data: str | None) -> Pair:
+    """Two models with the data on which they are compared; see `asked_for`."""
+    named = isinstance(compressed, ModelSpec)
+    if dense is None and not named:
+        raise LlmoptError(f"{NAME} measures a model against the dense one that it was made of: compare=DENSE")
+    dense = source_of(compressed) if dense is None else dense
+    if named and isinstance(dense, ModelSpec):
+        check(dense, compressed)
+    spec = data_of(compressed if named else None, data).of(dense.id if isinstance(dense, ModelSpec) else "")
     check_source(spec)
-    return Pair(dense, models[0], spec)
+    return Pair(dense, compressed, spec)
 
 
-def data_of(compressed: ModelSpec, given: str | None) -> DataSpec:
+def data_of(compressed: ModelSpec | None, given: str | None) -> DataSpec:
     """What the calibration of a model read, or another source, of which it saw nothing."""
-    recorded = _recorded(compressed).get("data", {})
+    recorded = _recorded(compressed).get("data", {}) if compressed else {}
     asked = source(given) if given is not None else {}
     if all(recorded.get(key) == value for key, value in asked.items()):
         return DataSpec(**recorded)

@@ -19,7 +19,7 @@ from llmopt.run.opening import Streaming
 from llmopt.run.report import Report
 from llmopt.scale.gauge import Gauge
 from llmopt.scale.processes import Ranks, join
-from llmopt.specs import ModelSpec
+from llmopt.specs import EvalSpec, ModelSpec
 from llmopt_evals import evaluate as lm_eval
 from llmopt_evals import pairs, preflight, report
 from llmopt_evals.large import obstacle
@@ -60,24 +60,38 @@ def run(recipe: Any, output: str | os.PathLike, *, model: str | None = None, ove
 
 @naming_arguments
 def evaluate(model: nn.Module | str | os.PathLike, tasks: str | list[str], tokenizer: Any = None, *,
-             limit: int | None = None, batch_size: int = 16, text: str | None = None) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} from lm-eval, the model's cache methods in force.
+             limit: int | None = None, batch_size: int = 16, text: str | None = None, compare: Any = None,
+             data: str | None = None) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} from `fidelity` and lm-eval, the model's cache methods in force.
 
+    Standard errors stand under the metric's name with "_stderr" behind it.
     model: a folder, a hub name, or a model in memory with its `tokenizer`; a pair of both will do. tasks: names, or one
-    text of names with commas between them. text: the file that text_ppl and needles read.
+    text of names with commas between them. text: the file that text_ppl and needles read. compare: the dense model that
+    `fidelity` measures against, given as `model` is; a checkpoint knows its own. data: what it compares the two on, a
+    file or the name of a source.
     """
+    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    given, results = _given(model, tokenizer), None
+    if pairs.NAME in names:
+        pair = pairs.pair_of(given, None if compare is None else _given(compare, tokenizer), data)
+        _, results = pairs.results(*pair, EvalSpec(limit=limit, batch_size=batch_size))
+    if others := [name for name in names if name != pairs.NAME]:
+        one, words = (given, None) if isinstance(given, ModelSpec) else given
+        results = pairs.joined(lm_eval.evaluate(one, others, words, limit, batch_size, text), results)
+    found: dict[str, dict[str, float]] = {}
+    for (task, metric), (value, error) in lm_eval.column(results).items():
+        found.setdefault(task, {})[metric] = value
+        found[task] |= {} if error is None else {f"{metric}_stderr": error}
+    return found
+
+
+def _given(model: Any, tokenizer: Any) -> pairs.Given:
+    """A model by its name, or one in memory with its tokenizer."""
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
-    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     if isinstance(model, (str, os.PathLike)):
-        model = ModelSpec(id=os.fspath(model))
-    elif tokenizer is None:
-        tokenizer = _tokenizer_beside(model)
-    results = lm_eval.evaluate(model, [name.strip() for name in names], tokenizer, limit, batch_size, text)
-    found: dict[str, dict[str, float]] = {}
-    for task, metric, value in lm_eval.figures(results):
-        found.setdefault(task, {})[metric] = value
-    return found
+        return ModelSpec(id=os.fspath(model))
+    return model, _tokenizer_beside(model) if tokenizer is None else tokenizer
 
 
 def tasks_of(plan: Recipe, output: Path, options: Options) -> list[str]:

@@ -170,10 +170,11 @@ def folders() -> Iterator[Finding]:
     import tempfile
 
     from huggingface_hub import constants
-    from llmopt_evals.kept import VARIABLE, folder
+
+    from llmopt.files.cache import VARIABLE, folder
 
     yield place("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME")
-    yield place("scores", folder(), VARIABLE)
+    yield place("scores", folder("scores"), VARIABLE)
     yield place("temporary files", Path(tempfile.gettempdir()), "TMPDIR")
 
 

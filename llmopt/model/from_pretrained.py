@@ -123,9 +123,25 @@ def _extend_models(utilities: ModuleType) -> None:
     utilities.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _extend_adapters(tuners: ModuleType) -> None:
+    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them."""
+    stock = tuners.BaseTuner.inject_adapter
+
+    @functools.wraps(stock)
+    def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(model, "hf_quantizer", None) is not None:
+            from llmopt.model.loaded import unpack
+
+            unpack(model)
+        return stock(self, model, *args, **kwargs)
+
+    tuners.BaseTuner.inject_adapter = inject_adapter
+
+
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
+    "peft.tuners.tuners_utils": _extend_adapters,
     "transformers.models.auto.configuration_auto": lambda module: _know_reference(module.AutoConfig),
     "transformers.models.auto.tokenization_auto": lambda module: _know_reference(module.AutoTokenizer),
 }

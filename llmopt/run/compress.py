@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llmopt.calibration import data as calibration
+from llmopt.calibration.given import batches_of
 from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming_arguments
 from llmopt.method import Method, Run
@@ -116,7 +117,7 @@ def _batches(given: Any, spec: DataSpec, steps: Sequence[Method], sampler: Sampl
     """Calibration batches from whatever was given, else from `spec`, if a step asks for them."""
     config = sampler.model.config
     if given is not None and not _is_named(given):
-        return calibration.as_batches(given, config.vocab_size)
+        return batches_of(given, sampler.tokenizer, config, spec.length, spec.batch_size)
     if _is_named(given):
         spec = DataSpec(**(given if isinstance(given, Mapping) else source(os.fspath(given))))
     if not any(step.needs_data for step in steps):

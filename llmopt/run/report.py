@@ -104,7 +104,8 @@ class Report:
 
     def __str__(self) -> str:
         steps = " -> ".join(record["method"] for record in self.records) or "nothing was done"
-        return f"{steps}\n{as_text(HEADER, self._rows())}"
+        rows = self._rows()
+        return f"{steps}\n{as_text(HEADER, rows)}" if rows else steps
 
     __repr__ = __str__
 

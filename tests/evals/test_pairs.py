@@ -10,6 +10,7 @@ from llmopt_evals import pairs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import llmopt
 from llmopt.errors import LlmoptError
 from llmopt.specs import DataSpec, EvalSpec, ModelSpec
 from tests import tiny
@@ -134,3 +135,14 @@ def test_scores_of_both_kinds_stand_in_one_result():
                                                                     "kl_stderr,none": "N/A"}}
     assert both["config"] == {"model": "x"} and both["samples"] == {"t": []}
     assert EvalSpec().tasks == ["fidelity"]
+
+
+def test_python_measures_a_model_in_memory_or_by_its_name(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    text = str(shutil.copy("t.txt", tmp_path))              # of t.txt itself the checkpoint records what it has seen
+    monkeypatch.setattr("llmopt_evals.pairs.ROWS", 3)
+    named = llmopt.evaluate("out", "fidelity", compare="m", data=text)["fidelity"]
+    loaded = llmopt.evaluate(llmopt.load("out"), ["fidelity"], compare=llmopt.load("m"), data=text)["fidelity"]
+    assert loaded == pytest.approx(named, rel=1e-4) and named["kl"] > named["kl_stderr"] > 0
+    with pytest.raises(LlmoptError, match="compare=DENSE"):
+        llmopt.evaluate(llmopt.load("out"), "fidelity")
