@@ -30,7 +30,7 @@ def standing_in(number: int, name: str, file: int):
         os.close(saved)
 
 
-WORDS = ("eval", "llmopt/reference", "--tasks", "world_copy", "--limit", "2", "--json")         # which says what it does
+WORDS = ("eval", "llmopt/reference", "--tasks", "world_copy", "--limit", "2", "--json")        # which says what it does
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
