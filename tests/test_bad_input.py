@@ -137,7 +137,7 @@ def test_overrides(compress, model, assignment, expected):
     (["eval", "llmopt/reference", "--tasks", ","], "names no task"),
     (["eval", "llmopt/reference", "--tasks", "world_pbl"], "world_pbl"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--limit", "0"], "0 is not in the range"),
-    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--batch-size", "0"], "0 is not in the range"),
+    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--batch-size", "0"], "a number from 1, auto"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--device", "cudaa"], "cudaa"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--dtype", "int3"], "int3"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--output", "no/such/place.json"], "does not exist"),
@@ -158,10 +158,10 @@ def test_words(refused, words, expected):
 
 
 def test_show_and_push_want_a_checkpoint(refused, model):
-    assert "no llmopt.json" in refused("show", model)
+    assert "no llmopt.json; this is not a checkpoint written by llmopt" in refused("push", model, "user/repo")
     (model / "llmopt.json").write_text("{")
     assert "llmopt.json: not JSON" in refused("show", model)
-    assert "a b c" in refused("push", model, "a b c")
+    assert "llmopt.json: not JSON" in refused("push", model, "user/repo")
 
 
 def test_places(compress, model, tmp_path):

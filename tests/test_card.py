@@ -55,7 +55,7 @@ def test_the_card_names_no_path_but_the_model_of_the_hub_that_the_folder_was_mad
     assert (head["license"], head["license_name"]) == ("other", "for-cats")
     assert "mine, a local folder made from [cats/cat-1b]" in text
     assert "llmopt compress --recipe recipe.yaml --model FOLDER --output out" in text
-    assert "FOLDER is the model that was compressed" in text
+    assert "\nbase_model: mine, not a name of the hub; FOLDER stands for it\n" in text
 
 
 def test_the_card_says_what_plain_transformers_leaves_out_and_what_was_done(made):

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import llmopt
 from llmopt.checkpoint import facts
-from llmopt.cli import tables
+from llmopt.checkpoint.look import checkpoint_facts
+from llmopt.cli import contents
 from llmopt.errors import LlmoptError
 from llmopt.files import checks
 from llmopt.files import limited as limits
@@ -101,7 +102,7 @@ def test_the_record_of_a_method_that_is_not_known_here_is_shown(home, tmp_path, 
     shutil.copytree(home / "done", tmp_path / "done")
     hostile.facts("records", 2, "method", "quant.of_tomorrow")(tmp_path / "done")
     hostile.facts("records", 2, "fields", {"colour": "red"})(tmp_path / "done")
-    tables.show_folder(facts.read_facts(tmp_path / "done"), facts.read_layers(tmp_path / "done"), as_json=False)
+    contents.show_checkpoint(checkpoint_facts(tmp_path / "done", facts.read_facts(tmp_path / "done")), as_json=False)
     assert "quant.of_tomorrow" in capsys.readouterr().out
 
 

@@ -65,7 +65,7 @@ Written, loaded again and compared with transformers {{ versions["transformers"]
 ```
 {%- if "FOLDER" in command %}
 
-FOLDER is the model that was compressed: it was not one of the hub.
+base_model: {{ name }}, not a name of the hub; FOLDER stands for it
 {%- endif %}
 {% else %}
 `llmopt.compress` and `llmopt.save` in Python, with the steps above.
@@ -107,7 +107,7 @@ def render(folder: Path, repo: str | None = None) -> str:
     name = _name(facts, config)
     title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
-        title=title, repo=repo, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
+        title=title, repo=repo, name=name, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
         note=SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
         sizes=next((row[1:] for row in facts.get("table", []) if row[0] == "file size"), None),
         steps=[_step(record) for record in facts.get("records", [])],

@@ -59,8 +59,8 @@ def methods_of(facts: dict[str, Any], where: str) -> list[Method | None]:
     return found
 
 
-def check_runtime(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise LlmoptError for the record of a run-time method that does not fit the model beside it.
+def check_runtime(folder: Path, facts: dict[str, Any], spec: ModelSpec) -> None:
+    """Raise LlmoptError for the record of a run-time method that does not fit the model beside it, which `spec` names.
 
     A checkpoint is loaded by what its config.json says of such methods, which passes the same checks.
     """
@@ -68,7 +68,7 @@ def check_runtime(folder: Path, facts: dict[str, Any]) -> None:
     acting = [(i, method) for i, method in enumerate(methods_of(facts, where)) if isinstance(method, RuntimeMethod)]
     if not any(facts["records"][i]["meta"] for i, _ in acting):
         return
-    _, config = read_config(ModelSpec(id=str(folder)))
+    _, config = read_config(spec)
     model = skeleton(config, torch.float32)
     for i, method in acting:
         with naming(f"{where}: records.{i}"):

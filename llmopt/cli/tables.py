@@ -3,13 +3,14 @@ import inspect
 import json
 import logging
 import os
-import re
+import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -17,33 +18,66 @@ from rich.table import Table
 from tqdm import tqdm
 
 from llmopt.errors import one_line
-from llmopt.parts import default_of, field_lines, fields_of, get, names, plain
+from llmopt.parts import field_lines
 from llmopt.progress import duration, human
 from llmopt.run.table import with_error
 from llmopt.scale.launch import is_main
 
-ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
+
+class _Stderr:
+    """Stderr as it is at the moment; a terminal that was closed, or a reader that has gone, does not end a run."""
+
+    @property
+    def _file(self) -> TextIO:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)      # behind what rich puts in its place
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._file.encoding
+
+
+# one process talks; text in notebooks too, where rich would ask for IPython's display and ipywidgets
+ERR = Console(file=_Stderr(), force_terminal=None if is_main() else False, force_jupyter=False)
 _TQDM_START = tqdm.__init__
 
 
 ROWS, COLUMNS = 500, 130           # of a table
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions."""
+def quiet_libraries(downloads: bool = False) -> None:
+    """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions.
+
+    downloads: those of huggingface_hub are what the command is about, and show how far they are.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not downloads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not downloads:
+        transformers.logging.disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
-    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else LINES)
+    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal and ERR.file.isatty() else LINES)
 
 
 EVERY = 15          # seconds between two lines about a loop
@@ -88,8 +122,8 @@ def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) ->
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = None if Console().is_terminal else 120
-    Console(width=width, markup=False, emoji=False).print(table)
+    width = None if Console(force_jupyter=False).is_terminal else 120
+    Console(width=width, markup=False, emoji=False, force_jupyter=False).print(table)
 
 
 def print_json(data: Any) -> None:
@@ -156,70 +190,14 @@ def show_heads(figures: dict[str, list], as_json: bool) -> None:
         print_json(plain)
         return
     for name, layers in plain.items():
-        _print_heads(name, layers)
+        print_heads(name, layers)
 
 
-def _print_heads(title: str, layers: list[list[float]]) -> None:
+def print_heads(title: str, layers: list[list[float]]) -> None:
     """One row per layer, a cell for each head; layers of fewer heads end early."""
     width = max((len(layer) for layer in layers), default=0)
     rows = [(i, *(f"{v:.3f}" for v in layer), *[""] * (width - len(layer))) for i, layer in enumerate(layers)]
     print_table(title, ["layer", *(f"{h}" for h in range(width))], rows)
-
-
-def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
-    """A checkpoint's provenance, sizes and per-layer shapes."""
-    if as_json:
-        print_json(facts)
-        return
-    rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
-            ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
-    if told := facts.get("calibration"):
-        rows.append(("calibration", f"{told['samples']:,} rows, {told['tokens']:,} tokens"))
-    rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
-    rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
-    print_table("checkpoint", ["", "value"], rows)
-    print_table("steps", ["step", "asked for", "what came of it"],
-                [(r["method"], _brief(_changed(r)), _brief(r["meta"])) for r in facts.get("records", [])])
-    for record in facts.get("records", []):
-        show_bits(record["method"], record["meta"].get("modules", {}))
-        show_shares(record["method"], record["meta"].get("shares", []))
-    layers = config.get("per_layer_config", {})
-    if layers:
-        print_table("layers with shapes of their own", ["layer", "config"], [(i, _brief(c)) for i, c in layers.items()])
-
-
-def show_bits(step: str, modules: dict[str, dict]) -> None:
-    """Bits of every weight, a row for each layer, where they differ; `modules` is a quantization step's record."""
-    found = [(re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", name), entry["bits"]) for name, entry in modules.items()]
-    layers: dict[str, dict[str, int]] = {}
-    for place, bits in found:
-        if place:
-            layers.setdefault(place[1], {})[place[2].removesuffix("_proj")] = bits
-    if len({bits for _, bits in found}) > 1:
-        names = list(dict.fromkeys(name for row in layers.values() for name in row))
-        print_table(f"bits of {step}", ["layer", *names],
-                    ((layer, *(row.get(name, "") for name in names[:COLUMNS])) for layer, row in layers.items()))
-
-
-def show_shares(step: str, shares: list[list[float]]) -> None:
-    """Print how a kv step divides the cache over the KV heads of every layer."""
-    if shares:
-        _print_heads(f"weights of the KV heads in the budget of {step}", shares)
-
-
-def _changed(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
-    known = fields_of(get(record["method"])) if record["method"] in names() else {}
-    defaults = {key: plain(default_of(item)) for key, item in known.items()}
-    return {key: value for key, value in record["fields"].items()
-            if key not in defaults or value != defaults[key]}
-
-
-def _brief(meta: dict[str, Any]) -> str:
-    lists = {k: " ".join(map(str, v)) for k, v in meta.items()
-             if isinstance(v, list) and v and len(v) < 9 and isinstance(v[0], (int, str))}
-    plain = {k: v for k, v in meta.items() if isinstance(v, (int, float, str, bool))} | lists
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -270,16 +248,21 @@ def show_findings(found: list, as_json: bool) -> None:
 def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
-        print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
-                               "fields": {key: default for key, _, default, _ in field_lines(cls)}} for cls in classes})
+        print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls), "source": _text(cls), "fields": {
+            key: {"takes": takes, "default": default, "meaning": meaning}
+            for key, takes, default, meaning in field_lines(cls)}} for cls in classes})
         return
     if not detailed:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
         return
     cls, = classes
-    click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
+    click.echo(f"{cls.name} ({cls.stage})\n\n{_text(cls)}\n")
     print_table("fields", ["field", "what it takes", "default", "meaning"], list(field_lines(cls)))
 
 
+def _text(cls: type) -> str:
+    return inspect.getmodule(cls).__doc__.strip()
+
+
 def _first_line(cls: type) -> str:
-    return inspect.getmodule(cls).__doc__.strip().splitlines()[0]
+    return _text(cls).splitlines()[0]
