@@ -66,6 +66,18 @@ def test_run_does_what_the_command_does(tmp_path):
     assert ppl == pytest.approx(report.scores["after"][0][2])
 
 
+def test_the_recipe_of_a_checkpoint_names_its_data_or_there_is_none(tmp_path):
+    said = {"name": "world", "samples": 4, "length": 32}
+    report = llmopt.compress("llmopt/reference", "quant.gptq", said)
+    report.save(tmp_path / "named")
+    facts = read_facts(tmp_path / "named")
+    assert facts["calibration"] == {"samples": 4, "tokens": 128}
+    assert facts["recipe"]["data"].items() >= said.items()
+    report = llmopt.compress("llmopt/reference", "quant.gptq", tiny.ids(4, 32))
+    report.save(tmp_path / "ids")
+    assert read_facts(tmp_path / "ids")["recipe"] is None
+
+
 def test_compress_with_an_output_is_such_a_run_and_the_dry_run_foretells_its_size(tmp_path):
     plan = {"steps": ["quant.rtn"], "eval": {"tasks": []}}
     report = llmopt.compress("llmopt/reference", plan, output=tmp_path / "out")
