@@ -12,6 +12,10 @@ Standard errors are those over rows: tokens of one row are correlated and count 
 n_r positions of row r, N = sum n_r and m = sum s_r / N, the error of m is sqrt(R / (R - 1) sum (s_r - m n_r)^2) / N; of
 the perplexity it is that of the log-likelihood times the perplexity, of the change that of the differences by row.
 Rows that were cut from one document may be alike, which no error here knows of.
+
+Models that compute in bfloat16 differ by its rounding too: SmolLM2 in bfloat16 is 0.0011 nats away from itself in
+float32, and its 8-bit version 0.0037 from it, both in bfloat16; `compute_dtype: float32` leaves the rounding out. The
+dense model's float16 file adds less than 1e-5.
 """
 import gc
 import logging
