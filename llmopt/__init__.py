@@ -23,24 +23,29 @@ from llmopt.model.from_pretrained import extend_transformers
 __version__: str        # of the package's metadata, read when it is asked for
 
 if TYPE_CHECKING:
+    from llmopt_evals.run import evaluate, run
+
     from llmopt import attention, heads, kv, prune, quant, transform
     from llmopt.checkpoint.save import load, save
     from llmopt.checkpoint.verify import VerificationError
     from llmopt.errors import LlmoptError
     from llmopt.method import Method, Record
     from llmopt.parts import get, names, register
-    from llmopt.run.pipeline import compress
+    from llmopt.run.compress import compress, dry_run
     from llmopt.run.report import Report
     from llmopt.runtime.attach import attached
 
 _HOMES = {
-    "LlmoptError": "errors", "Method": "method", "Record": "method", "Report": "run.report",
-    "VerificationError": "checkpoint.verify", "attached": "runtime.attach", "compress": "run.pipeline",
-    "get": "parts", "load": "checkpoint.save", "names": "parts", "register": "parts", "save": "checkpoint.save",
+    "LlmoptError": "llmopt.errors", "Method": "llmopt.method", "Record": "llmopt.method",
+    "Report": "llmopt.run.report", "VerificationError": "llmopt.checkpoint.verify",
+    "attached": "llmopt.runtime.attach", "compress": "llmopt.run.compress", "dry_run": "llmopt.run.compress",
+    "evaluate": "llmopt_evals.run", "get": "llmopt.parts", "load": "llmopt.checkpoint.save", "names": "llmopt.parts",
+    "register": "llmopt.parts", "save": "llmopt.checkpoint.save",
 }
 
 __all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "__version__", "attached", "attention",
-           "compress", "get", "heads", "kv", "load", "names", "prune", "quant", "register", "save", "transform"]
+           "compress", "dry_run", "evaluate", "get", "heads", "kv", "load", "names", "prune", "quant", "register",
+           "run", "save", "transform"]
 
 extend_transformers()       # plain from_pretrained now loads per-layer shapes and attaches runtime parts
 
@@ -51,12 +56,17 @@ def __getattr__(name: str) -> Any:
 
         return version(__name__)
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    fact = f"module {__name__!r} has no attribute {name!r}"
+    if name.startswith("_"):
+        raise AttributeError(fact)
+    from llmopt.parts import elsewhere
+
+    raise AttributeError(fact + elsewhere(name, __all__))
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llmopt.files.json_shapes import check_shape
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.parts import Part
 from llmopt.progress import Progress, silent
@@ -116,6 +117,7 @@ class Method(Part, ABC):
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
     backward: ClassVar[bool] = False        # True: it takes gradients through all blocks of a batch at once
+    meta_shape: ClassVar[Any] = {str: object}       # of its record's meta, in the words of files/json_shapes.py
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -138,6 +140,10 @@ class Method(Part, ABC):
     @abstractmethod
     def apply(self, model, run: Run) -> Record:
         """Edit `model` in place and return what load time needs."""
+
+    def check_meta(self, meta: dict[str, Any]) -> None:
+        """Raise LlmoptError unless the meta of a record, from a file that anybody may have written, has its shape."""
+        check_shape(meta, self.meta_shape, f"{self.name}: meta")
 
     def restore(self, model, record: Record) -> None:
         """Redo the edit on a model loaded from disk; nothing, where config and weights already carry it."""

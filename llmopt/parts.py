@@ -6,9 +6,10 @@ type, bounds and meaning are what errors, `help()`, `llmopt methods` and `llmopt
 import functools
 import importlib
 import math
+import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, ValidationError
@@ -167,6 +168,14 @@ def choices(base: type[Part]) -> list[str]:
     return sorted(name for name, cls in _known(base.kind).items() if issubclass(cls, base))
 
 
+def elsewhere(word: str, public: Iterable[str]) -> str:
+    """A tail for the error about a name that llmopt does not have: where a method of that name is, or what is meant."""
+    for cls in _known("method").values():
+        if word.lower() in (cls.__name__.lower(), f"{cls.__name__}Modifier".lower(), f"{cls.__name__}Config".lower()):
+            return f"; it is llmopt.{cls.name.partition('.')[0]}.{cls.__name__}"
+    return closest(word, public)
+
+
 def build(name: str, given: dict[str, Any]) -> Part:
     """An instance of the method `name`; raises LlmoptError naming an unknown, missing or unusable field."""
     cls = get(name)
@@ -278,8 +287,15 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
     given = fact["input"]
     if isinstance(given, float) and not math.isfinite(given):
         return FieldError(place, given, "a finite number")
-    tail = closest(given, typing.get_args(hint)) if isinstance(given, str) else ""
-    return FieldError(place, given, wanted(hint, metadata), tail)
+    return FieldError(place, given, wanted(hint, metadata), _hint(given, hint) if isinstance(given, str) else "")
+
+
+def _hint(given: str, hint: Any) -> str:
+    """A tail for text where something else is expected: the word that was meant, or the number."""
+    inside = typing.get_args(hint)
+    if re.fullmatch(r"-?\d+(\.\d+)?", given) and {int, float} & {hint, *inside}:
+        return f"; without quotes: {given}"
+    return closest(given, inside)
 
 
 def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, Any]:

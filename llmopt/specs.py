@@ -1,12 +1,16 @@
 """The model, data and eval sections of a recipe."""
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
-from llmopt.parts import Checked, in_our_words
+from llmopt.parts import Checked, default_of, fields_of, in_our_words
 
+REFERENCE = "llmopt/reference"
+BY_NAME = ("wikitext", "c4", "ultrachat", "pile")       # datasets of the hub; llmopt.calibration.hub tells which
+WITH_PATH = ("text", "ids", "hub")
 MAX_SAMPLES = 1_000_000
 MAX_SEED = 2**32 - 1
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -37,7 +41,7 @@ ComputeDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"],
 class ModelSpec(Checked):
     """The model to compress."""
 
-    id: str = Field("llmopt/reference", description="a folder or a hub name; llmopt/reference is the embedded model")
+    id: str = Field(REFERENCE, description="a folder or a hub name; llmopt/reference is the embedded model")
     dtype: Dtype | None = Field(None, description="null: the checkpoint's own; bf16, fp16, fp32 are known too")
     compute_dtype: ComputeDtype = Field(
         "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
@@ -55,29 +59,41 @@ class ModelSpec(Checked):
 class DataSpec(Checked):
     """Calibration data; llmopt.calibration.data tells what each source means."""
 
-    name: Literal["world", "text", "ids", "hub"] = Field("world", description="the source; world is embedded")
+    name: Literal["self", "wikitext", "c4", "ultrachat", "pile", "world", "text", "ids", "hub"] | None = Field(
+        None, description="the source; null: rows sampled from the model itself, for llmopt/reference its world")
     path: str | None = Field(None, description="a file (text, ids) or a dataset (hub)")
     config: str | None = Field(None, description="configuration of the dataset (hub)")
     split: str = Field("train", description="split of the dataset (hub)")
     column: str = Field("text", description="where a row keeps its text (hub, .jsonl)")
     template: Literal["chat"] | None = Field(None, description="chat: apply the tokenizer's chat template")
     samples: int = Field(128, ge=1, le=MAX_SAMPLES, description="rows at most")
-    length: int | None = Field(None, ge=2, description="tokens of a row; null: min(512, the model's maximum)")
+    length: int | None = Field(None, ge=2, description="tokens of a row; null: 512 (self: 256), or the model's maximum")
     batch_size: int = Field(8, ge=1, le=MAX_SAMPLES, description="rows computed together")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="picks the rows")
 
     def check(self) -> None:
-        if self.name != "world" and self.path is None:
+        if self.name is None and self.path is not None:
+            raise FieldError("name", None, "text, ids or hub, because data.path is given,")
+        if self.name in WITH_PATH and self.path is None:
             raise FieldError("path", None, f"a file or dataset, because data.name is {self.name!r},")
+        if self.name in ("self", *BY_NAME):
+            for key in ("path", "config", "split", "column", "template"):
+                if (given := getattr(self, key)) != default_of(fields_of(DataSpec)[key]):
+                    raise FieldError(key, given, f"nothing, as data.name is {self.name!r} (the source hub takes it),")
+
+    def of(self, model: str) -> "DataSpec":
+        """This spec with the source that a model (its id) gets where none is named."""
+        return self if self.name else replace(self, name="world" if model == REFERENCE else "self")
 
 
 @in_our_words
 @dataclass(frozen=True)
 class EvalSpec(Checked):
-    """lm-eval tasks that score the dense and the compressed model."""
+    """What scores the dense and the compressed model: `fidelity` fits any model, all else are lm-eval's tasks."""
 
-    tasks: list[str] = Field(default_factory=list, strict=False, description="names that lm-eval knows")
-    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all")
+    tasks: list[str] = Field(default_factory=lambda: ["fidelity"], strict=False,
+                             description="fidelity (KL to the dense model, agreement, perplexity), names lm-eval knows")
+    limit: int | None = Field(None, ge=1, description="only the first documents of each task; null: all (fidelity: 16)")
     batch_size: int = Field(16, ge=1, description="requests computed together")
     text: str | None = Field(None, description="the file that the task text_ppl reads")
 

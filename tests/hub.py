@@ -12,7 +12,10 @@ TOKEN = "hf_good"
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: {"user/name": {revision: {file: bytes}}}; `gated` names answer 403; uploads need TOKEN."""
+    """repos: {"user/name": {revision: {file: bytes}}}; `gated` names answer 403; uploads need TOKEN.
+
+    cut: {file: bytes after which the connection of its first download breaks}; failing: {file: answers of 500 to come}.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -20,6 +23,8 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.large: dict[str, bytes] = {}         # LFS objects by SHA-256
         self.asked: list[str] = []
+        self.cut: dict[str, int] = {}
+        self.failing: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -76,7 +81,15 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, files: dict[str, bytes], path: str, revision: str) -> None:
         if path not in files:
             return self.answer(404, error="EntryNotFound", words="Entry not found")
-        return self.answer(200, files[path], {"ETag": f'"{digest(files[path])}"', "X-Repo-Commit": commit(revision)})
+        if self.command == "GET" and self.server.failing.get(path):
+            self.server.failing[path] -= 1
+            return self.answer(500, words="out of order")
+        headers = {"ETag": f'"{digest(files[path])}"', "X-Repo-Commit": commit(revision)}
+        if self.command == "GET" and path in self.server.cut:
+            length = str(len(files[path]))
+            self.close_connection = True
+            return self.answer(200, files[path][:self.server.cut.pop(path)], headers | {"Content-Length": length})
+        return self.answer(200, files[path], headers)
 
     def do_POST(self) -> None:
         """Uploads: create, preupload, LFS batch, commit."""

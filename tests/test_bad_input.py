@@ -137,7 +137,7 @@ def test_overrides(compress, model, assignment, expected):
     (["eval", "llmopt/reference", "--tasks", ","], "names no task"),
     (["eval", "llmopt/reference", "--tasks", "world_pbl"], "world_pbl"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--limit", "0"], "0 is not in the range"),
-    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--batch-size", "0"], "0 is not in the range"),
+    (["eval", "llmopt/reference", "--tasks", "world_ppl", "--batch-size", "0"], "a number from 1, auto"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--device", "cudaa"], "cudaa"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--dtype", "int3"], "int3"),
     (["eval", "llmopt/reference", "--tasks", "world_ppl", "--output", "no/such/place.json"], "does not exist"),
@@ -158,10 +158,10 @@ def test_words(refused, words, expected):
 
 
 def test_show_and_push_want_a_checkpoint(refused, model):
-    assert "no llmopt.json" in refused("show", model)
+    assert "no llmopt.json; this is not a checkpoint written by llmopt" in refused("push", model, "user/repo")
     (model / "llmopt.json").write_text("{")
     assert "llmopt.json: not JSON" in refused("show", model)
-    assert "a b c" in refused("push", model, "a b c")
+    assert "llmopt.json: not JSON" in refused("push", model, "user/repo")
 
 
 def test_places(compress, model, tmp_path):
@@ -346,13 +346,16 @@ def test_a_damaged_llmopt_json_cannot_be_resumed(refused, pristine, compressed):
 
 
 def test_data_that_cannot_be_read_for_this_model(compress, model, tmp_path):
+    for name in ("hub, path: no/such", "c4"):
+        said = compress(model, text=f"data: {{name: {name}}}\n" + GPTQ)
+        assert "the dataset cannot be loaded: " in said and "data: {name: self}" in said
+    assert "path: 'x' given, nothing" in compress(model, text="data: {name: c4, path: x}\n" + GPTQ)
     for file in model.glob("tokenizer*"):
         file.unlink()
     (tmp_path / "d.txt").write_text("the fox runs . " * 20)
     assert "has no tokenizer" in compress(model, text="data: {name: text, path: d.txt}\n" + GPTQ)
-    assert "calibration text of your own" in compress(model, text=GPTQ)
+    assert "calibration text of your own" in compress(model, text="data: {name: world}\n" + GPTQ)
     assert "this is a folder" in compress(model, text="data: {name: text, path: m}\n" + GPTQ)
-    assert "the dataset cannot be loaded" in compress(model, text="data: {name: hub, path: no/such}\n" + GPTQ)
 
 
 def test_half_precision_on_the_cpu_is_not_bad_input(monkeypatch, model, tmp_path):

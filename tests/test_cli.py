@@ -10,6 +10,7 @@ from time import sleep
 
 import pytest
 
+from llmopt.recipe.reader import parse
 from tests import warm
 from tests.command import call, command, llmopt
 from tests.conftest import mount
@@ -45,7 +46,7 @@ def test_compress_ends_in_a_table(done):
     facts = json.loads((output / "llmopt.json").read_text())
     assert facts["predicted_bytes"] == facts["bytes"] == (output / "model.safetensors").stat().st_size
     assert "license: apache-2.0" in (output / "README.md").read_text()
-    assert "--- resolved" in (output / "recipe.yaml").read_text()
+    assert parse((output / "recipe.yaml").read_text(), "").resolved() == facts["recipe"]
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """Calibration data: documents, padding, fingerprints, and input that cannot be used."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from llmopt_evals.world.tokenizer import build_tokenizer
 
-from llmopt.calibration import data
+from llmopt.calibration import data, hub
+from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError
-from llmopt.specs import DataSpec
+from llmopt.specs import BY_NAME, DataSpec
 from tests import tiny
 from tests.command import call
 
@@ -68,8 +70,8 @@ def test_ids_come_whole_by_default_and_cut_when_asked(tmp_path):
 
 
 def test_the_world_is_deterministic_and_seeded():
-    spec = DataSpec(samples=4, length=64)
-    first, again, other = load(spec), load(spec), load(DataSpec(samples=4, length=64, seed=1))
+    spec = DataSpec(name="world", samples=4, length=64)
+    first, again, other = load(spec), load(spec), load(DataSpec(name="world", samples=4, length=64, seed=1))
     assert data.fingerprint(first) == data.fingerprint(again) != data.fingerprint(other)
     assert first[0]["input_ids"].shape == (4, 64)
 
@@ -108,7 +110,7 @@ def test_another_models_vocabulary_cannot_read_the_world():
             return {"a": 0}
 
     with pytest.raises(LlmoptError, match="calibration text of your own"):
-        load(DataSpec(), Other())
+        load(DataSpec(name="world"), Other())
 
 
 def test_ids_above_the_vocabulary_are_refused():
@@ -146,7 +148,7 @@ def calibrated(monkeypatch, folder, output, text: str) -> str:
     """The fingerprint of the calibration data that `llmopt compress` really used."""
     recipe = output.with_suffix(".yaml")
     recipe.write_text(f"data: {text}\nsteps:\n  - quant.gptq: {{bits: 4, group_size: 16}}\n")
-    assert call(monkeypatch, "compress", "--recipe", recipe, "--model", folder, "--output", output) == 0
+    assert call(monkeypatch, "compress", "--recipe", recipe, "--model", folder, "--output", output, "--no-eval") == 0
     return json.loads((output / "llmopt.json").read_text())["calibration_sha256"]
 
 
@@ -172,3 +174,91 @@ def test_a_template_that_refuses_its_messages_is_one_line(tmp_path, talker):
     file.write_text(json.dumps({"text": TALK}) + "\n")
     with pytest.raises(LlmoptError, match="the chat template cannot be used: it refuses .* roles must alternate"):
         load(DataSpec(name="text", path=str(file), template="chat"), tokenizer)
+
+
+def rows_of(batches) -> list[list[int]]:
+    return [row[mask.bool()].tolist() for batch in batches
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def test_held_out_rows_are_those_behind_the_calibration(tmp_path):
+    model, words = tiny.make("llama", vocab_size=512), ["fox", "bird", "river", "forest", "king", "the"]
+    documents = [" ".join([word] * 45) for word in words]
+    (tmp_path / "t.txt").write_text("<|endoftext|>".join(documents))
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps([i] * 40) + "\n" for i in range(6)))
+    for spec in (DataSpec(name="text", path=str(tmp_path / "t.txt"), samples=4, length=41),
+                 DataSpec(name="ids", path=str(tmp_path / "i.jsonl"), samples=4),
+                 DataSpec(name="world", samples=4, length=41)):
+        seen = rows_of(data.load(spec, model.config, build_tokenizer()))
+        unseen = rows_of(data.held_out(spec, build_tokenizer(), model, 2, 40))
+        assert len(unseen) == 2 and all(len(row) == 40 for row in unseen)
+        assert not {tuple(row[:40]) for row in seen} & set(map(tuple, unseen))
+        more = rows_of(data.load(DataSpec(**{**vars(spec), "samples": 6}), model.config, build_tokenizer()))
+        assert [row[:40] for row in more[4:]] == unseen
+
+
+def test_a_source_without_a_rest_hands_over_to_the_model(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = tiny.make("llama")
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps([i] * 40) + "\n" for i in range(6)))
+    spec = DataSpec(name="ids", path=str(tmp_path / "i.jsonl"), samples=6)
+    found = rows_of(data.held_out(spec, None, model, 3, 40))
+    assert len(found) == 3 and "held-out rows are sampled from the model" in caplog.text
+    assert found == rows_of(data.held_out(DataSpec(name="self", samples=6), None, model, 3, 40))
+    assert found == Sampler(model).rows(DataSpec(name="self", samples=9), 40)[6:]
+
+
+CONFIGS = """---
+configs:
+- config_name: {config}
+  data_files: [{{split: {split}, path: rows.jsonl}}]
+---
+"""
+
+
+def dataset(folder, alias: hub.Alias, records: list) -> str:
+    """A folder laid out as the hub's dataset is."""
+    folder.mkdir()
+    (folder / "README.md").write_text(CONFIGS.format(config=alias.config or "default", split=alias.split))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({alias.column: record}) + "\n" for record in records))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", hub.ALIASES)
+def test_datasets_by_their_short_names(monkeypatch, tmp_path, talker, name):
+    alias, tokenizer = hub.ALIASES[name], talker[1]
+    words = ["fox", "bird", "river", "forest", "king"]
+    if alias.template:
+        answer = {"role": "assistant", "content": "the fox " * 20}
+        records = [[{"role": "user", "content": word}, answer] for word in words]
+    else:
+        records = ["", *(f"{word} " * 70 for word in words), ""]
+    path = dataset(tmp_path / "d", alias, records)
+    monkeypatch.setitem(hub.ALIASES, name, replace(alias, path=path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "c"))
+    spec, model = DataSpec(name=name, samples=3, length=30), tiny.make("llama", vocab_size=len(tokenizer))
+    found, again, other = (rows_of(data.load(one, model.config, tokenizer))
+                           for one in (spec, spec, replace(spec, seed=5)))
+    assert found == again != other and len(found) == 3 and all(len(row) == 30 for row in found)
+    assert all(tokenizer.decode(row).count("<|user|>") == (alias.template is not None) for row in found)
+    unseen = rows_of(data.held_out(spec, tokenizer, model, 2, 30))
+    assert len(unseen) == 2 and not set(map(tuple, found)) & set(map(tuple, unseen))
+    if alias.joined:            # lines of one text: five times 70 words make rows without padding
+        assert len(rows_of(data.load(replace(spec, samples=50), model.config, tokenizer))) == 350 // 29
+
+
+def test_short_names_say_it_all():
+    assert set(hub.ALIASES) == set(BY_NAME)
+    for name in ("c4", "self"):
+        for key, given in {**dict.fromkeys(("path", "config", "split", "column"), "x"), "template": "chat"}.items():
+            with pytest.raises(LlmoptError, match=f"{key}: '{given}' given, nothing, as data.name is '{name}'"):
+                DataSpec(name=name, **{key: given})
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
+    tried = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given: tried.append(given) or (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr("llmopt.calibration.hub.getproxies", dict)
+    with pytest.raises(LlmoptError, match=r"data \(pile\): the dataset cannot be loaded: NeelNanda/pile-10k: .*self"):
+        load(DataSpec(name="pile"))
+    assert len(tried) == 1

@@ -10,7 +10,6 @@ import llmopt
 from llmopt import recipe
 from llmopt.calibration import data
 from llmopt.model.loading import load_dense
-from llmopt.run import pipeline
 from llmopt.specs import ModelSpec
 from tests.command import llmopt as command
 
@@ -23,7 +22,7 @@ def memory_and_disk(plan: recipe.Recipe, output: Path) -> tuple:
     """(the compressed model in memory, its tokenizer, the model that comes back from its folder)."""
     model, tokenizer = load_dense(plan.model)
     batches = data.load(plan.data, model.config, tokenizer)
-    report = pipeline.compress(model, list(plan.steps), batches, plan.seed, tokenizer=tokenizer)
+    report = llmopt.compress(model, list(plan.steps), batches, plan.seed, tokenizer=tokenizer)
     llmopt.save(model, output, tokenizer, report=report, recipe=plan)
     return model, tokenizer, llmopt.load(output)[0]
 

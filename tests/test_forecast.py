@@ -264,21 +264,27 @@ def test_a_time_is_a_range_from_the_processor_s_to_the_clock_s(clock, monkeypatc
 
 def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monkeypatch):
     rehearsal = Rehearsal.__new__(Rehearsal)
-    rehearsal.__dict__ |= {"model": tiny.make("llama", num_hidden_layers=1), "elsewhere": 0, "streamed": False,
-                           "run": Run(), "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
+    gauge = SimpleNamespace(lap=lambda: Taken(next(highest)))
+    rehearsal.__dict__ |= {"elsewhere": 1000, "gauge": gauge, "times": times.Times(), "peaks": [], "run": Run(),
+                           "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
 
     def applied(index, step, run, parts):
+        for items in ([1], [1, 2]):                 # a loop over the block, one over what is tried
+            list(run.progress(items, "loop"))
+        codes = Quantized(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, 1), 4, 4)              # of 8 + 8 bytes
+        blocks(rehearsal.model)[0].projections()[0].codes = codes
         run.progress.block, run.progress.trials = times.Span(7, 16), times.Span(2, 3)
         return times.Span(10, 20)
 
-    found = []
+    highest = iter([5, 30, 300, 40, 5, 500, 300, 40])       # before each loop, at the trials' end, at the end
     monkeypatch.setattr(rehearsal, "_applied", applied)
-    monkeypatch.setattr(rehearsal, "note", lambda part, spent, origin, more: found.append((spent, more)))
     by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
-    rehearsal._one_block(0, by_trials, 4.0, 99)
-    rehearsal._one_block(0, RTN(), 4.0, 0)
-    once = times.Span(1, 1)
-    assert found == [(once + times.Span(5 * (7 + 2 * 4), 5 * (16 + 3 * 4)), 99), (once + times.Span(45, 95), 0)]
+    for step, copies in ((by_trials, 99), (RTN(), 0)):
+        rehearsal.model, rehearsal.elsewhere = tiny.make("llama", num_hidden_layers=1), 1000
+        rehearsal._one_block(0, step, 4.0, copies)
+    spans = [tuple(part[1:3]) for part in rehearsal.times.parts]
+    assert spans == [(1 + 5 * (7 + 2 * 4), 1 + 5 * (16 + 3 * 4)), (1 + 45, 1 + 95)]
+    assert [peak.private for peak in rehearsal.peaks] == [1000 + 300 + 99, 1000 + 4 * 16 + 500]  # codes after trials
 
 
 def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():

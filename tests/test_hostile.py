@@ -1,5 +1,6 @@
 """Hostile folders: whatever a stranger puts there, a command works or ends in one line, in bounded time and memory."""
 import json
+import shutil
 import struct
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmopt
+from llmopt.checkpoint import facts
+from llmopt.checkpoint.look import checkpoint_facts
+from llmopt.cli import contents
 from llmopt.errors import LlmoptError
 from llmopt.files import checks
 from llmopt.files import limited as limits
@@ -22,8 +26,9 @@ CORE = {                # a case of every kind and the command that meets it: a 
     "shares_of_text": "from_pretrained", "steps_many": "from_pretrained", "step_of_weights": "from_pretrained",
     "key_a_number": "from_pretrained", "tensors_many": "from_pretrained", "tensors_huge": "from_pretrained",
     "tensors_deep": "from_pretrained", "tensors_of_code": "from_pretrained", "facts_shares_wide": "show",
-    "facts_records_many": "show", "facts_of_lists": "show", "facts_shares_nan": "show", "facts_deep": "show"}
-HARMLESS = {"facts_shares_wide"}              # its first columns are shown
+    "facts_records_many": "show", "facts_of_lists": "show", "facts_shares_nan": "show", "facts_deep": "show",
+    "facts_shares_missing": "show", "facts_shares_of_fewer_layers": "show", "facts_scores_of_text": "show",
+    "facts_bits_missing": "show", "facts_fields_wrong": "show", "facts_fields_deep": "show"}
 COMMANDS = ("chat", "compress", "show", "eval", "heads", "from_pretrained")
 
 
@@ -43,7 +48,7 @@ def test_a_hostile_folder_is_one_line(home, name, monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 1)
     ended = hostile_runs.run(home, name, [CORE[name]])[CORE[name]]
     assert not ended.fault, ended.fault
-    assert (ended.code == 0) == (name in HARMLESS), ended
+    assert ended.code == 2, ended
 
 
 @pytest.mark.full
@@ -91,6 +96,14 @@ def test_a_child_with_limits_gives_what_it_computes_and_says_why_it_does_not(mon
                       (lambda: {}["x"], "it: unknown or missing key 'x'"), (object, "it: takes more than 0")):
         with pytest.raises(LlmoptError, match=said):
             limited(act, "it")
+
+
+def test_the_record_of_a_method_that_is_not_known_here_is_shown(home, tmp_path, capsys):
+    shutil.copytree(home / "done", tmp_path / "done")
+    hostile.facts("records", 2, "method", "quant.of_tomorrow")(tmp_path / "done")
+    hostile.facts("records", 2, "fields", {"colour": "red"})(tmp_path / "done")
+    contents.show_checkpoint(checkpoint_facts(tmp_path / "done", facts.read_facts(tmp_path / "done")), as_json=False)
+    assert "quant.of_tomorrow" in capsys.readouterr().out
 
 
 def test_a_record_is_checked_when_it_is_restored_and_an_honest_one_passes(home):

@@ -1,6 +1,7 @@
 """The hub, for real: transformers and huggingface_hub against a small server on this machine."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from llmopt_evals.world import reference_path
 
+import llmopt
 from llmopt.checkpoint import save as checkpoint
 from tests import hub, tiny
 from tests.command import ROOT
@@ -93,7 +95,7 @@ def test_push_uploads_everything_and_nothing_hidden(session):
 def test_the_uploaded_card_names_the_repository_and_the_command(session):
     card = session[1].repos["user/small"]["main"]["README.md"].decode()
     assert 'from_pretrained("user/small")' in card
-    assert "llmopt compress --recipe recipe.yaml --model user/model --set model.revision=v1 --output out" in card
+    assert "llmopt compress --recipe recipe.yaml --output out" in card
 
 
 def test_what_was_uploaded_can_be_evaluated_by_its_name(session):
@@ -135,9 +137,7 @@ def test_only_what_is_read_is_fetched(session):
 
 def test_without_a_network_the_answer_comes_within_seconds(tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE)
-    (tmp_path / "out").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "out" / name).write_bytes((reference_path() / name).read_bytes())
+    checkpoint.save(tiny.make("llama"), tmp_path / "out")
     words = ["compress", "--recipe", "r.yaml", "--model", "user/model", "--output", "o2"]
     _, *results = run(tmp_path, [words, words, ["push", "out", "user/model"]], HF_ENDPOINT="http://127.0.0.1:9")
     for result in results:                          # the first one also waits for its imports
@@ -146,3 +146,98 @@ def test_without_a_network_the_answer_comes_within_seconds(tmp_path):
         assert "user/model" in result["err"]
         assert "Connection refused" in result["err"]
         assert result["seconds"] < 10
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory):
+    """One process that pulls through broken connections, shows hub models, and is refused."""
+    folder = tmp_path_factory.mktemp("pull")
+    model = tiny.make("llama")
+    llmopt.compress(model, [llmopt.quant.RTN(bits=4, group_size=32)])
+    checkpoint.save(model, folder / "out")
+    tiny.make("gpt2").save_pretrained(folder / "dense")
+    shutil.copytree(folder / "out", folder / "changed")
+    (folder / "changed/more.safetensors").write_bytes(bytes(10))
+    shutil.copytree(folder / "out", folder / "some")
+    (folder / "some/PARTIAL").write_text("")
+    files = {name: {p.name: p.read_bytes() for p in (folder / name).iterdir()} for name in ("out", "dense")}
+    strange = {"run.sh": b"rm", "pickled.bin": b"twice", "../up/config.json": b"{}"}
+    with hub.running() as server:
+        server.repos["user/small"] = {"main": files["out"] | strange, "v2": files["out"] | {"LICENSE": b"yours"}}
+        server.repos["user/dense"] = {"main": files["dense"]}
+        cut = files["out"]["model.safetensors"][:-9]
+        server.repos["user/cut"] = {"main": files["out"] | {"model.safetensors": cut}}
+        server.repos["user/empty"] = {"main": strange}
+        server.cut["model.safetensors"] = 1000
+        results = run(folder, [
+            ["pull", "user/small", "--json"],
+            ["pull", "user/small"],
+            ["pull", "user/small", "--overwrite", "--revision", "v2"],
+            ["show", "user/small", "--json"],
+            ["show", "user/dense", "--json"],
+            ["pull", "user/dense", "copies/dense"],
+            ["pull", "user/dense", "copies/dense", "--overwrite"],
+            ["pull", "user/cut"],
+            ["pull", "user/empty"],
+            ["pull", "user/missing"],
+            ["push", "dense", "user/other"],
+            ["push", "changed", "user/other"],
+            ["push", "some", "user/other"],
+        ], HF_ENDPOINT=server.url)
+        server.failing["README.md"] = 1
+        asked, again = list(server.asked), ["pull", "user/small", "again"]
+        retried = run(folder, [again, again], HF_ENDPOINT=server.url)
+        yield folder, asked, server.asked[len(asked):], results, retried
+
+
+def test_pull_goes_on_when_a_connection_breaks_and_takes_what_it_knows(exchanged):
+    folder, asked, _, (first, *_), _ = exchanged
+    assert first["code"] == 0, first["err"]
+    assert asked.count(f"GET /user/small/resolve/{hub.commit('main')}/model.safetensors") == 2
+    told = json.loads(first["out"])
+    assert (told["commit"], told["bytes"]) == (hub.commit("main"), (folder / "out/model.safetensors").stat().st_size)
+    assert not [line for line in asked if "run.sh" in line or "pickled" in line]
+    assert not (folder / "up").exists()
+    assert not [place.name for place in folder.iterdir() if place.name.startswith(".")]
+
+
+def test_pull_replaces_only_what_it_may(exchanged):
+    folder, _, _, results, _ = exchanged
+    assert [result["code"] for result in results[1:3]] == [2, 0]
+    assert "give --overwrite" in results[1]["err"]
+    assert (folder / "small/LICENSE").read_bytes() == b"yours"
+    assert (folder / "small/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
+    assert [result["code"] for result in results[5:7]] == [0, 2]        # a dense model is pulled, and then left alone
+    assert "not a checkpoint made by llmopt" in results[6]["err"]
+
+
+def test_what_has_arrived_is_not_fetched_again(exchanged):
+    folder, _, asked, _, (failed, done) = exchanged
+    assert failed["code"] == 2
+    assert "out of order; what has arrived is kept in" in failed["err"]
+    assert done["code"] == 0, done["err"]
+    assert len([line for line in asked if line.startswith("GET") and line.endswith("/model.safetensors")]) == 1
+    assert {path.name for path in (folder / "again").iterdir()} == {path.name for path in (folder / "out").iterdir()}
+
+
+def test_show_fetches_the_small_files_of_a_hub_model(exchanged):
+    _, asked, _, results, _ = exchanged
+    compressed, dense = (json.loads(result["out"]) for result in results[3:5])
+    assert compressed["bits"] == {"4": 21}
+    assert (dense["architecture"], dense["shape"]["layers"], dense["bits"]) == ("gpt2", 3, [32])
+    assert dense["parameters"] == tiny.make("gpt2").num_parameters() == dense["bytes"] / 4
+    assert dense["works"]["quant.*"].startswith("Conv1D")
+    before = asked[:next(i for i, line in enumerate(asked) if "user/dense" in line and "safetensors" in line)]
+    assert [line for line in before if line.startswith("GET /user/dense/")]
+
+
+@pytest.mark.parametrize(("index", "expected"), [
+    (7, "user/cut/model.safetensors: header says"), (8, "user/empty: holds no file of a model that llmopt reads"),
+    (9, "Repository not found"), (10, "dense: no llmopt.json; this is not a checkpoint written by llmopt"),
+    (11, "changed: its weights are not those that llmopt wrote"), (12, "some: holds some blocks only")])
+def test_what_is_no_whole_model_is_refused(exchanged, index, expected):
+    folder, *_, results, _ = exchanged
+    assert results[index]["code"] == 2
+    assert expected in results[index]["err"]
+    assert len(results[index]["err"].strip().splitlines()) == 1
+    assert not (folder / "cut").exists()

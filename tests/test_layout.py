@@ -17,7 +17,8 @@ ORDER = ["llmopt_kernels", "errors progress", "parts files", "specs", "model", "
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 ROOT_FILES = {"__init__.py", "__main__.py", "method.py", "parts.py", "specs.py", "errors.py", "progress.py"}
 LAZY_BACK_EDGES = {("calibration", "llmopt_evals"), ("model", "llmopt_evals"),         # the world, llmopt/reference
-                   ("model", "runtime"), ("llmopt_evals", "cli")}       # and parts.FAMILIES, imported by name
+                   ("model", "runtime"), ("llmopt_evals", "cli"),
+                   ("__init__", "llmopt_evals")}        # and parts.FAMILIES, imported by name
 
 
 def sources() -> list[Path]:

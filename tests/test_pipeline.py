@@ -31,9 +31,9 @@ def test_dropout_has_no_part_in_it():
 
 
 @pytest.mark.parametrize(("batches", "says"), [
-    (tiny.ids()[0], "a list of lists"), ("a text", "a list of lists"), (["a text"], "a list of lists"),
+    ("a text", "there is no such file"), (["a text"], "the model's tokenizer"), (7, "a DataLoader"),
     ([{"ids": tiny.ids()}], "needs input_ids; this one has ids"), ([{"input_ids": tiny.ids() + 90}], "token id 1"),
-    ([{"input_ids": tiny.ids() - 90}], "token id -"), (tiny.ids()[None], "a list of lists")])
+    ([{"input_ids": tiny.ids() - 90}], "token id -"), (tiny.ids()[None], "token ids")])
 def test_batches_that_are_none(batches, says):
     with pytest.raises(LlmoptError, match=says):
         llmopt.compress(tiny.make("llama"), [Magnitude(ratio=0.3, refit=True)], batches=batches)

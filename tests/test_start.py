@@ -1,6 +1,7 @@
 """Start-up: what is imported when, and that every order of imports leads to the same classes."""
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from transformers import LlamaConfig
 
 import llmopt
 from llmopt.model import from_pretrained
+from tests import tiny
 from tests.command import ROOT, command
 
 SLOW = {"torch", "transformers", "pydantic", "rich", "numpy", "datasets", "lm_eval", "matplotlib", "scipy", "yaml"}
@@ -21,6 +23,19 @@ try:
     main()
 finally:
     print("slow:", *{SLOW} & {{*sys.modules}}, file=sys.stderr)
+"""
+NOT_NEEDED = {"lm_eval", "datasets", "scipy", "matplotlib"}         # by a run that scores nothing and draws nothing
+QUIET = ["compress", "--recipe", "r.yaml", "--output", "out", "--no-eval", "-q"]
+ALL_STAGES = """
+model: {id: m}
+data: {name: ids, path: ids.jsonl}
+steps:
+  - heads.span: {}
+  - prune.magnitude: {ratio: 0.3}
+  - transform.fold_norms: {}
+  - quant.gptq: {group_size: 8}
+  - attention.a_shape: {}
+  - kv.snapkv: {ratio: 0.5}
 """
 AUTO = "transformers.models.auto.modeling_auto"
 
@@ -40,6 +55,16 @@ def test_what_needs_no_model_needs_no_library(words, code, text):
     assert run.returncode == code
     assert text in run.stdout + run.stderr
     assert run.stderr.splitlines()[-1] == "slow:"
+
+
+@pytest.mark.parametrize("words", [["--scheme", "FP8"], ["--bits", "1"], [], ["--scheme", "W4A16", "--bits", "3"],
+                                   ["--scheme", "W4A16", "--data", "none.txt"],
+                                   ["--scheme", "W4A16", "--recipe", "rtn"]])
+def test_words_that_cannot_be_meant_are_refused_before_torch_is_there(words):
+    run = watched("compress", "nowhere", *words)
+    assert run.returncode == 2
+    told, slow = run.stderr.splitlines()
+    assert told.startswith("error: ") and slow in ("slow:", "slow: pydantic")
 
 
 @pytest.mark.parametrize(("line", "word"), [("llmopt com", "compress"), ("llmopt compress --rec", "--recipe"),
@@ -104,3 +129,16 @@ def test_only_the_modeling_file_of_the_model_is_imported(tmp_path):
         assert sorted(files) == ["transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
     """
     subprocess.run([sys.executable, "-c", script, tmp_path / "m"], env=command()[1], check=True)
+
+
+def test_compressing_without_evaluation_needs_no_library_of_the_evaluation(tmp_path):
+    tiny.make("llama").save_pretrained(tmp_path / "m")
+    (tmp_path / "ids.jsonl").write_text(json.dumps([*range(3, 43)]))
+    (tmp_path / "r.yaml").write_text(ALL_STAGES)
+    script = ("import sys, transformers.utils; from llmopt_evals.start import main\n"
+              "transformers.utils.is_scipy_available = lambda: False\n"      # it takes scipy along where it can
+              f"try:\n    main()\nfinally:\n    print({NOT_NEEDED} & {{*sys.modules}})")
+    run = subprocess.run([sys.executable, "-c", script, *QUIET], env=command()[1], cwd=tmp_path, capture_output=True,
+                         text=True)
+    assert (tmp_path / "out/model.safetensors").is_file(), run.stderr
+    assert run.stdout.splitlines()[-1] == "set()"

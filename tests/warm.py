@@ -26,7 +26,7 @@ from typing import NoReturn
 import psutil
 
 LIBRARIES = ("transformers.models.llama.modeling_llama", "compressed_tensors", "pydantic.dataclasses", "rich.progress",
-             "scipy.optimize", "lm_eval.evaluator", "lm_eval.tasks", "lm_eval.models.huggingface")
+             "lm_eval.evaluator", "lm_eval.tasks", "lm_eval.models.huggingface")
 SERVERS: list[int] = []             # process ids; at most one
 
 

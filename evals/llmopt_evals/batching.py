@@ -2,6 +2,7 @@
 from torch import nn
 
 from llmopt.errors import LlmoptError
+from llmopt.model.blocks import blocks
 from llmopt.model.computing import compute_type
 from llmopt.scale.available import available
 from llmopt_evals.readout import CHUNK
@@ -24,6 +25,11 @@ def scores_bytes(model: nn.Module, length: int) -> int:
     config = model.config.get_text_config()
     eager = config._attn_implementation == "eager"
     return 2 * 4 * config.num_attention_heads * length if eager else 0
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes that the cache of a supported model takes for each token before anything is dropped."""
+    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def batch_tokens(model: nn.Module, longest: int, kept: int = 0) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llmopt.checkpoint.facts import FILE
 from llmopt.errors import LlmoptError
+from llmopt.files import cache
 from llmopt.files.checks import load_json
 from llmopt.files.hub import fetch
 from llmopt.files.json_shapes import check_shape
@@ -26,9 +27,9 @@ from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals import FIGURES, texts
 from llmopt_evals import evaluate as runs
+from llmopt_evals.asking import Asking
 from llmopt_evals.preflight import tokenizer_of
 
-VARIABLE = "LLMOPT_CACHE"
 SHIPPED = Path(__file__).parent / "world" / "scores"
 OURS = ("world", "text_ppl", "needles")                 # tasks that no version of lm-eval changes
 NOT_READ = ("llmopt.json", "training.json")             # files of a model's folder that no score depends on
@@ -39,28 +40,32 @@ SHAPE = {"key": dict, "date": str, "part": {"results": {str: {str: object}}, str
 
 
 def scores(spec: ModelSpec, tasks: list[str], limit: int | None, batch_size: int, text: str | None,
-           ranks: Ranks, anew: bool = False) -> tuple[dict[str, Any] | None, dict[str, str]]:
+           ranks: Ranks, anew: bool = False,
+           asking: Asking = Asking()) -> tuple[dict[str, Any] | None, dict[str, str]]:      # noqa: B008  frozen
     """(lm-eval's results, {task: date} of those that were kept) of a model; rank 0 alone gets results.
 
-    anew: measure all, and keep what comes of it. A checkpoint that llmopt has written is measured every time.
+    anew: measure all, and keep what comes of it. asking: see `evaluate`; where questions and answers are wanted, all is
+    measured. A checkpoint that llmopt has written is measured every time, and tasks of files whose code may change.
     """
     files = Path(resolve(spec.id)) if Path(resolve(spec.id)).is_dir() else fetch(spec.id, spec.revision)
-    if (files / FILE).is_file():
-        return runs.evaluate(spec, tasks, None, limit, batch_size, text, ranks), {}
-    keys = keys_of(spec, files, tasks, limit, text)
+    if (files / FILE).is_file() or asking.include_path or runs.task_files(tasks):
+        return runs.evaluate(spec, tasks, None, limit, batch_size, text, ranks, None, asking), {}
+    keys = keys_of(spec, files, tasks, limit, text, asking)
+    anew = anew or asking.log_samples
     found = ranks.agree({} if anew else {task: kept for task, one in keys.items() if (kept := read(one))})
     missing = [task for task in tasks if task not in found]
-    measured = runs.evaluate(spec, missing, None, limit, batch_size, text, ranks) if missing else {}
+    measured = runs.evaluate(spec, missing, None, limit, batch_size, text, ranks, None, asking) if missing else {}
     if not ranks.is_main:
         return None, {}
     parts = {task: found[task]["part"] if task in found else part_of(measured, task) for task in tasks}
     for task in missing:
         write(keys[task], parts[task])
-    return merged(list(parts.values())), {task: kept["date"] for task, kept in found.items()}
+    samples = {"samples": measured["samples"]} if asking.log_samples else {}
+    return merged(list(parts.values())) | samples, {task: kept["date"] for task, kept in found.items()}
 
 
-def keys_of(spec: ModelSpec, files: Path, tasks: list[str], limit: int | None,
-            text: str | None) -> dict[str, dict[str, Any]]:
+def keys_of(spec: ModelSpec, files: Path, tasks: list[str], limit: int | None, text: str | None,
+            asking: Asking = Asking()) -> dict[str, dict[str, Any]]:      # noqa: B008  frozen
     """{task: all that its score depends on}; files: the model's folder."""
     _, config = read_config(spec)
     metadata = runs.asked_by(config, tokenizer_of(spec), text)
@@ -70,6 +75,7 @@ def keys_of(spec: ModelSpec, files: Path, tasks: list[str], limit: int | None,
              "device": spec.device.partition(":")[0],
              "files": {file.name: _digest(file) for file in sorted(files.iterdir())
                        if file.suffix in SUFFIXES and file.name not in NOT_READ and not file.name.startswith("eval-")}}
+    model |= {"asked": asked} if (asked := asking.changed()) else {}        # older keys stay what they are
     manager = runs.prepared(tasks, spec.trust_remote_code, metadata)
     return {task: model | {"task": task, "versions": runs.versions(manager, [task]),
                            "lm_eval": None if task.startswith(OURS) else version("lm_eval"),
@@ -95,9 +101,7 @@ def _digest_of(text: str | None, task: str) -> str | None:
 
 def folder() -> Path:
     """Where this user's scores are kept; raises RuntimeError for a user without a home."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser() / "scores"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmopt" / "scores"
+    return cache.folder("scores")
 
 
 def read(wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -127,7 +131,7 @@ def write(known: dict[str, Any], part: dict[str, Any], place: Path | None = None
 
 
 def _file(known: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest() + ".json"
+    return cache.name_of(known)
 
 
 def _are_figures(results: dict[str, dict[str, Any]]) -> bool:

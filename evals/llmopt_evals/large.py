@@ -40,32 +40,33 @@ PARTS = ("packed", "scale", "shape")
 
 
 @contextmanager
-def opened(spec: ModelSpec) -> Iterator[tuple[nn.Module, Any]]:
+def opened(spec: ModelSpec, needs_words: bool = True) -> Iterator[tuple[nn.Module, Any]]:
     """(model, tokenizer) to be scored: in memory where it fits, else with its weights on disk.
 
+    needs_words: without a tokenizer it cannot be scored.
     Raises the errors of `load_model`, and LlmoptError where there is no tokenizer, or no room for what is inflated.
     """
     source = resolve(spec.id)
     if spec.device != "cpu":
-        yield _with_tokenizer(spec)
+        yield _with_tokenizer(spec, needs_words)
         return
     folder = Path(source) if Path(source).is_dir() else fetch(source, spec.revision)
     size = memory_bytes(folder, spec.dtype)
     if size <= available():
-        yield _with_tokenizer(spec)
+        yield _with_tokenizer(spec, needs_words)
         return
     if fact := _too_full(folder, size if _is_packed(folder) or _has_experts(folder) else 0):
         raise LlmoptError(fact)
     with scratch(folder) as work:
         if _is_packed(folder):
             spec = replace(spec, id=str(inflate(folder, work / "dense")))
-        yield _with_tokenizer(spec, device_map=on_disk(spec), offload_folder=str(work))
+        yield _with_tokenizer(spec, needs_words, device_map=on_disk(spec), offload_folder=str(work))
 
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that is gone afterwards; those of processes that were killed go first."""
-    home, kind = _beside(folder), f".{folder.name}.llmopt-eval-{platform.node()}@"
+    home, kind = beside(folder), f".{folder.name}.llmopt-eval-{platform.node()}@"
     for old in home.glob(f"{glob.escape(kind)}*"):
         process = re.fullmatch(r"(\d{1,9})-\w+", old.name.removeprefix(kind))
         if process and not psutil.pid_exists(int(process[1])):
@@ -83,11 +84,11 @@ def on_disk(spec: ModelSpec) -> dict[str, str]:
             if module._parameters or module._buffers}
 
 
-def _with_tokenizer(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
+def _with_tokenizer(spec: ModelSpec, needs_words: bool, **placement) -> tuple[nn.Module, Any]:
     model, tokenizer = load_model(spec, **placement)
     choose(model, spec.compute_dtype, spec.device)
     convert(model, available())
-    if tokenizer is None:
+    if tokenizer is None and needs_words:
         raise LlmoptError(f"{spec.id}: there is no tokenizer, and lm-eval needs one")
     return model, tokenizer
 
@@ -116,14 +117,14 @@ def memory_bytes(folder: Path, dtype: str | None) -> int:
 
 def _too_full(folder: Path, size: int) -> str | None:
     """The message if `size` bytes have no place beside `folder`; None if they have."""
-    free = psutil.disk_usage(str(_beside(folder))).free
+    free = psutil.disk_usage(str(beside(folder))).free
     return None if size <= free else (
         f"{folder}: takes {size / 1e9:.1f} GB to score; {available() / 1e9:.1f} GB of memory are available, and "
         f"{free / 1e9:.1f} GB of the disk")
 
 
-def _beside(folder: Path) -> Path:
-    """The place for inflated weights: the folder around `folder`, or the working directory."""
+def beside(folder: Path) -> Path:
+    """The place for files of an evaluation: the folder around `folder`, or the working directory."""
     home = next(above for above in folder.absolute().parents if above.is_dir())
     return home if os.access(home, os.W_OK) else Path.cwd()
 

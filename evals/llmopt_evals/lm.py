@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llmopt import runtime
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import blocks
 from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
-from llmopt_evals.batching import batch_tokens, batches
+from llmopt_evals.batching import batch_tokens, batches, cache_bytes
 from llmopt_evals.readout import Readout
 from llmopt_evals.world import speaks_world, split_context
 from llmopt_evals.world.words import ID
@@ -40,6 +39,7 @@ class LlmoptLM(HFLM):
     """HFLM whose log-likelihoods pass through the compressed cache of the attached methods."""
 
     _rolling = False
+    _longest = 0                                # tokens of the longest request that is generated at the moment
     _contexts: list[str | None] = []            # of the requests at hand: what of each may be compressed; None: all
 
     def __init__(self, *args, ranks: Ranks = Ranks(), **kwargs):        # noqa: B008  frozen
@@ -63,7 +63,8 @@ class LlmoptLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Score]:
-        self._contexts = [r.doc.get(CONTEXT) if isinstance(r.doc, dict) else None for r in requests]
+        self._contexts = [r.doc.get(CONTEXT) and up_to(r.doc[CONTEXT], r.args[0]) if isinstance(r.doc, dict) else None
+                          for r in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
@@ -77,7 +78,15 @@ class LlmoptLM(HFLM):
             self._rolling = False
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
-        return self.max_batch_size if self._rolling else super()._detect_batch_size(requests, pos)
+        """What --batch_size auto means: as many of the longest requests as the memory holds.
+
+        lm-eval tries the largest batch out until one fits, which on a CPU ends the process.
+        """
+        if self._rolling:
+            return self.max_batch_size
+        longest, config = self._longest or self.max_length, self.model.config.get_text_config()
+        cached = 2 * compute_type(self.model).itemsize * config.num_hidden_layers * config.hidden_size     # at most
+        return max(1, min(self.max_batch_size, batch_tokens(self.model, longest, cached) // longest))
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False,
@@ -130,7 +139,13 @@ class LlmoptLM(HFLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        return self._of_all(super().generate_until(self.ranks.share(requests), disable_tqdm))
+        own = self.ranks.share(requests)
+        lengths = (len(self.tok_encode(r.args[0])) + r.args[1].get("max_gen_toks", self.max_gen_toks) for r in own)
+        self._longest = min(max(lengths, default=1), self.max_length)
+        try:
+            return self._of_all(super().generate_until(own, disable_tqdm))
+        finally:
+            self._longest = 0
 
     def _of_all(self, own: list) -> list:
         return [one for part in self.ranks.gather(own) for one in part]
@@ -182,14 +197,22 @@ class LlmoptLM(HFLM):
         return super().get_model_info() | {"llmopt": runtime.runtime_config(self.model)}
 
 
+def up_to(part: str, context: str) -> str:
+    """The context up to the end of `part`, which a chat template and few-shot examples may stand in front of.
+
+    Templates take away the space around a message. Raises LlmoptError where they have changed more than that.
+    """
+    if context.startswith(part):
+        return part
+    place = context.rfind(part.strip())
+    if place < 0:
+        raise LlmoptError("the chat template changes the text whose cache is to be compressed; ask without it")
+    return context[:place + len(part.strip())]
+
+
 def common(one: list[int], other: list[int]) -> int:
     """The number of tokens that two lists begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def cache_bytes(model: nn.Module) -> int:
-    """Bytes that the cache of a supported model takes for each token before anything is dropped."""
-    return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
 def fingerprint(lm: HFLM) -> str:

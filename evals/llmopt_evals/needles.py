@@ -166,15 +166,15 @@ def command(text, names, lengths, as_json, **options) -> None:
     """Ask models for facts planted in a text, before and after their cache is compressed."""
     from llmopt.cli import tables
     from llmopt.specs import ModelSpec
-    from llmopt_evals.evaluate import evaluate, figures
+    from llmopt_evals.evaluate import column, evaluate
 
     tables.quiet_libraries()
     try:
         if not re.fullmatch(r"\d+(,\d+)*", lengths):
             raise LlmoptError(f"--lengths: {lengths!r} given, numbers such as 1024,4096 expected")
         options["lengths"] = [int(length) for length in lengths.split(",")]
-        columns = {name: {row[:2]: row[2] for row in figures(evaluate(ModelSpec(id=name), ["needles"], text=text,
-                                                                      options=options))} for name in names}
+        columns = {name: column(evaluate(ModelSpec(id=name), ["needles"], text=text, options=options))
+                   for name in names}
         tables.show_scores(columns, as_json)
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)

@@ -46,10 +46,14 @@ class Readout:
     def read(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probability of each target, whether it is the most likely token) after the states [N, C]."""
         found = []
-        for rows, wanted in zip(states.split(self.rows()), targets.split(self.rows()), strict=True):
-            table = log_softmax(self._logits(rows), -1, dtype=self.dtype)         # [rows, vocabulary]
+        for table, wanted in zip(self.tables(states), targets.split(self.rows()), strict=True):
             found.append((table.gather(1, wanted[:, None])[:, 0].float(), table.argmax(-1) == wanted))
         return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+    def tables(self, states: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities [n, vocabulary] of all tokens after the states [N, C], `rows()` positions at a time."""
+        for rows in states.split(self.rows()):
+            yield log_softmax(self._logits(rows), -1, dtype=self.dtype)
 
     def rows(self) -> int:
         """The number of positions that the head is run on at a time."""

@@ -22,8 +22,7 @@ import click
 from llmopt.checkpoint.older import keep_tokenizer_class
 from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.errors import LlmoptError, nearest
-from llmopt.files import shards
-from llmopt_evals import kept
+from llmopt.files import cache, shards
 
 TRIES = ("--retries", "2", "--timeout", "20")       # pip's own would keep a machine without network waiting
 Say = Callable[[str], None]
@@ -151,7 +150,7 @@ def cached(name: str, say: Say = lambda line: None) -> Path:
     """The folder of the model `name` among this user's caches, written if it is not there yet."""
     from filelock import FileLock
 
-    place = kept.folder().with_name("real") / name
+    place = cache.folder("real") / name
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f"{name}.lock")):
         return place if (place / "config.json").is_file() else write(name, place, say=say)

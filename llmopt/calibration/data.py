@@ -1,43 +1,106 @@
-"""Calibration batches from the embedded world, a text or .jsonl file, token ids, or a dataset of the hub.
+"""Calibration batches: loaded by a specification, or held out from what calibration sees.
 
-A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic. A document
-longer than a row is cut into several: first come the first rows of all documents, then their second rows, and so on.
+A batch is {"input_ids": [B, T], "attention_mask": [B, T]}, right-padded; padding never enters a statistic. Where rows
+come from: sampling.py (the model itself), sources.py (files, the embedded world), hub.py (datasets).
 """
 import hashlib
-import os
+import logging
 from collections.abc import Iterable, Mapping
-from itertools import zip_longest
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmopt.calibration import hub, sources
+from llmopt.calibration.sampling import LENGTH, Sampler
+from llmopt.calibration.sources import MIN_TOKENS, check_amount
 from llmopt.errors import LlmoptError, naming
-from llmopt.files.checks import parse_json, refusals
-from llmopt.files.limited import limited
-from llmopt.specs import DataSpec
+from llmopt.progress import Spoken
+from llmopt.specs import MAX_SAMPLES, WITH_PATH, DataSpec
 
-END_OF_DOCUMENT = "<|endoftext|>"
+LOG = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
-MIN_TOKENS = 32                 # fewer say nothing about a model
-MAX_TOKENS = 50_000_000         # take 800 MB, ids and mask
-WIDEST = 16                     # characters of a token: what lies beyond all rows of a document is not tokenised
+SOURCES = {"world": sources.world, "text": sources.text, "ids": sources.ids, "hub": hub.rows,
+           **dict.fromkeys(hub.ALIASES, hub.rows)}
 Batch = dict[str, Tensor]
 
 
-def load(spec: DataSpec, config: Any, tokenizer: Any) -> list[Batch]:
-    """The batches that `spec` describes, checked against the model's vocabulary and maximum length."""
-    limit = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+def load(spec: DataSpec, config: Any, tokenizer: Any, sampler: Sampler | None = None) -> list[Batch]:
+    """The batches that `spec` describes, checked against the model's vocabulary and maximum length.
+
+    sampler: draws the rows of `self`; a source that is not named is taken to be that.
+    """
+    limit = _limit(config)
     if spec.length is not None and spec.length > limit:
         raise LlmoptError(f"data.length is {spec.length}, but the model reads at most {limit} tokens")
-    length = spec.length or min(DEFAULT_LENGTH, limit)
-    with naming(f"data ({spec.name}{': ' + spec.path if spec.path else ''})"):
-        rows = SOURCES[spec.name](spec, length, tokenizer)
-        rows = [row for row in rows if len(row) > 1][:spec.samples]
+    with naming(_place(spec)):
+        if _is_own(spec):
+            rows = _sampled(spec, _length(spec, limit), sampler)
+        else:
+            rows = _read(spec, _length(spec, limit), tokenizer)[:spec.samples]
         batches = as_batches(rows, config.vocab_size, spec.batch_size)
         _check_lengths([len(row) for row in rows], limit)
         return batches
+
+
+def check_source(spec: DataSpec) -> None:
+    """Raise LlmoptError for a file that is not there or a dataset that cannot be had: before a model is loaded."""
+    with naming(_place(spec)):
+        if SOURCES.get(spec.name) is hub.rows:
+            hub.check(spec)
+        elif spec.name in WITH_PATH:
+            sources.check_file(spec.path)
+
+
+def held_out(spec: DataSpec, tokenizer: Any, model: nn.Module, rows: int, length: int) -> list[Batch]:
+    """At most `rows` rows of at most `length` tokens from the source of `spec` that calibration by `spec` does not see.
+
+    They are those behind its spec.samples rows; where nothing is left behind them, a note says so and they are sampled
+    from `model`, which must be the dense one and have its weights in memory if rows are sampled. Always the same.
+    """
+    limit, found = _limit(model.config), []
+    if not _is_own(spec):
+        more = replace(spec, samples=min(spec.samples + rows, MAX_SAMPLES))
+        with naming(_place(spec)):
+            found = [row[:length] for row in _read(more, _length(spec, limit), tokenizer)[spec.samples:][:rows]]
+        if sum(map(len, found)) < MIN_TOKENS:
+            LOG.info("%s: calibration leaves no rows over; held-out rows are sampled from the model", _place(spec))
+            found = []
+    if not found:
+        wanted = replace(spec, samples=rows)
+        with naming("held-out rows"):
+            check_amount(wanted, length)
+            found = Sampler(model, tokenizer, progress=Spoken()).rows(wanted, min(length, limit), first=spec.samples)
+    return as_batches(found, model.config.vocab_size, spec.batch_size)
+
+
+def _is_own(spec: DataSpec) -> bool:
+    return spec.name in (None, "self")
+
+
+def _place(spec: DataSpec) -> str:
+    return f"data ({spec.name or 'self'}{': ' + spec.path if spec.path else ''})"
+
+
+def _limit(config: Any) -> int:
+    return getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+
+
+def _length(spec: DataSpec, limit: int) -> int:
+    return spec.length or min(LENGTH if _is_own(spec) else DEFAULT_LENGTH, limit)
+
+
+def _read(spec: DataSpec, length: int, tokenizer: Any) -> list:
+    """The rows of a source that is read; one of a single token says nothing."""
+    return [row for row in SOURCES[spec.name](spec, length, tokenizer) if len(row) > 1]
+
+
+def _sampled(spec: DataSpec, length: int, sampler: Sampler | None) -> list[list[int]]:
+    if sampler is None:
+        raise LlmoptError("these rows are sampled from the model itself, and none was given")
+    check_amount(spec, length)
+    return sampler.rows(spec, length)
 
 
 def _check_lengths(lengths: list[int], limit: int) -> None:
@@ -108,120 +171,3 @@ def _pad(rows: list[Tensor]) -> Batch:
     for i, row in enumerate(rows):
         ids[i, :len(row)], mask[i, :len(row)] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _world(spec: DataSpec, length: int, tokenizer: Any) -> list[Tensor]:
-    from llmopt_evals import world
-    from llmopt_evals.world.words import ID
-
-    if tokenizer is None or tokenizer.get_vocab() != dict(ID):
-        raise LlmoptError("the embedded world is written in the vocabulary of llmopt/reference; this model has "
-                          "another. Give calibration text of your own: data: {name: text, path: FILE}")
-    if spec.samples * length > MAX_TOKENS:
-        raise LlmoptError(f"{spec.samples:,} samples of {length:,} tokens are too many; at most {MAX_TOKENS:,} tokens")
-    return list(world.calibration_ids(spec.samples, length, spec.seed))
-
-
-def _text(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    text = read_text(spec.path)
-    if spec.path.endswith(".jsonl"):
-        documents = [_column(record, spec, f"line {i + 1}") for i, record in enumerate(json_lines(text))]
-    else:
-        documents = [part.strip() for part in text.split(END_OF_DOCUMENT)]
-    return _tokenise([d for d in documents if d], spec, length, tokenizer)
-
-
-def _ids(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    rows = json_lines(read_text(spec.path))
-    for i, row in enumerate(rows):
-        if not isinstance(row, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in row):
-            raise LlmoptError(f"line {i + 1} is not a list of token ids")
-    return [row if spec.length is None else row[:length] for row in rows]
-
-
-def _hub(spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(os.path.expanduser(spec.path), spec.config, split=spec.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise LlmoptError(f"the dataset cannot be loaded: {str(error).splitlines()[0]}") from error
-    chosen = dataset.shuffle(seed=spec.seed).select(range(min(len(dataset), spec.samples * 4)))
-    return _tokenise([_column(r, spec, f"row {i}") for i, r in enumerate(chosen)], spec, length, tokenizer)
-
-
-SOURCES = {"world": _world, "text": _text, "ids": _ids, "hub": _hub}
-
-
-def _tokenise(documents: list, spec: DataSpec, length: int, tokenizer: Any) -> list[list[int]]:
-    if tokenizer is None:
-        raise LlmoptError("the model folder has no tokenizer, so text cannot be read; use data: {name: ids, path: ...}")
-    chosen = documents[:spec.samples]
-    if spec.template == "chat":
-        if tokenizer.chat_template is None:
-            raise LlmoptError("data.template is chat, but the tokenizer has no chat template")
-        return limited(lambda: [_chat(document, tokenizer)[:length] for document in chosen],
-                       "the chat template cannot be used", sum(len(str(document)) for document in chosen))
-    texts = [document[:spec.samples * length * WIDEST] for document in chosen]
-    cut = limited(lambda: [_rows(_ids_of(text, tokenizer), length, tokenizer.bos_token_id) for text in texts],
-                  "the tokenizer cannot be used", sum(map(len, texts)))
-    return [row for turn in zip_longest(*cut) for row in turn if row is not None]
-
-
-def _ids_of(text: str, tokenizer: Any) -> list[int]:
-    with refusals(f"it refuses {text[:60]!r}"):
-        return tokenizer(text, truncation=False)["input_ids"]
-
-
-def _rows(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
-    """A document in rows of `length` tokens, BOS in front of each; a rest of fewer than MIN_TOKENS is left out."""
-    ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
-    front = [] if bos is None else [bos]
-    step = length - len(front)
-    starts = range(0, max(1, len(ids) - min(step, MIN_TOKENS) + 1), step)
-    return [front + ids[start:start + step] for start in starts]
-
-
-def _chat(document: Any, tokenizer: Any) -> list[int]:
-    """The ids of a list of messages, or of plain text as the user's turn; the template alone adds special tokens."""
-    messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    with refusals(f"it refuses {str(messages)[:60]}"):
-        return tokenizer.apply_chat_template(messages)["input_ids"]
-
-
-def read_text(path: str) -> str:
-    """The text of a file, a byte order mark left out."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise LlmoptError("a file expected, this is a folder" if file.is_dir() else "there is no such file")
-    if file.stat().st_size == 0:
-        raise LlmoptError("the file is empty")
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LlmoptError(f"not UTF-8 text (byte {error.start})") from error
-
-
-def json_lines(text: str) -> list:
-    """The value of every line of a .jsonl file that is not empty."""
-    rows = []
-    for i, line in enumerate(text.split("\n")):          # splitlines() also cuts inside JSON strings
-        if line.strip():
-            rows.append(parse_json(line, f"line {i + 1}"))
-    return rows
-
-
-def _column(record: Any, spec: DataSpec, where: str) -> Any:
-    if not isinstance(record, dict) or spec.column not in record:
-        known = ", ".join(record) if isinstance(record, dict) else repr(record)[:60]
-        raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known})")
-    value = record[spec.column]
-    turns = spec.template == "chat" and isinstance(value, list)
-    if value is not None and not isinstance(value, str) and not (turns and all(map(_is_message, value))):
-        expected = "text, or a list of {role, content}" if spec.template == "chat" else "text"
-        raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected")
-    return value
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.calibration.data import Batch, check_ids, json_lines, read_text
+from llmopt.calibration.data import Batch, check_ids
+from llmopt.calibration.sources import json_lines, read_text
 from llmopt.errors import LlmoptError, naming, nearest
 from llmopt.files.checks import refusals
 from llmopt.method import Probe

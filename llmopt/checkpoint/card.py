@@ -1,34 +1,51 @@
 """The README.md of a checkpoint: a model card made from llmopt.json alone, so it can be written again at any time."""
-import shlex
+import math
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jinja2 import Environment
 
 from llmopt.checkpoint.facts import FILE, read_facts, read_layers
+from llmopt.errors import one_line
+from llmopt.files.json_shapes import finite
 from llmopt.files.shards import write_text
 from llmopt.model.architectures import SPECS, Spec
+from llmopt.model.loading import REFERENCE
+from llmopt.parts import get, names
 
 TEMPLATE = """---
-{%- if base_repo %}
-base_model: {{ base_repo }}
-{%- endif %}
-{%- if base_licence %}
-license: {{ base_licence }}
-{%- endif %}
-library_name: transformers
-tags: [llmopt, compressed]
+{{ metadata }}
 ---
-# {{ repo or name.split("/")[-1] + ", compressed" }}
+# {{ title }}
 
-{{ name }}, compressed with [llmopt](https://pypi.org/project/llmopt/) {{ versions["llmopt"] }}.
+{{ origin }}, compressed with llmopt {{ versions["llmopt"] }}
+{%- if sizes %}: {{ sizes[0] }} of weights became {{ sizes[1] }}{% endif %}.
 {% if note %}
 Compressed are the {{ note }}.
 {% endif %}
-{%- if per_layer %}
-**This checkpoint has per-layer shapes.** Plain transformers refuses it: `import llmopt` first, or load it with
-`trust_remote_code=True`.
+{%- if steps %}
+```yaml
+steps:
+{%- for step in steps %}
+  - {{ step }}
+{%- endfor %}
+```
 {% endif %}
 ## Loading
+
+{{ loading }}
+
+```python
+{{ "import llmopt\n" if needs_import }}from transformers import AutoModelForCausalLM{{ ", AutoTokenizer" if tokenizer }}
+
+model = AutoModelForCausalLM.from_pretrained("{{ repo or "." }}"){{ "      # this folder" if not repo }}
+{%- if tokenizer %}
+tokenizer = AutoTokenizer.from_pretrained("{{ repo or "." }}")
+ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+{%- endif %}
+```
 
 | way | result |
 |---|---|
@@ -36,27 +53,31 @@ Compressed are the {{ note }}.
 | {{ way }} | {{ result }} |
 {%- endfor %}
 
-Written and checked with transformers {{ versions["transformers"] }}.
+Written, loaded again and compared with transformers {{ versions["transformers"] }}.
 {%- if rotary_of_5 %} It takes transformers>=5: the names of older versions cannot say its rotary settings.
 {%- else %} Its settings also stand under the names of transformers 4 (4.56 or newer), with which it was not checked.
 {%- endif %}
 
-```python
-{{ "import llmopt\n" if needs_import }}from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{{ repo or "." }}"){{ "      # this folder" if not repo }}
-```
-
 ## Made by
-
+{% if command %}
+```bash
+{{ command }}
 ```
-{{ local_base }}llmopt compress --recipe recipe.yaml {{ changes }}--output out
-```
+{%- if "FOLDER" in command %}
 
-Steps: {{ steps | join(" -> ") }}.
-
+base_model: {{ name }}, not a name of the hub; FOLDER stands for it
+{%- endif %}
+{% else %}
+`llmopt.compress` and `llmopt.save` in Python, with the steps above.
+{% endif %}
+{%- if calibration %}
+{{ calibration }}
+{% endif %}
 Versions: {% for k, v in versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
 {% if table %}
 ## Measured
+
+Before is the model that was compressed, after is this one.{{ scored }}
 
 | | before | after |
 |---|---|---|
@@ -80,24 +101,119 @@ def card_for(folder: Path, repo: str) -> str | None:
     return render(folder, repo) if text == render(folder) else None
 
 
-def _folder_name(base_model: str) -> str:
-    """A local model by the name of its folder; other names as they are."""
-    local = base_model.startswith(("/", ".", "~"))
-    return Path(base_model).name if local and Path(base_model).name else base_model
-
-
 def render(folder: Path, repo: str | None = None) -> str:
     """The text of the card of the checkpoint in `folder`, or under the hub name `repo`."""
     facts, config = read_facts(folder), read_layers(folder)
-    note = SPECS.get(str(config.get("model_type")), Spec()).note
-    name = _folder_name(facts["base_model"])
-    base = facts.get("base_repo", name if name == facts["base_model"] else None)    # older files do not tell
+    name = _name(facts, config)
+    title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
-        repo=repo, note=note, per_layer="per_layer_config" in config, table=facts.get("table", []),
-        needs_import=facts["loads_with"]["transformers"] != "exact",
-        changes="".join(f"{shlex.quote(word)} " for word in facts.get("changes", [])),
-        steps=[record["method"] for record in facts.get("records", [])] or ["none"],
-        base_repo=base, name=name, local_base="" if base else f"base_model: {name}     # not a name of the hub\n",
+        title=title, repo=repo, name=name, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
+        note=SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
+        sizes=next((row[1:] for row in facts.get("table", []) if row[0] == "file size"), None),
+        steps=[_step(record) for record in facts.get("records", [])],
+        loading=" ".join(_loading(facts, config)), tokenizer=(folder / "tokenizer_config.json").is_file(),
+        needs_import=facts["loads_with"]["transformers"] != "exact", command=_command(facts),
+        calibration=_calibration(facts), scored=_scored(facts),
         rotary_of_5="rope_parameters" in config and not {"rope_theta", "rotary_emb_base"} & config.keys(),
-        **{key: facts[key] for key in ("base_licence", "versions", "loads_with")})
+        **{key: facts[key] for key in ("versions", "loads_with")})
     return text.rstrip("\n") + "\n"
+
+
+def _step(record: dict[str, Any]) -> str:
+    """A step with its settings in one line of YAML, as a recipe has it."""
+    given = {key: value for key, value in record["fields"].items() if value not in (None, [], {})}
+    text = yaml.safe_dump({record["method"]: given}, default_flow_style=True, sort_keys=False, width=math.inf)
+    return " ".join(text.strip()[1:-1].splitlines())
+
+
+def _name(facts: dict[str, Any], config: dict[str, Any]) -> str:
+    """How the card calls the model that was compressed: by its name on the hub, or by its folder without the path."""
+    given = facts["base_model"]
+    if facts.get("base_repo") or given == REFERENCE:
+        return facts.get("base_repo") or given
+    path = one_line(Path(given).name)
+    older = "base_repo" not in facts and not given.startswith(("/", ".", "~"))       # older files do not tell
+    return (given if older else path) or f"a {config.get('model_type')} model"
+
+
+def _origin(facts: dict[str, Any], name: str) -> str:
+    if facts.get("base_repo"):
+        return f"[{name}](https://huggingface.co/{name})"
+    if ancestor := facts.get("base_ancestor"):
+        return f"{name}, a local folder made from [{ancestor}](https://huggingface.co/{ancestor})"
+    return f"{name}, the small model that llmopt comes with" if name == REFERENCE else f"{name}, a local model"
+
+
+def _metadata(facts: dict[str, Any], config: dict[str, Any], title: str) -> str:
+    """The YAML at the head of the card, in the terms of the hub."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    methods = [record["method"] for record in facts.get("records", [])]
+    packed = "quantization_config" in config
+    base = facts.get("base_repo") or facts.get("base_ancestor")
+    results = [EvalResult(task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric,
+                          metric_value=value)
+               for task, metric, value in facts.get("scores", {}).get("after", []) if finite(value)]
+    quantized = base and any(method.startswith("quant.") for method in methods)
+    return ModelCardData(
+        base_model=base, license=facts["base_licence"], library_name="transformers", pipeline_tag="text-generation",
+        tags=["llmopt", "compressed", *(["compressed-tensors"] if packed else []), *dict.fromkeys(methods)],
+        **({"model_name": title, "eval_results": results} if results else {}), **facts.get("base_licence_more", {}),
+        **({"base_model_relation": "quantized"} if quantized else {})).to_yaml()
+
+
+def _loading(facts: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Sentences on what each way of loading needs, and on what it leaves out."""
+    told = []
+    if "per_layer_config" in config:
+        told += ["**Its layers have shapes of their own**: plain transformers refuses it. `import llmopt` first, or "
+                 "load it with `trust_remote_code=True`."]
+    if "llmopt" in config:
+        told += [f"{_live(facts)} while the model runs, and only after `import llmopt`, or with "
+                 "`trust_remote_code=True` where llmopt is installed. Without that the same weights run with a whole "
+                 "KV cache and dense attention."]
+    if not told:
+        told += ["Plain transformers loads it, exactly as it was measured."]
+    if "quantization_config" in config:
+        told += ["Loading needs the package `compressed-tensors`. The file is small; transformers unpacks the weights "
+                 "at the first forward, so in memory they take as much as before."]
+    return told
+
+
+def _live(facts: dict[str, Any]) -> str:
+    """The steps that act while the model runs, and their verb."""
+    methods = dict.fromkeys(record["method"] for record in facts.get("records", []))
+    live = [f"`{name}`" for name in methods if name in names() and get(name).stage == "runtime"]
+    return f"{' and '.join(live) or 'Some of its parts'} {'acts' if len(live) == 1 else 'act'}"
+
+
+def _command(facts: dict[str, Any]) -> str | None:
+    """The command that makes this checkpoint from recipe.yaml; None for one that was made in Python."""
+    if facts.get("recipe") is None:
+        return None
+    words = ["llmopt compress --recipe recipe.yaml"]
+    if not facts.get("base_repo") and facts["base_model"] != REFERENCE:
+        words += ["--model FOLDER"]
+    return " ".join([*words, *(w for w in facts.get("changes", []) if w == "--trust-remote-code"), "--output out"])
+
+
+def _calibration(facts: dict[str, Any]) -> str:
+    told, name = facts.get("calibration", {}), _asked(facts, "data", "name")
+    if not {"samples", "tokens"} <= told.keys():
+        return ""
+    source = f" of the data `{one_line(str(name))}`" if name else ""
+    return f"Calibrated with {told['samples']:,} rows, {told['tokens']:,} tokens{source}."
+
+
+def _scored(facts: dict[str, Any]) -> str:
+    if not facts.get("scores"):
+        return ""
+    limit = _asked(facts, "eval", "limit")
+    part = f"the first {one_line(str(limit))} documents of each task" if limit else "all documents of each task"
+    return f" Scores are on {part}; `eval-before.json` and `eval-after.json` have the details."
+
+
+def _asked(facts: dict[str, Any], section: str, key: str) -> Any:
+    """What the recipe of the run says under a key; None where there was none."""
+    found = (facts.get("recipe") or {}).get(section)
+    return found.get(key) if isinstance(found, dict) else None

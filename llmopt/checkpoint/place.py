@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError, naming
@@ -34,16 +35,23 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not (output / FILE).exists():
         raise LlmoptError(f"{output}: is not empty and not a checkpoint made by llmopt (no {FILE}); it is not replaced")
     if not overwrite:
-        raise LlmoptError(f"{output}: is not empty; give --overwrite to replace it, or another output")
+        raise LlmoptError(f"{output}: is not empty; give --overwrite (overwrite=True in Python) to replace it, or "
+                          "another output")
     with naming(f"{output}: is not replaced"):
-        facts = read_facts(output)
+        check_written(output)
     if strange := own.foreign(output, own.CHECKPOINT):
         raise LlmoptError(f"{output}: holds {', '.join(strange[:9])}, which llmopt did not write; move it "
                           "elsewhere, or choose another output")
-    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+
+
+def check_written(folder: Path) -> dict[str, Any]:
+    """The llmopt.json of a folder; raises LlmoptError for weights that are not those that llmopt wrote."""
+    facts = read_facts(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if size not in (0, facts["bytes"]):
-        raise LlmoptError(f"{output}: its weights are not those that llmopt wrote ({size:,} bytes, {FILE} says "
-                          f"{facts['bytes']:,}); it is not replaced")
+        raise LlmoptError(f"{folder}: its weights are not those that llmopt wrote ({size:,} bytes, {FILE} says "
+                          f"{facts['bytes']:,})")
+    return facts
 
 
 def _check_place(output: Path) -> None:
@@ -65,7 +73,7 @@ def staged(output: Path, work: Path | None = None) -> Iterator[Path]:
         stage.mkdir()
         yield stage
         shards.sync(stage)
-        _replace(stage, output)
+        replace(stage, output)
 
 
 @contextmanager
@@ -81,7 +89,7 @@ def vanishing(folder: Path, output: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(stage: Path, output: Path) -> None:
+def replace(stage: Path, output: Path) -> None:
     """Put `stage` in the place of `output`; the old folder goes only after the new one stands."""
     old = output.with_name(f".{output.name}.llmopt-old-{os.getpid()}")
     if output.exists():

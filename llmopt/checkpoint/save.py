@@ -18,9 +18,10 @@ from llmopt.checkpoint.card import write_card
 from llmopt.checkpoint.compressed_tensors import export, quantization_config
 from llmopt.checkpoint.facts import FILE, FORMAT_VERSION
 from llmopt.checkpoint.older import keep_tokenizer_class, with_rotary_names
+from llmopt.checkpoint.origin import origin
 from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.checkpoint.verify import verify
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, naming_arguments
 from llmopt.files import own, shards
 from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
@@ -56,6 +57,7 @@ class Weights:
         verify(stage, self.model)
 
 
+@naming_arguments
 def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
          recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
          finish: Callable[[Path], None] | None = None, weights: Weights | None = None,
@@ -152,18 +154,13 @@ def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
 
 
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:
-    import yaml
-
     if recipe is not None:
-        body = recipe.text.rstrip("\n") + "\n\n# --- resolved: every default written out, what `llmopt` ran ---\n"
-        resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False)
-        (stage / "recipe.yaml").write_text(body + "".join(f"# {line}\n" for line in resolved.splitlines()))
+        (stage / "recipe.yaml").write_text(recipe_text(recipe))
     _write_json(stage / FILE, {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
-        "base_repo": _repo(source),
-        "base_licence": _licence(source, recipe.model.revision if recipe is not None else None),
+        **origin(source, model.config._name_or_path, recipe.model.revision if recipe is not None else None),
         "recipe": recipe.resolved() if recipe is not None else None,
         "changes": list(recipe.changes) if recipe is not None else [],
         "format": format,
@@ -173,19 +170,14 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
     })
 
 
-def _repo(source: str | None) -> str | None:
-    """The name of a model of the hub, which a card may link to; None for a folder, whose path is nobody's business."""
-    return None if source is None or Path(source).exists() else source
+def recipe_text(recipe: Any) -> str:
+    """The recipe with every default written out; comments stay behind: their figures are those of another run."""
+    import yaml
 
-
-def _licence(source: str | None, revision: str | None) -> str | None:
-    """The `license:` entry of the base model's card."""
-    card = companion(source, "README.md", revision) if source else None
-    if card is None:
-        return None
-    head = card.read_text(encoding="utf-8", errors="replace").split("---")
-    lines = head[1].splitlines() if len(head) > 2 else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), None)
+    resolved = recipe.resolved()
+    del resolved["model"]["trust_remote_code"]          # the command line says so, a recipe cannot
+    head = f"# What llmopt {version('llmopt')} ran, every key written out; scores of the result are in README.md.\n"
+    return head + yaml.safe_dump(resolved, sort_keys=False)
 
 
 def how_to_load(config: dict[str, Any]) -> dict[str, str]:
@@ -208,7 +200,9 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not belong into a JSON file")
 
 
-def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
-    """(model, tokenizer or None) of a checkpoint, its runtime parts attached; LlmoptError for damaged files."""
-    name = str(dtype).removeprefix("torch.")
-    return load_model(ModelSpec(id=str(folder), dtype=None if name == "auto" else name, device=device))
+@naming_arguments
+def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu",
+         revision: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """(model, tokenizer or None) of a folder or hub name, runtime parts attached; LlmoptError for damaged files."""
+    return load_model(ModelSpec(id=str(folder), dtype=None if dtype == "auto" else dtype, device=str(device),
+                                revision=revision, trust_remote_code=trust_remote_code))

@@ -8,7 +8,7 @@ from torch import nn
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import staged
 from llmopt.checkpoint.verify import VerificationError
-from llmopt.files import shards, tensors
+from llmopt.files import own, shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.finite import all_finite
 from llmopt.model.state import plain_state
@@ -68,5 +68,5 @@ def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,
     """Write the weights of a model that was cut short; without a config, nothing loads them."""
     with staged(output, weights.memory.work) as stage:
         weights.write(stage, max_shard_size)
-        shards.write_text(stage / "PARTIAL", "The first blocks of a model, written to measure memory and time.\n")
+        shards.write_text(stage / own.PARTIAL, "The first blocks of a model, written to measure memory and time.\n")
         finish(stage)

@@ -14,7 +14,7 @@ from llmopt.cli.evaluate import evaluate
 from llmopt.cli.heads import heads
 from llmopt.cli.help import Group
 from llmopt.cli.interrupts import patient
-from llmopt.cli.push import push
+from llmopt.cli.push import pull, push
 from llmopt.cli.show import methods, schema, show
 from llmopt.errors import LlmoptError, one_line
 from llmopt.files.checks import panics
@@ -42,7 +42,7 @@ def cli(context) -> None:
         context.exit()
 
 
-for command in (compress, evaluate, heads, show, methods, schema, push, doctor, bench):
+for command in (compress, evaluate, heads, show, methods, schema, push, pull, doctor, bench):
     cli.add_command(command)
 
 

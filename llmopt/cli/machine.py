@@ -170,10 +170,11 @@ def folders() -> Iterator[Finding]:
     import tempfile
 
     from huggingface_hub import constants
-    from llmopt_evals.kept import VARIABLE, folder
+
+    from llmopt.files.cache import VARIABLE, folder
 
     yield place("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME")
-    yield place("scores", folder(), VARIABLE)
+    yield place("scores", folder("scores"), VARIABLE)
     yield place("temporary files", Path(tempfile.gettempdir()), "TMPDIR")
 
 
@@ -202,7 +203,6 @@ def hub() -> Iterator[Finding]:
 def openmp() -> Iterator[Finding]:
     """OpenMP runtimes in this process, once those libraries are loaded that bring one."""
     import numpy  # noqa: F401
-    import scipy.linalg  # noqa: F401
     import torch  # noqa: F401
 
     maps = Path("/proc/self/maps")

@@ -17,6 +17,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
 ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
+DATA = click.option("--data", metavar="WORD", help="A file, self (sampled from the model), world, or a dataset of the "
+                    "hub.  [default: self; llmopt/reference: world]")
 
 
 class HomePath(click.Path):

@@ -3,18 +3,34 @@ import click
 
 from llmopt.cli import completion
 from llmopt.cli.help import Command
-from llmopt.cli.options import FILE, JSON
+from llmopt.cli.options import JSON
 
 
-@click.command()
-@click.argument("folder", type=FILE, shell_complete=completion.models)
+@click.command(cls=Command, examples=("llmopt show llmopt/reference", "llmopt show out", "llmopt show out --json"))
+@click.argument("model", shell_complete=completion.models)
+@click.option("--revision", help="Branch, tag or commit of a hub name.")
 @JSON
-def show(folder, as_json) -> None:
-    """What is inside a checkpoint: shapes, bits, budgets, sizes, provenance, how it can be loaded."""
-    from llmopt.checkpoint.facts import read_facts, read_layers
-    from llmopt.cli import tables
+def show(model, revision, as_json) -> None:
+    """What is inside a folder or hub model: shapes, bits, sizes, provenance, how it loads, what can be done to it.
 
-    tables.show_folder(read_facts(folder), read_layers(folder), as_json)
+    Of a hub model only its small files are fetched.
+    """
+    from llmopt.cli.tables import quiet_libraries
+
+    quiet_libraries()
+    from llmopt.checkpoint.facts import check_runtime, read_facts
+    from llmopt.checkpoint.look import checkpoint_facts, checkpoint_folder, dense_facts
+    from llmopt.cli import contents
+    from llmopt.specs import ModelSpec
+
+    spec, folder = ModelSpec(id=model, revision=revision), checkpoint_folder(model, revision)
+    if folder is None:
+        contents.show_dense(dense_facts(spec), as_json)
+        return
+    facts = read_facts(folder)
+    found = checkpoint_facts(folder, facts)
+    check_runtime(folder, facts, spec)
+    contents.show_checkpoint(found, as_json)
 
 
 @click.command(cls=Command, examples=("llmopt methods",

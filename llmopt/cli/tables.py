@@ -3,7 +3,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -17,8 +16,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from llmopt.errors import one_line
-from llmopt.parts import default_of, field_lines, fields_of, get, names, plain
+from llmopt.parts import field_lines
 from llmopt.progress import duration, human
+from llmopt.run.table import with_error
 from llmopt.scale.launch import is_main
 
 ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
@@ -28,18 +28,23 @@ _TQDM_START = tqdm.__init__
 ROWS, COLUMNS = 500, 130           # of a table
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions."""
+def quiet_libraries(downloads: bool = False) -> None:
+    """Keep the libraries' own talk off the terminal; their errors still arrive as exceptions.
+
+    downloads: those of huggingface_hub are what the command is about, and show how far they are.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not downloads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not downloads:
+        transformers.logging.disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
     _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else LINES)
@@ -130,16 +135,20 @@ def show_kept(name: str, dates: dict[str, str]) -> None:
 
 
 def show_scores(columns: dict[str, dict], as_json: bool, kept: dict[str, dict[str, str]] | None = None) -> None:
-    """Scores of one or two models side by side; kept: {model: {task: date}} of those that were not measured now."""
+    """Scores of one or two models side by side: {model: {(task, metric): (value, standard error or None)}}.
+
+    kept: {model: {task: date}} of those that were not measured now.
+    """
     told = {name: dates for name, dates in (kept or {}).items() if dates}
     if as_json:
-        print_json({name: {f"{task}/{metric}": v for (task, metric), v in column.items()}
+        print_json({name: {f"{task}/{metric}{end}": figure for (task, metric), pair in column.items()
+                           for end, figure in zip(("", "_stderr"), pair, strict=True) if figure is not None}
                     for name, column in columns.items()} | ({"kept": told} if told else {}))
         return
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [(task, metric, *(f"{column.get((task, metric), float('nan')):.4f}" for column in columns.values()))
+    rows = [(task, metric, *(with_error(*column.get((task, metric), (None, None))) for column in columns.values()))
             for task, metric in keys]
-    print_table("lm-eval", ["task", "metric", *columns], rows)
+    print_table("scores", ["task", "metric", *columns], rows)
     for name, dates in told.items():
         show_kept(name, dates)
 
@@ -151,69 +160,14 @@ def show_heads(figures: dict[str, list], as_json: bool) -> None:
         print_json(plain)
         return
     for name, layers in plain.items():
-        _print_heads(name, layers)
+        print_heads(name, layers)
 
 
-def _print_heads(title: str, layers: list[list[float]]) -> None:
+def print_heads(title: str, layers: list[list[float]]) -> None:
     """One row per layer, a cell for each head; layers of fewer heads end early."""
     width = max((len(layer) for layer in layers), default=0)
     rows = [(i, *(f"{v:.3f}" for v in layer), *[""] * (width - len(layer))) for i, layer in enumerate(layers)]
     print_table(title, ["layer", *(f"{h}" for h in range(width))], rows)
-
-
-def show_folder(facts: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
-    """A checkpoint's provenance, sizes and per-layer shapes."""
-    if as_json:
-        print_json(facts)
-        return
-    rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
-            ("format", facts["format"]), ("layers", config.get("num_hidden_layers", config.get("n_layer")))]
-    if told := facts.get("calibration"):
-        rows.append(("calibration", f"{told['samples']:,} rows, {told['tokens']:,} tokens"))
-    rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
-    rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
-    print_table("checkpoint", ["", "value"], rows)
-    print_table("steps", ["step", "asked for", "what came of it"],
-                [(r["method"], _brief(_changed(r)), _brief(r["meta"])) for r in facts.get("records", [])])
-    for record in facts.get("records", []):
-        show_bits(record["method"], record["meta"].get("modules", {}))
-        show_shares(record["method"], record["meta"].get("shares", []))
-    layers = config.get("per_layer_config", {})
-    if layers:
-        print_table("layers with shapes of their own", ["layer", "config"], [(i, _brief(c)) for i, c in layers.items()])
-
-
-def show_bits(step: str, modules: dict[str, dict]) -> None:
-    """Bits of every weight, a row for each layer, where they differ; `modules` is a quantization step's record."""
-    found = [(re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", name), entry["bits"]) for name, entry in modules.items()]
-    layers: dict[str, dict[str, int]] = {}
-    for place, bits in found:
-        if place:
-            layers.setdefault(place[1], {})[place[2].removesuffix("_proj")] = bits
-    if len({bits for _, bits in found}) > 1:
-        names = list(dict.fromkeys(name for row in layers.values() for name in row))
-        print_table(f"bits of {step}", ["layer", *names],
-                    ((layer, *(row.get(name, "") for name in names[:COLUMNS])) for layer, row in layers.items()))
-
-
-def show_shares(step: str, shares: list[list[float]]) -> None:
-    """Print how a kv step divides the cache over the KV heads of every layer."""
-    if shares:
-        _print_heads(f"weights of the KV heads in the budget of {step}", shares)
-
-
-def _changed(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a step that differ from their defaults; all, where another version of llmopt made it."""
-    known = fields_of(get(record["method"])) if record["method"] in names() else {}
-    defaults = {key: plain(default_of(item)) for key, item in known.items()}
-    return {key: value for key, value in record["fields"].items() if value and value != defaults.get(key)}
-
-
-def _brief(meta: dict[str, Any]) -> str:
-    lists = {k: " ".join(map(str, v)) for k, v in meta.items()
-             if isinstance(v, list) and v and len(v) < 9 and isinstance(v[0], (int, str))}
-    plain = {k: v for k, v in meta.items() if isinstance(v, (int, float, str, bool))} | lists
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -264,16 +218,21 @@ def show_findings(found: list, as_json: bool) -> None:
 def show_methods(classes: list, detailed: bool, as_json: bool) -> None:
     """The registry, or one method's fields."""
     if as_json:
-        print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls),
-                               "fields": {key: default for key, _, default, _ in field_lines(cls)}} for cls in classes})
+        print_json({cls.name: {"stage": cls.stage, "about": _first_line(cls), "source": _text(cls), "fields": {
+            key: {"takes": takes, "default": default, "meaning": meaning}
+            for key, takes, default, meaning in field_lines(cls)}} for cls in classes})
         return
     if not detailed:
         print_table("methods", ["method", "stage", "what"], [(c.name, c.stage, _first_line(c)) for c in classes])
         return
     cls, = classes
-    click.echo(f"{cls.name} ({cls.stage})\n\n{inspect.getmodule(cls).__doc__.strip()}\n")
+    click.echo(f"{cls.name} ({cls.stage})\n\n{_text(cls)}\n")
     print_table("fields", ["field", "what it takes", "default", "meaning"], list(field_lines(cls)))
 
 
+def _text(cls: type) -> str:
+    return inspect.getmodule(cls).__doc__.strip()
+
+
 def _first_line(cls: type) -> str:
-    return inspect.getmodule(cls).__doc__.strip().splitlines()[0]
+    return _text(cls).splitlines()[0]

@@ -1,5 +1,5 @@
 """The Hugging Face hub: whether a name can be had, the files beside a model, and uploads; each refusal in one line."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -62,6 +62,26 @@ def fetch(name: str, revision: str | None = None) -> Path:
             shards = [escape(file) for file in indexed(index) if file.endswith(".safetensors")]
             snapshot_download(name, revision=folder.name, allow_patterns=shards)        # of the same commit
         return folder
+
+
+def download(repo: str, revision: str | None, stage: Path, wanted: Callable[[str], object]) -> str:
+    """Put the files of a repository whose names are `wanted` into the folder `stage`; the commit that they are of.
+
+    A file that has arrived in an earlier try, and is still that of the commit, is not fetched again.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _asking(repo):
+        found = HfApi().model_info(repo, revision=revision, timeout=SECONDS)
+        names = [file.rfilename for file in found.siblings or () if wanted(file.rfilename)]
+        if not names:
+            raise LlmoptError(f"{repo}: holds no file of a model that llmopt reads")
+        for old in [file for file in stage.rglob("*") if file.is_file()]:
+            name = old.relative_to(stage)
+            if name.parts[0] != ".cache" and name.as_posix() not in names:
+                old.unlink()                                    # of another commit
+        snapshot_download(repo, revision=found.sha, local_dir=stage, allow_patterns=[escape(name) for name in names])
+    return str(found.sha)
 
 
 def upload(folder: Path, repo: str, private: bool = False, card: str | None = None) -> str:

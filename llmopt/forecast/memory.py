@@ -47,9 +47,13 @@ def private_bytes(root: nn.Module) -> int:
     Weights on the meta device or a GPU take none.
     """
     own = [p for p in root.parameters() if p.device.type == "cpu"]
+    return sum(pages.private_bytes(p.data_ptr(), p.nbytes) for p in own) + code_bytes(root)
+
+
+def code_bytes(root: nn.Module) -> int:
+    """Bytes of the codes of the weights below a module, their scales included; none on the meta device or a GPU."""
     made = [part for weight in coded(root) for part in vars(weight.codes).values() if isinstance(part, Tensor)]
-    return (sum(pages.private_bytes(p.data_ptr(), p.nbytes) for p in own)
-            + sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu"))
+    return sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu")
 
 
 def whole_bytes(step: Method, model: nn.Module, tokens: int) -> int:

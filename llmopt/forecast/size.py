@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmopt.errors import naming
+from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
 from llmopt.method import Method, Run
@@ -63,9 +63,22 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
     return Prediction(shards.file_bytes(tensors), told, layers, tensors, saving_bytes(skeleton, tensors))
 
 
+@torch.no_grad()
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the safetensors that `save` would write of a model as it is, packed where the format can hold that."""
+    skeleton = _skeleton(model)
+    try:
+        return shards.file_bytes(_tensors(skeleton, "portable"))
+    except LlmoptError:
+        return shards.file_bytes(_tensors(skeleton, "dense"))
+
+
 def _skeleton(model: nn.Module) -> nn.Module:
-    """The model's shapes on the meta device."""
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    """The model's shapes on the meta device, those of its codes too."""
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
+                               for p in model.parameters()}
+    for codes in (weight.codes for weight in coded(model)):
+        memo |= {id(t): t.to("meta") for t in (codes.codes, codes.scales, codes.zeros) if t is not None}
     return copy.deepcopy(model, memo)
 
 

@@ -58,21 +58,29 @@ class Times:
 
 
 class Loops:
-    """A Progress that sums up, apart from all else, the time of loops on a model of one block.
+    """A Progress that sums up, apart from all else, what loops on a model of one block take: time and memory.
 
-    block: of loops over the block. trials: of loops over more, each item of which tries something out.
+    block: of loops over the block. trials: of loops over more, each item of which tries something out. peak: tells the
+    bytes at the most since it was called last; `high_trials` are those of the trials, `high` those of all else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak: Callable[[], int] = int) -> None:
         self.block = self.trials = Span()
+        self.peak, self.high, self.high_trials = peak, 0, 0
 
     def __call__(self, items: Iterable, label: str) -> Iterator:
         items, watch = list(items), Watch()
+        self.look()
         yield from items
         if len(items) > 1:
             self.trials += watch.read()
+            self.high_trials = max(self.high_trials, self.peak())
         else:
             self.block += watch.read()
+
+    def look(self) -> None:
+        """What was taken since the last trials belongs to no trial."""
+        self.high = max(self.high, self.peak())
 
     def scaled(self, spent: Span, blocks: int, forwards: float) -> Span:
         """The time for a model of so many blocks, on which each trial takes `forwards` times as long.

@@ -15,6 +15,7 @@ from llmopt.calibration import probes
 from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.files.json_shapes import finite
 from llmopt.method import Method, Probe, Record, Run
 from llmopt.model.blocks import blocks
 
@@ -54,6 +55,10 @@ class HeadScore(Method):
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         """Turn the mean over all data into the scores; by default they are that mean."""
         return scores
+
+    @property
+    def meta_shape(self) -> dict:
+        return {"scores": [[finite]], **{f"{name}?": [[finite]] for name in self.beside}, str: object}
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration import head_scores
 from llmopt.errors import LlmoptError
-from llmopt.files.json_shapes import check_shape, finite
+from llmopt.files.json_shapes import finite
 from llmopt.kv import allocate
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
@@ -87,8 +87,13 @@ class Allocator(Part, ABC):
         """Plain JSON that `weights` needs, decided once when the method is applied; record: what `scorer` learned."""
         return {}
 
+    @property
+    def meta_shape(self) -> dict:
+        """The form of what `plan` gives, as files/json_shapes.py writes it."""
+        return {}
+
     def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
-        """Raise LlmoptError unless `meta` has the form of `plan`, for a model of so many KV heads in each layer."""
+        """Raise LlmoptError for what its form does not rule out; heads: KV heads of each layer of the model."""
 
     def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor] | None:
         """By layer, how much of the budget each KV head [G] deserves, by what `plan` gave; None: all alike.
@@ -172,8 +177,11 @@ class Heads(Allocator):
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         return {"shares": best_of_groups(scorer.heads, run, model)}
 
+    @property
+    def meta_shape(self) -> dict:
+        return {"shares": [[finite]]}
+
     def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
-        check_shape(meta, {"shares": [[finite]], str: object}, f"{label}: meta")
         check_heads(meta["shares"], heads, label)
 
     def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor]:
@@ -192,8 +200,11 @@ class Tabled(Allocator):
 
     looks_at: ClassVar = "nothing"
 
+    @property
+    def meta_shape(self) -> dict:
+        return {"kept": [finite], "parts": [[[finite]]]}
+
     def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
-        check_shape(meta, {"kept": [finite], "parts": [[[finite]]], str: object}, f"{label}: meta")
         if len(meta["kept"]) != len(meta["parts"]) or sorted(meta["kept"]) != meta["kept"] or not meta["kept"]:
             raise LlmoptError(f"{label}: parts for {len(meta['parts'])} kept shares; {meta['kept']} are named")
         for part in meta["parts"]:
@@ -236,8 +247,9 @@ def best_of_groups(name: str, run: Run, model: nn.Module, beside: str | None = N
 
 def check_heads(rows: list[list[float]], heads: list[int], label: str) -> None:
     """Raise LlmoptError unless there is a number for each KV head of every layer."""
-    if [len(row) for row in rows] != heads:
-        raise LlmoptError(f"{label}: shares for {[len(row) for row in rows]} KV heads per layer; the model has {heads}")
+    found = [len(row) for row in rows]
+    if found != heads:
+        raise LlmoptError(f"{label}: shares for {str(found)[:200]} KV heads per layer; the model has {heads}")
 
 
 def stack(rows: list[Tensor], fill: float) -> Tensor:

@@ -124,7 +124,12 @@ class Scorer(CacheMethod):
         record.meta |= self.allocate.plan(self, record, model, run)
         return record
 
+    @property
+    def meta_shape(self) -> dict:
+        return {**self.allocate.meta_shape, str: object}
+
     def check_record(self, model: nn.Module, record: Record) -> None:
+        super().check_record(model, record)
         self.allocate.check_meta(record.meta, [view.kv_heads for view in blocks(model)], self.name)
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention

@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.data import check_ids
-from llmopt.files.json_shapes import check_shape
 from llmopt.kv.allocators import Allocator, Global
 from llmopt.kv.base import Scorer
 from llmopt.kv.view import LayerKV
@@ -41,9 +40,12 @@ class KVzip(Scorer):
     def learn(self, model: nn.Module, run: Run) -> Record:
         return Record({"request": request(run.tokenizer)})
 
+    @property
+    def meta_shape(self) -> dict:
+        return {"request": [int], **super().meta_shape}
+
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
-        check_shape(record.meta, {"request": [int], str: object}, f"{self.name}: meta")
         check_ids([(min(ids), max(ids)) for ids in [record.meta["request"]] if ids], model.config.vocab_size)
 
     def replay(self, ids: Tensor, record: Record) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
 UNITS = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks")      # what pruning may take away
 HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
 EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
+CONV1D = "Conv1D, which compressed-tensors cannot hold: use format: dense"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
 NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them
@@ -40,7 +41,7 @@ class Spec:
     old_share: str | None = None                  # and the share of dimensions that is rotated
     old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
     note: str = ""                                # what every plan and card of such a model says
-    refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads: why not
+    refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads, packed
 
 
 _SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
@@ -68,7 +69,7 @@ SPECS: dict[str, Spec] = {
                      form="parallel", rotary="gpt_neox.rotary_emb", refuse=_NO_HEADS),
     "gpt2": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
                  out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
-                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), rotary=None, refuse=_NO_HEADS),
+                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), rotary=None, refuse=_NO_HEADS | {"packed": CONV1D}),
     "opt": Spec(layers="model.decoder.layers", final_norm="model.decoder.final_layer_norm", ffn=None,
                 out="out_proj", ffn_in=("fc1",), ffn_gated=False, ffn_out="fc2",
                 norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")), rotary=None,

@@ -2,8 +2,8 @@
 
 `AutoModelForCausalLM` finds the classes of modeling.py: they build per-layer shapes and attach runtime parts. Any other
 model class (`LlamaForCausalLM`, `AutoModel`, a subclass of one's own) makes its like of modeling.py where the config
-has keys of ours, and itself where it has none. transformers takes seconds to import: what is not there yet is changed
-at the moment when it comes.
+has keys of ours, and itself where it has none. All of them, AutoConfig and AutoTokenizer know the name
+`llmopt/reference`. transformers takes seconds to import: what is not there yet is changed at the moment when it comes.
 """
 import functools
 import importlib
@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from llmopt.errors import LlmoptError
+
+REFERENCE = "llmopt/reference"
 
 
 def _extend_auto_model(auto: ModuleType) -> None:
@@ -34,7 +36,8 @@ def _extend_auto_model(auto: ModuleType) -> None:
     plain = auto.AutoModelForCausalLM.from_pretrained.__func__
 
     @functools.wraps(plain)
-    def bounded(cls, name, *args, **kwargs):
+    def bounded(cls, pretrained_model_name_or_path, *args, **kwargs):
+        name = _place(pretrained_model_name_or_path)
         if os.path.isdir(name):
             from llmopt.files.checks import check_bounds
 
@@ -42,6 +45,26 @@ def _extend_auto_model(auto: ModuleType) -> None:
         return plain(cls, name, *args, **kwargs)
 
     auto.AutoModelForCausalLM.from_pretrained = classmethod(bounded)
+
+
+def _place(name: Any) -> Any:
+    """The folder of `llmopt/reference`, which is no name of the hub; any other name as it is."""
+    if name != REFERENCE:
+        return name
+    from llmopt.model.loading import resolve
+
+    return resolve(name)
+
+
+def _know_reference(auto: type) -> None:
+    """Let a class of transformers find the configuration or tokenizer of `llmopt/reference`."""
+    stock = auto.from_pretrained.__func__
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(cls, _place(pretrained_model_name_or_path), *args, **kwargs)
+
+    auto.from_pretrained = classmethod(from_pretrained)
 
 
 def _by_config(cls: type) -> type:
@@ -86,8 +109,8 @@ def _extend_models(utilities: ModuleType) -> None:
     stock = utilities.PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(stock)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        loaded = stock(_by_config(cls), *args, **kwargs)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = stock(_by_config(cls), _place(pretrained_model_name_or_path), *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model.config, "llmopt", None):
             from llmopt.runtime import attach_from_config
@@ -100,9 +123,27 @@ def _extend_models(utilities: ModuleType) -> None:
     utilities.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _extend_adapters(tuners: ModuleType) -> None:
+    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them."""
+    stock = tuners.BaseTuner.inject_adapter
+
+    @functools.wraps(stock)
+    def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(model, "hf_quantizer", None) is not None:
+            from llmopt.model.loaded import unpack
+
+            unpack(model)
+        return stock(self, model, *args, **kwargs)
+
+    tuners.BaseTuner.inject_adapter = inject_adapter
+
+
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
+    "peft.tuners.tuners_utils": _extend_adapters,
+    "transformers.models.auto.configuration_auto": lambda module: _know_reference(module.AutoConfig),
+    "transformers.models.auto.tokenization_auto": lambda module: _know_reference(module.AutoTokenizer),
 }
 
 

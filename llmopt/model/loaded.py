@@ -36,8 +36,7 @@ def with_codes(model: nn.Module) -> Iterator[None]:
         _refuse_foreign(model)
         yield
         return
-    if any("weight_packed" in module._parameters for module in modules.values()):
-        model.hf_quantizer.compressor.decompress_model(model)       # what its first forward would do
+    unpack(model)
     taken: dict[nn.Module, dict[str, Tensor]] = {}
     try:
         for name, module in modules.items():
@@ -48,6 +47,12 @@ def with_codes(model: nn.Module) -> Iterator[None]:
         for module, parameters in taken.items():
             del module.__dict__[CODES]
             module._parameters.update(parameters)
+
+
+def unpack(model: nn.Module) -> None:
+    """Inflate weights that are still packed, as the first forward would."""
+    if any("weight_packed" in module._parameters for module in model.modules()):
+        model.hf_quantizer.compressor.decompress_model(model)
 
 
 def is_ours(model: nn.Module) -> bool:

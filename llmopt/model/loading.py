@@ -17,9 +17,8 @@ from llmopt.files.limited import limited
 from llmopt.files.tensors import places, read
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
-from llmopt.specs import ModelSpec
+from llmopt.specs import REFERENCE, ModelSpec
 
-REFERENCE = "llmopt/reference"
 MOST_ADDED = 1000       # tokens that somebody may have added to a tokenizer of this model; more are another's
 PAGE = f"{string.printable} The fox runs . {'a' * 60}! {'x' * 60} {'ab ' * 30}\u00e9\u4f60\U0001f600 " * 4
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights

@@ -16,6 +16,7 @@ from llmopt.calibration.second_moments import energy
 from llmopt.calibration.trial import Change, Trial, sample
 from llmopt.calibration.walk import visits
 from llmopt.errors import FieldError, LlmoptError, naming
+from llmopt.files.json_shapes import finite
 from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.codes import DTYPES, Quantized
@@ -49,8 +50,10 @@ class Quantizer(Method):
 
     stage: ClassVar = "quant"
     place: ClassVar = "quantization step"
+    meta_shape: ClassVar = {"bits": finite, "modules": {str: {"bits": finite, str: object}}, str: object}
 
-    bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is")
+    bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is",
+                              json_schema_extra={"minimum": 2, "maximum": DENSE})       # check() tells more
     group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")
     symmetric: bool = Field(True, description="no zero points")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")

@@ -49,13 +49,14 @@ def whole_key(data: dict[str, Any], key: str) -> list[str]:
         return words
     if rest and (called := _called(steps, words)):
         return ["steps", *_numbered(steps, words, called)]
-    holders = [f"steps.{i}" for i, name in enumerate(steps) if first in _fields(name)] or \
-        [section for section, cls in SECTIONS.items() if first in fields_of(cls)]
-    if len(holders) > 1:
-        raise LlmoptError(f"{first!r} is ambiguous: {', '.join(f'{holder}.{first}' for holder in holders)}")
-    if not holders:
+    places = [i for i, name in enumerate(steps) if first in _fields(name)]
+    sections = [section for section, cls in SECTIONS.items() if first in fields_of(cls)]
+    if len(places or sections) > 1:
+        full = [f"steps.{_label(steps, i)}.{first}" for i in places] or [f"{section}.{first}" for section in sections]
+        raise LlmoptError(f"{first!r} is ambiguous: {' or '.join(full)}")
+    if not places and not sections:
         raise LlmoptError(f"unknown key {key!r}{_nearest_keys(key, steps)}")
-    return [*holders[0].split("."), *words]
+    return ["steps", str(places[0]), *words] if places else [sections[0], *words]
 
 
 def methods(data: dict[str, Any]) -> list[str]:
@@ -90,6 +91,12 @@ def _fields(method: str) -> dict[str, Any]:
     return fields_of(get(method)) if method in names() else {}
 
 
+def _label(steps: list[str], index: int) -> str:
+    """The shortest word that calls a step: the last of its method's name, or its number."""
+    lasts = [name.rpartition(".")[2] for name in steps]
+    return lasts[index] if lasts.count(lasts[index]) == 1 else str(index)
+
+
 def _nearest_keys(key: str, steps: list[str]) -> str:
     """A tail for an error: every key of the recipe, written out, the most alike first."""
     last = key.rpartition(".")[2]
@@ -101,10 +108,8 @@ def _nearest_keys(key: str, steps: list[str]) -> str:
 
 
 def _all_keys(steps: list[str]) -> Iterator[str]:
-    lasts = [name.rpartition(".")[2] for name in steps]
     for i, name in enumerate(steps):
-        label = lasts[i] if lasts.count(lasts[i]) == 1 else i
-        yield from (f"steps.{label}.{field}" for field in _fields(name))
+        yield from (f"steps.{_label(steps, i)}.{field}" for field in _fields(name))
     for section, cls in SECTIONS.items():
         yield from (f"{section}.{field}" for field in fields_of(cls))
     yield from PLAIN

@@ -15,6 +15,8 @@ from llmopt.recipe.assign import KEYS, PLAIN, assign
 from llmopt.recipe.yaml_lines import MAX_BYTES, KeyPath, read_yaml
 from llmopt.specs import MAX_SEED, SECTIONS, DataSpec, EvalSpec, ModelSpec
 
+SIZE = r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B"         # not zero
+
 
 @in_our_words
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Recipe(Checked):
     eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
-    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB")
-    text: str = ""                       # the file, verbatim
+    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB",
+                                json_schema_extra={"pattern": f"^{SIZE}$"})
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 
     def check(self) -> None:
-        if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size):
+        object.__setattr__(self, "data", self.data.of(self.model.id))       # frozen; what was used is written down
+        if not re.fullmatch(SIZE, self.max_shard_size):
             raise FieldError("max_shard_size", self.max_shard_size, "a size such as 2GB")
 
     def resolved(self) -> dict[str, Any]:
@@ -80,8 +83,17 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
     if model is not None:
         data["model"] = _model_section(where, data) | {"id": model}
         changes = ["--model", model, *changes]
+    return _recipe(data, where, changes, trust_remote_code)
+
+
+def from_data(data: dict[str, Any], trust_remote_code: bool = False) -> Recipe:
+    """Build a Recipe from plain data, as YAML would hold it; errors name the key, as there is no line."""
+    return _recipe(data, Where("", {}), [], trust_remote_code)
+
+
+def _recipe(data: dict[str, Any], where: "Where", changes: list[str], trust_remote_code: bool) -> Recipe:
     if trust_remote_code:
-        data["model"] = _model_section(where, data) | {"trust_remote_code": True}
+        data = data | {"model": _model_section(where, data) | {"trust_remote_code": True}}
         changes = ["--trust-remote-code", *changes]
     elif isinstance(data.get("model"), dict) and data["model"].get("trust_remote_code"):
         raise where.error(("model", "trust_remote_code"), "model.trust_remote_code: a recipe cannot let code run; read "
@@ -91,7 +103,7 @@ def parse(text: str, source: str, sets: tuple[str, ...] = (), model: str | None 
             raise where.error((key,), f"unknown key {key!r}{nearest(key, KEYS)}")
     parts = {key: _section(where, key, data.get(key)) for key in SECTIONS}
     parts |= {key: data[key] for key in PLAIN if key in data}
-    parts |= {"steps": _steps(where, data.get("steps")), "text": text, "changes": tuple(changes)}
+    parts |= {"steps": _steps(where, data.get("steps")), "changes": tuple(changes)}
     return _filled(where, (), "", lambda: Recipe(**parts))
 
 
@@ -104,13 +116,15 @@ def _model_section(where: "Where", data: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Where:
-    """Turns a key path into FILE:LINE for messages."""
+    """Turns a key path into FILE:LINE for messages; source "": there is no file, so a message stands alone."""
 
     source: str
     lines: dict[KeyPath, int]
 
     def error(self, path: KeyPath, fact: str, key: str = "") -> LlmoptError:
         """An error at the line of `path`, or of the deepest place below it on the way to `key` (of a FieldError)."""
+        if not self.source:
+            return LlmoptError(fact)
         probe = path
         while probe and probe not in self.lines:
             probe = probe[:-1]

@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
-from llmopt.forecast.memory import Peak, advice, copied_bytes, private_bytes
+from llmopt.forecast.memory import Peak, advice, code_bytes, copied_bytes, private_bytes
+from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import Method, Run
@@ -30,7 +32,8 @@ from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
-from llmopt.run.opening import Streaming, cut_short, load_batches, open_model, refuse_whole
+from llmopt.run.calibrating import load_batches, needs_data
+from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
 from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
@@ -44,6 +47,8 @@ INFLATED = 3        # a byte of a weight that is packed, and inflated to be veri
 
 def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
+    if needs_data(recipe.steps):
+        data.check_source(recipe.data)
     free = available()
     with TemporaryDirectory(prefix="llmopt-dry-run-") as folder, Gauge() as gauge:
         watch = Watch()
@@ -51,12 +56,15 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
         model, tokenizer, memory = open_model(recipe.model, recipe.format, Journal(Path(folder)), streaming)
         streamed = isinstance(memory, Streamed)
         refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
-        batches = load_batches(recipe.data, recipe.steps, model.config, tokenizer)
+        sampler = Foretaste(model, tokenizer)
+        batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory)
         told = predict(model, list(recipe.steps), recipe.format, run)
         dense = shards.file_bytes(state.plain_state(model))
         rehearsal = Rehearsal(recipe.steps, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")
+        if sampler.spent.high:
+            rehearsal.times.add("sampling calibration rows", sampler.spent, "first tokens of them, measured")
         with computing(model):
             rehearsal.play(recipe.model, recipe.format, recipe.max_shard_size)
     peaks, seconds = rehearsal.peaks, rehearsal.times
@@ -133,12 +141,16 @@ class Rehearsal:
     def _one_block(self, index: int, step: Method, forwards: float, copies: int) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
         count, layers = len(self.told.layers[index]), layer_list(self.model)
-        before = sum(map(private_bytes, layers))
-        loops = self.run.progress = Loops()
+        before, codes = sum(map(private_bytes, layers)), sum(map(code_bytes, layers))
+        loops = self.run.progress = Loops(lambda: self.gauge.lap().private)
         spent = self._applied(index, step, self.run, self.told.takes_parts(index))
+        loops.look()
         stays = (count - 1) * (sum(map(private_bytes, layers)) - before)
+        codes = (count - 1) * (sum(map(code_bytes, layers)) - codes)        # hung on the blocks after all trials
         spent = loops.scaled(spent, count, forwards if step.needs_whole else 1)     # all blocks run in each trial
-        self.note(f"steps.{index} {step.name}", spent, f"first of {count} blocks, measured", max(0, stays) + copies)
+        trials, part = loops.high_trials + max(0, stays - codes) + copies, f"steps.{index} {step.name}"
+        self.times.add(part, spent, f"first of {count} blocks, measured")
+        self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays), trials)))
         self.elsewhere += stays
 
     def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:

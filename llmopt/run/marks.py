@@ -13,7 +13,8 @@ from llmopt.files.hub import companion
 from llmopt.method import Method
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.recipe.reader import Recipe
-from llmopt.run.opening import Streaming, load_batches
+from llmopt.run.calibrating import needs_data
+from llmopt.run.opening import Streaming
 from llmopt.scale.journal import checksum, difference
 from llmopt.specs import ModelSpec
 
@@ -62,8 +63,13 @@ def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming()
         return False
     _, config = read_config(recipe.model)
     tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
-    batches = load_batches(recipe.data, recipe.steps, config, tokenizer)
-    found = difference(facts.get("made_from"), marks(recipe.model, recipe.steps, batches, streaming.blocks))
+    made_from, sampled = facts.get("made_from"), recipe.data.name == "self"
+    wanted = needs_data(recipe.steps) and not sampled
+    batches = data.load(recipe.data, config, tokenizer) if wanted else None
+    expected = marks(recipe.model, recipe.steps, batches, streaming.blocks)
+    if sampled:                 # its rows follow from files, recipe and versions, which are compared
+        expected["data"] = (made_from or {}).get("data")
+    found = difference(made_from, expected)
     if found and not overwrite:
         raise LlmoptError(f"{output}: is finished, and was made from something else: {found}; give --overwrite to "
                           "replace it, or another output")

@@ -103,8 +103,3 @@ def refuse_whole(model: nn.Module, steps: Sequence[Method], spec: DataSpec, room
                               f"{'at once' if room else 'and cannot be streamed'}; that takes at least "
                               f"{needed / 1e9:.1f} GB ({size / 1e9:.1f} GB of weights), {available() / 1e9:.1f} GB "
                               "are available")
-
-
-def load_batches(spec: DataSpec, steps: Sequence[Method], config: Any, tokenizer: Any) -> list[data.Batch] | None:
-    """The calibration data, if a step asks for it."""
-    return data.load(spec, config, tokenizer) if any(step.needs_data for step in steps) else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import prepare_output
 from llmopt.checkpoint.streamed import StreamedWeights, save_partial
@@ -30,9 +31,10 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
+from llmopt.run.calibrating import load_batches, needs_data
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks
-from llmopt.run.opening import Streaming, load_batches, open_model, refuse_whole
+from llmopt.run.opening import Streaming, open_model, refuse_whole
 from llmopt.run.report import Report, describe
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.gauge import Gauge
@@ -44,23 +46,8 @@ from llmopt.specs import DataSpec, ModelSpec
 LOG = logging.getLogger(__name__)
 
 
-def compress(model: nn.Module, steps: list[Method], batches: Any = None, seed: int = 0, progress: Progress = silent,
-             tokenizer: Any = None) -> Report:
-    """Apply `steps` to `model` in place.
-
-    batches: token ids [N, T], a list of id lists, or ready batches; needed only if a step asks for data.
-    Raises LlmoptError for steps in a wrong order, a model already quantized, or missing data.
-    """
-    check_model(model)
-    steps = [steps] if isinstance(steps, Method) else list(steps)
-    if foreign := [step for step in steps if not isinstance(step, Method)]:
-        raise LlmoptError(f"steps: methods such as llmopt.quant.RTN() expected, {str(foreign[0])[:80]!r} given")
-    if batches is not None:
-        batches = data.as_batches(batches, model.config.vocab_size)
-    return _compress(model, steps, Run(batches, seed=seed, progress=progress, tokenizer=tokenizer))
-
-
-def _compress(model: nn.Module, steps: list[Method], run: Run) -> Report:
+def apply_steps(model: nn.Module, steps: list[Method], run: Run) -> Report:
+    """Apply `steps` to `model` in place; raises LlmoptError for a wrong order, missing data, a compressed model."""
     check_order(tuple(steps))
     check_model(model, streamed=isinstance(run.memory, Streamed))
     refuse_compressed(model)
@@ -141,11 +128,14 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     journal = journal_of(output, ranks)
     if ranks.is_main:
         journal.check(resume)
+    if needs_data(recipe.steps):
+        data.check_source(recipe.data)
     room = streaming.room(recipe.model)
     model, tokenizer, memory = open_model(recipe.model, recipe.format, journal, streaming)
     streamed = isinstance(memory, Streamed)
     refuse_whole(model, recipe.steps, recipe.data, 0 if streamed else room)
-    batches = load_batches(recipe.data, recipe.steps, model.config, tokenizer)
+    sampler = Sampler(model, tokenizer, ranks, progress)
+    batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
     if batches:
         LOG.info("calibration: %(samples)s rows, %(tokens)s tokens", data.amount(batches))
     made_from = marks(recipe.model, recipe.steps, batches, streaming.blocks)
@@ -158,7 +148,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         sight = Foresight(progress, gauge, model, saving) if gauge else None
         run.progress = pace = Clock(sight or progress)
         loaded = time.perf_counter() - clock
-        report = _compress(model, list(recipe.steps), run)
+        report = apply_steps(model, list(recipe.steps), run)
         journal.keep_on_error = True
         report.streamed, report.messages = streamed, journal.messages
         weights = StreamedWeights(model, memory) if streamed else checkpoint.Weights(model, recipe.format)
@@ -180,6 +170,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
                             format=recipe.format, max_shard_size=recipe.max_shard_size, overwrite=overwrite,
                             finish=finish, weights=weights, work=journal.folder)
         ranks.wait()
+    report.output, report.recipe = output, recipe
     return report
 
 
@@ -194,7 +185,7 @@ def score_heads(spec: ModelSpec, step: Method, source: DataSpec, progress: Progr
     """(scores [L][H], what is known about them) by a method of head scores; nothing is written."""
     model, tokenizer = load_dense(spec)
     choose(model, spec.compute_dtype, spec.device, ranks.agree)
-    batches = load_batches(source, [step], model.config, tokenizer)
+    batches = load_batches(source.of(spec.id), [step], spec, Sampler(model, tokenizer, ranks, progress))
     run = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks)
     with naming(step.name), computing(model):
         record = step.apply(model, run)

@@ -4,6 +4,10 @@ from typing import Any
 
 from llmopt.progress import human
 
+FIDELITY_TASK = "fidelity"
+FIDELITY = {(FIDELITY_TASK, "kl"): "KL to the dense model (nats a token)",
+            (FIDELITY_TASK, "agreement"): "first choice agrees", (FIDELITY_TASK, "perplexity"): "perplexity"}
+
 
 def table(facts: dict[str, Any]) -> list[list[str]]:
     """Rows [what, before, after]."""
@@ -16,10 +20,25 @@ def table(facts: dict[str, Any]) -> list[list[str]]:
              f"{8 * facts['bytes'] / left:.2f}"],
             ["bits per quantized weight", f"{_dense_bits(facts):.0f}", _quantized_bits(facts)],
             ["cache bytes per token", f"{full:,.0f}", f"{kept:,.0f}"]]
-    after = {(task, metric): value for task, metric, value in facts.get("scores", {}).get("after", [])}
-    for task, metric, value in facts.get("scores", {}).get("before", []):
-        rows.append([f"{task} {metric}", f"{value:.4f}", f"{after.get((task, metric), float('nan')):.4f}"])
-    return rows
+    return rows + _scores(facts)
+
+
+def _scores(facts: dict[str, Any]) -> list[list[str]]:
+    """A row for each metric that the dense model has, or that is said of the compressed one against it."""
+    values, errors = ({which: {(task, metric): value for task, metric, value in facts.get(kind, {}).get(which, [])}
+                       for which in ("before", "after")} for kind in ("scores", "errors"))
+    keys = [key for key in dict.fromkeys([*FIDELITY, *values["before"]])
+            if key in FIDELITY or key[0] != FIDELITY_TASK]
+    return [[FIDELITY.get(key, " ".join(key)),
+             *(with_error(values[which].get(key), errors[which].get(key)) for which in ("before", "after"))]
+            for key in keys if key in values["before"] or key in values["after"]]
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A score, with its standard error where there is one."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _dense_bits(facts: dict[str, Any]) -> float:
@@ -27,8 +46,8 @@ def _dense_bits(facts: dict[str, Any]) -> float:
 
 
 def _quantized_bits(facts: dict[str, Any]) -> str:
-    metas = [r["meta"] for r in facts["records"] if r["method"].startswith("quant.")]
-    return f"{metas[-1]['bits']:.3f}" if metas else "-"
+    found = [r["meta"]["bits"] for r in facts["records"] if r["method"].startswith("quant.") and "bits" in r["meta"]]
+    return f"{found[-1]:.3f}" if found else "-"
 
 
 def as_text(header: list[str], rows: list[list[str]]) -> str:

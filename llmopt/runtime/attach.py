@@ -50,7 +50,11 @@ class RuntimeMethod(Method):
         return record
 
     def check_record(self, model: nn.Module, record: Record) -> None:
-        """Raise LlmoptError unless a record has the form that `plan` gives it and fits the model; it may be forged."""
+        """Raise LlmoptError unless a record has the form that `plan` gives it and fits the model; it may be forged.
+
+        Of a record in llmopt.json the tensors are not there, and the model is a skeleton without weights.
+        """
+        self.check_meta(record.meta)
 
     def restore(self, model: nn.Module, record: Record) -> None:
         self.check_record(model, record)

@@ -73,7 +73,7 @@ class Journal:
             return
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.folder.stat().st_mtime))
         raise LlmoptError(f"{self.folder}: an unfinished run of {when}, {max(0, len(self._read()) - 1)} parts done; "
-                          "give --resume to go on with it, or remove the folder")
+                          "give --resume (resume=True in Python) to go on with it, or remove the folder")
 
     def _is_own(self) -> bool:
         """True if the folder is empty, or has been a run's: its lock is there, or a journal's first line."""

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmopt.cli import commands
+from llmopt.run import dry_run
 from tests import tiny
 from tests.command import call
 
@@ -55,7 +56,8 @@ def test_a_packaged_recipe_runs_on_any_model(run, stranger, tmp_path):
     assert "world_copy" not in out
     line, = [line for line in errors.splitlines() if "not scored" in line]
     assert "not scored: world_copy, written in the vocabulary of llmopt/reference" in line
-    assert "--set eval.text=FILE" in line
+    assert "Instead: fidelity. More, later: llmopt eval" in line
+    assert "KL to the dense model (nats a token)" in out
 
 
 @pytest.mark.parametrize(("more", "fact"), [
@@ -70,6 +72,18 @@ def test_what_cannot_be_scored_is_told_before_the_work(run, tmp_path, more, fact
     assert fact in errors
     assert len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("more", "fact"), [
+    ("eval.text=no.txt", "text no.txt: there is no such file"),
+    ("eval.tasks=[world_cope]", "did you mean 'world_copy'"),
+], ids=["no file", "no such task"])
+def test_a_dry_run_refuses_what_the_run_would(run, more, fact, monkeypatch):
+    monkeypatch.setattr(dry_run, "dry_run", None)           # before anything is rehearsed
+    code, out, errors = run("compress", "--recipe", "r.yaml", "--model", "m", "--dry-run", "--set", more)
+    assert (code, out) == (2, "")
+    assert fact in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_eval_refuses_the_world_by_name_before_a_model_is_loaded(run, monkeypatch):

@@ -1,0 +1,114 @@
+"""What can be told of a model without reading a weight: its config, headers of its files, llmopt.json if it has one."""
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmopt.checkpoint.compressed_tensors import widths
+from llmopt.checkpoint.facts import FILE, read_layers
+from llmopt.errors import LlmoptError, nearest
+from llmopt.files.checks import refusals, weight_files
+from llmopt.files.hub import check_name, companion
+from llmopt.files.json_shapes import COUNT, check_shape
+from llmopt.model.abilities import abilities
+from llmopt.model.architectures import SPECS
+from llmopt.model.loading import read_config, resolve
+from llmopt.model.skeleton import skeleton
+from llmopt.specs import ModelSpec
+
+SHAPE = {"layers": "num_hidden_layers", "hidden size": "hidden_size", "query heads": "num_attention_heads",
+         "KV heads": "num_key_value_heads", "head size": "head_dim", "feed-forward width": "intermediate_size",
+         "vocabulary": "vocab_size", "context": "max_position_embeddings"}
+PACKED = {"quantization_config": {"config_groups": {str: {"weights": {"num_bits": COUNT, str: object}, "targets": [str],
+                                                          str: object}}, str: object}, str: object}
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder with llmopt.json and config.json of what llmopt has written; None for any other model.
+
+    Of a hub name these two files alone are fetched. Raises LlmoptError for a name that is not to be had.
+    """
+    source = resolve(name)
+    if Path(source).exists() or source.startswith((".", "/", "~")):
+        return Path(source) if not Path(source).is_dir() or (Path(source) / FILE).exists() else None
+    check_name(source, revision)
+    file = companion(source, FILE, revision)
+    return file.parent if file and companion(source, "config.json", revision) else None
+
+
+def dense_facts(spec: ModelSpec) -> dict[str, Any]:
+    """Shape, size and type of a model that llmopt did not write, and what of llmopt works on it.
+
+    bytes: of the weight files in a folder; of a hub name, what its parameters take. Unknown figures are None.
+    """
+    source, config = read_config(spec)
+    text, made_by = config.get_text_config(), _quantized(config)
+    stored = str(config.dtype).removeprefix("torch.") if config.dtype else None     # before a model is made of it
+    count, known = _parameters(config, source), config.model_type in SPECS
+    size = getattr(torch, stored).itemsize if stored else None
+    return {
+        "model": spec.id, "architecture": config.model_type, "supported": known,
+        "shape": {word: value for word, key in SHAPE.items() if (value := getattr(text, key, None)) is not None},
+        "parameters": count, "dtype": stored,
+        "bytes": sum(file.stat().st_size for file in weight_files(Path(source))) if Path(source).is_dir() else
+        count * size if count and size and not made_by else None,
+        "bits": made_by["bits"] if made_by else [8 * size] if size else [],
+        "quantized_by": made_by["by"] if made_by else None,
+        "works": {part: why or "yes" for part, why in abilities(config.model_type).items()} if known else {},
+        "note": _note(config.model_type, made_by),
+    }
+
+
+def _parameters(config: Any, source: str) -> int | None:
+    """The number of a causal LM's parameters, tied ones once; None for a config that makes none."""
+    try:
+        with refusals(source):
+            return skeleton(config, torch.float32).num_parameters()
+    except LlmoptError:
+        return None
+
+
+def _quantized(config: Any) -> dict[str, Any] | None:
+    """{"by": tool, "bits": [...]} of a model that another tool has quantized."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return None
+    known = given if isinstance(given, dict) else given.to_dict()
+    groups = known.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [known]
+    found = {part.get("num_bits", part.get("bits")) for part in weights}
+    return {"by": str(known.get("quant_method", "another tool")),
+            "bits": sorted(bits for bits in found if isinstance(bits, int))}
+
+
+def _note(kind: str, made_by: dict[str, Any] | None) -> str:
+    """What stands in the way of compressing this model; empty: nothing."""
+    if made_by:
+        return "already quantized; llmopt compress starts from the dense checkpoint"
+    return "" if kind in SPECS else f"architecture {kind!r} is not supported{nearest(str(kind), SPECS)}"
+
+
+def weight_bits(facts: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, int]:
+    """{bits: how many weights have them} of a checkpoint; the model's own type where nothing is quantized.
+
+    Records tell of weights that were rounded and written dense, too; a model saved without a report has none.
+    """
+    found: dict[str, Any] = {}
+    for record in facts.get("records", []):
+        found |= {name: entry["bits"] for name, entry in record["meta"].get("modules", {}).items()}
+    if not found and config.get("quantization_config"):
+        check_shape(config, PACKED, where)
+        found = widths(config["quantization_config"])
+    if found:
+        return {f"{bits:g}": count for bits, count in sorted(Counter(found.values()).items())}
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return {str(8 * stored.itemsize): 0} if isinstance(stored, torch.dtype) else {}
+
+
+def checkpoint_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """llmopt.json, and what config.json tells beside it: layers, bits, shapes by layer."""
+    config = read_layers(folder)
+    return facts | {"layers": config.get("num_hidden_layers", config.get("n_layer")),
+                    "bits": weight_bits(facts, config, str(folder / "config.json")),
+                    "per_layer_config": config.get("per_layer_config", {})}
