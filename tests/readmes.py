@@ -17,7 +17,7 @@ PAGES = sorted([ROOT / "README.md", *(page for folder in ("llmopt", "recipes", "
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 
 # A tiny model with random weights, a text, a recipe and a checkpoint stand in for those of the reader.
-STAND_INS = {"MODEL": "model", "FOLDER": "made", "FILE": "text.txt", "smollm2": "model",
+STAND_INS = {"MODEL": "model", "FOLDER": "made", "FILE": "text.txt", "smollm2": "model", "FOLDER_OR_HUB_NAME": "model",
              "arc_easy,gsm8k": "text_ppl --text text.txt"}
 FILES = {"my.yaml": "steps: [quant.rtn: {bits: 4, group_size: 32}]\n",
          "calibration.txt": "a text of thirty two tokens or more, to calibrate on " * 8}
@@ -27,8 +27,9 @@ LESS = {"compress": ("--set", "data.samples=2", "--set", "data.length=32", "--se
 # Commands that no test runs as they stand, and why. Their options are held against the command's own.
 READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these tests", "ruff": "run by .ci/run",
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "world.train": "an hour and more",
-        "synthetic": "gigabytes", "llmopt_evals --model": "data of the hub",
-        "m7": "13 GB", "bench scale": "minutes"}
+        "synthetic": "gigabytes", "m7": "13 GB", "bench scale": "minutes", "llmopt_evals.real": "90 MB of the index",
+        "llmopt_evals --model": "data of the hub", "--recipe magnitude": "a model of ten blocks",
+        "--recipe everything": "run by test_end_to_end.py"}
 FULL = {"torchrun": "two cold processes", "world.check": "half a minute"}
 
 
@@ -97,7 +98,8 @@ def furnish(folder: Path) -> None:
     text = perplexity_text(40, 60)
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(text))
     tokenizer = tiny.tokenizer(text)
-    tiny.make("llama", vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(folder / "model")
+    model = tiny.make("llama", vocab_size=len(tokenizer), intermediate_size=128, max_position_embeddings=1024)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, content in FILES.items():
         (folder / name).write_text(content)

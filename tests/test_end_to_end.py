@@ -13,7 +13,9 @@ from llmopt.model.loading import load_dense
 from llmopt.specs import ModelSpec
 from tests.command import llmopt as command
 
-SMALL = ("data.samples=8", "data.length=128", "steps.2.widths=[4, 5]", "eval.limit=6",
+WHOLE = ("steps.3.min_length=0", "steps.3.window=512",            # prompts here are short
+         "eval.tasks=[world_ppl, world_facts, world_recall]")
+SMALL = ("data.samples=8", "data.length=128", *WHOLE[:2], "eval.limit=6",
          "eval.tasks=[world_ppl, world_facts, world_recall_40_agnostic]")
 TIMES = {"llmopt.log"}
 
@@ -27,7 +29,7 @@ def memory_and_disk(plan: recipe.Recipe, output: Path) -> tuple:
     return model, tokenizer, llmopt.load(output)[0]
 
 
-@pytest.mark.parametrize("sets", [SMALL, pytest.param((), marks=pytest.mark.full)], ids=["small", "whole"])
+@pytest.mark.parametrize("sets", [SMALL, pytest.param(WHOLE, marks=pytest.mark.full)], ids=["small", "whole"])
 def test_everything_from_disk_equals_memory(tmp_path, sets):
     plan = recipe.load("everything", sets)
     model, tokenizer, fresh = memory_and_disk(plan, tmp_path / "out")

@@ -13,11 +13,12 @@ SHARE = 0.5             # of the available memory that a batch may take
 
 def token_bytes(model: nn.Module) -> int:
     """Bytes that a forward without a cache holds at its peak for each token: the widest block's activations."""
-    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
-    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in ends]
+    head = model.get_output_embeddings()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is head}   # positions, too
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in tables]
     width = model.get_input_embeddings().weight.shape[1]
     inner = max((max(p.shape[-2:]) for p in matrices), default=width)
-    return compute_type(model).itemsize * (8 * width + 4 * inner)
+    return compute_type(model).itemsize * (3 * width + 4 * inner)
 
 
 def scores_bytes(model: nn.Module, length: int) -> int:
@@ -32,16 +33,33 @@ def cache_bytes(model: nn.Module) -> int:
     return 2 * compute_type(model).itemsize * sum(block.kv_heads * block.head_dim for block in blocks(model))
 
 
-def batch_tokens(model: nn.Module, longest: int, kept: int = 0) -> int:
-    """The number of tokens of a batch whose longest row has `longest`; kept: bytes of a cache for each token.
+def head_bytes(model: nn.Module) -> int:
+    """Bytes of the output head in the type that is computed in, where it is stored in another and converted for a read.
 
-    Raises LlmoptError if not even that row fits into the available memory.
+    The largest weight of most models: 1.2 GB of Gemma-3's, whatever the batch.
     """
-    free, each = available() - 2 * CHUNK, token_bytes(model) + scores_bytes(model, longest) + kept
+    head = model.get_output_embeddings()
+    if head is None or head.weight.dtype == compute_type(model):
+        return 0
+    return head.weight.numel() * compute_type(model).itemsize
+
+
+def batch_tokens(model: nn.Module, longest: int, kept: int = 0) -> int:
+    """The number of tokens of a batch whose longest row has `longest`; more are no faster. See `affordable`."""
+    return max(longest, min(TOKENS, affordable(model, longest, kept)))
+
+
+def affordable(model: nn.Module, longest: int, kept: int = 0) -> int:
+    """The number of tokens that a batch may have; kept: bytes of a cache for each token.
+
+    Raises LlmoptError if not even one row of `longest` tokens fits into the available memory.
+    """
+    each = token_bytes(model) + scores_bytes(model, longest) + kept
+    free = available() - 2 * CHUNK - head_bytes(model)
     if longest * each > free:
         raise LlmoptError(f"a request of {longest:,} tokens takes {longest * each / 1e9:.1f} GB to score, "
                           f"{max(free, 0) / 1e9:.1f} GB are available; shorter documents or more memory help")
-    return max(longest, min(TOKENS, int(SHARE * free) // each))
+    return int(SHARE * free) // each
 
 
 def batches(lengths: list[int], rows: int, tokens: int) -> list[list[int]]:

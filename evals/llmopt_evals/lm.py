@@ -23,7 +23,7 @@ from llmopt import runtime
 from llmopt.errors import LlmoptError
 from llmopt.model.computing import compute_type
 from llmopt.scale.processes import Ranks
-from llmopt_evals.batching import batch_tokens, batches, cache_bytes
+from llmopt_evals.batching import affordable, batch_tokens, batches, cache_bytes
 from llmopt_evals.readout import Readout
 from llmopt_evals.world import speaks_world, split_context
 from llmopt_evals.world.words import ID
@@ -84,9 +84,13 @@ class LlmoptLM(HFLM):
         """
         if self._rolling:
             return self.max_batch_size
+        return min(self.max_batch_size, self._rows())
+
+    def _rows(self) -> int:
+        """Rows of the longest request, its cache beside it, that the memory holds; LlmoptError if it holds none."""
         longest, config = self._longest or self.max_length, self.model.config.get_text_config()
         cached = 2 * compute_type(self.model).itemsize * config.num_hidden_layers * config.hidden_size     # at most
-        return max(1, min(self.max_batch_size, batch_tokens(self.model, longest, cached) // longest))
+        return max(1, affordable(self.model, longest, cached) // longest)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False,
@@ -141,11 +145,13 @@ class LlmoptLM(HFLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         own = self.ranks.share(requests)
         lengths = (len(self.tok_encode(r.args[0])) + r.args[1].get("max_gen_toks", self.max_gen_toks) for r in own)
-        self._longest = min(max(lengths, default=1), self.max_length)
+        self._longest, asked = min(max(lengths, default=1), self.max_length), self.batch_size_per_gpu
         try:
+            if asked != "auto" and self.backend == "causal":
+                self.batch_size_per_gpu = min(asked, self._rows())
             return self._of_all(super().generate_until(own, disable_tqdm))
         finally:
-            self._longest = 0
+            self._longest, self.batch_size_per_gpu = 0, asked
 
     def _of_all(self, own: list) -> list:
         return [one for part in self.ranks.gather(own) for one in part]

@@ -25,6 +25,13 @@ def methods(ctx: click.Context, param: click.Parameter, typed: str) -> list[Comp
     return _matching(method_names(), typed)
 
 
+def schemes(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """The schemes, in either spelling of their letters."""
+    from llmopt.recipe.schemes import SCHEMES
+
+    return _matching(SCHEMES, typed.upper())
+
+
 def head_scores(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
     """The methods that score heads."""
     return [item for item in methods(ctx, param, typed) if item.value.startswith("heads.")]

@@ -4,7 +4,7 @@ import click
 from llmopt.cli import completion, log
 from llmopt.cli.help import Command
 from llmopt.cli.options import COUNT, DATA, FILE, JSON, MODEL_GROUP, check_target, join, model_options
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, one_line
 
 GROUPS = {"Scores": ("method", "sets"), "Calibration data": ("data", "samples", "length", "batch_size"),
           "Model": MODEL_GROUP, "Output": ("output", "plot", "as_json")}
@@ -57,5 +57,5 @@ def heads(model, method, sets, output, plot, data, samples, length, batch_size, 
     if output and team.is_main:
         save_scores(output, step.name, scores, meta)
     if plot and team.is_main:
-        draw(scores, plot)
+        draw(scores, plot, f"{step.name} of {one_line(model)}", step.unit or step.name)
     tables.show_heads({step.name: scores} | {key: meta[key] for key in step.beside}, as_json)

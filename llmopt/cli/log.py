@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import click
@@ -45,11 +45,12 @@ class Lines(logging.Handler):
             self.flush()
 
     def flush(self) -> None:
-        """Write what was held back."""
+        """Write what was held back; a reader that has gone, or a terminal that was closed, does not end the run."""
         self.until = 0
-        for line in self.held:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+        with suppress(OSError):
+            for line in self.held:
+                self.stream.write(line + "\n")
+            self.stream.flush()
         self.held.clear()
 
 
@@ -60,7 +61,8 @@ class OnTerminal(logging.Handler):
         from llmopt.cli.tables import ERR
 
         style = "yellow" if record.levelno > logging.INFO else "dim"
-        ERR.print(one_line(self.format(record)), style=style, markup=False)
+        with suppress(OSError):                 # the terminal was closed, and the run goes on without it
+            ERR.print(one_line(self.format(record)), style=style, markup=False)
 
 
 def _own_stderr() -> TextIO:
@@ -74,15 +76,17 @@ def _own_stderr() -> TextIO:
 @contextmanager
 def talking(aloud: bool) -> Iterator[None]:
     """Log records arrive on stderr inside; aloud: this process is the one that talks."""
-    with _own_stderr() as stream:
-        handler = OnTerminal() if stream.isatty() else Lines(stream)
-        LOG.setLevel(LEVELS["" if aloud else "-q"])
-        LOG.addHandler(handler)
-        try:
-            yield
-            handler.flush()
-        finally:
-            LOG.removeHandler(handler)
+    stream = _own_stderr()
+    handler = OnTerminal() if stream.isatty() else Lines(stream)
+    LOG.setLevel(LEVELS["" if aloud else "-q"])
+    LOG.addHandler(handler)
+    try:
+        yield
+        handler.flush()
+    finally:
+        LOG.removeHandler(handler)
+        with suppress(OSError):                 # of what could not be written
+            stream.close()
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def progress() -> Iterator[Progress]:
 
     if not LOG.isEnabledFor(logging.INFO):
         yield silent
-    elif ERR.is_terminal:
+    elif ERR.is_terminal and ERR.file.isatty():         # FORCE_COLOR makes no terminal of a file
         from llmopt.cli.bars import bars
 
         with bars(ERR) as track:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.errors import LlmoptError
 from llmopt.files.packaged import recipes
+from llmopt.recipe.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from llmopt.recipe.reader import Recipe
 
-COMMON = ("--scheme W4A16", "--bits 3.5", "--recipe everything")
+COMMON = ("--scheme W4A16", "--bits 3.5", "--recipe quickstart")
 KINDS = {".yaml": "a recipe goes behind --recipe", ".yml": "a recipe goes behind --recipe",
          ".safetensors": "give the folder that it lies in", ".bin": "give the folder that it lies in",
          ".gguf": "GGUF files are not read; give the folder of the model that it was made of"}
@@ -18,6 +19,9 @@ KINDS = {".yaml": "a recipe goes behind --recipe", ".yml": "a recipe goes behind
 
 def one_model(given: tuple[str, ...]) -> str | None:
     """The one model that was named, if any; raises LlmoptError for two, and for what is no model at first sight."""
+    for name in given:
+        if name.upper() in SCHEMES and not Path(name).exists():
+            raise LlmoptError(f"{name} is a scheme, not a model: --scheme {name}")
     if len(given) > 1:
         raise LlmoptError(f"one MODEL expected, {len(given)} given: {', '.join(given)}")
     if not given:
@@ -41,7 +45,8 @@ def check_words(model: str | None, recipe_name: str | None, words: dict[str, Any
         raise LlmoptError(f"--recipe and --{asked.steps[0]} both say what to do; give one of them, and change a recipe "
                           "with --set")
     if not recipe_name and not (model and asked.steps):
-        lines = (f"llmopt compress {model or 'MODEL'} {common} --output out" for common in COMMON)
+        lines = (f"llmopt compress {model or 'MODEL'} {common} --output out"
+                 for common in (COMMON[:1] if asked.steps else COMMON))
         raise LlmoptError(f"{f'what is to be done with {model}?' if model else 'which model?'} Such as: "
                           f"{', or '.join(lines)}")
 

@@ -3,12 +3,14 @@ import inspect
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -21,7 +23,35 @@ from llmopt.progress import duration, human
 from llmopt.run.table import with_error
 from llmopt.scale.launch import is_main
 
-ERR = Console(stderr=True, force_terminal=None if is_main() else False)       # one process talks
+
+class _Stderr:
+    """Stderr as it is at the moment; a terminal that was closed, or a reader that has gone, does not end a run."""
+
+    @property
+    def _file(self) -> TextIO:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)      # behind what rich puts in its place
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._file.encoding
+
+
+# one process talks; text in notebooks too, where rich would ask for IPython's display and ipywidgets
+ERR = Console(file=_Stderr(), force_terminal=None if is_main() else False, force_jupyter=False)
 _TQDM_START = tqdm.__init__
 
 
@@ -47,7 +77,7 @@ def quiet_libraries(downloads: bool = False) -> None:
         transformers.logging.disable_progress_bar()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
-    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal else LINES)
+    _tame_bars({"delay": 2, "leave": False} if ERR.is_terminal and ERR.file.isatty() else LINES)
 
 
 EVERY = 15          # seconds between two lines about a loop
@@ -92,8 +122,8 @@ def print_table(title: str, header: list[str], rows: Iterable[Iterable[Any]]) ->
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = None if Console().is_terminal else 120
-    Console(width=width, markup=False, emoji=False).print(table)
+    width = None if Console(force_jupyter=False).is_terminal else 120
+    Console(width=width, markup=False, emoji=False, force_jupyter=False).print(table)
 
 
 def print_json(data: Any) -> None:

@@ -28,7 +28,7 @@ class HeadScore(Method):
 
     eats: what `score` looks at, run.batches or run.probes; see ProbeScore.
     mean_over: what `score` takes its mean over, so that processes can share the rows; None: each takes them all.
-    beside: names of the figures that `measure` gives beside the scores.
+    beside: names of the figures that `measure` gives beside the scores. unit: what the scores count, for plots.
     """
 
     stage: ClassVar = "score"
@@ -36,6 +36,7 @@ class HeadScore(Method):
     eats: ClassVar[Literal["batches", "probes"]] = "batches"
     mean_over: ClassVar[Literal["samples", "tokens"] | None] = None
     beside: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str] = ""
 
     @property
     def needs_data(self) -> bool:
@@ -139,9 +140,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def plot(scores: list[Tensor], path: str | Path) -> None:
-    """Draw the scores as a heat map, layers downwards; heads that are gone stay white."""
+def plot(scores: list[Tensor], path: str | Path, title: str = "", unit: str = "score") -> None:
+    """Draw the scores as a heat map, layers downwards; heads that are gone stay white. unit: of the colour bar."""
+    figure_of(scores, title, unit).savefig(path, dpi=120)
+
+
+def figure_of(scores: list[Tensor], title: str, unit: str) -> Any:
+    """The matplotlib figure of the heat map."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     width = max(len(s) for s in scores)
     grid = torch.full((len(scores), max(1, width)), float("nan"))
@@ -149,6 +156,9 @@ def plot(scores: list[Tensor], path: str | Path) -> None:
         grid[layer, :len(values)] = values
     figure = Figure(figsize=(2 + 0.3 * grid.shape[1], 1.5 + 0.3 * grid.shape[0]), layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(grid.numpy(), aspect="auto", cmap="viridis"), ax=axes)
+    figure.colorbar(axes.imshow(grid.numpy(), aspect="auto", cmap="viridis"), ax=axes, label=unit)
     axes.set(xlabel="head", ylabel="layer")
-    figure.savefig(path, dpi=120)
+    axes.set_title(title, wrap=True, parse_math=False)              # a model's name may hold dollar signs
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    return figure

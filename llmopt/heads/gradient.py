@@ -81,6 +81,10 @@ class Gradient(HeadScore):
 
     normalize: Literal["layer", "none"] = Field("layer", description="divide by the norm of each layer's scores")
 
+    @property
+    def unit(self) -> str:
+        return "mean |dL/dgate|" + (", divided by the layer's norm" if self.normalize == "layer" else "")
+
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         model.requires_grad_(False)
         views = blocks(model)

@@ -73,6 +73,7 @@ class Span(HeadScore):
     needs_whole: ClassVar[bool] = False
     mean_over: ClassVar = "tokens"
     beside: ClassVar = ("sink_mass",)
+    unit: ClassVar = "mean attended distance in tokens"
 
     def score(self, model: nn.Module, run: Run) -> list[Tensor]:
         return self.measure(model, run)["scores"]

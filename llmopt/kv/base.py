@@ -69,7 +69,7 @@ class Scorer(CacheMethod):
 
     def check(self) -> None:
         if (self.ratio is None) == (self.budget is None):
-            raise FieldError("ratio", self.ratio, "exactly one of ratio and budget")
+            raise FieldError("ratio", self.ratio, "exactly one of ratio and budget", "; such as ratio=0.5")
         if self.budget is not None and self.budget < max(1, self.sinks + self.window):
             raise FieldError("budget", self.budget, f"at least sinks + window = {self.sinks} + {self.window}")
         if self.heads is None and self.allocate.reads_heads and not self.allocate.usual_heads \

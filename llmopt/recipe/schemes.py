@@ -16,7 +16,7 @@ def scheme_fields(name: str) -> dict[str, Any]:
     wanted = name.upper().replace("-", "_")
     if wanted in SCHEMES:
         return dict(SCHEMES[wanted])
-    there = f"Schemes: {', '.join(SCHEMES)} (weights of so many bits, activations as they are)"
+    there = f"Schemes: {', '.join(SCHEMES)} (weights of so many bits, activations as they are); or give bits alone"
     if wanted in ELSEWHERE:
         raise LlmoptError(f"scheme {name}: known elsewhere, not written by llmopt yet. {there}")
     raise LlmoptError(f"there is no scheme {name!r}{closest(wanted, SCHEMES)}. {there}")

@@ -44,5 +44,5 @@ class Foresight:
         if self.peak > max(FLOOR, NEWS * self.said):
             self.said, free = self.peak, now + available()
             LOG.log(logging.WARNING if self.peak > free else logging.INFO,
-                    "%s: by the first of %d the run will take %.2f GB of memory, %.2f GB are there", label, count,
-                    self.peak / 1e9, free / 1e9)
+                    "%s: judged by the first of %d, the run takes %.2f GB of memory; %.2f GB are available", label,
+                    count, self.peak / 1e9, free / 1e9)

@@ -104,7 +104,9 @@ def test_other_data_is_a_source_or_a_dataset():
     ({"group_size": 100, "bits": 4}, "does not divide all widths of the model (96, 192). Give 32, -1"),
     ({"group_size": 0, "bits": 4}, "group_size: 0 given"),
     ({"method": "snapvk"}, "did you mean 'snapkv'?"), ({"method": "kv.snpkv"}, "did you mean 'kv.snapkv'?"),
-    ({"method": ["rtn", "gptq"]}, "at most one quantization step"), ({"shceme": "W4A16"}, "did you mean 'scheme'?"),
+    ({"method": ["rtn", "gptq"]}, "at most one quantization step"),
+    ({"method": "snapkv"}, "exactly one of ratio and budget expected; such as ratio=0.5"),
+    ({"shceme": "W4A16"}, "did you mean 'scheme'?"),
     ({"method": "rtn", "data": "none.txt"}, "data none.txt: there is no such file")])
 def test_words_that_cannot_be_meant(folder, words, expected):
     with pytest.raises(LlmoptError) as caught:
@@ -120,6 +122,7 @@ def test_words_say_what_to_do_or_how():
 
 @pytest.mark.parametrize(("given", "expected"), [
     (("a", "b"), "one MODEL expected, 2 given: a, b"),
+    (("m", "W4A16"), "W4A16 is a scheme, not a model: --scheme W4A16"),
     (("quickstart",), "quickstart is a packaged recipe, not a model"),
     (("r.yaml",), "a recipe goes behind --recipe"), (("m.gguf",), "GGUF files are not read"),
     (("m.safetensors",), "give the folder that it lies in"), (("x.txt",), "not a model folder but a file")])

@@ -126,6 +126,18 @@ def test_generation_equals_hf_and_really_compresses(reference):
     assert evicted[2] == expected[2]                    # two words fit the budget
 
 
+def test_prompts_that_do_not_fit_together_are_generated_from_one_by_one(reference, monkeypatch):
+    lm, rows = made(LlmoptLM, reference), []
+    generate = lm._model_generate
+    monkeypatch.setattr(lm, "_model_generate", lambda context, **more: (rows.append(len(context)),
+                                                                        generate(context=context, **more))[1])
+    contexts = ["the fox", "the fox runs", "the fox sleeps"]
+    expected = texts(lm, contexts)
+    monkeypatch.setattr("llmopt_evals.lm.affordable", lambda model, longest, kept: longest)
+    assert texts(lm, contexts) == expected
+    assert rows == [3, 1, 1, 1] and lm.batch_size == 3
+
+
 def test_lm_evals_own_command_knows_the_class(tmp_path):
     line = [sys.executable, "-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={reference_path()}",
             "--tasks", "world_copy", "--include_path", str(tasks_path()), "--limit", "3", "--device", "cpu",

@@ -1,4 +1,8 @@
 """Only scored tokens get logits, on every architecture; batches by tokens; a store of answers serves one model."""
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from llmopt_evals import batching, readout
@@ -10,6 +14,7 @@ from lm_eval.api.model import CachingLM
 from torch.nn.functional import log_softmax
 
 import llmopt
+from llmopt.model.computing import choose
 from tests import tiny
 
 
@@ -42,6 +47,41 @@ def test_what_does_not_fit_is_refused_and_what_hardly_fits_comes_in_smaller_batc
     assert batching.batch_tokens(model, 100) == 500
     with pytest.raises(llmopt.LlmoptError, match=r"a request of 1,001 tokens takes .* GB to score"):
         batching.batch_tokens(model, 1001)
+
+
+GAUGED = """
+import json, torch
+from llmopt.scale.gauge import Gauge, whole_pages
+whole_pages()
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from llmopt_evals.batching import cache_bytes, token_bytes
+from llmopt_evals.readout import Readout
+model = AutoModelForCausalLM.from_config({config}).eval()
+with torch.no_grad(), Gauge() as gauge:
+    Readout(model).states(torch.zeros(8, 1024, dtype=torch.long), use_cache={cache})
+    print(json.dumps([gauge.look().private, 8192 * (token_bytes(model) + {cache} * cache_bytes(model))]))
+"""
+
+
+@pytest.mark.full          # it measures a process
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("config", [
+    "LlamaConfig(vocab_size=1000, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8,"
+    " num_key_value_heads=4)", "GPT2Config(vocab_size=1000, n_embd=512, n_layer=2, n_head=8, n_positions=4096)"])
+def test_scoring_takes_the_memory_that_was_predicted(config, cache):
+    code = GAUGED.format(config=config, cache=cache)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    measured, predicted = json.loads(run.stdout)
+    assert predicted == pytest.approx(measured, rel=0.25)
+
+
+def test_a_head_that_is_converted_counts_once_and_tables_of_positions_do_not():
+    few, many = (tiny.make("gpt2", n_positions=count) for count in (64, 4096))
+    assert batching.token_bytes(few) == batching.token_bytes(many)
+    model = tiny.make("llama").bfloat16()
+    assert batching.head_bytes(model) == 0
+    choose(model, "float32", "cpu")
+    assert batching.head_bytes(model) == 4 * model.lm_head.weight.numel()
 
 
 def test_a_store_of_answers_serves_the_model_that_gave_them(tmp_path):
