@@ -6,6 +6,7 @@ import torch
 
 import llmopt
 from llmopt.attention import AShape
+from llmopt.checkpoint.facts import read_facts
 from llmopt.errors import LlmoptError
 from llmopt.kv import SnapKV
 from llmopt.quant import RTN
@@ -48,3 +49,38 @@ def test_a_model_that_no_step_has_edited_is_as_it_was():
         assert torch.equal(model(tiny.ids()).logits, before)
     llmopt.compress(model, [RTN(group_size=16)])
     assert model(tiny.ids()).logits.isfinite().all()
+
+
+def test_run_does_what_the_command_does(tmp_path):
+    recipe = {"steps": [{"quant.rtn": {}}], "eval": {"tasks": ["world_ppl"], "limit": 2}}
+    report = llmopt.run(recipe, tmp_path / "out")
+    facts = read_facts(tmp_path / "out")
+    assert report.scores == facts["scores"] and report.scores["before"] != report.scores["after"]
+    assert report.size == facts["bytes"] == facts["predicted_bytes"]
+    assert "world_ppl word_perplexity" in str(report)
+    with pytest.raises(LlmoptError, match="overwrite=True"):
+        llmopt.run(recipe, tmp_path / "out")
+    again = llmopt.run(recipe, tmp_path / "out", resume=True)           # finished: nothing is left to do
+    assert (again.scores, again.to_dict()) == (report.scores, report.to_dict())
+    ppl = llmopt.evaluate(report.model, "world_ppl", report.tokenizer, limit=2)["world_ppl"]["word_perplexity"]
+    assert ppl == pytest.approx(report.scores["after"][0][2])
+
+
+def test_the_recipe_of_a_checkpoint_names_its_data_or_there_is_none(tmp_path):
+    said = {"name": "world", "samples": 4, "length": 32}
+    report = llmopt.compress("llmopt/reference", "quant.gptq", said)
+    report.save(tmp_path / "named")
+    facts = read_facts(tmp_path / "named")
+    assert facts["calibration"] == {"samples": 4, "tokens": 128}
+    assert facts["recipe"]["data"].items() >= said.items()
+    report = llmopt.compress("llmopt/reference", "quant.gptq", tiny.ids(4, 32))
+    report.save(tmp_path / "ids")
+    assert read_facts(tmp_path / "ids")["recipe"] is None
+
+
+def test_compress_with_an_output_is_such_a_run_and_the_dry_run_foretells_its_size(tmp_path):
+    plan = {"steps": ["quant.rtn"], "eval": {"tasks": []}}
+    report = llmopt.compress("llmopt/reference", plan, output=tmp_path / "out")
+    assert read_facts(tmp_path / "out")["recipe"] == report.recipe.resolved()
+    assert llmopt.dry_run(plan, model="llmopt/reference")["predicted_bytes"] == report.size
+    assert type(report.model).__name__ == "LlamaForCausalLM" and report.tokenizer is not None

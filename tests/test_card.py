@@ -81,7 +81,10 @@ def test_scores_are_a_model_index_and_what_is_no_number_is_left_out(made, tmp_pa
     text = with_facts(made[1], tmp_path, scores={"before": [], "after": rows}, table=[["copy acc", "1", ".5"]])
     found = ModelCard(text).data.eval_results
     assert [[r.dataset_type, r.metric_type, r.metric_value] for r in found] == rows[:3]
-    assert "on all documents of each task" in text
+    assert "Scores of tasks are on all documents of each." in text and "calibration did not see" not in text
+    scores = {"before": [], "after": [["fidelity", "kl", 0.1]]}
+    text = with_facts(made[1], tmp_path, scores=scores, table=[["a", "", ""]])
+    assert "are on rows of the data `ids`, which the calibration did not see" in text and "of tasks" not in text
 
 
 def test_a_card_of_a_model_made_in_python_names_no_recipe_and_claims_no_base(tmp_path):

@@ -206,11 +206,17 @@ def _calibration(facts: dict[str, Any]) -> str:
 
 
 def _scored(facts: dict[str, Any]) -> str:
-    if not facts.get("scores"):
-        return ""
-    limit = _asked(facts, "eval", "limit")
-    part = f"the first {one_line(str(limit))} documents of each task" if limit else "all documents of each task"
-    return f" Scores are on {part}; `eval-before.json` and `eval-after.json` have the details."
+    """Sentences on what the scores are of."""
+    tasks = {task for task, _, _ in facts.get("scores", {}).get("after", [])}
+    told, limit, data = [], _asked(facts, "eval", "limit"), _asked(facts, "data", "name")
+    if "fidelity" in tasks:
+        source = "rows that the model itself wrote" if data == "self" else f"rows of the data `{one_line(str(data))}`"
+        told += [f"KL, agreement and perplexity are on {source}, which the calibration did not see."]
+    if tasks - {"fidelity"}:
+        part = f"the first {one_line(str(limit))} documents" if limit else "all documents"
+        told += [f"Scores of tasks are on {part} of each."]
+    return "".join(f" {sentence}" for sentence in told) + (
+        " Details: `eval-before.json` and `eval-after.json`." if told else "")
 
 
 def _asked(facts: dict[str, Any], section: str, key: str) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from llmopt.errors import LlmoptError
-from llmopt.scale import launch
 
 if TYPE_CHECKING:
     from llmopt.scale.processes import Ranks
@@ -54,8 +53,6 @@ def check_target(file: Path | None) -> None:
 
 def join(device: str) -> Ranks:
     """The processes of this run; raises LlmoptError for a device that all of them would take."""
-    if launch.count() > 1 and device.startswith("cuda:"):
-        raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
     from llmopt.scale import processes
 
     return processes.join(device)

@@ -1,6 +1,7 @@
 """`llmopt.compress` and `llmopt.dry_run`: what Python code has at hand, brought into the form that a run takes."""
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,14 @@ def _named(model: str, steps: Any, data: Any, words: dict[str, Any], progress: P
         return llmopt.run(recipe_of(steps, model, words | {"data": _word(data)}), output, progress=progress)
     said = isinstance(data, (str, os.PathLike)) or data is None
     recipe = recipe_of(steps, model, words | {"data": _word(data)} if said else words)
+    if isinstance(data, Mapping) and _is_named(data):
+        recipe, said = replace(recipe, data=DataSpec(**data)), True
     loaded, tokenizer = load_dense(recipe.model)
     choose(loaded, recipe.model.compute_dtype, recipe.model.device)
     found = _batches(None if said else data, recipe.data, recipe.steps, Sampler(loaded, tokenizer, progress=progress))
     run = Run(found, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
     report = pipeline.apply_steps(loaded, list(recipe.steps), run)
-    report.made, report.recipe = (loaded, tokenizer), recipe
+    report.made, report.recipe = (loaded, tokenizer), recipe if said else None      # texts are in no recipe
     return report
 
 

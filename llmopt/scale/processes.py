@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.errors import LlmoptError
 from llmopt.scale.launch import Lost, count
 
 PATIENCE = timedelta(days=30)       # rank 0 may write or verify for hours; a rank that dies is noticed at once
@@ -139,6 +140,8 @@ def join(device: str = "cpu") -> Ranks:
     """Join the processes that the launcher has started; gloo for a model on the CPU, nccl on CUDA, one GPU for each."""
     if count() == 1:
         return Ranks()
+    if device.startswith("cuda:"):
+        raise LlmoptError(f"{device}: several processes take one GPU each; give cuda")
     from torch.distributed import _dist2
 
     place = torch.device(device)
