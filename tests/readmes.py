@@ -26,10 +26,10 @@ LESS = {"compress": ("--set", "data.samples=2", "--set", "data.length=32", "--se
         "eval": ("--limit", "1"), "heads": ("--samples", "2", "--length", "32")}
 # Commands that no test runs as they stand, and why. Their options are held against the command's own.
 READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these tests", "ruff": "run by .ci/run",
-        "--recipe quickstart": "run by .ci/run", "push": "a hub account", "world.train": "an hour and more",
-        "synthetic": "gigabytes", "m7": "13 GB", "bench scale": "minutes", "llmopt_evals.real": "90 MB of the index",
-        "llmopt_evals --model": "data of the hub", "--recipe magnitude": "a model of ten blocks",
-        "--recipe everything": "run by test_end_to_end.py"}
+        "--recipe quickstart": "run by .ci/run", "push": "a hub account", "pull": "the hub", "m7": "13 GB",
+        "world.train": "an hour and more", "synthetic": "gigabytes", "bench scale": "minutes",
+        "llmopt_evals.real": "90 MB of the index", "num_fewshot": "data of the hub",
+        "--recipe magnitude": "a model of ten blocks", "--recipe everything": "run by test_end_to_end.py"}
 FULL = {"torchrun": "two cold processes", "world.check": "half a minute"}
 
 

@@ -86,6 +86,10 @@ def test_links_lead_somewhere(page):
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_the_pages_have_blocks():
     assert {"bash", "python"} <= {block.language for block in blocks(ROOT / "README.md")}
     assert sum(len(blocks(page)) for page in PAGES) > 25
