@@ -59,6 +59,18 @@ class Probe:
         return found[-1] + torch.arange(len(self.answer)) if len(found) else None
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """A text that was read twice: ids [n]; by layer, the largest attention on each entry the second time [G, n].
+
+    protected: (first, last) entries that are kept whatever their score.
+    """
+
+    ids: Tensor
+    scores: list[Tensor]
+    protected: tuple[int, int]
+
+
 @dataclass
 class Run:
     """The context of a step that is being applied.
@@ -66,6 +78,7 @@ class Run:
     batches: [{"input_ids": [B, T], "attention_mask": [B, T]}, ...], right-padded, or None.
     probes: what head scores of `eats` "probes" look at; see calibration.probes.
     scores: head scores by step name: L tensors of [H_l], float32. heads: once pruning has taken some, which are left.
+    replays: what heads.replay has read twice, for the kv methods that learn from it.
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
@@ -81,6 +94,7 @@ class Run:
     memory: Memory = field(default_factory=Memory)
     ranks: Ranks = field(default_factory=Ranks)
     probes: list[Probe] | None = None
+    replays: list[Replayed] | None = None
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:

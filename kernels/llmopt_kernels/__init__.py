@@ -9,6 +9,7 @@ from llmopt_kernels.reference import (
     Rule,
     attention,
     attention_weights,
+    column_max,
     column_sums,
     dense,
     joined,
@@ -17,5 +18,5 @@ from llmopt_kernels.rotary import rotate, unrotate
 from llmopt_kernels.sparse import Pooled, Stripes, sparse_attention, sparse_partial
 
 __all__ = ["NONE", "Packed", "Partial", "Pooled", "Ragged", "Rule", "Stripes", "attention", "attention_weights",
-           "column_sums", "dense", "dense_attention", "dense_visible", "joined", "merged", "ragged_attention",
-           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]
+           "column_max", "column_sums", "dense", "dense_attention", "dense_visible", "joined", "merged",
+           "ragged_attention", "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]

@@ -181,6 +181,17 @@ def column_sums(query: Tensor, keys: Tensor, query_positions: Tensor, key_positi
     return total
 
 
+def column_max(query: Tensor, keys: Tensor, query_positions: Tensor, key_positions: Tensor, rule: Rule,
+               block: int = 256) -> Tensor:
+    """The largest attention that each key receives from any one query; arguments and result as in `column_sums`."""
+    best = query.new_zeros(query.shape[0], query.shape[1], keys.shape[2], dtype=torch.float32)
+    for start in range(0, query.shape[2], block):
+        part = slice(start, start + block)
+        visible = rule.visible(query_positions[:, None, part], key_positions)        # [B, G, t, S]
+        best = torch.maximum(best, attention_weights(query[:, :, part], keys, visible, rule).amax(-2))
+    return best
+
+
 def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
                      first: int, rule: Rule) -> Tensor:
     """Attention over flat kept entries and a dense tail: [B, H, T, D] -> [B, H, T, D].

@@ -13,10 +13,16 @@ from llmopt.method import Run
 from llmopt.model.blocks import blocks
 
 
-def read_scores(file: Path) -> list[list[float]]:
-    """Head scores [L][H] from a JSON file, {"scores": [L][H]} or the bare list; LlmoptError for anything else."""
+def read_scores(file: Path, beside: str | None = None) -> list[list[float]]:
+    """Head scores [L][H] from a JSON file, {"scores": [L][H]} or the bare list; LlmoptError for anything else.
+
+    beside: the name of another figure of each head that the file is to hold.
+    """
     content = load_json(file)
-    rows = content.get("scores") if isinstance(content, dict) else content
+    rows = content.get(beside or "scores") if isinstance(content, dict) else None if beside else content
+    if rows is None and beside:
+        raise LlmoptError(f"{file}: holds no {beside!r}; write it by `llmopt heads MODEL --method heads.replay "
+                          "--output FILE`")
     if not isinstance(rows, list) or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):
         raise LlmoptError(f'{file}: holds no head scores; expected {{"scores": [[...], ...]}} of finite numbers')
     return rows
@@ -41,18 +47,19 @@ def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[st
     Path(path).expanduser().write_text(json.dumps(data, indent=1) + "\n")
 
 
-def load_scores(path: str | Path) -> list[Tensor]:
-    """Scores from a JSON file: {"scores": [L][H]} or the bare list; raises LlmoptError for anything else."""
-    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path).expanduser())]
+def load_scores(path: str | Path, beside: str | None = None) -> list[Tensor]:
+    """Scores from a JSON file, as `read_scores` finds them."""
+    return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path).expanduser(), beside)]
 
 
-def find(name: str, run: Run, model: nn.Module) -> list[Tensor]:
+def find(name: str, run: Run, model: nn.Module, beside: str | None = None) -> list[Tensor]:
     """Head scores [H_l] of every layer by the name of their step, or from a .json file.
 
-    Those of a file, {"scores": [L][H]} or the bare list, may be of the model before it was pruned in this run. Raises
-    LlmoptError for scores of other heads.
+    Those of a file, {"scores": [L][H]} or the bare list, may be of the model before it was pruned in this run. beside:
+    another figure of each head that the step tells of. Raises LlmoptError for scores of other heads.
     """
-    rows = run.scores[name] if name in run.scores else _from_file(name, run)
+    told = name if beside is None else f"{name}.{beside}"
+    rows = run.scores[told] if told in run.scores else _from_file(name, run, beside)
     given, present = [len(row) for row in rows], [block.heads for block in blocks(model)]
     if given == present:
         return rows
@@ -62,12 +69,14 @@ def find(name: str, run: Run, model: nn.Module) -> list[Tensor]:
                       f"has {_counted(present)}")
 
 
-def _from_file(name: str, run: Run) -> list[Tensor]:
+def _from_file(name: str, run: Run, beside: str | None) -> list[Tensor]:
+    if name in run.scores:
+        raise LlmoptError(f"heads: {name} does not tell {beside!r} of each head; heads.replay does")
     if not name.endswith(".json"):
         raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
     if not Path(name).expanduser().is_file():
         raise LlmoptError(f"heads: there is no file {name}")
-    return load_scores(name)
+    return load_scores(name, beside)
 
 
 def _counted(heads: list[int]) -> str:

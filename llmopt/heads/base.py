@@ -65,7 +65,9 @@ class HeadScore(Method):
         if self.needs_data and not run.batches:
             raise LlmoptError("head scores need calibration data and there is none")
         meta = run.memory.remember("scores", lambda: self._measured(model, run))
-        run.scores[self.name] = [torch.tensor(s, dtype=torch.float32) for s in meta["scores"]]
+        for key in ("scores", *self.beside):
+            name = self.name if key == "scores" else f"{self.name}.{key}"
+            run.scores[name] = [torch.tensor(s, dtype=torch.float32) for s in meta[key]]
         return Record(meta=meta)
 
     def _measured(self, model: nn.Module, run: Run) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """KV cache methods."""
+from llmopt.kv.captured import Captured
+from llmopt.kv.expected import Expected
+from llmopt.kv.kvzip import KVzip
 from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 
-__all__ = ["SnapKV", "Streaming"]
+__all__ = ["Captured", "Expected", "KVzip", "SnapKV", "Streaming"]

@@ -2,15 +2,23 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmopt.calibration import head_scores
+from llmopt.errors import LlmoptError
+from llmopt.files.json_shapes import finite
 from llmopt.kv import allocate
+from llmopt.method import Record, Run
+from llmopt.model.blocks import blocks
 from llmopt.parts import Part, register
+
+if TYPE_CHECKING:
+    from llmopt.kv.base import Scorer
 
 
 class Scored(NamedTuple):
@@ -73,6 +81,26 @@ class Allocator(Part, ABC):
     kind = "allocator"
     looks_at: ClassVar[Literal["layer", "model", "nothing"]] = "layer"
     reads_heads: ClassVar[bool] = False
+    usual_heads: ClassVar[str | None] = None            # the head scores that it reads where `heads` names none
+
+    def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
+        """Plain JSON that `weights` needs, decided once when the method is applied; record: what `scorer` learned."""
+        return {}
+
+    @property
+    def meta_shape(self) -> dict:
+        """The form of what `plan` gives, as files/json_shapes.py writes it."""
+        return {}
+
+    def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
+        """Raise LlmoptError for what its form does not rule out; heads: KV heads of each layer of the model."""
+
+    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor] | None:
+        """By layer, how much of the budget each KV head [G] deserves, by what `plan` gave; None: all alike.
+
+        share: mean entries per head that stay of `length`; protected: sinks + window.
+        """
+        return None
 
     @abstractmethod
     def counts(self, demand: Demand) -> Tensor:
@@ -146,8 +174,82 @@ class Heads(Allocator):
     looks_at: ClassVar = "nothing"
     reads_heads: ClassVar[bool] = True
 
+    def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
+        return {"shares": best_of_groups(scorer.heads, run, model)}
+
+    @property
+    def meta_shape(self) -> dict:
+        return {"shares": [[finite]]}
+
+    def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
+        check_heads(meta["shares"], heads, label)
+
+    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor]:
+        return [torch.tensor(row) for row in meta["shares"]]
+
     def counts(self, demand: Demand) -> Tensor:
         return allocate.water_fill(demand.weights, demand.total, demand.floor(), demand.cap)
+
+
+class Tabled(Allocator):
+    """A budget for every head that was measured once, at several kept shares, by a table of kept parts.
+
+    {"kept": [R], "parts": [R][L][G]}: which part of its entries each head keeps where so many of all are kept, sinks
+    and window apart. In between, parts are interpolated.
+    """
+
+    looks_at: ClassVar = "nothing"
+
+    @property
+    def meta_shape(self) -> dict:
+        return {"kept": [finite], "parts": [[[finite]]]}
+
+    def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
+        if len(meta["kept"]) != len(meta["parts"]) or sorted(meta["kept"]) != meta["kept"] or not meta["kept"]:
+            raise LlmoptError(f"{label}: parts for {len(meta['parts'])} kept shares; {meta['kept']} are named")
+        for part in meta["parts"]:
+            check_heads(part, heads, label)
+
+    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor]:
+        rest = max(1, length - protected)
+        at = (share - protected) / rest
+        kept, parts = [0.0, *meta["kept"], 1.0], meta["parts"]
+        place = max(i for i in range(len(kept) - 1) if i == 0 or kept[i] <= at)
+        low, high = ([torch.tensor(row) for row in parts[i - 1]] if 0 < i < len(kept) - 1
+                     else [torch.full((len(row),), kept[i]) for row in parts[0]] for i in (place, place + 1))
+        mix = min(1.0, max(0.0, (at - kept[place]) / max(1e-9, kept[place + 1] - kept[place])))
+        return [torch.lerp(a, b, mix) * rest + protected for a, b in zip(low, high, strict=True)]
+
+    def counts(self, demand: Demand) -> Tensor:
+        return allocate.water_fill(demand.weights, demand.total, demand.floor(demand.protected), demand.cap)
+
+
+@register("profile")
+@dataclass(frozen=True)
+class Profile(Tabled):
+    """As many as the head has among the best replay scores of the model, by heads.replay."""
+
+    reads_heads: ClassVar[bool] = True
+    usual_heads: ClassVar = "heads.replay"
+
+    def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
+        """The table, from the step that `heads` names, or from its file."""
+        names = {"at_5": 0.05, "at_10": 0.1, "at_25": 0.25, "at_50": 0.5}
+        parts = [best_of_groups(scorer.heads or self.usual_heads, run, model, name) for name in names]
+        return {"kept": list(names.values()), "parts": parts}
+
+
+def best_of_groups(name: str, run: Run, model: nn.Module, beside: str | None = None) -> list[list[float]]:
+    """Head scores, or a figure beside them, by KV head [L][G]: the best query head of each group speaks for it."""
+    found = zip(head_scores.find(name, run, model, beside), blocks(model), strict=True)
+    return [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else [] for scores, block in found]
+
+
+def check_heads(rows: list[list[float]], heads: list[int], label: str) -> None:
+    """Raise LlmoptError unless there is a number for each KV head of every layer."""
+    found = [len(row) for row in rows]
+    if found != heads:
+        raise LlmoptError(f"{label}: shares for {str(found)[:200]} KV heads per layer; the model has {heads}")
 
 
 def stack(rows: list[Tensor], fill: float) -> Tensor:

@@ -9,13 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration import head_scores
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.files.json_shapes import finite
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
-from llmopt.kv.replay import highest_scores
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
@@ -24,6 +21,7 @@ from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
 from llmopt.runtime.compression import fold
 from llmopt.runtime.hooks import Attachment
+from llmopt.runtime.replay import highest_scores
 
 
 class Turn(NamedTuple):
@@ -74,7 +72,8 @@ class Scorer(CacheMethod):
             raise FieldError("ratio", self.ratio, "exactly one of ratio and budget", "; such as ratio=0.5")
         if self.budget is not None and self.budget < max(1, self.sinks + self.window):
             raise FieldError("budget", self.budget, f"at least sinks + window = {self.sinks} + {self.window}")
-        if (self.heads is None) == self.allocate.reads_heads:
+        if self.heads is None and self.allocate.reads_heads and not self.allocate.usual_heads \
+                or self.heads is not None and not self.allocate.reads_heads:
             raise FieldError("heads", self.heads, "head scores together with allocate: heads, and only then,")
 
     @abstractmethod
@@ -115,25 +114,23 @@ class Scorer(CacheMethod):
 
     # ------------------------------------------------------------------------------------------ once, at apply
 
+    def learn(self, model: nn.Module, run: Run) -> Record:
+        """What the scorer decides once."""
+        return Record()
+
     def plan(self, model: nn.Module, run: Run) -> Record:
-        """meta {"shares": [L][G]} where head scores decide: the best query head of each group speaks for it."""
-        if not self.allocate.reads_heads:
-            return Record()
-        found = zip(head_scores.find(self.heads, run, model), blocks(model), strict=True)
-        return Record({"shares": [scores.view(block.kv_heads, -1).amax(1).tolist() if block.heads else []
-                                  for scores, block in found]})
+        """What the scorer has learned, and what the allocator has decided on its scores."""
+        record = self.learn(model, run)
+        record.meta |= self.allocate.plan(self, record, model, run)
+        return record
 
     @property
     def meta_shape(self) -> dict:
-        return {"shares": [[finite]], str: object} if self.allocate.reads_heads else {str: object}
+        return {**self.allocate.meta_shape, str: object}
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
-        if self.allocate.reads_heads:
-            found, heads = [len(row) for row in record.meta["shares"]], [view.kv_heads for view in blocks(model)]
-            if found != heads:
-                raise LlmoptError(f"{self.name}: shares for {str(found)[:200]} KV heads per layer; the model has "
-                                  f"{heads}")
+        self.allocate.check_meta(record.meta, [view.kv_heads for view in blocks(model)], self.name)
 
     # --------------------------------------------------------------------- after a forward, or a layer's attention
 
@@ -172,11 +169,15 @@ class Scorer(CacheMethod):
             return None
         if not all(self._has_voters(turn, index) for index in layers):
             return None
-        replayed = self._replayed(turn) if self.replays and not turn.live.now.rehearsing else {}
-        scored = [self._scored(turn, index, replayed.get(index)) for index in layers]
+        scored = self.scores_of(turn, layers)
         counts = self._counts(scored, turn, share, layers)
         return [Choice(self._keep(layer, count[:len(layer.scores)], turn.length), layer)
                 for layer, count in zip(scored, counts, strict=True)]
+
+    def scores_of(self, turn: Turn, layers: list[int]) -> list[Scored]:
+        """The scores of a row's entries, layer by layer; the context is read again for them where `replays` is set."""
+        replayed = self._replayed(turn) if self.replays and not turn.live.now.rehearsing else {}
+        return [self._scored(turn, index, replayed.get(index)) for index in layers]
 
     def _has_voters(self, turn: Turn, index: int) -> bool:
         """True if a real query of this row waits in a layer, or the method asks for none."""
@@ -202,7 +203,7 @@ class Scorer(CacheMethod):
 
         def score(copy: LlmoptCache, index: int) -> Tensor:
             view = _view(turn._replace(cache=copy, row=0), index, turn.entries(index))
-            return self.score(replace(view, lengths=torch.tensor([turn.length])))
+            return self.score(replace(view, lengths=torch.tensor([turn.length]), tail=copy.layers[index].keys))
 
         return highest_scores(turn.live, turn.cache, turn.row, chunks, score)
 
@@ -232,10 +233,11 @@ class Scorer(CacheMethod):
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
-        caps, shares = self._coming(turn), turn.record.meta.get("shares")
-        weights = None if shares is None else stack([torch.tensor(shares[i]) for i in caps], 0.0)
-        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self.minimum,
-                                           self.sinks + self.window, weights=weights))
+        caps, protected = self._coming(turn), self.sinks + self.window
+        told = self.allocate.weights(turn.record.meta, share, turn.length, protected)
+        weights = None if told is None else stack([told[i] for i in caps], 0.0)
+        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self.minimum, protected,
+                                           weights=weights))
 
     def _keep(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: sinks and window first, then the best."""

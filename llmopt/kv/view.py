@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmopt.method import Record
 from llmopt.model.blocks import blocks
 from llmopt.model.positions import rotary_tables
+from llmopt.runtime.replay import largest_attention
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class LayerKV:
 
     keys, values: [B, G, T, D], keys after RoPE; positions: [B, G, T], -1 at holes, which only follow the last entry of
     a head; queries: [B, H, W, D] the last ones, after RoPE, as many as the scorer asked for; lengths: [B] tokens seen;
-    columns: [B, G, T] each, what the entries carry.
+    columns: [B, G, T] each, what the entries carry. tail: [B, G, S, D] of a replay, keys that end in those of the
+    tokens being read again, which are no entries.
     """
 
     keys: Tensor
@@ -58,6 +60,7 @@ class LayerKV:
     rule: Rule
     source: Source | None = field(default=None, repr=False)
     columns: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    tail: Tensor | None = field(default=None, repr=False)
 
     @property
     def holes(self) -> Tensor:
@@ -92,6 +95,10 @@ class LayerKV:
         queries, positions = self._last(last)
         return column_sums(queries, self.keys, positions, self.positions, self.rule)
 
+    def column_max(self) -> Tensor:
+        """The largest attention on each entry from any one query of a replay, see `tail`: [B, H, T]."""
+        return largest_attention(self.queries, self.query_positions, self.keys, self.positions, self.tail, self.rule)
+
     def mean_over_group(self, per_head: Tensor) -> Tensor:
         """[B, H, ...] -> [B, G, ...]."""
         return self._grouped(per_head).mean(2)
@@ -120,6 +127,15 @@ class LayerKV:
     def rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """x [..., D] turned as this layer turns keys at `position_ids` [...], none beyond what the model has seen."""
         return self._turned(rotate, x, position_ids)
+
+    def mean_rotation(self, ahead: int) -> Tensor:
+        """[D, D]: row i is unit vector i, turned by RoPE and averaged over the next `ahead` positions."""
+        unit, first = torch.eye(self.keys.shape[-1], device=self.keys.device), int(self.source.queries.max()) + 1
+        tables = rotary_tables(self.source.model, self.layer, first + ahead, unit)
+        if tables is None:
+            return unit
+        cos, sin = (table[first:, None] for table in tables)                             # [ahead, 1, R]
+        return rotate(unit.expand(ahead, -1, -1), cos, sin).mean(0)
 
     def _turned(self, turn: Callable, x: Tensor, position_ids: Tensor) -> Tensor:
         tables = rotary_tables(self.source.model, self.layer, self.source.length, x)

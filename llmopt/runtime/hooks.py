@@ -203,7 +203,8 @@ class Attachment:
         self._record(layer, query, mask)
         out = self._attention(prompt)
         after_attention(self, index)
-        layer.slide()
+        if not self.now.recording:                          # a replay asks for the keys of all that it has read
+            layer.slide()
         return out
 
     def _attention(self, prompt: Prompt) -> Tensor:

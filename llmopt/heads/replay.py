@@ -1,0 +1,94 @@
+"""What each KV head needs to have kept: its part of what the model looks at when it reads a text again.
+
+    s_j = max over queries of the second reading, and over the group, of the attention on entry j          (KVzip)
+    at r of the entries kept: how many of a head's entries are among the best r of all heads of all layers
+
+Replay scores: KVzip (arXiv:2505.23416); their thresholds as budgets per head that are fixed once: the idea of LU-KV
+(arXiv:2602.08585). First and last entries, which every head keeps, are left out. A score of 1 is an even share.
+"""
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.heads.base import HeadScore
+from llmopt.method import Record, Replayed, Run
+from llmopt.model.blocks import blocks
+from llmopt.parts import register
+from llmopt.runtime.replay import replay_scores, request
+
+GRID = {"at_50": 0.5, "at_25": 0.25, "at_10": 0.1, "at_5": 0.05}
+
+
+@register("heads.replay")
+@dataclass(frozen=True)
+class Replay(HeadScore):
+    """Part of a small cache that a head deserves, by reading texts twice; needs no labels and no questions.
+
+    A query head has the score of its KV head. Beside the scores: the part of its entries that the head keeps where
+    50, 25, 10 and 5 % of all are kept, for `allocate: profile`.
+    """
+
+    beside: ClassVar = tuple(GRID)
+
+    pieces: int = Field(6, ge=1, le=1000, description="texts that are read twice, rows of the data joined")
+    length: int = Field(2048, ge=64, le=1_000_000, description="tokens of each")
+    chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
+    sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
+    window: int = Field(32, ge=0, description="last entries, always kept and left out here")
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        if not run.batches:
+            raise LlmoptError("head scores need calibration data and there is none")
+        pieces, asked = joined_rows(run.batches, self.pieces, self.length), request(run.tokenizer)
+        if min(map(len, pieces)) <= self.sinks + self.window:
+            raise LlmoptError(f"texts of {min(map(len, pieces))} tokens are too short to leave out sinks + window = "
+                              f"{self.sinks} + {self.window}")
+        kept = run.memory.keep_named("replays", lambda: self._read(model, pieces, asked, run))
+        run.replays = [Replayed(ids, [kept[f"{i}.{layer}"] for layer in range(len(blocks(model)))],
+                                (self.sinks, self.window)) for i, ids in enumerate(pieces)]
+        return super().apply(model, run)
+
+    def _read(self, model: nn.Module, pieces: list[Tensor], asked: list[int], run: Run) -> dict[str, Tensor]:
+        """{"piece.layer": scores [G, n]}."""
+        found = {}
+        for i in run.progress(range(len(pieces)), self.name):
+            scores = replay_scores(model, pieces[i], asked, self.chunk)
+            found |= {f"{i}.{layer}": part for layer, part in enumerate(scores)}
+        return found
+
+    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+        return self.measure(model, run)["scores"]
+
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
+        parts = {name: _mean([kept_parts(piece, share) for piece in run.replays]) for name, share in GRID.items()}
+        scores = [sum(parts[name][layer] / share for name, share in GRID.items()) / len(GRID)
+                  for layer in range(len(blocks(model)))]
+        groups = [block.heads // max(1, block.kv_heads) for block in blocks(model)]
+        return {key: [part.repeat_interleave(g) for part, g in zip(layers, groups, strict=True)]
+                for key, layers in {"scores": scores, **parts}.items()}
+
+
+def joined_rows(batches: list[dict[str, Tensor]], count: int, length: int) -> list[Tensor]:
+    """At most `count` texts of `length` tokens, one row of the data behind the other, padding left out; int64 [n]."""
+    rows = [row[mask.bool()] for batch in batches
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    texts = torch.cat(rows).split(length)[:count]
+    return [text for text in texts if len(text) == length] or [texts[0]]
+
+
+def kept_parts(piece: Replayed, share: float) -> list[Tensor]:
+    """By layer, the part of each KV head's entries [G] that is among the best `share` of all heads, first and last
+    entries apart."""
+    first, last = piece.protected
+    scores = torch.cat([layer[:, first:layer.shape[1] - last] for layer in piece.scores])           # [all G, n]
+    best = scores.flatten().argsort(descending=True, stable=True)[:round(share * scores.numel())]
+    counts = torch.bincount(best // scores.shape[1], minlength=len(scores))
+    return list((counts / scores.shape[1]).split([len(layer) for layer in piece.scores]))
+
+
+def _mean(parts: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(layer).mean(0) for layer in zip(*parts, strict=True)]

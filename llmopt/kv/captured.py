@@ -1,0 +1,66 @@
+"""Budgets from what a scorer captures: heads get entries where the scorer finds those that a second reading looks at.
+
+    C(x) = part x of a head's entries, in the scorer's own order -> sum of their replay scores, mean over texts
+    entries go, one after the other, where the concave majorant of C rises most
+
+The idea is LU-KV's (arXiv:2602.08585); the majorant of replay mass in the scorer's order is ours.
+"""
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.kv.allocators import Tabled
+from llmopt.kv.listener import own_scores
+from llmopt.method import Record, Replayed, Run
+from llmopt.parts import register
+
+PLACES = torch.linspace(0, 1, 65, dtype=torch.float64) ** 2         # where curves are taken, densest at few entries
+KEPT = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@register("captured")
+@dataclass(frozen=True)
+class Captured(Tabled):
+    """Where this scorer finds what a second reading looks at, on the texts of heads.replay, which must run before."""
+
+    def plan(self, scorer, record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
+        if not run.replays:
+            raise LlmoptError(f"{scorer.name}: allocate: captured needs the step heads.replay before it")
+        curves = sum(captured(piece, own_scores(scorer, record, model, piece.ids)) for piece in run.replays)
+        sizes = [len(layer) for layer in run.replays[0].scores]
+        slopes = torch.stack([falling(curve.diff() / PLACES.diff(), PLACES.diff()) for curve in curves])
+        return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, share).split(sizes)]
+                                              for share in KEPT]}
+
+
+def captured(piece: Replayed, own: list[Tensor]) -> Tensor:
+    """Replay mass of every head of the model [G of all layers, places]; own: the scorer's scores [G, n] by layer."""
+    first, last = piece.protected
+    mass, order = (torch.cat([layer[:, first:layer.shape[1] - last] for layer in layers]).double()
+                   for layers in (piece.scores, own))
+    found = mass.gather(1, order.argsort(dim=1, descending=True, stable=True)).cumsum(1)
+    found = torch.cat([found.new_zeros(len(found), 1), found], 1)
+    return found[:, (PLACES * mass.shape[1]).round().long()]
+
+
+def falling(slopes: Tensor, widths: Tensor) -> Tensor:
+    """The slopes of the concave majorant: neighbours that rise are pooled, weighted by their widths; both [n]."""
+    pools: list[list[float]] = []                                    # [rise, width, pieces]
+    for slope, width in zip(slopes.tolist(), widths.tolist(), strict=True):
+        pools.append([slope * width, width, 1])
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] < pools[-1][0] * pools[-2][1]:
+            pools[-2:] = [[a + b for a, b in zip(*pools[-2:], strict=True)]]
+    return torch.tensor([rise / width for rise, width, pieces in pools for _ in range(pieces)], dtype=torch.float64)
+
+
+def best(slopes: Tensor, share: float) -> Tensor:
+    """The part of its entries that each head keeps [heads], where `share` of all go to the steepest slopes."""
+    widths = PLACES.diff().expand(slopes.shape).flatten()
+    order = slopes.flatten().argsort(descending=True, stable=True)
+    room = (share * len(slopes) - (widths[order].cumsum(0) - widths[order])).clamp(min=0)
+    given = torch.zeros_like(widths)
+    given[order] = torch.minimum(widths[order], room)
+    return given.view(slopes.shape).sum(1)

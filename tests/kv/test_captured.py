@@ -1,0 +1,47 @@
+"""Budgets from captured replay mass: the majorant, the steepest first, and a head whose order finds nothing."""
+import torch
+from torch.testing import assert_close
+
+from llmopt.heads.replay import Replay
+from llmopt.kv import SnapKV
+from llmopt.kv.captured import KEPT, PLACES, best, captured, falling
+from llmopt.method import Replayed, Run
+from tests.tiny import ids, make
+
+
+def test_the_majorant_pools_what_rises():
+    even = torch.ones(4)
+    assert falling(torch.tensor([4., 1., 3., 0.]), even).tolist() == [4, 2, 2, 0]
+    assert falling(torch.tensor([0., 0., 0., 4.]), even).tolist() == [1, 1, 1, 1]
+    assert falling(torch.tensor([1., 4.]), torch.tensor([3., 1.])).tolist() == [1.75, 1.75]
+
+
+def test_mass_in_the_scorer_s_own_order():
+    replay, own = torch.rand(2, 70), torch.rand(2, 70)
+    own[0] = replay[0]                                                  # finds the best first; the other by chance
+    curves = captured(Replayed(torch.arange(70), [replay[:1], replay[1:]], (4, 2)), [own[:1], own[1:]])
+    assert curves.shape == (2, len(PLACES)) and bool((curves[:, 0] == 0).all())
+    assert_close(curves[:, -1], replay[:, 4:68].sum(1).double())
+    middle = int((PLACES * 64).round().tolist().index(16.0))
+    assert_close(curves[0, middle], replay[0, 4:68].sort(descending=True).values[:16].sum().double())
+    assert float(curves[0, middle]) > float(curves[1, middle])
+
+
+def test_entries_go_where_the_slope_is_steepest():
+    steep = torch.where(PLACES[1:] <= 0.26, 10.0, 0.0)
+    slopes = torch.stack([steep, torch.ones_like(steep)])
+    for share in KEPT:
+        parts = best(slopes, share)
+        assert_close(parts.sum(), torch.tensor(2 * share, dtype=torch.float64))
+    first = PLACES[PLACES <= 0.26][-1]
+    assert_close(best(slopes, 0.25)[0], first)
+    assert float(best(slopes, 0.1)[1]) == 0
+
+
+def test_a_plan_of_a_real_cache_sums_up():
+    model = make("llama")
+    run = Run([{"input_ids": ids(3, 80), "attention_mask": torch.ones(3, 80, dtype=torch.long)}])
+    Replay(pieces=3, length=80, chunk=40, sinks=1, window=4).apply(model, run)
+    record = SnapKV(ratio=0.5, window=4, allocate="captured").plan(model, run)
+    for share, parts in zip(record.meta["kept"], record.meta["parts"], strict=True):
+        assert abs(sum(map(sum, parts)) / 6 - share) < 1e-6
