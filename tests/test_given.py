@@ -37,7 +37,7 @@ WHOLE, CUT = IDS.tolist(), IDS[:, 3:].tolist()
     ([{"input_ids": IDS[:2], "attention_mask": LEFT[:2]}, {"input_ids": IDS[2:], "attention_mask": LEFT[2:]}], CUT),
     (DataLoader(TensorDataset(IDS), batch_size=2), WHOLE),
     (DataLoader(TensorDataset(IDS, LEFT), batch_size=2), CUT),
-    (DataLoader(TensorDataset(IDS, IDS), batch_size=2), WHOLE),
+    (DataLoader(TensorDataset(IDS, IDS * LEFT), batch_size=2), WHOLE),
     (DataLoader(WHOLE, batch_size=2, collate_fn=torch.tensor), WHOLE),
     (DataLoader([{"input_ids": row} for row in IDS], batch_size=2), WHOLE),
     (datasets.Dataset.from_dict({"input_ids": WHOLE, "text": ["x"] * 5}), WHOLE),

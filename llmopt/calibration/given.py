@@ -108,7 +108,7 @@ def _tokenised(items: list, tokenizer: Any, length: int) -> list[list[int]]:
         raise LlmoptError("texts need the model's tokenizer, and there is none; give tokenizer=, or token ids")
     template = "chat" if _is_talk(items[0]) else None
     whole = [item if isinstance(item, str) else list(item) for item in items]
-    return tokenised(whole, DataSpec(name="self", template=template, samples=len(items)), length, tokenizer)
+    return tokenised(whole, DataSpec(name="text", path="-", template=template, samples=len(items)), length, tokenizer)
 
 
 def _rows(item: Any) -> list[list[int]]:
