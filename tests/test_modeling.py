@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from llmopt.checkpoint.save import load
 from llmopt.method import Run
@@ -188,6 +188,16 @@ def test_a_trusted_model_can_be_compressed_again_once_llmopt_is_imported(tmp_pat
     seen = torch.load(tmp_path / "seen.pt")
     assert seen["kept"] == [(False, True), (True, False), (True, True)]
     assert torch.equal(load(tmp_path / "out")[0](IDS).logits, seen["logits"])
+
+
+def test_a_stock_folder_whose_files_name_the_head_otherwise_is_read(tmp_path):
+    """GPT-NeoX and Pythia: embed_out in the files, lm_head in the model."""
+    stock = GPTNeoXForCausalLM(tiny.CONFIGS["gpt_neox"])
+    stock.save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is not GPTNeoXForCausalLM
+    assert torch.equal(loaded(IDS).logits, stock.eval()(IDS).logits)
 
 
 def test_building_one_leaves_the_stock_classes_alone(made):

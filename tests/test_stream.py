@@ -51,6 +51,7 @@ STEPS = {
 }
 CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
          ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),
+         ("gpt_neox", "narrow", {}),
          ("gemma2", "heads", {}), ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
          ("phi3", "gptq", {}), ("mixtral", "rtn", {"num_local_experts": 12}), ("mixtral", "kv", {}),
          ("qwen2_moe", "groups", {}), ("qwen3_moe", "groups", {}), ("qwen3_moe", "gptq", {})]

@@ -160,6 +160,11 @@ class _Shaped(_Saving):
         declare_tensors(self)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, as for the stock class: its files name their tensors (GPT-NeoX: embed_out) as that one's do."""
+        return False
+
+    @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded      # output_loading_info=True gives a pair

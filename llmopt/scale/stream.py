@@ -157,11 +157,15 @@ class Streamed(Resumable):
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
         homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
         renamed = not packs(model, self.format)
+        outside = {name: tensor for name, tensor in model.state_dict().items() if name in self.rest}
+        names = {filed: name for name in outside
+                 for filed in (as_filed(model, {name: outside[name]}) if renamed else [name])}
         for group in shards.by_block(plain_state(model, renamed)):
             first = next(iter(group))
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
             layer = homes.get(prefix)
-            places = self.layers.get(layer) or {name: self.rest[name] for name in group if group[name].is_meta}
+            wanted = [names[filed] for filed in group if group[filed].is_meta] if layer is None else []
+            places = self.layers.get(layer) or {name: self.rest[name] for name in wanted}
             record = described(layer) if layer is not None and self.format == "dense" else None
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
