@@ -246,11 +246,16 @@ class Scorer(CacheMethod):
         sure = layer.scores.masked_fill(self._protected(layer, counts, length), torch.inf)
         return ranks(sure) < counts.unsqueeze(-1)
 
+    def ends(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `counts` entries that a head keeps, how many are its first and how many its last, whatever is set."""
+        half = (counts * self.protect / 2).long()
+        return half, half
+
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
         counts = counts.to(layer.positions.device)
-        ends = (counts * self.protect / 2).long()
-        sinks, window = ends.clamp(min=self.sinks), ends.clamp(min=self.window)
+        first, last = self.ends(counts)
+        sinks, window = first.clamp(min=self.sinks), last.clamp(min=self.window)
         sinks = torch.where(counts < sinks + window, torch.minimum(sinks, counts // 2), sinks)
         window = torch.minimum(window, counts - sinks)
         first = layer.positions < sinks.unsqueeze(-1)

@@ -2,9 +2,11 @@
 
     s_j = sum_t mean_{h in group} softmax(q_t k^T / sqrt(D))_j              mean: divided by the queries t that saw j
 
-Zhang et al., 2023 (arXiv:2306.14048). An entry carries its sum from turn to turn. The paper drops one entry at every
-token: `every: 1`. Differs: it gives half of the budget to the newest tokens, here `window` says how many stay.
+Zhang et al., 2023 (arXiv:2306.14048). Half of a head's budget goes to its newest entries, half to the heavy hitters
+among the rest. An entry carries its sum from turn to turn. The paper drops one entry at every token: `every: 1`.
+Nothing left out; with grouped queries the mean over the group decides for its one KV head.
 """
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -19,11 +21,15 @@ from llmopt.parts import register
 class H2O(Scorer):
     """All attention that an entry has received; reads the whole map once more, streamed."""
 
-    window: int = Field(32, ge=0, description="last tokens, always kept")
+    recent: float = Field(0.5, ge=0, le=1, description="part of a head's budget for its newest entries")
     mean: bool = Field(False, description="by the number of queries that saw the entry: old ones have no advantage")
 
     def queries(self) -> None:
         return None
+
+    def ends(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = super().ends(counts)
+        return first, torch.maximum(last, (counts * self.recent).long())
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
         mass = received(kv)

@@ -142,7 +142,7 @@ def test_h2o_over_turns_is_the_whole_map_computed_at_once(mean):
         def score(self, view):
             return found.setdefault((view.layer, int(view.lengths)), super().score(view))
 
-    with runtime.attached(model, Heard(budget=12, window=0, mean=mean, every=1)):
+    with runtime.attached(model, Heard(budget=12, mean=mean, every=1)):
         cache = None
         for part in (slice(0, 20), slice(20, 21), slice(21, 30)):
             cache = model(tokens[:, part], attention_mask=mask[:, :part.stop], past_key_values=cache,
@@ -155,6 +155,14 @@ def test_h2o_over_turns_is_the_whole_map_computed_at_once(mean):
         assert_close(found[0, 12][0, head], want, atol=1e-4, rtol=1e-4)
 
 
+def test_h2o_gives_half_of_the_budget_to_the_newest():
+    for recent, sure in ((0.5, 5), (0.0, 0), (1.0, 10)):
+        kept = kept_of(make("llama"), kv.H2O(budget=10, recent=recent, window=0), ids(1, 60)).layers[0].kept
+        heads = [kept.positions[where].tolist() for _, _, where in kept.heads()]
+        assert all(len(head) == 10 and set(range(60 - sure, 60)) <= set(head) for head in heads)
+        assert any(59 - sure not in head for head in heads)
+
+
 def test_snapkv_whose_window_is_the_prompt_ranks_as_h2o_does():
     model, tokens, found = make("llama"), ids(1, 30), {}
 
@@ -164,7 +172,7 @@ def test_snapkv_whose_window_is_the_prompt_ranks_as_h2o_does():
                 return found.setdefault((type(method), view.layer), super().score(view))
         return Heard(**method.to_dict()[method.name])
 
-    for method in (kv.SnapKV(ratio=0.1, window=30, pool=1, minimum=1), kv.H2O(ratio=0.1, window=0, minimum=1)):
+    for method in (kv.SnapKV(ratio=0.1, window=30, pool=1, minimum=1), kv.H2O(ratio=0.1, minimum=1)):
         kept_of(model, heard(method), tokens)
     assert len(found) == 6
     for layer in range(3):
