@@ -1,6 +1,6 @@
 """What dropping entries of a context costs the text that follows: nats a token, with and without.
 
-    python -m llmopt_evals.continuations MODEL FILE.jsonl --limit 24 --ratio 0.9 "kv.snapkv: {window: 16, allocate: ada}"
+    python -m llmopt_evals.continuations MODEL FILE.jsonl --limit 24 "kv.snapkv: {window: 16, allocate: ada}"
 
 A line of the file is {"context", "question", "answer"}. The context alone is read with the methods in force, then
 question and answer on what was kept, at their true places; the answer's tokens count. Each argument after the file is

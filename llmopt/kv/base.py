@@ -62,7 +62,7 @@ class Scorer(CacheMethod):
     minimum: int = Field(7, ge=1, description="floor of any one head")
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")
-    protect: float = Field(0.0, ge=0, le=1, description="part of a head's budget for its first and last, half each")
+    protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
     heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
@@ -248,8 +248,8 @@ class Scorer(CacheMethod):
 
     def ends(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of the `counts` entries that a head keeps, how many are its first and how many its last, whatever is set."""
-        half = (counts * self.protect / 2).long()
-        return half, half
+        part = (counts * self.protect).long()
+        return part, part
 
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""

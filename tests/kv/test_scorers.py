@@ -277,15 +277,15 @@ def test_ems_brings_both_scores_to_one_mean():
 
 # ---------------------------------------------------------------------------------------------------- protect
 
-def test_protect_reserves_a_share_of_the_budget_at_both_ends():
+def test_protect_reserves_a_part_of_the_budget_at_each_end():
     class Middle(Scorer):
         name = "kv.middle"
 
         def score(self, seen):
             return -(seen.positions - 50.0).abs()
 
-    for fields, first, last in (({"protect": 0.2}, 2, 2), ({"protect": 0.2, "sinks": 4, "window": 1}, 4, 2),
-                                ({"protect": 1.0}, 10, 10), ({"protect": 1.0, "sinks": 15}, 10, 10), ({}, 0, 0)):
+    for fields, first, last in (({"protect": 0.1}, 2, 2), ({"protect": 0.1, "sinks": 4, "window": 1}, 4, 2),
+                                ({"protect": 0.5}, 10, 10), ({"protect": 0.5, "sinks": 15}, 10, 10), ({}, 0, 0)):
         kept = kept_of(make("llama"), Middle(budget=20, **fields), ids(1, 100)).layers[0].kept
         places = set(kept.positions[:20].tolist())
         assert len(places) == 20 and {*range(first), *range(100 - last, 100)} <= places
