@@ -7,4 +7,5 @@ from llmopt.heads.replay import Replay
 from llmopt.heads.retrieval import Retrieval
 from llmopt.heads.span import Span
 
-__all__ = ["Gradient", "HeadScore", "Need90", "ProbeScore", "Replay", "Retrieval", "Span", "load_scores", "plot", "save_scores"]
+__all__ = ["Gradient", "HeadScore", "Need90", "ProbeScore", "Replay", "Retrieval",
+           "Span", "load_scores", "plot", "save_scores"]

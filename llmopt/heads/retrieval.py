@@ -1,14 +1,14 @@
-"""Retrieval score: how much of an answer that stands in the context a head finds, token by token, while it is written.
+"""Retrieval score: how much of an answer that stands in the context a head finds, while it is written.
 
-    hits: top     | { j in the needle : at some token of the answer the head looks most at j, and j is that token } | / n
+    hits: top     | { j in the needle : at a token of the answer the head looks most at j, and j is that token } | / n
     hits: mass    sum over tokens of the answer of A[t, j], j in the needle and among the n keys looked at most, / n
 
 The needle are the n tokens of the context that state the answer; t is the token in front of the one that is written.
-The mean is over the probes whose answer the model gets right, more than half of its tokens (`gate`). The answer is read,
-not sampled, so that one pass over a probe is enough.
+The mean is over the probes whose answer the model gets right, more than half of its tokens (`gate`). The answer is
+read, not sampled, so that one pass over a probe is enough. A repeated hit counts once, as in the paper's formula.
 
 Retrieval heads (arXiv:2404.15574); `mass`: HeadKV's R2 (arXiv:2410.19258). Left out: its needle of two facts, and the
-authors' haystack of 600 trials, which `probe: FILE.jsonl` can hold. A repeated hit counts once, as in the paper's formula.
+authors' haystack of 600 trials, which `probe: FILE.jsonl` can hold.
 """
 from dataclasses import replace
 from typing import ClassVar, Literal
