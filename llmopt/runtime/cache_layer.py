@@ -53,6 +53,7 @@ class RaggedLayer(CacheLayerMixin):
         self.kept: Ragged | None = None
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
+        self.hidden: Tensor | None = None           # [B, W, E] what attention read of these tokens, if asked for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -108,6 +109,7 @@ class RaggedLayer(CacheLayerMixin):
             self.kept = self.kept.select_rows(rows)
         if self.queries is not None:
             self.queries, self.query_positions = self.queries[place], self.query_positions[place]
+            self.hidden = None if self.hidden is None else self.hidden[place]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -136,29 +138,35 @@ class RaggedLayer(CacheLayerMixin):
             twin.kept = self.kept.where(self.kept.positions != twin.seen)
         return twin
 
-    def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool) -> None:
+    def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool,
+               hidden: Tensor | None = None) -> None:
         """Keep the `last` real queries of every row (all, if None): query [B, H, T, D], positions [B, T].
 
-        holes: whether `positions` may hold NONE, at padding.
+        holes: whether `positions` may hold NONE, at padding. hidden: [B, T, E], where the kv method asks for it.
         """
+        if (hidden is None) != (self.hidden is None):           # those waiting were asked for by another method
+            self.forget_queries()
         if self.queries is not None:
             query = torch.cat([self.queries, query], 2)
             positions = torch.cat([self.query_positions, positions], 1)
+            hidden = None if hidden is None else torch.cat([self.hidden, hidden], 1)
         if holes:
             order = positions.argsort(dim=1, stable=True)
             positions = positions.gather(1, order)
             query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        self.queries, self.query_positions = query, positions
+            hidden = None if hidden is None else hidden.gather(1, order[..., None].expand(hidden.shape))
+        self.queries, self.query_positions, self.hidden = query, positions, hidden
         self.forget_queries(last)
 
     def forget_queries(self, keep: int | None = 0) -> None:
         """Hold the last `keep` queries only; None forgets nothing."""
         if keep == 0 or self.queries is None:
-            self.queries = self.query_positions = None
+            self.queries = self.query_positions = self.hidden = None
         elif keep is not None:
             start = max(0, self.queries.shape[2] - keep)
             self.queries = self.queries[:, :, start:].clone()       # a view would hold on to all of them
             self.query_positions = self.query_positions[:, start:].clone()
+            self.hidden = None if self.hidden is None else self.hidden[:, start:].clone()
 
     def coming(self, real: Tensor | None, row: int, total: int) -> Tensor:
         """[G] entries that this row will hold once `total` tokens are seen, unless something is dropped.
@@ -235,7 +243,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
+        held = self.keys, self.values, self.queries, self.query_positions, self.hidden
+        held = [t for t in held if t is not None]
         return held if self.kept is None else held + self.kept.tensors()
 
 
