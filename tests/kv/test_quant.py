@@ -210,6 +210,31 @@ def test_entries_of_another_form_are_packed_anew():
     assert {layer.kept.keys.codes.form.bits for layer in cache.layers} == {2}
 
 
+def test_keys_and_values_have_bits_of_their_own_and_the_newest_real_tokens_stay_dense():
+    """One row with padding behind its tokens: its newest tokens are not the last columns."""
+    model, tokens = make("llama"), ids(2, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, 30:] = 0
+    with runtime.attached(model, quant(bits=8, key_bits=4, value_bits=2, residual=6)):
+        kept = read(model, tokens, [40], mask)[0].layers[0].kept
+    assert (kept.keys.codes.form.bits, kept.values.codes.form.bits) == (4, 2)
+    for row, _, where in kept.heads():
+        last = 30 if row else 40
+        assert kept.positions[where][~kept.keys[where].old].tolist() == list(range(last - 6, last))
+
+
+def test_merged_entries_are_packed_anew():
+    """What was in codes takes in what is dropped later, and its codes are then those of the sum."""
+    model, tokens, sizes = make("llama"), ids(1, 60), [30, 30]
+    merging = kv.SnapKV(budget=12, window=4, reduce="merge")
+    with runtime.attached(model, merging):
+        plain = read(model, tokens, sizes)[0].layers[0].kept
+    with runtime.attached(model, merging, quant(bits=8, residual=0)):
+        kept = read(model, tokens, sizes)[0].layers[0].kept
+    assert torch.equal(kept.positions, plain.positions) and int((kept.positions < 30).sum()) > 4
+    assert_close(kept.values.dense(), plain.values, atol=0.02 * float(plain.values.abs().max()), rtol=0)
+
+
 def test_merged_entries_lose_their_source():
     before = Entries(torch.randn(1, 3, 4), torch.randn(1, 3, 4), torch.tensor([[0, 1, NONE]]),
                      {"source": torch.tensor([[1, 2, 0]])})
