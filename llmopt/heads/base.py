@@ -125,6 +125,12 @@ class ProbeScore(HeadScore):
         return super().apply(model, replace(run, probes=found))
 
 
+def single_rows(batches: list[Batch]) -> list[Batch]:
+    """Batches of one row each, in order: no sample waits in memory for the longest one of its batch."""
+    return [{key: row[None] for key, row in zip(batch, rows, strict=True)}
+            for batch in batches for rows in zip(*batch.values(), strict=True)]
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; modes and requires_grad come back as they were."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from llmopt.calibration.walk import visits
-from llmopt.heads.base import HeadScore
+from llmopt.heads.base import HeadScore, single_rows
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.parts import register
@@ -82,8 +82,7 @@ class Span(HeadScore):
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         """{"scores", "sink_mass"}: L tensors [H_l] each, distance in tokens and share of the attention."""
         totals = [torch.zeros(2, block.heads, dtype=torch.float64) for block in blocks(model)]
-        samples = [{key: row[None] for key, row in zip(batch, rows, strict=True)}
-                   for batch in run.batches for rows in zip(*batch.values(), strict=True)]
+        samples = single_rows(run.batches)
         tokens = sum(int(sample["attention_mask"].sum()) for sample in samples)
         maps: dict[int, Columns] = {}                     # of each layer, the sample that it read last
 
