@@ -159,7 +159,8 @@ class Scorer(CacheMethod):
         if choice is None:
             return entries
         entries = replace(entries, carried=entries.carried | choice.scored.carried)
-        return self.reduce.reduce(view_of(turn, index, entries), entries, choice.keep, choice.scored.scores)
+        left = self.reduce.reduce(view_of(turn, index, entries), entries, choice.keep, choice.scored.scores)
+        return left.traced_from(entries)
 
     def _choose(self, turn: Turn, layers: list[int]) -> list[Choice] | None:
         """The entries of a row that stay, per layer; None: all of them."""

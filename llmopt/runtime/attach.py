@@ -98,7 +98,8 @@ class StoreMethod(RuntimeMethod):
     def pack(self, entries: Entries, packing: Packing) -> Entries:
         """One batch row of one layer whose keys and values, [G, T, D], are `llmopt_kernels.Packed`; nothing dropped.
 
-        Entries that were packed before come as tensors again, with the columns they carry.
+        Entries that were packed before come as tensors again, with the columns they carry; that of the name `SOURCE`
+        tells where they lie in `packing.before`, so that their codes need not be made a second time.
         """
 
 

@@ -2,12 +2,14 @@
 
 Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from llmopt_kernels import NONE, Packed, Ragged, dense, joined
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+SOURCE = "source"       # a column of entries that were packed: 1 + their place among the kept ones; it is not kept
 
 
 @dataclass
@@ -28,6 +30,16 @@ class Entries:
         if name in self.carried:
             return self.carried[name]
         return torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
+
+    def traced_from(self, before: "Entries") -> "Entries":
+        """These entries, made from `before`; those whose key or value has changed no longer know their source."""
+        if SOURCE not in self.carried:
+            return self
+        source = torch.zeros_like(self.carried[SOURCE])
+        if self.keys.shape == before.keys.shape:
+            same = (self.keys == before.keys).all(-1) & (self.values == before.values).all(-1)
+            source = torch.where(same, self.carried[SOURCE], source)
+        return replace(self, carried=self.carried | {SOURCE: source})
 
     @property
     def counts(self) -> Tensor:
@@ -203,21 +215,24 @@ class RaggedLayer(CacheLayerMixin):
     def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
         """Kept entries of a row that a query may still read, then its tail, head by head."""
         kept, parts = self.kept, []
+        columns = dict(kept.carried)
+        if isinstance(kept.keys, Packed):
+            columns[SOURCE] = torch.arange(1, len(kept.positions) + 1, device=self.device)
         for row, head, where in kept.heads():
             if row != index:
                 continue
             old = kept.positions[where].long()
             live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
             new = [tail.keys[head], tail.values[head], tail.positions[head]]
-            new += [column.new_zeros(len(new[2])) for column in kept.carried.values()]
+            new += [column.new_zeros(len(new[2])) for column in columns.values()]
             before = [dense(kept.keys[where]), dense(kept.values[where]), old]
-            before += [column[where] for column in kept.carried.values()]
+            before += [column[where] for column in columns.values()]
             parts.append([torch.cat([a[live], b]) for a, b in zip(before, new, strict=True)])
-        fills = (0.0, 0.0, NONE, *(0 for _ in kept.carried))
-        keys, values, positions, *columns = (
+        fills = (0.0, 0.0, NONE, *(0 for _ in columns))
+        keys, values, positions, *carried = (
             torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
             for column, fill in zip(zip(*parts, strict=True), fills, strict=True))
-        return Entries(keys, values, positions, dict(zip(kept.carried, columns, strict=True)))
+        return Entries(keys, values, positions, dict(zip(columns, carried, strict=True)))
 
     def fold(self, rows: list[Entries]) -> None:
         """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
@@ -226,7 +241,8 @@ class RaggedLayer(CacheLayerMixin):
         def flat(name: str) -> Tensor | Packed:
             return joined([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
 
-        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()}
+        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()
+                 if name != SOURCE}
         carried = {name: torch.cat([entry.column(name, dtype)[mask] for entry, mask in zip(rows, masks, strict=True)])
                    for name, dtype in known.items()}
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
