@@ -16,6 +16,7 @@ from llmopt.errors import LlmoptError
 from llmopt.heads import ProbeScore
 from llmopt.method import Probe, Run
 from llmopt.model.blocks import blocks
+from llmopt.parts import in_our_words
 from llmopt.run import pipeline
 from llmopt.run.marks import is_finished
 from llmopt.run.opening import Streaming
@@ -24,9 +25,9 @@ from tests import tiny
 from tests.plans import contents
 
 
-@parts.in_our_words
+@in_our_words
 @dataclass(frozen=True)
-class Toy(ProbeScore):
+class Retrieval(ProbeScore):
     """A toy: how much of its attention a head gives to the needle while the answer is written."""
 
     name: ClassVar = "heads.toy"
@@ -106,7 +107,7 @@ def test_the_heads_that_retrieve_are_found_in_the_reference_model():
     """Few heads look at the needle of a fact that was stated once; at random they would give it 1 part in 200."""
     model, tokenizer = llmopt.load("llmopt/reference", dtype="float32")
     run = Run(tokenizer=tokenizer)
-    record = Toy(probe="world", probes=8, length=200).apply(model, run)
+    record = Retrieval(probe="world", probes=8, length=200).apply(model, run)
     scores = torch.cat(run.scores["heads.toy"])
     assert scores.max() > .5 and scores.median() < .05
     assert record.meta["samples"] == 8 and record.meta["tokens"] > 8 * 100
@@ -116,7 +117,7 @@ def test_the_heads_that_retrieve_are_found_in_the_reference_model():
     for rank in (0, 1):                              # what two processes would each compute, weighed by their share
         own = Run(tokenizer=tokenizer, ranks=Ranks(rank, 2), probes=found).own_probes
         assert len(own) == 4
-        parts_of.append(torch.cat(Toy().score(model, Run(probes=own))))
+        parts_of.append(torch.cat(Retrieval().score(model, Run(probes=own))))
     torch.testing.assert_close(sum(parts_of) / 2, scores, rtol=1e-4, atol=1e-6)
 
 
@@ -156,12 +157,12 @@ def test_a_missing_file_and_a_wrong_source_are_one_line():
     with pytest.raises(LlmoptError, match="none.jsonl.*there is no such file"):
         given("none.jsonl", tiny.make("llama").config)
     with pytest.raises(LlmoptError, match="probe: 'words' given, world, tokens or a FILE.jsonl expected"):
-        Toy(probe="words")
+        Retrieval(probe="words")
 
 
 def test_a_recipe_needs_no_calibration_data_for_probes(tmp_path, monkeypatch):
     """A score of probes decides the cache; another file of probes is another run."""
-    monkeypatch.setitem(parts._REGISTRY["method"], "heads.toy", Toy)
+    monkeypatch.setitem(parts._REGISTRY["method"], "heads.toy", Retrieval)
     model, _ = llmopt.load("llmopt/reference")
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps(LINES[0]))

@@ -2,7 +2,8 @@
 from llmopt.kv.captured import Captured
 from llmopt.kv.expected import Expected
 from llmopt.kv.kvzip import KVzip
+from llmopt.kv.quant import Quant
 from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 
-__all__ = ["Captured", "Expected", "KVzip", "SnapKV", "Streaming"]
+__all__ = ["Captured", "Expected", "KVzip", "Quant", "SnapKV", "Streaming"]
