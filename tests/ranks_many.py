@@ -40,7 +40,7 @@ def batches(rows: int, size: int) -> list[dict]:
 def made(family: str, plan: str, data: list[dict], team: processes.Ranks) -> tuple[dict, list]:
     """(weights, records) of a tiny model that `team` has compressed."""
     model = tiny.make(family)
-    report = pipeline._compress(model, PLANS[plan], Run(data, ranks=team))
+    report = pipeline.apply_steps(model, PLANS[plan], Run(data, ranks=team))
     return model.state_dict(), report.records
 
 

@@ -29,6 +29,7 @@ READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these t
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "pull": "the hub", "m7": "13 GB",
         "world.train": "an hour and more", "synthetic": "gigabytes", "bench scale": "minutes",
         "llmopt_evals.real": "90 MB of the index", "num_fewshot": "data of the hub",
+        ".llmopt-complete": "a shell's start file", "completions": "a shell's start file",
         "--recipe magnitude": "a model of ten blocks", "--recipe everything": "run by test_end_to_end.py"}
 FULL = {"torchrun": "two cold processes", "world.check": "half a minute"}
 
@@ -81,7 +82,7 @@ def check_options(given: list[str]) -> None:
     """Raise for an option that the command does not have; nothing is run."""
     if "-m" in given and given[0] in ("python", "torchrun"):
         given = given[given.index("-m") + 1:]
-    if given[0] == "llmopt":
+    if given[0] == "llmopt" and given[1] != ">":
         command, rest = cli, given[1:]
         while isinstance(command, click.Group):
             command, rest = command.commands[rest[0]], rest[1:]

@@ -75,10 +75,10 @@ class Noise(Transform):
 def test_every_step_draws_from_the_runs_seed():
     """Whatever ran before: a resumed run passes over the work of earlier steps."""
     alone, behind, other = (tiny.make("llama") for _ in range(3))
-    pipeline._compress(alone, [Noise()], Run(seed=5))
+    pipeline.apply_steps(alone, [Noise()], Run(seed=5))
     torch.randn(100)
-    pipeline._compress(behind, [Noise()], Run(seed=5))
-    pipeline._compress(other, [Noise()], Run(seed=6))
+    pipeline.apply_steps(behind, [Noise()], Run(seed=5))
+    pipeline.apply_steps(other, [Noise()], Run(seed=6))
     one, two, three = (model.state_dict()["model.norm.weight"] for model in (alone, behind, other))
     assert torch.equal(one, two) and not torch.equal(one, three)
 

@@ -16,6 +16,7 @@ from llmopt.errors import LlmoptError
 from llmopt.heads import ProbeScore
 from llmopt.method import Probe, Run
 from llmopt.model.blocks import blocks
+from llmopt.parts import in_our_words
 from llmopt.run import pipeline
 from llmopt.run.marks import is_finished
 from llmopt.run.opening import Streaming
@@ -24,6 +25,7 @@ from tests import tiny
 from tests.plans import contents
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Retrieval(ProbeScore):
     """A toy: how much of its attention a head gives to the needle while the answer is written."""

@@ -37,11 +37,11 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise LlmoptError(f"{output}: is not empty; give --overwrite (overwrite=True in Python) to replace it, or "
                           "another output")
-    with naming(f"{output}: is not replaced"):
-        check_written(output)
     if strange := own.foreign(output, own.CHECKPOINT):
         raise LlmoptError(f"{output}: holds {', '.join(strange[:9])}, which llmopt did not write; move it "
                           "elsewhere, or choose another output")
+    with naming(f"{output}: is not replaced"):
+        check_written(output)
 
 
 def check_written(folder: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from llmopt.kv.knorm import Knorm
 from llmopt.kv.kvzip import KVzip
 from llmopt.kv.leverage import Leverage
 from llmopt.kv.noncausal import NonCausal
+from llmopt.kv.quant import Quant
 from llmopt.kv.random import Random
 from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
 __all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "Expected", "H2O", "KVzip", "KeyDiff", "Knorm",
-           "Leverage", "NonCausal", "Random", "SnapKV", "Streaming", "TOVA"]
+           "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]

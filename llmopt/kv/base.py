@@ -160,7 +160,8 @@ class Scorer(CacheMethod):
         if choice is None:
             return entries
         entries = replace(entries, carried=entries.carried | choice.scored.carried)
-        return self.reduce.reduce(_view(turn, index, entries), entries, choice.keep, choice.scored.scores)
+        left = self.reduce.reduce(view_of(turn, index, entries), entries, choice.keep, choice.scored.scores)
+        return left.traced_from(entries)
 
     def _choose(self, turn: Turn, layers: list[int]) -> list[Choice] | None:
         """The entries of a row that stay, per layer; None: all of them."""
@@ -203,14 +204,14 @@ class Scorer(CacheMethod):
         chunks = self.replay(ids if real is None else ids[real.to(ids.device)], turn.record)
 
         def score(copy: LlmoptCache, index: int) -> Tensor:
-            view = _view(turn._replace(cache=copy, row=0), index, turn.entries(index))
+            view = view_of(turn._replace(cache=copy, row=0), index, turn.entries(index))
             return self.score(replace(view, lengths=torch.tensor([turn.length]), tail=copy.layers[index].keys))
 
         return highest_scores(turn.live, turn.cache, turn.row, chunks, score)
 
     def _scored(self, turn: Turn, index: int, scores: Tensor | None = None) -> Scored:
         """One layer's scores, [1, G, T] if they are known; raises LlmoptError if the method gave NaN."""
-        view = _view(turn, index, turn.entries(index))
+        view = view_of(turn, index, turn.entries(index))
         if view.positions.shape[-1] == 0:               # nothing but padding in this layer's window
             return Scored(view.positions[0].float(), view.positions[0], {})
         if turn.live.now.rehearsing:                    # no weight is there to be read
@@ -263,16 +264,17 @@ class Scorer(CacheMethod):
         return (first | last) & (layer.positions >= 0)
 
 
-def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
+def view_of(turn: Turn, index: int, entries: Entries) -> LayerKV:
     """The scorer's view of one layer of one row."""
     layer, row, real = turn.cache.layers[index], turn.row, turn.cache.real(turn.row)
     ids = turn.cache.position_ids
     table = None if ids is None else ids[row]
-    queries = query_positions = asked = None
+    queries = query_positions = asked = hidden = None
     if layer.queries is not None:
         columns = layer.query_positions[row]
         there = _are_real(columns, real)
         queries, columns = layer.queries[row, :, there].unsqueeze(0), layer.query_positions[row, there]
+        hidden = None if layer.hidden is None else layer.hidden[row, there].unsqueeze(0)
         query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
     furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
     source = Source(turn.live.model, turn.record, look_up(table, entries.positions).unsqueeze(0), asked, furthest,
@@ -280,7 +282,7 @@ def _view(turn: Turn, index: int, entries: Entries) -> LayerKV:
     columns = {name: column.unsqueeze(0) for name, column in entries.carried.items()}
     return LayerKV(entries.keys.unsqueeze(0), entries.values.unsqueeze(0), queries, query_positions,
                    index_of_real(real, entries.positions).unsqueeze(0), torch.tensor([turn.length]), index,
-                   turn.live.rules[index], source, columns)
+                   turn.live.rules[index], source, columns, hidden=hidden)
 
 
 def _are_real(columns: Tensor, real: Tensor | None) -> Tensor:

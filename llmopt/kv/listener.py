@@ -1,10 +1,12 @@
-"""What a scorer makes of a text, without dropping any of it."""
+"""What a scorer sees and makes of a text, without dropping any of it."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.kv.base import Scorer, Turn
+from llmopt.kv.base import Scorer, Turn, view_of
+from llmopt.kv.view import LayerKV
 from llmopt.method import Record
 from llmopt.model.blocks import layer_list
 from llmopt.runtime.attach import CacheMethod, attached
@@ -19,7 +21,7 @@ class Listener(CacheMethod):
 
     def __init__(self, scorer: Scorer, record: Record):
         self.scorer, self.known = scorer, record
-        self.replays, self.layer_by_layer = scorer.replays, not scorer.replays
+        self.replays, self.layer_by_layer, self.hidden = scorer.replays, not scorer.replays, scorer.hidden
         self.found: dict[int, Tensor] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,6 +35,7 @@ class Listener(CacheMethod):
         for index, layer in zip(layers, self.scorer.scores_of(turn, layers), strict=True):
             full = layer.scores.new_full((len(layer.scores), cache.get_seq_length()), -torch.inf)
             self.found[index] = full.scatter_(1, layer.positions.long(), layer.scores)      # -inf where it slid away
+            cache.layers[index].forget_queries()
 
 
 @torch.no_grad()
@@ -43,3 +46,31 @@ def own_scores(scorer: Scorer, record: Record, model: nn.Module, ids: Tensor) ->
         model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)
     nothing = torch.zeros(0, len(ids))
     return [listener.found.get(index, nothing).cpu() for index in range(len(layer_list(model)))]
+
+
+class Watcher(CacheMethod):
+    """Shows every layer of a text to `see`, with all queries and what its attention read, and drops nothing."""
+
+    name, every, layer_by_layer, hidden = "watcher", None, True, True
+
+    def __init__(self, see: Callable[[LayerKV], None]):
+        self.see = see
+
+    def to_dict(self) -> dict[str, Any]:
+        return {self.name: {}}
+
+    def queries(self) -> None:
+        return None
+
+    def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
+        turn = Turn(cache, live, record, 0)
+        for index in layers:
+            self.see(view_of(turn, index, turn.entries(index)))
+            cache.layers[index].forget_queries()
+
+
+@torch.no_grad()
+def watch(model: nn.Module, ids: Tensor, see: Callable[[LayerKV], None]) -> None:
+    """Show all layers of a text `ids` [n] to `see`, one by one, each right after its attention."""
+    with attached(model, Watcher(see)):
+        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)

@@ -33,5 +33,10 @@ class SnapKV(Scorer):
         return self.window
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
-        votes = kv.mean_over_group(kv.attention(last=self.window).mean(-2))
-        return avg_pool1d(votes, self.pool, stride=1, padding=self.pool // 2)
+        return votes(kv, self.window, self.pool)
+
+
+def votes(kv: LayerKV, window: int, pool: int) -> Tensor:                                # [B, G, T]
+    """The scores of the formula above."""
+    given = kv.mean_over_group(kv.attention(last=window).mean(-2))
+    return avg_pool1d(given, pool, stride=1, padding=pool // 2)

@@ -19,6 +19,7 @@ from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
 from llmopt.specs import REFERENCE, ModelSpec
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")       # one of them is there
 MOST_ADDED = 1000       # tokens that somebody may have added to a tokenizer of this model; more are another's
 PAGE = f"{string.printable} The fox runs . {'a' * 60}! {'x' * 60} {'ab ' * 30}\u00e9\u4f60\U0001f600 " * 4
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
@@ -159,8 +160,7 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     from transformers import AutoTokenizer
 
     folder = Path(source)
-    if folder.is_dir() and not any((folder / f).exists() for f in
-                                   ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if not any(companion(source, name, revision) for name in TOKENIZER):
         return None
     if folder.is_dir() and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         _need_sentencepiece(source)

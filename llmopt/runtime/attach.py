@@ -66,13 +66,15 @@ class CacheMethod(RuntimeMethod):
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
     computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
-    made smaller, so the cache keeps its token ids and no query of the first reading.
+    made smaller, so the cache keeps its token ids and no query of the first reading. hidden: the attention modules'
+    inputs are kept beside the queries, of the same tokens.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
     replays: ClassVar[bool] = False
+    hidden: bool = False
 
     def queries(self) -> int | None:
         """The number of last queries to keep in `layer.queries`; None: all since the last compression."""
@@ -96,7 +98,8 @@ class StoreMethod(RuntimeMethod):
     def pack(self, entries: Entries, packing: Packing) -> Entries:
         """One batch row of one layer whose keys and values, [G, T, D], are `llmopt_kernels.Packed`; nothing dropped.
 
-        Entries that were packed before come as tensors again, with the columns they carry.
+        Entries that were packed before come as tensors again, with the columns they carry; that of the name `SOURCE`
+        tells where they lie in `packing.before`, so that their codes need not be made a second time.
         """
 
 

@@ -2,12 +2,14 @@
 
 Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from llmopt_kernels import NONE, Packed, Ragged, dense, joined
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+SOURCE = "source"       # a column of entries that were packed: 1 + their place among the kept ones; it is not kept
 
 
 @dataclass
@@ -28,6 +30,16 @@ class Entries:
         if name in self.carried:
             return self.carried[name]
         return torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
+
+    def traced_from(self, before: "Entries") -> "Entries":
+        """These entries, made from `before`; those whose key or value has changed no longer know their source."""
+        if SOURCE not in self.carried:
+            return self
+        source = torch.zeros_like(self.carried[SOURCE])
+        if self.keys.shape == before.keys.shape:
+            same = (self.keys == before.keys).all(-1) & (self.values == before.values).all(-1)
+            source = torch.where(same, self.carried[SOURCE], source)
+        return replace(self, carried=self.carried | {SOURCE: source})
 
     @property
     def counts(self) -> Tensor:
@@ -53,6 +65,7 @@ class RaggedLayer(CacheLayerMixin):
         self.kept: Ragged | None = None
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
+        self.hidden: Tensor | None = None           # [B, W, E] what attention read of these tokens, if asked for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -108,6 +121,7 @@ class RaggedLayer(CacheLayerMixin):
             self.kept = self.kept.select_rows(rows)
         if self.queries is not None:
             self.queries, self.query_positions = self.queries[place], self.query_positions[place]
+            self.hidden = None if self.hidden is None else self.hidden[place]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -136,29 +150,35 @@ class RaggedLayer(CacheLayerMixin):
             twin.kept = self.kept.where(self.kept.positions != twin.seen)
         return twin
 
-    def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool) -> None:
+    def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool,
+               hidden: Tensor | None = None) -> None:
         """Keep the `last` real queries of every row (all, if None): query [B, H, T, D], positions [B, T].
 
-        holes: whether `positions` may hold NONE, at padding.
+        holes: whether `positions` may hold NONE, at padding. hidden: [B, T, E], where the kv method asks for it.
         """
+        if (hidden is None) != (self.hidden is None):           # those waiting were asked for by another method
+            self.forget_queries()
         if self.queries is not None:
             query = torch.cat([self.queries, query], 2)
             positions = torch.cat([self.query_positions, positions], 1)
+            hidden = None if hidden is None else torch.cat([self.hidden, hidden], 1)
         if holes:
             order = positions.argsort(dim=1, stable=True)
             positions = positions.gather(1, order)
             query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        self.queries, self.query_positions = query, positions
+            hidden = None if hidden is None else hidden.gather(1, order[..., None].expand(hidden.shape))
+        self.queries, self.query_positions, self.hidden = query, positions, hidden
         self.forget_queries(last)
 
     def forget_queries(self, keep: int | None = 0) -> None:
         """Hold the last `keep` queries only; None forgets nothing."""
         if keep == 0 or self.queries is None:
-            self.queries = self.query_positions = None
+            self.queries = self.query_positions = self.hidden = None
         elif keep is not None:
             start = max(0, self.queries.shape[2] - keep)
             self.queries = self.queries[:, :, start:].clone()       # a view would hold on to all of them
             self.query_positions = self.query_positions[:, start:].clone()
+            self.hidden = None if self.hidden is None else self.hidden[:, start:].clone()
 
     def coming(self, real: Tensor | None, row: int, total: int) -> Tensor:
         """[G] entries that this row will hold once `total` tokens are seen, unless something is dropped.
@@ -195,21 +215,24 @@ class RaggedLayer(CacheLayerMixin):
     def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
         """Kept entries of a row that a query may still read, then its tail, head by head."""
         kept, parts = self.kept, []
+        columns = dict(kept.carried)
+        if isinstance(kept.keys, Packed):
+            columns[SOURCE] = torch.arange(1, len(kept.positions) + 1, device=self.device)
         for row, head, where in kept.heads():
             if row != index:
                 continue
             old = kept.positions[where].long()
             live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
             new = [tail.keys[head], tail.values[head], tail.positions[head]]
-            new += [column.new_zeros(len(new[2])) for column in kept.carried.values()]
+            new += [column.new_zeros(len(new[2])) for column in columns.values()]
             before = [dense(kept.keys[where]), dense(kept.values[where]), old]
-            before += [column[where] for column in kept.carried.values()]
+            before += [column[where] for column in columns.values()]
             parts.append([torch.cat([a[live], b]) for a, b in zip(before, new, strict=True)])
-        fills = (0.0, 0.0, NONE, *(0 for _ in kept.carried))
-        keys, values, positions, *columns = (
+        fills = (0.0, 0.0, NONE, *(0 for _ in columns))
+        keys, values, positions, *carried = (
             torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill)
             for column, fill in zip(zip(*parts, strict=True), fills, strict=True))
-        return Entries(keys, values, positions, dict(zip(kept.carried, columns, strict=True)))
+        return Entries(keys, values, positions, dict(zip(columns, carried, strict=True)))
 
     def fold(self, rows: list[Entries]) -> None:
         """Hold exactly these entries (holes left out) from now on; the tail becomes empty."""
@@ -218,7 +241,8 @@ class RaggedLayer(CacheLayerMixin):
         def flat(name: str) -> Tensor | Packed:
             return joined([getattr(entry, name)[mask] for entry, mask in zip(rows, masks, strict=True)])
 
-        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()}
+        known = {name: column.dtype for entry in rows for name, column in entry.carried.items()
+                 if name != SOURCE}
         carried = {name: torch.cat([entry.column(name, dtype)[mask] for entry, mask in zip(rows, masks, strict=True)])
                    for name, dtype in known.items()}
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
@@ -235,7 +259,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        held = [t for t in (self.keys, self.values, self.queries, self.query_positions) if t is not None]
+        held = self.keys, self.values, self.queries, self.query_positions, self.hidden
+        held = [t for t in held if t is not None]
         return held if self.kept is None else held + self.kept.tensors()
 
 

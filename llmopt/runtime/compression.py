@@ -2,6 +2,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmopt_kernels import Ragged
+from torch import Tensor
+
 from llmopt.method import Record
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
@@ -18,12 +21,25 @@ WORTH_GIVING_BACK = 1 << 20                                      # bytes freed b
 class Packing:
     """What a store may know besides the entries: which layer and batch row they are of, what its `plan` has recorded,
     and the memory of this forward.
+
+    before: what the layer has kept so far, with its packed keys and values; the column `SOURCE` of the entries tells
+    which of them an entry is. real: bool [seen], the row's real tokens, None: all of those `seen` are.
     """
 
     layer: int
     row: int
     record: Record
     shared: dict[Any, Any]
+    before: Ragged | None
+    seen: int
+    real: Tensor | None
+
+    def newest(self, count: int) -> int:
+        """The position of the oldest of the newest `count` real tokens of the row."""
+        if self.real is None or count == 0:
+            return self.seen - count
+        columns = self.real.nonzero().flatten()[-count:]
+        return int(columns[0]) if len(columns) else 0
 
 
 def decide(live: "Attachment") -> None:
@@ -81,8 +97,9 @@ def fold(live: "Attachment", cache: LlmoptCache, index: int, rows: list[Entries]
 
     What was packed before is packed again together with what is new: a store should leave its own values alone.
     """
-    store = live.method(STORE)
+    store, layer = live.method(STORE), cache.layers[index]
     if store is not None:
         record, shared = live.record(STORE), live.now.shared
-        rows = [store.pack(entries, Packing(index, row, record, shared)) for row, entries in enumerate(rows)]
-    cache.layers[index].fold(rows)
+        rows = [store.pack(entries, Packing(index, row, record, shared, layer.kept, layer.seen, cache.real(row)))
+                for row, entries in enumerate(rows)]
+    layer.fold(rows)

@@ -26,6 +26,7 @@ class Forward(threading.local):
         self.cache: LlmoptCache | None = None
         self.tokens = tokens
         self.rehearsing = False
+        self.hidden: Tensor | None = None               # what the layer under way reads, if the evictor asks for it
         self.due = False                                # the evictor acts at its end
         self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row

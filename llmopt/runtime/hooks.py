@@ -38,6 +38,7 @@ class Attachment:
         self.rotary = spec_of(model).rotary is not None
         self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
+        self.looking: list = []                         # hooks on attention modules, while a method asks for its inputs
         decoder = model.get_decoder()
         self.arguments = list(inspect.signature(decoder.forward).parameters)
         self._switch_on(decoder)
@@ -58,7 +59,7 @@ class Attachment:
 
     def switch_off(self) -> None:
         """Leave the model as it was found."""
-        for handle in self.handles:
+        for handle in self.handles + self.looking:
             handle.remove()
         for module in (self.model, *(m for m in self.modules if m is not None)):
             module.__dict__.pop(KEY, None)
@@ -78,12 +79,22 @@ class Attachment:
         for name, tensor in record.tensors.items():
             put_tensor(self.model, f"{len(self.parts)}.{name}", tensor)
         self.parts[method.place] = (method, record.meta)
+        self._look()
 
     def keep(self, parts: dict[str, tuple[Method, dict[str, Any]]]) -> None:
         """Take off all parts but these, the first ones that were attached."""
         for step in range(len(parts), len(self.parts)):
             drop_tensors(self.model, str(step))
         self.parts = parts
+        self._look()
+
+    def _look(self) -> None:
+        """Have the inputs of the attention modules noted where the evictor asks for them, and only then."""
+        for handle in self.looking:
+            handle.remove()
+        asked = self.method(EVICTOR) is not None and self.method(EVICTOR).hidden
+        self.looking = [module.register_forward_pre_hook(self._see, with_kwargs=True)
+                        for module in self.modules if asked and module is not None]
 
     def method(self, place: str) -> Any:
         """The method in a place, or None."""
@@ -160,7 +171,7 @@ class Attachment:
             after_forward(self, cache)
         if cache is not None:
             cache.end(died=output is None)
-        self.now.shared = {}
+        self.now.shared, self.now.hidden = {}, None
 
     @torch.no_grad()
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
@@ -179,6 +190,10 @@ class Attachment:
         return cache
 
     # --------------------------------------------------------------------------------------------- inside a layer
+
+    @torch.compiler.disable
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.now.hidden = args[0] if args else kwargs["hidden_states"]
 
     def attend(self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
                rule: Rule) -> Tensor:
@@ -224,7 +239,8 @@ class Attachment:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
         all since the last compression.
         """
-        method = self.method(EVICTOR)
+        method, hidden = self.method(EVICTOR), self.now.hidden
+        self.now.hidden = None
         if method is None or method.queries() == 0:
             return
         if (self.now.frozen or method.replays) and not self.now.recording:
@@ -235,7 +251,8 @@ class Attachment:
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)
         if mask is not None:
             positions = positions.masked_fill(~mask[:, first:], NONE)
-        layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None)
+        layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None,
+                     hidden=None if hidden is None else hidden.to(query.device))
 
     def _custom_mask(self, prompt: Prompt) -> Tensor:
         """Attention under a 4-D mask, which a prefill selector must be able to read."""

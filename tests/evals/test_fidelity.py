@@ -114,6 +114,9 @@ def test_processes_divide_the_rows(tmp_path):
         def gather(self, value):
             return [value]
 
+        def agree(self, value):
+            return rows()(None, None)
+
     dense, other = tiny.make("llama"), compressed(llmopt.quant.RTN(bits=3, group_size=32))
     whole = both(dense, other, tmp_path)
     parts = [both(dense, other, tmp_path, ranks=Share(rank, 2)) for rank in (0, 1)]
