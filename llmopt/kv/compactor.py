@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.kv.base import Scorer
-from llmopt.kv.leverage import SKETCH, leverage
+from llmopt.kv.leverage import DIMENSIONS, leverage
 from llmopt.kv.noncausal import CHUNK, non_causal
 from llmopt.kv.view import LayerKV
 from llmopt.parts import register
@@ -25,7 +25,7 @@ class Compactor(Scorer):
     sinks: int = Field(8, ge=0, description="first tokens, always kept")
     window: int = Field(4, ge=0, description="last tokens, always kept")
     chunk: int = Field(CHUNK, ge=2, description="tokens that look at each other")
-    sketch: int = Field(SKETCH, ge=1, description="dimensions that keys are projected to, at most")
+    dimensions: int = Field(DIMENSIONS, ge=1, description="keys are projected to so many, at most")
     blend: float | None = Field(None, ge=0, description="weight of the leverage scores; null: the share removed")
 
     def queries(self) -> None:
@@ -35,7 +35,7 @@ class Compactor(Scorer):
         looked_at = kv.remember("noncausal", non_causal(kv, self.chunk))
         length = int(kv.lengths[0])
         blend = 1 - self.share(length) / length if self.blend is None else self.blend
-        return standard(looked_at, kv.holes) + blend * standard(leverage(kv, self.sketch), kv.holes)
+        return standard(looked_at, kv.holes) + blend * standard(leverage(kv, self.dimensions), kv.holes)
 
     def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
         return kv.remembered("noncausal")

@@ -82,7 +82,7 @@ def test_leverage_is_of_centred_keys_before_rope_and_a_sketch_comes_near():
     exact = (own @ torch.linalg.inv(own.mT @ own) @ own.mT).diagonal(dim1=1, dim2=2)
     assert_close(seen[0][0].double(), exact, atol=2e-3, rtol=2e-2)
     seen.clear()
-    kept_of(model, Heard(ratio=0.5, sketch=12), tokens)
+    kept_of(model, Heard(ratio=0.5, dimensions=12), tokens)
     assert torch.corrcoef(torch.stack([seen[0][0, 0].double(), exact[0]]))[0, 1] > 0.5
     assert_close(seen[0].sum(-1), torch.full((1, 2), 12.0), atol=0.05, rtol=0)      # as many as there are dimensions
 
