@@ -16,7 +16,7 @@ from llmopt.progress import Progress, silent
 from llmopt_evals.evaluate import column, evaluate
 from llmopt_evals.world import speaks_world
 
-Column = dict[tuple[str, str], tuple[float, float | None]]
+Column = dict[tuple[str, str], tuple[float | None, ...]]      # {(task, metric): (value, standard error or None)}
 OF_THE_WORLD, OF_A_TEXT = ["world_recall", "world_ppl"], ["needles", "text_ppl"]
 
 
@@ -60,7 +60,10 @@ def sets(scores: list[Tensor], count: int, draws: int, seed: int) -> Iterator[tu
 
 def costs(model: nn.Module, tokenizer: Any, scores: dict[str, list[Tensor]], count: int, how: How, asked: Asked,
           means: list[Tensor] | None = None, progress: Progress = silent) -> dict[str, dict[str, Column]]:
-    """{name of the score: {"nothing masked", "top K", "bottom K", "random K": ..., its lowest and highest}}."""
+    """{name of the score: {"nothing masked", "top K", "bottom K", "random K": a Column}}.
+
+    A figure of random heads is (median, lowest, highest).
+    """
     def measured() -> Column:
         return column(evaluate(model, [*asked.tasks], tokenizer, asked.limit, asked.batch_size, asked.text))
 
@@ -76,8 +79,7 @@ def _costs(model: nn.Module, scores: list[Tensor], count: int, way: tuple, asked
         with masked(model, silenced(scores, heads), *way):
             found.setdefault(kind, []).append(measured())
     columns = {f"{kind} {count}": found[kind][0] for kind in ("top", "bottom")}
-    drawn = {key: [one[key][0] for one in found.get("random", [])] for key in found["top"][0]}
     if asked.draws:
-        columns |= {f"random {count}, {word}": {key: (of(values), None) for key, values in drawn.items()}
-                    for word, of in ((f"median of {asked.draws}", median), ("lowest", min), ("highest", max))}
+        drawn = {key: [one[key][0] for one in found["random"]] for key in found["top"][0]}
+        columns[f"random {count}"] = {key: (median(values), min(values), max(values)) for key, values in drawn.items()}
     return columns

@@ -12,8 +12,8 @@ GROUPS = {"Scores": ("methods", "sets", "correlate"), "Calibration data": ("data
 EXAMPLES = ("llmopt heads llmopt/reference --samples 8",
             "llmopt heads llmopt/reference --method heads.gradient --samples 8 --output h.json --plot h.png",
             "llmopt heads llmopt/reference --method heads.span --method heads.need90 --samples 8 --correlate",
-            "llmopt heads llmopt/reference --samples 8 --ablate 0.1 --tasks world_copy --limit 4 --draws 2")
-FILES = (".json", ".safetensors")
+            "llmopt heads llmopt/reference --samples 8 --ablate 0.1 --tasks world_copy --limit 2 --draws 1")
+FILES = (".json", ".safetensors")       # of scores
 
 
 @click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
@@ -107,6 +107,8 @@ def check_wanted(methods, correlate, ablate, output, plot) -> None:
         raise LlmoptError("--output and --plot take the scores of one --method that is measured now")
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise LlmoptError(f"{plot}: a plot is a .png, .pdf or .svg file")
+    if output and output.suffix not in FILES:
+        raise LlmoptError(f"{output}: scores are written to a .json or .safetensors file")
     for target in (output, plot):
         check_target(target)
 

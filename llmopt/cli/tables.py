@@ -206,14 +206,18 @@ def show_correlations(scores: dict[str, list], as_json: bool) -> None:
 
 
 def show_ablated(costs: dict[str, dict[str, dict]], how: str, as_json: bool) -> None:
-    """What masking heads costs: a table for each score."""
+    """What masking heads costs: a table for each score; of random heads the median (the lowest to the highest)."""
+    def cell(value, *about) -> str:
+        return with_error(value, *about) if len(about) == 1 else "{:.4f} ({:.4f} to {:.4f})".format(value, *about)
+
     if as_json:
-        print_json({name: {kind: {f"{task}/{metric}": value for (task, metric), (value, _) in column.items()}
-                           for kind, column in columns.items()} for name, columns in costs.items()})
+        print_json({name: {kind: {f"{task}/{metric}": list(figure) if len(figure) > 2 else figure[0]
+                                  for (task, metric), figure in column.items()} for kind, column in columns.items()}
+                    for name, columns in costs.items()})
         return
     for name, columns in costs.items():
         keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-        rows = [(*key, *(with_error(*column[key]) for column in columns.values())) for key in keys]
+        rows = [(*key, *(cell(*column[key]) for column in columns.values())) for key in keys]
         print_table(f"heads masked ({how}) by {name}", ["task", "metric", *columns], rows)
 
 
