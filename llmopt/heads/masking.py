@@ -4,7 +4,8 @@
     mean       z is its mean over calibration data: what it says there about nothing in particular
     uniform    its queries are 0, so that it attends evenly to all it can see               (AttentionInfluence)
 """
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,23 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from llmopt.calibration.walk import visits
 from llmopt.errors import LlmoptError
 from llmopt.heads.base import single_rows
 from llmopt.method import Run
-from llmopt.model.blocks import attention_modules, blocks
+from llmopt.model.blocks import attention_modules, blocks, layer_list
 
 How = Literal["zero", "mean", "uniform"]
-NAME = "llmopt_masked"      # of the attention function whose masked heads attend evenly
-KEY = "_llmopt_silent"      # where attention modules keep which heads those are
-STOCK = "sdpa"              # the attention that it stands in for
+KEY = "_llmopt_silent"      # where attention modules keep which heads attend evenly, and by which function
+MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}        # of the attention that is stood in for
 
 
 @contextmanager
 def masked(model: nn.Module, silent: list[Tensor], how: How, means: list[Tensor] | None = None) -> Iterator[None]:
-    """Inside, the heads where `silent` (L tensors bool [H_l]) is True say nothing; means: of `mean_outputs`."""
+    """Inside, the heads where `silent` (L tensors bool [H_l]) is True say nothing.
+
+    means: what they say instead under `how: mean`, of each layer [H_l, D], as `mean_outputs` gives it, or [T, H_l, D].
+    """
     with _evenly(model, silent) if how == "uniform" else _replaced(model, silent, means if how == "mean" else None):
         yield
 
@@ -39,7 +42,7 @@ def _replaced(model: nn.Module, silent: list[Tensor], means: list[Tensor] | None
     """The outputs of these heads are their means, or 0."""
     def hook(out: Tensor, heads: Tensor):
         def pre(module: nn.Module, args: tuple):
-            z = args[0].unflatten(-1, out.shape)                                            # [B, T, H, D]
+            z = args[0].unflatten(-1, out.shape[-2:])                                       # [B, T, H, D]
             return (torch.where(heads[:, None], out.to(z), z).flatten(-2),)
         return pre
 
@@ -59,13 +62,13 @@ def _replaced(model: nn.Module, silent: list[Tensor], means: list[Tensor] | None
 def _evenly(model: nn.Module, silent: list[Tensor]) -> Iterator[None]:
     """These heads attend evenly."""
     before, modules = model.config._attn_implementation, attention_modules(model)
-    if before != STOCK:
-        raise LlmoptError(f"heads are masked evenly in the attention of torch ({STOCK}); this model runs {before!r}")
+    if before not in MASKS:
+        raise LlmoptError(f"heads are masked evenly in {' and '.join(MASKS)} attention; this model runs {before!r}")
     try:
         for module, heads in zip(modules, silent, strict=True):
             if module is not None:
-                module.__dict__[KEY] = heads.to(model.device)
-        model.set_attn_implementation(NAME)
+                module.__dict__[KEY] = heads.to(model.device), _plain(module, before)
+        model.set_attn_implementation(_name(before))
         yield
     finally:
         model.set_attn_implementation(before)
@@ -75,8 +78,18 @@ def _evenly(model: nn.Module, silent: list[Tensor]) -> Iterator[None]:
 
 
 def even_attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Torch's attention, with the queries [B, H, T, D] of masked heads 0: all that they can see draws alike."""
-    return sdpa_attention_forward(module, query.masked_fill(module.__dict__[KEY][:, None, None], 0), *args, **kwargs)
+    """The model's attention, with the queries [B, H, T, D] of masked heads 0: all that they can see draws alike."""
+    heads, plain = module.__dict__[KEY]
+    return plain(module, query.masked_fill(heads[:, None, None], 0), *args, **kwargs)
+
+
+def _plain(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function behind a name; the eager one stands beside the model's own classes."""
+    return sdpa_attention_forward if implementation == "sdpa" else sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _name(implementation: str) -> str:
+    return f"llmopt_masked_{implementation}"
 
 
 @torch.no_grad()
@@ -98,6 +111,33 @@ def mean_outputs(model: nn.Module, run: Run) -> list[Tensor]:
     return found
 
 
+@contextmanager
+def begun_at(model: nn.Module, index: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, a forward begins at block `index` with `hidden` [B, T, E]: what lies in front of it is not computed."""
+    earlier = layer_list(model)[:index]
+    try:
+        for layer in earlier:
+            layer.forward = lambda *args, **kwargs: hidden
+        yield
+    finally:
+        for layer in earlier:
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def block_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that a forward inside fills with the hidden states [B, T, E] in front of each block."""
+    found: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        for layer in layer_list(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def ranked(scores: list[Tensor]) -> list[tuple[int, int]]:
     """(layer, head), the largest score first, equal ones in the model's order."""
     order = torch.cat(scores).argsort(descending=True, stable=True).tolist()
@@ -113,5 +153,6 @@ def silenced(scores: list[Tensor], heads: list[tuple[int, int]]) -> list[Tensor]
     return found
 
 
-AttentionInterface.register(NAME, even_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for stock, mask in MASKS.items():
+    AttentionInterface.register(_name(stock), even_attention)
+    AttentionMaskInterface.register(_name(stock), mask)
