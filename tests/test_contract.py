@@ -29,6 +29,9 @@ FIELDS = {
     "prune.magnitude": {"ratio": 0.5},
     "kv.streaming": {"ratio": 0.5},
     "kv.snapkv": {"ratio": 0.5, "window": 8},
+    **{f"kv.{name}": {"ratio": 0.5, "window": 8} for name in ("critical", "dropkv", "ems", "h2o")},
+    **{f"kv.{name}": {"ratio": 0.5}
+       for name in ("compactor", "keydiff", "knorm", "leverage", "noncausal", "random", "tova")},
 }
 NAMES = llmopt.names()
 

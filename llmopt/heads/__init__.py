@@ -4,6 +4,8 @@ from llmopt.heads.base import HeadScore, ProbeScore, plot
 from llmopt.heads.gradient import Gradient
 from llmopt.heads.need90 import Need90
 from llmopt.heads.replay import Replay
+from llmopt.heads.retrieval import Retrieval
 from llmopt.heads.span import Span
 
-__all__ = ["Gradient", "HeadScore", "Need90", "ProbeScore", "Replay", "Span", "load_scores", "plot", "save_scores"]
+__all__ = ["Gradient", "HeadScore", "Need90", "ProbeScore", "Replay", "Retrieval",
+           "Span", "load_scores", "plot", "save_scores"]

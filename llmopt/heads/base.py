@@ -120,9 +120,21 @@ class ProbeScore(HeadScore):
     def reads(self) -> tuple[str, ...]:
         return (self.probe,) if self.probe.endswith(".jsonl") else ()
 
+    def chosen(self, model: nn.Module, run: Run) -> list[int]:
+        """The indices of those run.probes that can be scored, in order; by default all."""
+        return [*range(len(run.probes))]
+
     def apply(self, model: nn.Module, run: Run) -> Record:
         found = probes.load(self.probe, self.probes, self.length, self.seed, model.config, run.tokenizer)
-        return super().apply(model, replace(run, probes=found))
+        every = replace(run, probes=found)
+        kept = run.memory.remember("accepted", lambda: {"probes": self._chosen(model, every)})["probes"]
+        record = super().apply(model, replace(run, probes=[found[index] for index in kept]))
+        record.meta["tried"] = len(found)
+        return record
+
+    def _chosen(self, model: nn.Module, run: Run) -> list[int]:
+        with undisturbed(model):
+            return run.ranks.agree(self.chosen(model, run))
 
 
 def single_rows(batches: list[Batch]) -> list[Batch]:

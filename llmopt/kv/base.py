@@ -62,6 +62,7 @@ class Scorer(CacheMethod):
     minimum: int = Field(7, ge=1, description="floor of any one head")
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")
+    protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
     heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
@@ -246,12 +247,18 @@ class Scorer(CacheMethod):
         sure = layer.scores.masked_fill(self._protected(layer, counts, length), torch.inf)
         return ranks(sure) < counts.unsqueeze(-1)
 
+    def ends(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `counts` entries that a head keeps, how many are its first and how many its last, whatever is set."""
+        part = (counts * self.protect).long()
+        return part, part
+
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
         counts = counts.to(layer.positions.device)
-        sinks = counts.clamp(max=self.sinks)
-        sinks = torch.where(counts < self.sinks + self.window, torch.minimum(sinks, counts // 2), sinks)
-        window = (counts - sinks).clamp(max=self.window)
+        first, last = self.ends(counts)
+        sinks, window = first.clamp(min=self.sinks), last.clamp(min=self.window)
+        sinks = torch.where(counts < sinks + window, torch.minimum(sinks, counts // 2), sinks)
+        window = torch.minimum(window, counts - sinks)
         first = layer.positions < sinks.unsqueeze(-1)
         last = layer.positions >= length - window.unsqueeze(-1)
         return (first | last) & (layer.positions >= 0)

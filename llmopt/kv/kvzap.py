@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from llmopt.errors import LlmoptError
 from llmopt.kv.base import Scorer
 from llmopt.kv.expected import expected_attention
+from llmopt.kv.keydiff import unlikeness
 from llmopt.kv.listener import replays_of, watch
 from llmopt.kv.snapkv import votes
 from llmopt.kv.view import LayerKV
@@ -104,7 +104,7 @@ class KVzap(Scorer):
         before, new = kv.carried["zap"][0], columns[at] == places
         scores, known = torch.where(before > 0, before, logs.clamp(*RANGE).exp()), (before > 0) | new
         mean = (scores * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
-        return torch.where(known, scores, mean)[None]       # unknown: tokens that came while another method was attached
+        return torch.where(known, scores, mean)[None]           # unknown: tokens that came under another method
 
     def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
         return {"zap": scores}
@@ -117,13 +117,10 @@ class KVzap(Scorer):
     def _of_entries(self, kv: LayerKV) -> Tensor:                                        # [G, T, CHEAP] or [G, T, 0]
         if self.features == "hidden":
             return kv.keys.new_zeros(*kv.keys.shape[1:3], 0, dtype=torch.float32)
-        keys, values = kv.keys[0].float(), kv.values[0].float()
-        unit = normalize(keys, dim=-1)
-        alike = unit @ normalize(unit.sum(1), dim=-1)[..., None]                         # [G, T, 1]
         even = (~kv.holes[0]).sum(-1, keepdim=True)                                      # [G, 1]
         shares = [expected_attention(kv, SINKS, AHEAD)[0], votes(kv, VOTERS, POOL)[0].float()]
-        return torch.stack([*((share * even).clamp(min=LEAST).log() for share in shares), values.norm(dim=-1),
-                            -alike.squeeze(-1), keys.norm(dim=-1)], -1)
+        return torch.stack([*((share * even).clamp(min=LEAST).log() for share in shares),
+                            kv.values[0].float().norm(dim=-1), unlikeness(kv)[0], kv.keys[0].float().norm(dim=-1)], -1)
 
 
 class Sums:

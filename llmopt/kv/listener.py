@@ -40,7 +40,7 @@ class Listener(CacheMethod):
 
 
 def replays_of(run: Run, model: nn.Module, label: str) -> list[Replayed]:
-    """The texts that heads.replay has read twice; raises LlmoptError if there are none, or of a model of other heads."""
+    """The texts that heads.replay has read twice; raises LlmoptError for none, or for those of other heads."""
     if not run.replays:
         raise LlmoptError(f"{label} needs the step heads.replay before it")
     found, wanted = ([len(layer) for layer in run.replays[0].scores], [block.kv_heads for block in blocks(model)])

@@ -1,4 +1,4 @@
-"""The student of replays: its regression against one written out, its scores in padded rows, turns and while decoding."""
+"""The student of replays: its regression written out, its scores in padded rows, turns and while decoding."""
 import pytest
 import torch
 from torch.testing import assert_close
