@@ -48,6 +48,8 @@ def test_it_has_learned_what_a_second_reading_looks_at(features):
         for own, told in zip(own_scores(method, record, model, piece.ids), piece.scores, strict=True):
             for pair in zip(own[:, 2:-4].log(), told[:, 2:-4].log(), strict=True):
                 assert float(torch.corrcoef(torch.stack(pair))[0, 1]) > 0.4
+    for scores in (scores for piece in run.replays for scores in piece.scores):
+        scores[:, :2], scores[:, -4:] = 1.0, 1.0                                # those are kept whatever their score
     again = method.plan(model, run)
     assert all(torch.equal(record.tensors[name], again.tensors[name]) for name in record.tensors)
 
@@ -97,20 +99,20 @@ def test_a_padded_row_keeps_what_it_keeps_alone(features, allocate):
 @torch.no_grad()
 def test_a_token_is_judged_once():
     """Without cheap scores a prompt in chunks, and tokens that are decoded, are judged as in one prefill."""
-    model, _, method, record = taught(features="hidden", ratio=None, budget=60, sinks=0, window=0, every=3)
+    model, _, method, record = taught(features="hidden", ratio=None, budget=25, sinks=0, window=0, every=3)
     tokens = ids(1, 60, 5)
     wanted = own_scores(method, record, model, tokens[0])
     runtime.attach(model, method, record)
     cache = model(tokens[:, :30], use_cache=True).past_key_values
     for start, stop in ((30, 51), *((i, i + 1) for i in range(51, 60))):
         cache = model(tokens[:, start:stop], past_key_values=cache).past_key_values
-    cache = model(ids(1, 2, 6), past_key_values=cache).past_key_values          # 62 tokens: two have to go
     for layer, scores in zip(cache.layers, wanted, strict=True):
         for _, head, where in layer.kept.heads():
-            places, column = layer.kept.positions[where].long(), layer.kept.carried["zap"][where]
-            old = places < 60
-            assert int(old.sum()) >= 58
-            assert_close(column[old], scores[head, places[old]], rtol=1e-3, atol=1e-9)
+            places = layer.kept.positions[where].long()
+            assert len(places) == 25 and not torch.equal(places, torch.arange(35, 60))
+            if layer is cache.layers[0]:                            # in later ones what is missing below changes x
+                assert places.tolist() == scores[head].topk(25).indices.sort().values.tolist()
+                assert_close(layer.kept.carried["zap"][where], scores[head, places], rtol=1e-3, atol=1e-9)
 
 
 @torch.no_grad()
