@@ -85,7 +85,8 @@ def even_attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) 
 
 def _plain(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function behind a name; the eager one stands beside the model's own classes."""
-    return sdpa_attention_forward if implementation == "sdpa" else sys.modules[type(module).__module__].eager_attention_forward
+    beside = sys.modules[type(module).__module__]
+    return sdpa_attention_forward if implementation == "sdpa" else beside.eager_attention_forward
 
 
 def _name(implementation: str) -> str:
