@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
@@ -64,7 +65,7 @@ class Scorer(CacheMethod):
     window: int = Field(0, ge=0, description="last tokens, always kept")
     protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
-    heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
+    heads: str | None = Field(None, description="head scores: name of a score step, or a .json or .safetensors file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
     reduce: Reducer = Field(Evict(), description="what becomes of the others")
 
@@ -100,7 +101,7 @@ class Scorer(CacheMethod):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
 
     @property
     def layer_by_layer(self) -> bool:
