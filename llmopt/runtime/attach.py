@@ -66,14 +66,15 @@ class CacheMethod(RuntimeMethod):
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
     computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
-    made smaller, so the cache keeps its token ids and no query of the first reading. hidden: the attention modules'
-    inputs are kept beside the queries, of the same tokens.
+    made smaller, so the cache keeps no query of the first reading. reads_ids: the cache keeps its token ids. hidden:
+    the attention modules' inputs are kept beside the queries, of the same tokens.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
     replays: ClassVar[bool] = False
+    reads_ids: bool = False
     hidden: bool = False
 
     def queries(self) -> int | None:
