@@ -33,6 +33,7 @@ def test_scores_go_towards_the_lowest_by_hand():
     scores = torch.tensor([[2.0, 4.0, 8.0, -torch.inf], [-3.0, -1.0, 1.0, -torch.inf]])
     found = demoted(scores, torch.tensor([[5, 6, 5, -1], [5, 5, 6, -1]]), [5, 9], 0.5)
     assert found.tolist() == [[1.0, 4.0, 4.0, -torch.inf], [-3.0, -2.0, 1.0, -torch.inf]]
+    assert demoted(torch.tensor([[2.0, 4.0]]), torch.tensor([[5, 6]]), [5], 0.5).tolist() == [[1.0, 4.0]]
 
 
 @pytest.mark.parametrize("scorer", [kv.KeyDiff, kv.H2O, kv.SnapKV, kv.KVzip])
