@@ -116,7 +116,7 @@ class Scorer(CacheMethod):
 
     @property
     def reads_ids(self) -> bool:
-        return self.replays or self.demote < 1
+        return self.demote < 1
 
     def share(self, length: int) -> int:
         """Mean entries per KV head after `length` real tokens."""

@@ -66,8 +66,8 @@ class CacheMethod(RuntimeMethod):
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
     computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
-    made smaller, so the cache keeps no query of the first reading. reads_ids: the cache keeps its token ids. hidden:
-    the attention modules' inputs are kept beside the queries, of the same tokens.
+    made smaller, so the cache keeps its token ids and no query of the first reading. reads_ids: it keeps the ids in any
+    case. hidden: the attention modules' inputs are kept beside the queries, of the same tokens.
     """
 
     place = EVICTOR
