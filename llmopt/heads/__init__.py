@@ -8,6 +8,7 @@ from llmopt.heads.need90 import Need90
 from llmopt.heads.replay import Replay
 from llmopt.heads.retrieval import Retrieval
 from llmopt.heads.span import Span
+from llmopt.heads.waad_fai import WaadFai
 
 __all__ = ["Gradient", "HeadScore", "Hess", "Influence", "Need90", "ProbeScore", "Replay", "Retrieval",
-           "Span", "load_scores", "plot", "save_scores"]
+           "Span", "WaadFai", "load_scores", "plot", "save_scores"]
