@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
@@ -62,8 +63,9 @@ class Scorer(CacheMethod):
     minimum: int = Field(7, ge=1, description="floor of any one head")
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")
+    protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
-    heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
+    heads: str | None = Field(None, description="head scores: name of a score step, or a .json or .safetensors file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
     reduce: Reducer = Field(Evict(), description="what becomes of the others")
 
@@ -99,7 +101,7 @@ class Scorer(CacheMethod):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
 
     @property
     def layer_by_layer(self) -> bool:
@@ -138,12 +140,17 @@ class Scorer(CacheMethod):
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         turns = [Turn(cache, live, record, row) for row in range(cache.batch_size)]
         chosen = [self._choose(turn, layers) for turn in turns]
-        if all(row is None for row in chosen):
+        if all(row is None for row in chosen) and not self._carries:
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
             fold(live, cache, index, [self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
             cache.layers[index].forget_queries(self._retained)
+
+    @property
+    def _carries(self) -> bool:
+        """True if entries take down what each turn's queries made of them, so that no turn may go by unnoticed."""
+        return type(self).carry is not Scorer.carry and not self.replays
 
     @property
     def _retained(self) -> int:
@@ -153,8 +160,7 @@ class Scorer(CacheMethod):
     def _left(self, turn: Turn, index: int, choice: Choice | None) -> Entries:
         """The entries of one layer and row after the reducer; all of them, if there is no choice to be made."""
         entries = turn.entries(index)
-        carries = type(self).carry is not Scorer.carry and not self.replays
-        if choice is None and carries and self._has_voters(turn, index):
+        if choice is None and self._carries and self._has_voters(turn, index):
             choice = Choice(entries.positions >= 0, self._scored(turn, index))
         if choice is None:
             return entries
@@ -246,12 +252,18 @@ class Scorer(CacheMethod):
         sure = layer.scores.masked_fill(self._protected(layer, counts, length), torch.inf)
         return ranks(sure) < counts.unsqueeze(-1)
 
+    def ends(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `counts` entries that a head keeps, how many are its first and how many its last, whatever is set."""
+        part = (counts * self.protect).long()
+        return part, part
+
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
         counts = counts.to(layer.positions.device)
-        sinks = counts.clamp(max=self.sinks)
-        sinks = torch.where(counts < self.sinks + self.window, torch.minimum(sinks, counts // 2), sinks)
-        window = (counts - sinks).clamp(max=self.window)
+        first, last = self.ends(counts)
+        sinks, window = first.clamp(min=self.sinks), last.clamp(min=self.window)
+        sinks = torch.where(counts < sinks + window, torch.minimum(sinks, counts // 2), sinks)
+        window = torch.minimum(window, counts - sinks)
         first = layer.positions < sinks.unsqueeze(-1)
         last = layer.positions >= length - window.unsqueeze(-1)
         return (first | last) & (layer.positions >= 0)

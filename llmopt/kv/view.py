@@ -84,6 +84,16 @@ class LayerKV:
         """Columns [B, G, T] by name, as an earlier compression left them: 0 for entries that are new since."""
         return Carried(self.columns, self.positions)
 
+    def remember(self, name: str, column: Tensor) -> Tensor:
+        """The column itself [B, G, T], which `score` has worked out and `carry` will ask for."""
+        self.shared[name, self.layer] = column
+        return column
+
+    def remembered(self, name: str) -> dict[str, Tensor]:
+        """{name: column} of this layer and row, once; nothing if no score was asked for."""
+        column = self.shared.pop((name, self.layer), None)
+        return {} if column is None else {name: column}
+
     # ------------------------------------------------------------------------------------------------- attention
 
     def attention(self, last: int | None = None) -> Tensor:
@@ -97,6 +107,13 @@ class LayerKV:
         queries, positions = self._last(last)
         return column_sums(queries, self.keys, positions, self.positions, self.rule)
 
+    def weights_of(self, part: slice, span: slice, visible: Tensor) -> Tensor:
+        """Probabilities [B, H, w, s] of the queries in `part` over the entries in `span`, as `visible` has it.
+
+        visible: bool, broadcastable to [B, G, w, s].
+        """
+        return attention_weights(self.queries[:, :, part], self.keys[:, :, span], visible, self.rule)
+
     def column_max(self) -> Tensor:
         """The largest attention on each entry from any one query of a replay, see `tail`: [B, H, T]."""
         return largest_attention(self.queries, self.query_positions, self.keys, self.positions, self.tail, self.rule)
@@ -108,6 +125,11 @@ class LayerKV:
     def max_over_group(self, per_head: Tensor) -> Tensor:
         """[B, H, ...] -> [B, G, ...]."""
         return self._grouped(per_head).amax(2)
+
+    def mean_over_entries(self, x: Tensor) -> Tensor:
+        """[B, G, T, N] -> [B, G, 1, N]: the mean over the entries that are there."""
+        holes = self.holes.unsqueeze(-1)
+        return x.masked_fill(holes, 0.0).sum(-2, keepdim=True) / (~holes).sum(-2, keepdim=True).clamp(min=1)
 
     def _grouped(self, per_head: Tensor) -> Tensor:
         return per_head.unflatten(1, (self.keys.shape[1], -1))                               # [B, G, g, ...]
@@ -166,3 +188,9 @@ def look_up(table: Tensor | None, columns: Tensor) -> Tensor:
     if table is None:
         return columns
     return torch.where(columns == NONE, NONE, table[columns.clamp(min=0)])
+
+
+def coarse(x: Tensor) -> Tensor:
+    """x to eleven bits: scores closer than that are a tie, which the older entry wins, not the last bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2048).round() / 2048, exponent)
