@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 
 FP16 = torch.finfo(torch.float16)
+BLOCK = 4096        # entries that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,26 @@ class Form:
 
 
 def squeeze(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [N, D] side by side in bytes [N, W]; of 3 bits the lower two of all come first, then the upper."""
+    """uint8 codes [N, D] in bytes [N, W], W = ceil(D bits / 8): byte i holds the codes i, W + i, 2 W + i, ...
+
+    Of 3 bits the lower two of all come first, then the upper ones.
+    """
     if bits == 3:
         return torch.cat([squeeze(codes & 3, 2), squeeze(codes >> 2, 1)], 1)
     many = 8 // bits
-    lots = pad(codes, (0, -codes.shape[1] % many)).unflatten(1, (-1, many))                  # [N, W, codes a byte]
-    return (lots << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+    lots = pad(codes, (0, -codes.shape[1] % many)).unflatten(1, (many, -1))                  # [N, codes a byte, W]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (lots << shifts.unsqueeze(1)).sum(1, dtype=torch.uint8)
 
 
 def spread(words: Tensor, bits: int, dim: int) -> Tensor:
     """The codes [N, D] that `squeeze` put into these bytes."""
+    if bits == 8:
+        return words
     if bits == 3:
         low = -(-dim // 4)
         return spread(words[:, :low], 2, dim) | spread(words[:, low:], 1, dim) << 2
-    return (words.unsqueeze(-1) >> _shifts(bits, words.device) & 2 ** bits - 1).flatten(1)[:, :dim]
-
-
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+    return torch.cat([words >> shift & 2 ** bits - 1 for shift in range(0, 8, bits)], 1)[:, :dim]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class Codes:
         run, runs = torch.unique_consecutive(self._run[index], return_counts=True)
         return replace(self, words=self.words[index], scales=self.scales[run], lows=self.lows[run], runs=runs.int())
 
+    def __len__(self) -> int:
+        return len(self.words)
+
     @property
     def _run(self) -> Tensor:
         """[N]: the run of every entry."""
@@ -89,12 +95,57 @@ class Codes:
 
     def dense(self) -> Tensor:
         """[N, D], fp32."""
-        codes = spread(self.words, self.form.bits, self.dim)
-        if self.lows is None:
-            x = normal_levels(self.form.bits).to(codes.device)[codes.int()] * self._wide(self.scales)
-        else:
-            x = torch.addcmul(self._wide(self.lows), codes.float(), self._wide(self.scales))
+        return self._turned_back(self._numbers())
+
+    def _numbers(self) -> Tensor:
+        """[N, D], fp32, as they were rounded: after the rotation."""
+        x = self._units() * self._wide(self.scales)
+        return x if self.lows is None else x + self._wide(self.lows)
+
+    def _units(self, block: slice = slice(None)) -> Tensor:
+        """Codes, or the levels that they stand for, of some entries: [n, D], fp32."""
+        codes = spread(self.words[block], self.form.bits, self.dim)
+        return codes.float() if self.lows is not None else normal_levels(self.form.bits).to(codes.device)[codes.int()]
+
+    def _turned_back(self, x: Tensor) -> Tensor:
         return x @ rotation(self.dim).T.to(x.device) if self.form.rotate else x
+
+    def products(self, rows: Tensor) -> Tensor:
+        """rows [R, D], fp32, times each entry: [R, N]. The rows are rotated, the entries are not turned back.
+
+            q (low + scale code) = scale (q code) + low sum(q), group by group
+        """
+        rows = rows @ rotation(self.dim).to(rows.device) if self.form.rotate else rows
+        if self.form.channel:
+            return rows @ self._numbers().T
+        found = rows.new_empty(len(self.words), len(rows))
+        for block in self._blocks():
+            units = self._units(block)
+            for index, part in enumerate(self._groups()):
+                product = units[:, part] @ rows[:, part].T * self.scales[block, index:index + 1].float()
+                if self.lows is not None:
+                    product.addmm_(self.lows[block, index:index + 1].float(), rows[:, part].sum(1)[None])
+                found[block] = product if index == 0 else found[block].add_(product)
+        return found.T
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sum of the entries with each row of weights [R, N], fp32: [R, D]."""
+        if self.form.channel:
+            return self._turned_back(weights @ self._numbers())
+        found = weights.new_zeros(len(weights), self.dim)
+        for block in self._blocks():
+            units = self._units(block)
+            for index, part in enumerate(self._groups()):
+                found[:, part] += (weights[:, block] * self.scales[block, index].float()) @ units[:, part]
+        if self.lows is not None:
+            found += (weights @ self.lows.float()).repeat_interleave(self.form.group, 1)
+        return self._turned_back(found)
+
+    def _blocks(self) -> list[slice]:
+        return [slice(start, start + BLOCK) for start in range(0, len(self.words), BLOCK)]
+
+    def _groups(self) -> list[slice]:
+        return [slice(start, start + self.form.group) for start in range(0, self.dim, self.form.group)]
 
     def _wide(self, table: Tensor) -> Tensor:
         """Scales or lows for each number: [N, D], fp32."""
@@ -162,11 +213,31 @@ class Mixed(Packed):
 
     def _slice(self, start: int, stop: int) -> "Mixed":
         """Neighbours, without looking at the others."""
-        ends = self.stretches.cumsum(0)
-        within = ends.clamp(start, stop) - (ends - self.stretches).clamp(start, stop)
-        before, many = int(ends.clamp(max=start).diff(prepend=ends.new_zeros(1))[::2].sum()), int(within[::2].sum())
-        return Mixed(within, self.codes[before:before + many],
+        end, before, within = 0, 0, []
+        for index, count in enumerate(self.stretches.tolist()):
+            first, end = end, end + count
+            within.append(max(0, min(end, stop) - max(first, start)))
+            before += max(0, min(end, start) - first) if index % 2 == 0 else 0
+        many = sum(within[::2])
+        return Mixed(torch.tensor(within, dtype=torch.long), self.codes[before:before + many],
                      self.new[start - before:stop - before - many], (stop - start,))
+
+    def products(self, rows: Tensor) -> Tensor:
+        found = torch.cat([self.codes.products(rows), rows @ self.new.float().T], 1)
+        if self._apart:
+            return found
+        old = self.old
+        return found[:, torch.where(old, self.places, len(self.codes) + self.places)]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        many = len(self.codes)
+        old, new = (slice(many), slice(many, None)) if self._apart else (self.old, ~self.old)
+        return self.codes.weighted(weights[:, old]) + weights[:, new] @ self.new.float()
+
+    @property
+    def _apart(self) -> bool:
+        """True if all entries in codes come first."""
+        return not any(self.stretches[2::2].tolist())
 
     def dense(self) -> Tensor:
         old = self.old
