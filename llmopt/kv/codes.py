@@ -1,5 +1,7 @@
 """Keys or values as codes of a few bits; the newest entries stay as they are."""
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from llmopt_kernels import Packed
@@ -9,7 +11,7 @@ from torch.nn.functional import pad
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 
 FP16 = torch.finfo(torch.float16)
-BLOCK = 4096        # entries that are unpacked at a time
+BLOCK = 8192        # entries that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ def squeeze(codes: Tensor, bits: int) -> Tensor:
 
 def spread(words: Tensor, bits: int, dim: int) -> Tensor:
     """The codes [N, D] that `squeeze` put into these bytes."""
-    if bits == 8:
-        return words
     if bits == 3:
         low = -(-dim // 4)
         return spread(words[:, :low], 2, dim) | spread(words[:, low:], 1, dim) << 2
-    return torch.cat([words >> shift & 2 ** bits - 1 for shift in range(0, 8, bits)], 1)[:, :dim]
+    return torch.cat(planes(words, bits), 1)[:, :dim]
+
+
+def planes(words: Tensor, bits: int) -> list[Tensor]:
+    """The codes that lie in the first bits of all bytes, in the next bits, ...: uint8 [N, W] each."""
+    return [words] if bits == 8 else [words >> shift & 2 ** bits - 1 for shift in range(0, 8, bits)]
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,14 @@ class Codes:
 
     def _numbers(self) -> Tensor:
         """[N, D], fp32, as they were rounded: after the rotation."""
-        x = self._units() * self._wide(self.scales)
-        return x if self.lows is None else x + self._wide(self.lows)
+        codes = spread(self.words, self.form.bits, self.dim)
+        if self.lows is None:
+            return self._levels(codes) * self._wide(self.scales)
+        return torch.addcmul(self._wide(self.lows), codes.float(), self._wide(self.scales))
 
-    def _units(self, block: slice = slice(None)) -> Tensor:
-        """Codes, or the levels that they stand for, of some entries: [n, D], fp32."""
-        codes = spread(self.words[block], self.form.bits, self.dim)
-        return codes.float() if self.lows is not None else normal_levels(self.form.bits).to(codes.device)[codes.int()]
+    def _levels(self, codes: Tensor) -> Tensor:
+        levels = normal_levels(self.form.bits).to(codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
     def _turned_back(self, x: Tensor) -> Tensor:
         return x @ rotation(self.dim).T.to(x.device) if self.form.rotate else x
@@ -118,15 +124,16 @@ class Codes:
         rows = rows @ rotation(self.dim).to(rows.device) if self.form.rotate else rows
         if self.form.channel:
             return rows @ self._numbers().T
-        found = rows.new_empty(len(self.words), len(rows))
+        found = rows.new_empty(len(rows), len(self.words))
         for block in self._blocks():
-            units = self._units(block)
-            for index, part in enumerate(self._groups()):
-                product = units[:, part] @ rows[:, part].T * self.scales[block, index:index + 1].float()
-                if self.lows is not None:
-                    product.addmm_(self.lows[block, index:index + 1].float(), rows[:, part].sum(1)[None])
-                found[block] = product if index == 0 else found[block].add_(product)
-        return found.T
+            scales = self.scales[block].T.float().unsqueeze(1)                           # [groups, 1, n]
+            sums = scales.new_zeros(len(scales), len(rows), scales.shape[2])
+            for units, dims, weight in self._units(block):
+                sums[dims.start // self.form.group].addmm_(rows[:, dims], units.T, alpha=weight)
+            found[:, block] = (sums * scales).sum(0)
+        if self.lows is not None:
+            found.addmm_(rows.unflatten(1, (-1, self.form.group)).sum(2), self.lows.T.float())
+        return found
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The sum of the entries with each row of weights [R, N], fp32: [R, D]."""
@@ -134,9 +141,9 @@ class Codes:
             return self._turned_back(weights @ self._numbers())
         found = weights.new_zeros(len(weights), self.dim)
         for block in self._blocks():
-            units = self._units(block)
-            for index, part in enumerate(self._groups()):
-                found[:, part] += (weights[:, block] * self.scales[block, index].float()) @ units[:, part]
+            scaled = weights[:, block] * self.scales[block].T.float().unsqueeze(1)       # [groups, R, n]
+            for units, dims, weight in self._units(block):
+                found[:, dims].addmm_(scaled[dims.start // self.form.group], units, alpha=weight)
         if self.lows is not None:
             found += (weights @ self.lows.float()).repeat_interleave(self.form.group, 1)
         return self._turned_back(found)
@@ -144,8 +151,30 @@ class Codes:
     def _blocks(self) -> list[slice]:
         return [slice(start, start + BLOCK) for start in range(0, len(self.words), BLOCK)]
 
-    def _groups(self) -> list[slice]:
-        return [slice(start, start + self.form.group) for start in range(0, self.dim, self.form.group)]
+    def _units(self, block: slice) -> Iterator[tuple[Tensor, slice, int]]:
+        """Codes or levels of a block of entries, in pieces: (fp32 [n, d], the d dimensions of one group, a factor).
+
+        Bytes need not be put together for it: the number of a code is the sum of what its pieces say.
+        """
+        for plane, start, weight in self._planes(self.words[block]):
+            end = min(start + plane.shape[1], self.dim)
+            cuts = [start, *range((start // self.form.group + 1) * self.form.group, end, self.form.group), end]
+            for low, high in pairwise(cuts):
+                yield plane[:, low - start:high - start], slice(low, high), weight
+
+    def _planes(self, words: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Neighbouring dimensions of entries: (fp32 [n, d], the first of them, a factor)."""
+        if self.lows is None:
+            yield self._levels(spread(words, self.form.bits, self.dim)), 0, 1
+            return
+        parts = [(words, self.form.bits, 1)]
+        if self.form.bits == 3:
+            low, high = words.tensor_split([-(-self.dim // 4)], 1)
+            parts = [(low.contiguous(), 2, 1), (high.contiguous(), 1, 4)]
+        for part, bits, weight in parts:
+            for index, plane in enumerate(planes(part, bits)):
+                if index * plane.shape[1] < self.dim:
+                    yield plane.float(), index * plane.shape[1], weight
 
     def _wide(self, table: Tensor) -> Tensor:
         """Scales or lows for each number: [N, D], fp32."""
