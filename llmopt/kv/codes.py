@@ -248,7 +248,8 @@ class Mixed(Packed):
             within.append(max(0, min(end, stop) - max(first, start)))
             before += max(0, min(end, start) - first) if index % 2 == 0 else 0
         many = sum(within[::2])
-        return Mixed(torch.tensor(within, dtype=torch.long), self.codes[before:before + many],
+        there = [pair for pair in zip(within[::2], [*within[1::2], 0], strict=False) if any(pair)]
+        return Mixed(torch.tensor(there, dtype=torch.long).flatten(), self.codes[before:before + many],
                      self.new[start - before:stop - before - many], (stop - start,))
 
     def products(self, rows: Tensor) -> Tensor:
