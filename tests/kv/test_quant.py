@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from llmopt_kernels import NONE, dense
+from llmopt_kernels import NONE, Ragged, Rule, dense, ragged_attention, reference
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -103,6 +103,24 @@ def test_products_and_sums_of_codes_are_those_of_the_dense_entries(bits, dim, gr
             mixed = Mixed.of(old, Codes.of(x[old], form), x[~old])
             assert_close(mixed.products(rows), rows @ mixed.dense().T, atol=2e-5, rtol=1e-5)
             assert_close(mixed.weighted(weights), weights @ mixed.dense(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule(0.25), Rule(0.25, softcap=0.5), Rule(0.25, window=9)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_attention_is_attention_over_the_dense_entries(rule, biased):
+    """Uneven heads, two queries, of which the first may not see the last tail entry."""
+    generator = torch.Generator().manual_seed(0)
+    q, *tail = (torch.randn(1, many, size, 16, generator=generator) for many, size in ((4, 2), (2, 3), (2, 3)))
+    x, old, form = torch.randn(2, 14, 16, generator=generator), torch.arange(14) % 7 < 4, Form(4, 16)
+    mixed = [Mixed.of(old, Codes.of(part[old], form), part[~old]) for part in x]
+    places, carried = torch.tensor([*range(7), *range(3, 10)]), {}
+    if biased:
+        carried["bias"] = torch.randn(14, generator=generator)
+    visible = torch.tensor([[[True, True, False], [True, True, True]]])
+    packed, plain = (Ragged(*xs, places, torch.tensor([[5, 9]]), carried) for xs in (mixed, [m.dense() for m in mixed]))
+    for seen in (visible, None):
+        want = reference.ragged_attention(q, plain, tuple(tail), seen, 12, rule)
+        assert_close(ragged_attention(q, packed, tuple(tail), seen, 12, rule), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", KINDS)
