@@ -1,6 +1,7 @@
 """Head scores: how much each query head matters, or what it does."""
 from llmopt.calibration.head_scores import load_scores, save_scores
 from llmopt.heads.base import HeadScore, ProbeScore, plot
+from llmopt.heads.divergence import Divergence
 from llmopt.heads.gradient import Gradient
 from llmopt.heads.hess import Hess
 from llmopt.heads.influence import Influence
@@ -10,5 +11,5 @@ from llmopt.heads.retrieval import Retrieval
 from llmopt.heads.span import Span
 from llmopt.heads.waad_fai import WaadFai
 
-__all__ = ["Gradient", "HeadScore", "Hess", "Influence", "Need90", "ProbeScore", "Replay", "Retrieval",
+__all__ = ["Divergence", "Gradient", "HeadScore", "Hess", "Influence", "Need90", "ProbeScore", "Replay", "Retrieval",
            "Span", "WaadFai", "load_scores", "plot", "save_scores"]
