@@ -202,7 +202,7 @@ class Scorer(CacheMethod):
     def _has_voters(self, turn: Turn, index: int) -> bool:
         """True if a real query of this row waits in a layer, or the method asks for none."""
         layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
-        if self.queries() == 0 or self.replays or turn.live.now.rehearsing:
+        if self.queries() == 0 and not self.hidden or self.replays or turn.live.now.rehearsing:
             return True
         if layer.queries is None:
             return False

@@ -32,6 +32,9 @@ class Listener(CacheMethod):
     def queries(self) -> int | None:
         return self.scorer.queries()
 
+    def condense(self, hidden: Tensor, index: int, record: Record) -> Tensor:
+        return self.scorer.condense(hidden, index, self.known)
+
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         turn = Turn(cache, live, self.known, 0)
         for index, layer in zip(layers, self.scorer.scores_of(turn, layers), strict=True):
