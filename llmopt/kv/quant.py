@@ -7,8 +7,8 @@
 
 After QuaRot (arXiv:2404.00456), TurboQuant (arXiv:2504.19874) and, for channels, KIVI (arXiv:2402.02750). Scales and
 lows are fp16. Codes are kept as they are when entries are dropped or added. A decoding step multiplies them as they
-are: the query is rotated once, scales and lows are applied to the products, the output is turned back once; longer turns
-and `keys: channel` make them dense again. Left out: TurboQuant's extra bit for unbiased products and its norm of a whole
+are: the query is rotated once, scales and lows meet the products, the output is turned back once; longer turns and
+`keys: channel` make them dense again. Left out: TurboQuant's extra bit for unbiased products and its norm of a whole
 vector (each group has its own); a compiled kernel.
 """
 from dataclasses import replace
