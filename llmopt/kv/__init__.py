@@ -4,6 +4,7 @@ from llmopt.kv.compactor import Compactor
 from llmopt.kv.critical import Critical
 from llmopt.kv.dropkv import DropKV
 from llmopt.kv.ems import EMS
+from llmopt.kv.ems_merge import EMSMerge
 from llmopt.kv.expected import Expected
 from llmopt.kv.h2o import H2O
 from llmopt.kv.keydiff import KeyDiff
@@ -18,5 +19,5 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "Expected", "H2O", "KVzap", "KVzip", "KeyDiff",
+__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip", "KeyDiff",
            "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
