@@ -16,25 +16,25 @@ PLAN = replace(kv.QUICK, tokens=2, rounds=1)
 
 def test_caches_hold_what_their_names_say():
     model = make("llama", num_key_value_heads=2)
-    prompt = kv.noise(model, 40)
+    prompt = kv.noise(model, 200)
     parts = kv.kinds(2, len(prompt))
     stock, every, even, uneven, packed = (kv._filled(model, made, prompt) for made in parts.values())
-    assert [layer.get_seq_length() for layer in stock.layers] == [40] * 3
-    assert [layer.tolist() for layer in every.kept()] == [[[40, 40]]] * 3
-    assert [layer.tolist() for layer in even.kept()] == [[[10, 10]]] * 3
-    assert [sorted(layer.flatten().tolist()) for layer in uneven.kept()] == [[7, 13]] * 3
+    assert [layer.get_seq_length() for layer in stock.layers] == [200] * 3
+    assert [layer.tolist() for layer in every.kept()] == [[[200, 200]]] * 3
+    assert [layer.tolist() for layer in even.kept()] == [[[50, 50]]] * 3
+    assert [sorted(layer.flatten().tolist()) for layer in uneven.kept()] == [[33, 67]] * 3
     assert kv._nbytes(every) == kv._nbytes(stock) > kv._nbytes(packed)
 
 
 def test_a_round_leaves_model_cache_and_library_as_they_were():
     model = make("llama")
-    prompt, name = kv.noise(model, 40), model.config._attn_implementation
+    prompt, name = kv.noise(model, 200), model.config._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     for made in kv.kinds(2, len(prompt)).values():
         cache = kv._filled(model, made, prompt)
         with kv._attached(model, made):
             found = kv.timed(model, kv._apart(cache), 2)
-        assert cache.get_seq_length() == 40
+        assert cache.get_seq_length() == 200
         assert 0 < found.attention < found.step
     assert attachment(model) is None
     assert (model.config._attn_implementation, ALL_ATTENTION_FUNCTIONS["sdpa"]) == (name, before)
