@@ -2,15 +2,14 @@
 
 Real forwards of one token each, batch of one, float32, through blocks of true shapes with random weights, behind a
 prompt of noise. A stopwatch takes attention apart: from the moment a layer's cache is given the token until attention
-has answered. The caches take turns; the median token of a cache's fastest round counts, so that neighbours on the
-machine count little. The first token behind the prompt, which makes room for others, is told apart.
+has answered. The caches take turns, and the fastest token of each counts, so that neighbours on the machine count
+little; but for the first token behind the prompt, which makes room for others and is told apart.
 """
 import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -171,10 +170,7 @@ def _nbytes(cache: Cache) -> int:
 
 
 class Round(NamedTuple):
-    """Seconds of the median token, the first one left out: attention of a layer, and the whole step.
-
-    first: attention of a layer at the first token, which makes room for more.
-    """
+    """Seconds of the fastest token: attention of a layer, and the whole step. first: attention at the first token."""
 
     attention: float
     step: float
@@ -231,4 +227,4 @@ def timed(model: nn.Module, cache: Cache, tokens: int) -> Round:
             model(token, past_key_values=cache, use_cache=True)
             steps.append(time.perf_counter() - start)
             attention.append((watch.seconds - before) / len(cache.layers))
-    return Round(median(attention[1:]), median(steps[1:]), attention[0])
+    return Round(min(attention[1:]), min(steps[1:]), attention[0])
