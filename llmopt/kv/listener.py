@@ -23,6 +23,7 @@ class Listener(CacheMethod):
     def __init__(self, scorer: Scorer, record: Record):
         self.scorer, self.known = scorer, record
         self.replays, self.layer_by_layer, self.hidden = scorer.replays, not scorer.replays, scorer.hidden
+        self.reads_ids = scorer.reads_ids
         self.found: dict[int, Tensor] = {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -66,15 +66,16 @@ class CacheMethod(RuntimeMethod):
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
     computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
-    made smaller, so the cache keeps its token ids and no query of the first reading. hidden: what `condense`
-    makes of the attention modules' inputs is kept beside the queries, of all tokens since the last compression;
-    `queries` then says None, or 0 for none of them.
+    made smaller, so the cache keeps its token ids and no query of the first reading. reads_ids: it keeps the ids in any
+    case. hidden: what `condense` makes of the attention modules' inputs is kept beside the queries, of all tokens since
+    the last compression; `queries` then says None, or 0 for none of them.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
     replays: ClassVar[bool] = False
+    reads_ids: bool = False
     hidden: bool = False
 
     def queries(self) -> int | None:

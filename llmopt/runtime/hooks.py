@@ -156,7 +156,8 @@ class Attachment:
         mask = named.get("attention_mask")
         mask = mask.to(self.model.device) if isinstance(mask, Tensor) else mask
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
-        if self.method(EVICTOR) is not None and self.method(EVICTOR).replays:
+        method = self.method(EVICTOR)
+        if method is not None and (method.replays or method.reads_ids):
             cache.note_ids(named.get("input_ids"), self.now.tokens)
         if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
             named["position_ids"] = given
