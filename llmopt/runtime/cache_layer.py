@@ -68,19 +68,20 @@ class RaggedLayer(CacheLayerMixin):
         self.window = window
         self.seen = self.folded = 0
         self.lanes: Lanes | None = None
-        self._kept: Ragged | None = None            # without keys and values where they are in the lanes
+        self._kept: Ragged | None = None            # keys and values [N, 0] where the lanes hold them
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
         self.hidden: Tensor | None = None           # [B, W, E] what attention read of these tokens, if asked for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.lanes = Lanes(torch.zeros(key_states.shape[:2], dtype=torch.long), 0, (key_states, value_states))
+        nothing = torch.zeros(key_states.shape[:2], dtype=torch.long)
+        self.lanes = Lanes.empty(nothing, 0, (key_states.detach(), value_states.detach()))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append [B, G, T, D] to the tail and return it, or what is new of it where it lies behind uneven entries; the
-        attention function reads the rest in this layer.
+        """Append [B, G, T, D] to the tail and return all that is held, or these alone once entries have been dropped:
+        the attention function then reads in this layer.
         """
         self.seen += key_states.shape[2]
         if self.groups == 0:
@@ -90,15 +91,15 @@ class RaggedLayer(CacheLayerMixin):
         if key_states.shape[2] == 1 and not self.joined:
             self._join()
         self.lanes = self.lanes.append(key_states, value_states)
-        return self.lanes.tail if self.lanes.even else (key_states, value_states)
+        return (key_states, value_states) if self.compressed else self.lanes.tail
 
     def _join(self) -> None:
-        """Take kept entries into the lanes, if attention can read them there: dense ones without bias or window."""
+        """Let the lanes hold kept entries too, if attention can read them there: dense ones without bias or window."""
         kept = self._kept
         if kept is None or not self.plain or isinstance(kept.keys, Packed) or kept.bias is not None:
             return
-        self.lanes = self.lanes.joined(kept.counts, (kept.keys, kept.values))
-        self._kept, self.joined = replace(kept, keys=kept.keys[:0].clone(), values=kept.values[:0].clone()), True
+        self.lanes, self.joined = self.lanes.behind(kept.counts, (kept.keys, kept.values)), True
+        self._kept = replace(kept, keys=kept.keys[:, :0].clone(), values=kept.values[:, :0].clone())
 
     @property
     def compressed(self) -> bool:
@@ -292,7 +293,7 @@ class RaggedLayer(CacheLayerMixin):
     def _hold(self, kept: Ragged) -> None:
         """Hold these entries, apart from the lanes, which become empty."""
         self._kept, self.joined = kept, False
-        self.lanes = Lanes(torch.zeros_like(self.lanes.counts), 0, self.lanes.buffers)
+        self.lanes = Lanes.empty(torch.zeros_like(self.lanes.counts), 0, self.lanes.buffers)
 
     def counts(self) -> Tensor:
         """[B, G] entries held, padding in the tail included."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-LEAST, SHARE = 64, 8        # a full buffer gains room for an eighth of what a lane holds, for 64 tokens at least
+LEAST, SHARE = 64, 16       # a full buffer gains room for a sixteenth of what a lane holds, for 64 tokens at least
 
 
 class Lanes:
@@ -15,15 +15,20 @@ class Lanes:
     buffers: keys and values, [N, D] each, lane by lane. A fork reads the same buffers and makes its own to write to.
     """
 
-    def __init__(self, counts: Tensor, size: int, like: tuple[Tensor, Tensor]):
-        self.counts, self.size, self.length, self.borrowed = counts, size, 0, False
+    def __init__(self, counts: Tensor, size: int, buffers: tuple[Tensor, Tensor]):
+        self.counts, self.size, self.buffers = counts, size, buffers
+        self.length, self.borrowed = 0, False
         kept = counts.flatten()
         self.even = bool((kept == kept[:1]).all())
         ends = kept.cumsum(0) + size * torch.arange(len(kept))          # of the kept entries of each lane
         self.spans = list(zip((ends - kept).tolist(), kept.tolist(), strict=True))
-        self.ends = ends.to(like[0].device)
-        total = int(kept.sum()) + size * len(kept)
-        self.buffers = tuple(x.new_empty(total, x.shape[-1]) for x in like)
+        self.ends = ends.to(buffers[0].device)
+
+    @classmethod
+    def empty(cls, counts: Tensor, size: int, like: tuple[Tensor, Tensor]) -> "Lanes":
+        """Lanes of these measures whose content has still to be written."""
+        total = int(counts.sum()) + size * counts.numel()
+        return cls(counts, size, tuple(x.new_empty(total, x.shape[-1]) for x in like))
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
@@ -54,13 +59,23 @@ class Lanes:
     def append(self, keys: Tensor, values: Tensor) -> "Lanes":
         """These lanes with [B, G, T, D] more of each, which they are themselves as long as they may be written to."""
         lanes, tokens = self, keys.shape[2]
-        if self.size < self.length + tokens:
-            lanes = self._grown(tokens)
-        elif not self._ours(keys, values):
-            lanes = self.taken(None, self.size)
+        if self.size < self.length + tokens or not self._ours(keys):
+            lanes = self.taken(None, self._room(tokens), keys.dtype)
         lanes._write((keys, values))
         lanes.length += tokens
         return lanes
+
+    def _ours(self, new: Tensor) -> bool:
+        """False where writing would change what a fork or a gradient reads, or what torch has locked."""
+        held = self.buffers[0]
+        locked = held.is_inference() and not torch.is_inference_mode_enabled()
+        return not (self.borrowed or locked or torch.is_grad_enabled()) and held.dtype == new.dtype
+
+    def _room(self, tokens: int) -> int:
+        """Tokens to make room for when so many more come: just those of a prompt, or while gradients are taken."""
+        held = max(count for _, count in self.spans) + self.length
+        exact = torch.is_grad_enabled() or (held == 0 and tokens > 1)
+        return self.length + tokens + (0 if exact else max(LEAST, (held + tokens) // SHARE))
 
     def _write(self, new: tuple[Tensor, Tensor]) -> None:
         """Put keys and values [B, G, T, D] behind what is there."""
@@ -74,21 +89,13 @@ class Lanes:
         for buffer, states in zip(self.buffers, new, strict=True):
             buffer[places] = states.flatten(0, 1)
 
-    def _ours(self, *new: Tensor) -> bool:
-        """False where writing would change what a fork or a gradient reads, or what torch has locked."""
-        locked = self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
-        taught = torch.is_grad_enabled() and self.length > 0 and any(x.requires_grad for x in (*new, *self.buffers))
-        return not (self.borrowed or locked or taught)
+    def taken(self, rows: Tensor | None, size: int, dtype: torch.dtype | None = None) -> "Lanes":
+        """A copy that consists of `rows` [B'] of the batch, or of all, with room for `size` tokens.
 
-    def _grown(self, tokens: int) -> "Lanes":
-        """A copy with room for these tokens and more; for just these if they are the first of many."""
-        held = max(count for _, count in self.spans) + self.length + tokens
-        first = self.length == 0 and tokens > 1
-        return self.taken(None, self.length + tokens + (0 if first else max(LEAST, held // SHARE)))
-
-    def taken(self, rows: Tensor | None, size: int) -> "Lanes":
-        """A copy that consists of `rows` [B'] of the batch, or of all, with room for `size` tokens."""
-        new = Lanes(self.counts if rows is None else self.counts[rows.cpu()], size, self.buffers)
+        dtype: what is to be written to it; it becomes wider where that is.
+        """
+        like = tuple(x[:0].to(torch.promote_types(x.dtype, dtype or x.dtype)) for x in self.buffers)
+        new = Lanes.empty(self.counts if rows is None else self.counts[rows.cpu()], size, like)
         new.length = self.length
         if self.even and new.even:
             for block, into in zip(self._blocks(), new._blocks(), strict=True):
@@ -103,17 +110,15 @@ class Lanes:
                 into[to:to + filled] = buffer[start:start + filled]
         return new
 
-    def joined(self, counts: Tensor, kept: tuple[Tensor, Tensor]) -> "Lanes":
-        """Lanes of these kept entries, [N, D] each, and the tokens that lie here; with room for more."""
+    def behind(self, counts: Tensor, kept: tuple[Tensor, Tensor]) -> "Lanes":
+        """Lanes of these kept entries, keys and values [N, D] each, with the tokens that lie here behind them."""
         new = Lanes(counts, 0, kept)
-        new.buffers = kept
-        new = new._grown(self.length + 1)
         return new.append(*self.tail) if self.length else new
 
     def last(self, length: int) -> "Lanes":
         """A copy of the newest tokens only."""
         tail = tuple(x[:, :, self.length - length:] for x in self.tail)
-        return Lanes(torch.zeros_like(self.counts), length, self.buffers).append(*tail)
+        return Lanes.empty(torch.zeros_like(self.counts), length, self.buffers).append(*tail)
 
     def fork(self, length: int | None = None) -> "Lanes":
         """These lanes, or the first tokens of them, to be continued apart from what becomes of these."""
