@@ -234,8 +234,7 @@ class Attachment:
 
     def _over_lanes(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
         """Attention of a single token over the lanes of its layer; of what the mask hides, only the tail has any."""
-        tail = None if mask is None else mask[:, layer.tail_start:]
-        return layer.lanes.attention(query, None if tail is None or bool(tail.all()) else tail.bool(), rule.scaling)
+        return layer.lanes.attention(query, self.now.mask_from(layer.tail_start, mask), rule.scaling)
 
     def _attention(self, prompt: Prompt) -> Tensor:
         """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
@@ -244,7 +243,9 @@ class Attachment:
         query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
-        visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
+        start = prompt.seen - prompt.keys.shape[2]
+        hides = query.shape[2] > 1 or self.now.mask_from(start, prompt.mask) is not None
+        visible = dense_visible(query, prompt.keys, prompt.mask if hides else None, first, rule)
         return ragged_attention(query, prompt.kept, tail, visible, first, rule)
 
     def _is_selected(self, prompt: Prompt) -> bool:
