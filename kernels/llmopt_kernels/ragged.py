@@ -11,9 +11,9 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
                      first: int, rule: Rule) -> Tensor:
     """As `reference.ragged_attention`: [B, H, T, D] -> [B, H, T, D].
 
-    The g query heads of a group are rows of one call. Even fp32 entries are faster in the batched definition.
+    The g query heads of a group are rows of one call.
     """
-    if rule.softcap is not None or kept.bias is not None or (kept.even and query.dtype == torch.float32):
+    if rule.softcap is not None or kept.bias is not None:
         return reference.ragged_attention(query, kept, tail, tail_visible, first, rule)
     batch, heads, tokens, dim = query.shape
     group = heads // kept.counts.shape[1]
