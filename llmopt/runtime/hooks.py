@@ -18,6 +18,7 @@ from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
+from llmopt.runtime.lanes import lanes_attention
 from llmopt.runtime.prompt import Prompt
 
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
@@ -234,7 +235,7 @@ class Attachment:
 
     def _over_lanes(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
         """Attention of a single token over the lanes of its layer; of what the mask hides, only the tail has any."""
-        return layer.lanes.attention(query, self.now.mask_from(layer.tail_start, mask), rule.scaling)
+        return lanes_attention(query, layer.lanes, self.now.mask_from(layer.tail_start, mask), rule.scaling)
 
     def _attention(self, prompt: Prompt) -> Tensor:
         """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""

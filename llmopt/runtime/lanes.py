@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-LEAST, SHARE = 64, 16       # a full buffer gains room for a sixteenth of what a lane holds, for 64 tokens at least
+LEAST, MOST, SHARE = 4, 512, 8      # a full buffer gets room for an eighth of what a lane holds, within these bounds
 
 
 class Lanes:
@@ -75,7 +75,7 @@ class Lanes:
         """Tokens to make room for when so many more come: just those of a prompt, or while gradients are taken."""
         held = max(count for _, count in self.spans) + self.length
         exact = torch.is_grad_enabled() or (held == 0 and tokens > 1)
-        return self.length + tokens + (0 if exact else max(LEAST, (held + tokens) // SHARE))
+        return self.length + max(tokens, 0 if exact else min(max(LEAST, held // SHARE), MOST))
 
     def _write(self, new: tuple[Tensor, Tensor]) -> None:
         """Put keys and values [B, G, T, D] behind what is there."""
@@ -129,16 +129,13 @@ class Lanes:
 
     # ---------------------------------------------------------------------------------------------------- attention
 
-    def attention(self, query: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
-        """Attention of one query a row over all that its lanes hold, the g heads of a group as rows: [B, H, 1, D].
+    def attention(self, rows: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
+        """Attention over all that the lanes hold of one token's g queries for each KV head: [B, G, g, D].
 
         visible: bool [B, S], which tokens behind the kept entries a row sees; None: all.
         """
-        batch, heads, _, dim = query.shape
-        rows = query.reshape(batch, self.counts.shape[1], -1, dim)                       # [B, G, g, D]
         out = self._even(rows, visible, scaling) if self.even else self._uneven(rows, visible, scaling)
-        out = out if visible is None else out.nan_to_num(0.0)
-        return out.reshape(batch, heads, 1, -1)
+        return out if visible is None else out.nan_to_num(0.0)
 
     def _even(self, rows: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
         filled = self.spans[0][1] + self.length
@@ -155,6 +152,12 @@ class Lanes:
             out.append(scaled_dot_product_attention(one[None], keys.narrow(2, start, filled),
                                                     values.narrow(2, start, filled), mask, scale=scaling))
         return torch.cat(out).view(*rows.shape[:3], -1)
+
+
+def lanes_attention(query: Tensor, lanes: Lanes, visible: Tensor | None, scaling: float) -> Tensor:
+    """Attention of one token [B, H, 1, D], as `Lanes.attention`; the g heads of a group are rows of one call."""
+    rows = query.unflatten(1, (lanes.counts.shape[1], -1)).squeeze(3)                    # [B, G, g, D]
+    return lanes.attention(rows, visible, scaling).flatten(1, 2).unsqueeze(2)
 
 
 def _behind(visible: Tensor, count: int) -> Tensor:
