@@ -36,12 +36,13 @@ FIELDS = {
 NAMES = llmopt.names()
 
 
-def own_fields(name: str) -> dict:
-    """CONTRACT of the method's own test; nothing where there is none."""
+def own_fields(name: str, which: str = "CONTRACT") -> dict:
+    """CONTRACT of the method's own test, or BEFORE, {name: fields} of the steps it needs; nothing where there is none.
+    """
     family, _, short = name.partition(".")
     if not (Path(__file__).parent / family / f"test_{short}.py").exists():
         return {}
-    return getattr(importlib.import_module(f"tests.{family}.test_{short}"), "CONTRACT", {})
+    return getattr(importlib.import_module(f"tests.{family}.test_{short}"), which, {})
 
 
 FIELDS |= {name: own_fields(name) for name in NAMES if name not in FIELDS}
@@ -67,6 +68,8 @@ def applied(name: str, family: str):
     """(model, record, scores) after the method alone."""
     batch = {"input_ids": tiny.ids(8, 48), "attention_mask": torch.ones(8, 48, dtype=torch.long)}
     model, run = dense(name, family), Run(batches=[batch])
+    for before, fields in own_fields(name, "BEFORE").items():
+        build(before, fields).apply(model, run)
     return model, method(name, family).apply(model, run), run.scores
 
 

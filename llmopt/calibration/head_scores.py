@@ -1,24 +1,28 @@
-"""Head scores as they pass from step to step: checked, in JSON files, found by name."""
+"""Head scores as they pass from step to step: checked, in JSON and safetensors files, found by name."""
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError, nearest
+from llmopt.files import tensors
 from llmopt.files.checks import load_json
 from llmopt.files.json_shapes import NUMBER
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 
+FILES = (".json", ".safetensors")
+
 
 def read_scores(file: Path, beside: str | None = None) -> list[list[float]]:
-    """Head scores [L][H] from a JSON file, {"scores": [L][H]} or the bare list; LlmoptError for anything else.
+    """Head scores [L][H] from a file: JSON, {"scores": [L][H]} or the bare list; safetensors, "scores.LAYER" [H].
 
-    beside: the name of another figure of each head that the file is to hold.
+    Raises LlmoptError for anything else. beside: the name of another figure of each head that the file is to hold.
     """
-    content = load_json(file)
+    content = _by_name(file) if file.suffix == ".safetensors" else load_json(file)
     rows = content.get(beside or "scores") if isinstance(content, dict) else None if beside else content
     if rows is None and beside:
         raise LlmoptError(f"{file}: holds no {beside!r}; write it by `llmopt heads MODEL --method heads.replay "
@@ -26,6 +30,17 @@ def read_scores(file: Path, beside: str | None = None) -> list[list[float]]:
     if not isinstance(rows, list) or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):
         raise LlmoptError(f'{file}: holds no head scores; expected {{"scores": [[...], ...]}} of finite numbers')
     return rows
+
+
+def _by_name(file: Path) -> dict[str, list[Any]]:
+    """{"scores": [L][H], ...} from the tensors "scores.0", "scores.1", ... of a file."""
+    found: dict[str, list[Any]] = {}
+    held = tensors.read(tensors.of_file(file))
+    for name in sorted({key.rpartition(".")[0] for key in held}):
+        layers = [f"{name}.{layer}" for layer in range(sum(key.rpartition(".")[0] == name for key in held))]
+        if all(key in held and held[key].dim() == 1 for key in layers):
+            found[name] = [held[key].tolist() for key in layers]
+    return found
 
 
 def _is_score(value: Any) -> bool:
@@ -42,20 +57,34 @@ def check_scores(scores: list[Tensor], heads: list[int]) -> None:
 
 
 def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:
-    """Write the scores, and how they came about, as JSON: {"name", "scores": [L][H], ...}."""
-    data = {"name": name, **meta, "scores": [s.tolist() for s in scores]}
-    Path(path).expanduser().write_text(json.dumps(data, indent=1) + "\n")
+    """Write the scores, and how they came about, to a file that `load_scores` reads.
+
+    JSON: {"name", "scores": [L][H], ...}; .safetensors: "scores.LAYER" [H], so for all that is told of each head, the
+    rest as JSON in the metadata.
+    """
+    data, target = {"name": name, **meta, "scores": [s.tolist() for s in scores]}, Path(path).expanduser()
+    if target.suffix != ".safetensors":
+        target.write_text(json.dumps(data, indent=1) + "\n")
+        return
+    told = {key: value for key, value in data.items() if _of_heads(value)}
+    layers = {f"{key}.{layer}": torch.tensor(row, dtype=torch.float32)
+              for key, rows in told.items() for layer, row in enumerate(rows)}
+    save_file(layers, target, {"llmopt": json.dumps({key: data[key] for key in data if key not in told})})
+
+
+def _of_heads(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
 
 
 def load_scores(path: str | Path, beside: str | None = None) -> list[Tensor]:
-    """Scores from a JSON file, as `read_scores` finds them."""
+    """Scores from a file, as `read_scores` finds them."""
     return [torch.tensor(row, dtype=torch.float32) for row in read_scores(Path(path).expanduser(), beside)]
 
 
 def find(name: str, run: Run, model: nn.Module, beside: str | None = None) -> list[Tensor]:
-    """Head scores [H_l] of every layer by the name of their step, or from a .json file.
+    """Head scores [H_l] of every layer by the name of their step, or from a file.
 
-    Those of a file, {"scores": [L][H]} or the bare list, may be of the model before it was pruned in this run. beside:
+    Those of a file may be of the model before it was pruned in this run. beside:
     another figure of each head that the step tells of. Raises LlmoptError for scores of other heads.
     """
     told = name if beside is None else f"{name}.{beside}"
@@ -72,7 +101,7 @@ def find(name: str, run: Run, model: nn.Module, beside: str | None = None) -> li
 def _from_file(name: str, run: Run, beside: str | None) -> list[Tensor]:
     if name in run.scores:
         raise LlmoptError(f"heads: {name} does not tell {beside!r} of each head; heads.replay does")
-    if not name.endswith(".json"):
+    if not name.endswith(FILES):
         raise LlmoptError(f"heads: no score step {name!r}{nearest(name, run.scores) if run.scores else ' ran before'}")
     if not Path(name).expanduser().is_file():
         raise LlmoptError(f"heads: there is no file {name}")

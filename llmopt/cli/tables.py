@@ -193,6 +193,34 @@ def show_heads(figures: dict[str, list], as_json: bool) -> None:
         print_heads(name, layers)
 
 
+def show_correlations(scores: dict[str, list], as_json: bool) -> None:
+    """Rank correlations of head scores, each with each; empty where one of the two says the same of all heads."""
+    from llmopt.heads.compare import rank_correlation
+
+    found = {one: {other: rank_correlation(scores[one], scores[other]) for other in scores} for one in scores}
+    if as_json:
+        print_json(found)
+        return
+    rows = [(name, *("" if v is None else f"{v:.2f}" for v in row.values())) for name, row in found.items()]
+    print_table("rank correlations", ["", *(name.removeprefix("heads.") for name in found)], rows)
+
+
+def show_ablated(costs: dict[str, dict[str, dict]], how: str, as_json: bool) -> None:
+    """What masking heads costs: a table for each score; of random heads the median (the lowest to the highest)."""
+    def cell(value, *about) -> str:
+        return with_error(value, *about) if len(about) == 1 else "{:.4f} ({:.4f} to {:.4f})".format(value, *about)
+
+    if as_json:
+        print_json({name: {kind: {f"{task}/{metric}": list(figure) if len(figure) > 2 else figure[0]
+                                  for (task, metric), figure in column.items()} for kind, column in columns.items()}
+                    for name, columns in costs.items()})
+        return
+    for name, columns in costs.items():
+        keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+        rows = [(*key, *(cell(*column[key]) for column in columns.values())) for key in keys]
+        print_table(f"heads masked ({how}) by {name}", ["task", "metric", *columns], rows)
+
+
 def print_heads(title: str, layers: list[list[float]]) -> None:
     """One row per layer, a cell for each head; layers of fewer heads end early."""
     width = max((len(layer) for layer in layers), default=0)

@@ -2,10 +2,13 @@
 from llmopt.calibration.head_scores import load_scores, save_scores
 from llmopt.heads.base import HeadScore, ProbeScore, plot
 from llmopt.heads.gradient import Gradient
+from llmopt.heads.hess import Hess
+from llmopt.heads.influence import Influence
 from llmopt.heads.need90 import Need90
 from llmopt.heads.replay import Replay
 from llmopt.heads.retrieval import Retrieval
 from llmopt.heads.span import Span
+from llmopt.heads.waad_fai import WaadFai
 
-__all__ = ["Gradient", "HeadScore", "Need90", "ProbeScore", "Replay", "Retrieval",
-           "Span", "load_scores", "plot", "save_scores"]
+__all__ = ["Gradient", "HeadScore", "Hess", "Influence", "Need90", "ProbeScore", "Replay", "Retrieval",
+           "Span", "WaadFai", "load_scores", "plot", "save_scores"]

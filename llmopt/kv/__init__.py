@@ -8,6 +8,7 @@ from llmopt.kv.expected import Expected
 from llmopt.kv.h2o import H2O
 from llmopt.kv.keydiff import KeyDiff
 from llmopt.kv.knorm import Knorm
+from llmopt.kv.kvzap import KVzap
 from llmopt.kv.kvzip import KVzip
 from llmopt.kv.leverage import Leverage
 from llmopt.kv.noncausal import NonCausal
@@ -17,5 +18,5 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "Expected", "H2O", "KVzip", "KeyDiff", "Knorm",
-           "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
+__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "Expected", "H2O", "KVzap", "KVzip", "KeyDiff",
+           "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]

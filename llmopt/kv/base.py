@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
@@ -64,7 +65,7 @@ class Scorer(CacheMethod):
     window: int = Field(0, ge=0, description="last tokens, always kept")
     protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
-    heads: str | None = Field(None, description="head scores: name of a score step, or a .json file")
+    heads: str | None = Field(None, description="head scores: name of a score step, or a .json or .safetensors file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
     reduce: Reducer = Field(Evict(), description="what becomes of the others")
 
@@ -100,7 +101,7 @@ class Scorer(CacheMethod):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(".json") else ()
+        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
 
     @property
     def layer_by_layer(self) -> bool:
@@ -139,12 +140,17 @@ class Scorer(CacheMethod):
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         turns = [Turn(cache, live, record, row) for row in range(cache.batch_size)]
         chosen = [self._choose(turn, layers) for turn in turns]
-        if all(row is None for row in chosen):
+        if all(row is None for row in chosen) and not self._carries:
             return                                       # the queries stay too: they vote when there is a choice
         for place, index in enumerate(layers):
             fold(live, cache, index, [self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
             cache.layers[index].forget_queries(self._retained)
+
+    @property
+    def _carries(self) -> bool:
+        """True if entries take down what each turn's queries made of them, so that no turn may go by unnoticed."""
+        return type(self).carry is not Scorer.carry and not self.replays
 
     @property
     def _retained(self) -> int:
@@ -154,8 +160,7 @@ class Scorer(CacheMethod):
     def _left(self, turn: Turn, index: int, choice: Choice | None) -> Entries:
         """The entries of one layer and row after the reducer; all of them, if there is no choice to be made."""
         entries = turn.entries(index)
-        carries = type(self).carry is not Scorer.carry and not self.replays
-        if choice is None and carries and self._has_voters(turn, index):
+        if choice is None and self._carries and self._has_voters(turn, index):
             choice = Choice(entries.positions >= 0, self._scored(turn, index))
         if choice is None:
             return entries

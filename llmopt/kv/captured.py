@@ -11,9 +11,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.errors import LlmoptError
 from llmopt.kv.allocators import Tabled
-from llmopt.kv.listener import own_scores
+from llmopt.kv.listener import own_scores, replays_of
 from llmopt.method import Record, Replayed, Run
 from llmopt.parts import register
 
@@ -27,10 +26,9 @@ class Captured(Tabled):
     """Where this scorer finds what a second reading looks at, on the texts of heads.replay, which must run before."""
 
     def plan(self, scorer, record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
-        if not run.replays:
-            raise LlmoptError(f"{scorer.name}: allocate: captured needs the step heads.replay before it")
-        curves = sum(captured(piece, own_scores(scorer, record, model, piece.ids)) for piece in run.replays)
-        sizes = [len(layer) for layer in run.replays[0].scores]
+        pieces = replays_of(run, model, f"{scorer.name}: allocate: captured")
+        curves = sum(captured(piece, own_scores(scorer, record, model, piece.ids)) for piece in pieces)
+        sizes = [len(layer) for layer in pieces[0].scores]
         slopes = torch.stack([falling(curve.diff() / PLACES.diff(), PLACES.diff()) for curve in curves])
         return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, share).split(sizes)]
                                               for share in KEPT]}

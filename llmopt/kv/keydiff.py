@@ -19,5 +19,10 @@ class KeyDiff(Scorer):
     """Keys unlike the mean key; no attention is computed."""
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
-        keys = kv.keys.float()
-        return -cosine_similarity(keys, kv.mean_over_entries(normalize(keys, dim=-1)), dim=-1)
+        return unlikeness(kv)
+
+
+def unlikeness(kv: LayerKV) -> Tensor:                                                   # [B, G, T]
+    """The scores of the formula above."""
+    keys = kv.keys.float()
+    return -cosine_similarity(keys, kv.mean_over_entries(normalize(keys, dim=-1)), dim=-1)

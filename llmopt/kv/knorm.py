@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.kv.base import Scorer
-from llmopt.kv.view import LayerKV
+from llmopt.kv.view import LayerKV, coarse
 from llmopt.parts import register
 
 
@@ -18,4 +18,4 @@ class Knorm(Scorer):
     """Small keys; no attention is computed."""
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
-        return -kv.keys.float().norm(dim=-1)
+        return -coarse(kv.keys.float().norm(dim=-1))              # keys behind a norm may have one size

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.kv.base import Scorer
-from llmopt.kv.view import LayerKV
+from llmopt.kv.view import LayerKV, coarse
 from llmopt.parts import register
 
 RIDGE = 1e-4
@@ -37,7 +37,7 @@ def leverage(kv: LayerKV, dimensions: int) -> Tensor:
     if dimensions < keys.shape[-1]:
         drawn = torch.randn(keys.shape[-1], dimensions, generator=torch.Generator().manual_seed(0))
         keys = keys @ drawn.to(keys.device) / dimensions ** 0.5
-    return leverage_scores(keys)
+    return coarse(leverage_scores(keys))             # of few entries all have much the same
 
 
 def leverage_scores(x: Tensor) -> Tensor:

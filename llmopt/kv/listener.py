@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmopt.errors import LlmoptError
 from llmopt.kv.base import Scorer, Turn, view_of
 from llmopt.kv.view import LayerKV
-from llmopt.method import Record
-from llmopt.model.blocks import layer_list
+from llmopt.method import Record, Replayed, Run
+from llmopt.model.blocks import blocks, layer_list
 from llmopt.runtime.attach import CacheMethod, attached
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
@@ -36,6 +37,17 @@ class Listener(CacheMethod):
             full = layer.scores.new_full((len(layer.scores), cache.get_seq_length()), -torch.inf)
             self.found[index] = full.scatter_(1, layer.positions.long(), layer.scores)      # -inf where it slid away
             cache.layers[index].forget_queries()
+
+
+def replays_of(run: Run, model: nn.Module, label: str) -> list[Replayed]:
+    """The texts that heads.replay has read twice; raises LlmoptError for none, or for those of other heads."""
+    if not run.replays:
+        raise LlmoptError(f"{label} needs the step heads.replay before it")
+    found, wanted = ([len(layer) for layer in run.replays[0].scores], [block.kv_heads for block in blocks(model)])
+    if found != wanted:
+        raise LlmoptError(f"{label}: heads.replay has read its texts with {found} KV heads per layer; the model has "
+                          f"{wanted} by now. Prune first, in a recipe of its own")
+    return run.replays
 
 
 @torch.no_grad()

@@ -188,3 +188,9 @@ def look_up(table: Tensor | None, columns: Tensor) -> Tensor:
     if table is None:
         return columns
     return torch.where(columns == NONE, NONE, table[columns.clamp(min=0)])
+
+
+def coarse(x: Tensor) -> Tensor:
+    """x to eleven bits: scores closer than that are a tie, which the older entry wins, not the last bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2048).round() / 2048, exponent)

@@ -23,8 +23,11 @@ def needs_data(steps: Sequence[Method]) -> bool:
 def load_batches(spec: DataSpec, steps: Sequence[Method], source: ModelSpec,
                  sampler: Sampler) -> list[data.Batch] | None:
     """The calibration data, if a step asks for it; `sampler` knows the model, whose own specification is `source`."""
-    if not needs_data(steps):
-        return None
+    return batches_of(spec, source, sampler) if needs_data(steps) else None
+
+
+def batches_of(spec: DataSpec, source: ModelSpec, sampler: Sampler) -> list[data.Batch]:
+    """The calibration data, asked for or not."""
     config, tokenizer = sampler.model.config, sampler.tokenizer
     if spec.name != "self":
         return data.load(spec, config, tokenizer)

@@ -5,10 +5,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmopt import runtime
 from llmopt.calibration import data
@@ -21,7 +20,7 @@ from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.forecast.memory import shard_bytes
 from llmopt.forecast.size import UNCHANGED, Prediction, predict
-from llmopt.method import Method, Run
+from llmopt.method import Method, Record, Run
 from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
 from llmopt.model.loaded import evaluating
@@ -31,7 +30,7 @@ from llmopt.model.usable import check_model, check_numbers
 from llmopt.model.weights import coded
 from llmopt.progress import Clock, Progress, duration, numbered, silent
 from llmopt.recipe.reader import Recipe, check_order
-from llmopt.run.calibrating import load_batches, needs_data
+from llmopt.run.calibrating import batches_of, load_batches, needs_data
 from llmopt.run.foresight import Foresight
 from llmopt.run.marks import marks
 from llmopt.run.opening import Streaming, open_model, refuse_whole
@@ -180,16 +179,22 @@ def streamed_saving(model: nn.Module, spec: ModelSpec, told: Prediction, max_sha
     return shard_bytes(told.tensors, own, shards.size_of(max_shard_size))
 
 
-def score_heads(spec: ModelSpec, step: Method, source: DataSpec, progress: Progress = silent,
-                ranks: Ranks = Ranks()) -> tuple[list[Tensor], dict[str, Any]]:      # noqa: B008  frozen
-    """(scores [L][H], what is known about them) by a method of head scores; nothing is written."""
+def score_heads(spec: ModelSpec, steps: list[Method], source: DataSpec, progress: Progress = silent,
+                ranks: Ranks = Ranks(),                                                       # noqa: B008  frozen
+                calibrated: bool = False) -> tuple[nn.Module, Run, list[Record]]:
+    """(the model, the run with its scores, a record of each step) by methods of head scores; nothing is written.
+
+    calibrated: the run is to have calibration data even if no step looks at it.
+    """
     model, tokenizer = load_dense(spec)
     choose(model, spec.compute_dtype, spec.device, ranks.agree)
-    batches = load_batches(source.of(spec.id), [step], spec, Sampler(model, tokenizer, ranks, progress))
-    run = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks)
-    with naming(step.name), computing(model):
-        record = step.apply(model, run)
-    return run.scores[step.name], record.meta
+    sampler, wanted = Sampler(model, tokenizer, ranks, progress), source.of(spec.id)
+    batches = (batches_of(wanted, spec, sampler) if calibrated else load_batches(wanted, steps, spec, sampler))
+    run, records = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks), []
+    for step in steps:
+        with naming(step.name), computing(model):
+            records.append(step.apply(model, run))
+    return model, run, records
 
 
 def journal_of(output: Path, ranks: Ranks = Ranks()) -> Journal:        # noqa: B008  frozen

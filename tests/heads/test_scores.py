@@ -6,7 +6,7 @@ import torch
 
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.heads import Gradient, Need90, Span, gradient, load_scores, plot, save_scores
+from llmopt.heads import Gradient, Hess, Need90, Span, WaadFai, gradient, load_scores, plot, save_scores
 from llmopt.heads.base import undisturbed
 from llmopt.heads.gradient import gates, losses, target_shares
 from llmopt.heads.span import Columns, sinks
@@ -19,7 +19,7 @@ from tests import tiny
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2", "opt", "mixtral",
             "qwen2_moe", "qwen3_moe")
-METHODS = (Span(), Need90(), Gradient())
+METHODS = (Span(), Need90(), Gradient(), Hess(), WaadFai(score="fai", first=2, last=5))
 
 
 def batch(ids):

@@ -21,9 +21,9 @@ def test_mass_in_the_scorer_s_own_order():
     own[0] = replay[0]                                                  # finds the best first; the other by chance
     curves = captured(Replayed(torch.arange(70), [replay[:1], replay[1:]], (4, 2)), [own[:1], own[1:]])
     assert curves.shape == (2, len(PLACES)) and bool((curves[:, 0] == 0).all())
-    assert_close(curves[:, -1], replay[:, 4:68].sum(1).double())
+    assert_close(curves[:, -1], replay[:, 4:68].double().sum(1))
     middle = int((PLACES * 64).round().tolist().index(16.0))
-    assert_close(curves[0, middle], replay[0, 4:68].sort(descending=True).values[:16].sum().double())
+    assert_close(curves[0, middle], replay[0, 4:68].sort(descending=True).values[:16].double().sum())
     assert float(curves[0, middle]) > float(curves[1, middle])
 
 

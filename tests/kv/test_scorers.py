@@ -10,7 +10,9 @@ from llmopt.kv.leverage import leverage_scores
 from llmopt.kv.noncausal import chunk_sums
 from llmopt.kv.random import mixed
 from llmopt.kv.view import LayerKV, Source
+from llmopt.parts import build
 from tests.kv.test_carried import queries_and_keys
+from tests.test_runtime import padded, steps
 from tests.tiny import ids, make
 
 
@@ -38,6 +40,24 @@ def explicit(query, keys, first):
 def kept_of(model, method, tokens, **kwargs):
     with runtime.attached(model, method):
         return model(tokens, use_cache=True, **kwargs).past_key_values
+
+
+NAMES = ("compactor", "critical", "dropkv", "ems", "h2o", "keydiff", "knorm", "leverage", "noncausal", "random", "tova")
+
+
+@pytest.mark.parametrize(("name", "family"), [*((name, "qwen3") for name in NAMES),
+                                              *((name, "gemma2") for name in ("ems", "leverage", "noncausal"))])
+def test_a_padded_row_keeps_what_the_prompt_alone_keeps(name, family):
+    """Through several turns, with heads that compete; keys of one size and keys in few dimensions are ties."""
+    model, (tokens, mask) = make(family), padded()
+    fields = {"budget": 12, "window": 3, "sinks": 2, "every": 2,
+              "allocate": "uniform" if family == "gemma2" else "ada"}
+    with runtime.attached(model, build(f"kv.{name}", fields)):
+        batch, cache = steps(model, tokens, mask, [24, 1, 1, 9, 1])
+        alone, single = steps(model, tokens[1:, 9:], mask[1:, 9:], [15, 1, 1, 9, 1])
+    assert_close(batch[1:, 9:], alone, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a[1:], b) for a, b in zip(cache.kept(), single.kept(), strict=True))
+    assert any(int(counts.sum()) < 108 for counts in single.kept())          # 27 tokens, at most 4 heads
 
 
 # ------------------------------------------------------------------------------------------------------ keys alone

@@ -1,0 +1,84 @@
+"""HeSS: how steeply the loss depends on a head's queries, as budgets within each layer.
+
+    tr F_h = mean_x sum (dL(x) / dW_Q^h)^2          w_h = tr F_h^p / sum over the layer, p = 1/2 (root) or 1
+
+The budgets c_h share out H even shares by w_h, none above `cap` of them; what a head cannot take goes to the others by
+their weights (water-filling). Gradients are taken per sample, squared after. L is the next-token cross-entropy.
+
+HeSS (arXiv:2603.25336), whose two errors, of camera poses and point clouds, a language model does not have. Left out:
+their mixture, and budgets across layers, for which the authors say that traces are no measure. The square root is ours:
+on stories260K it shares keys out better than the plain trace.
+"""
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from llmopt.heads.base import Batch, HeadScore, single_rows
+from llmopt.heads.gradient import loss_slopes
+from llmopt.method import Run
+from llmopt.model.blocks import Block, blocks
+from llmopt.parts import register
+
+PARTS = {"queries": "q", "keys": "k", "values": "v"}
+
+
+def water_fill(weights: Tensor, cap: float) -> Tensor:      # [H] -> [H]
+    """Shares with sum H, by weight, none above `cap` >= 1; all alike where nothing has weight."""
+    shares, free = torch.zeros_like(weights), torch.ones_like(weights, dtype=torch.bool)
+    left = float(len(weights))
+    while left > 1e-9 and bool(free.any()):
+        by = weights * free if float(weights[free].sum()) > 0 else free.to(weights)
+        given = left * by / by.sum()
+        over = free & (given > cap)
+        if not bool(over.any()):
+            return shares + given
+        shares[over], free = cap, free & ~over
+        left = len(weights) - float(shares.sum())
+    return shares
+
+
+@register("heads.hess")
+@dataclass(frozen=True)
+class Hess(HeadScore):
+    """Budgets by the Fisher trace of a head's query projection; one forward and one backward pass for each row."""
+
+    mean_over: ClassVar = "samples"
+    backward: ClassVar = True
+    unit: ClassVar = "budget, in even shares of the layer"
+
+    of: Literal["queries", "keys", "values"] = Field("queries", description="the projection whose gradients count")
+    root: bool = Field(True, description="budgets by the square root of the trace")
+    cap: float = Field(4.0, ge=1, description="the largest budget, in even shares")
+
+    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+        model.requires_grad_(False)
+        views, rows = blocks(model), single_rows(run.batches)
+        totals = [torch.zeros(block.heads, dtype=torch.float64) for block in views]
+        for row in run.progress(rows, self.name):
+            for total, trace in zip(totals, self._traces(model, views, row), strict=True):
+                total += trace / len(rows)
+        return totals
+
+    def finish(self, scores: list[Tensor]) -> list[Tensor]:
+        weights = [s.double().cpu() for s in scores]
+        return [water_fill(w.sqrt() if self.root else w, self.cap) for w in weights]
+
+    def _traces(self, model: nn.Module, views: list[Block], row: Batch) -> list[Tensor]:
+        """sum (dL / dW^h)^2 of one sample: L tensors [H_l]."""
+        there = [block.part(PARTS[self.of])[0] for block in views if block.attention is not None]
+        weights = [getattr(p.module, p.parameter).requires_grad_() for p in there]
+        ids, mask = (row[key].to(model.device) for key in ("input_ids", "attention_mask"))
+        with torch.enable_grad():
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [1, T, E]
+            slopes = loss_slopes(model, hidden, ids, mask)
+            found = iter(torch.autograd.grad(hidden, weights, slopes))
+        return [self._by_head(block, next(found)) if block.attention is not None else torch.zeros(0) for block in views]
+
+    def _by_head(self, block: Block, slope: Tensor) -> Tensor:      # [H]
+        projection, rows = block.part(PARTS[self.of])
+        slope = slope.T if projection.transposed else slope                                           # [out, in]
+        squares = slope.float().square().sum(1).double().cpu()[rows].sum(1)                           # of each head
+        return squares.repeat_interleave(block.heads // len(squares))

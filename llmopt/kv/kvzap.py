@@ -1,0 +1,147 @@
+"""KVzap: a student that foretells what a second reading would look at, by one matrix product a layer.
+
+    log s_j = w . f_j           f_j: x_j that the layer's attention reads, 1, log(1 + j), log(n * expected attention),
+                                log(n * votes of the last queries), |v_j|, -cos(k_j, mean key), |k_j|
+    w = (F^T F + ridge diag(F^T F))^-1 F^T log max(s, 1e-8)         per KV head, s: replay scores of other texts
+
+Learning replay scores from hidden states is KVzap's (Jegou and Jeblick, 2026, arXiv:2601.07891); the cheap scores
+among the features are ours, as parts of an even share of the n entries. An entry is judged once, when a compression
+first sees it, and keeps its score. Left out: a second layer; KVzip+'s target, which weighs an entry by its value's
+effect; the paper's fixed threshold.
+"""
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from llmopt.errors import LlmoptError
+from llmopt.kv.base import Scorer
+from llmopt.kv.expected import expected_attention
+from llmopt.kv.keydiff import unlikeness
+from llmopt.kv.listener import replays_of, watch
+from llmopt.kv.snapkv import votes
+from llmopt.kv.view import LayerKV
+from llmopt.method import Record, Replayed, Run
+from llmopt.model.blocks import blocks
+from llmopt.model.modeling import put_tensor, tensors_below
+from llmopt.parts import register
+
+LEAST = 1e-8                            # of replay scores, which are 0 where nothing looks
+SINKS, AHEAD, VOTERS, POOL = 4, 512, 32, 5              # of the cheap scores; weights are learned for these
+CHEAP = 5                               # features of an entry that differ from head to head
+RANGE = -60.0, 60.0                     # of log scores, so that their exp is a positive number
+
+
+@register("kv.kvzap")
+@dataclass(frozen=True)
+class KVzap(Scorer):
+    """What a second reading would look at, foretold by a regression on the texts of heads.replay; no second reading."""
+
+    hidden: ClassVar = True
+    needs_whole: ClassVar[bool] = True
+
+    sinks: int = Field(4, ge=0, description="first tokens, always kept")
+    window: int = Field(32, ge=0, description="last tokens, always kept")
+    features: Literal["all", "hidden"] = Field("all", description="hidden: without the cheap scores, a token by itself")
+    ridge: float = Field(3e-3, gt=0, le=1, description="added to a feature's second moment, as a part of it")
+
+    def queries(self) -> None:
+        return None
+
+    # ------------------------------------------------------------------------------------------ once, at apply
+
+    def learn(self, model: nn.Module, run: Run) -> Record:
+        pieces, sums = replays_of(run, model, self.name), [Sums() for _ in blocks(model)]
+        for piece in run.progress(pieces, self.name):
+            watch(model, piece.ids, lambda kv, piece=piece: sums[kv.layer].add(*self._lesson(kv, piece)))
+        return Record(tensors={f"student.{index}": sums[index].solve(self.ridge).float().cpu()
+                               for index in self._shapes(model)})
+
+    def _lesson(self, kv: LayerKV, piece: Replayed) -> tuple[Tensor, Tensor]:
+        """Features of a text's tokens [n, S]; of its entries, log replay scores behind them: [G, n, C + 1]."""
+        places, (first, last) = kv.positions[0, 0].long(), piece.protected
+        wanted = (places >= first) & (places < len(piece.ids) - last)
+        scores = piece.scores[kv.layer].to(places.device)[:, places[wanted]].clamp(min=LEAST).log()
+        return self._of_tokens(kv)[places[wanted]], torch.cat([self._of_entries(kv)[:, wanted], scores[..., None]], -1)
+
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        step = len(tensors_below(skeleton))
+        for index, shape in self._shapes(skeleton).items():
+            put_tensor(skeleton, f"{step}.student.{index}", torch.empty(shape, device="meta"))
+        return super().sketch(skeleton, run, source)
+
+    def _shapes(self, model: nn.Module) -> dict[int, list[int]]:
+        """[G, F] of each layer that has attention: one row of weights for each KV head."""
+        cheap = 1 + CHEAP if self.features == "all" else 0
+        return {block.index: [block.kv_heads, block.attn_in[0].in_features + 1 + cheap]
+                for block in blocks(model) if block.attention is not None}
+
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        super().check_record(model, record)
+        wanted = {f"student.{index}": shape for index, shape in self._shapes(model).items()}
+        for name, tensor in record.tensors.items():
+            if list(tensor.shape) != wanted.get(name) or not tensor.is_floating_point():
+                raise LlmoptError(f"{self.name}: {name} is {tensor.dtype} {list(tensor.shape)}, this model needs "
+                                  f"{'floats ' + str(wanted[name]) if name in wanted else 'no such tensor'}")
+
+    def restore(self, model: nn.Module, record: Record) -> None:
+        missing = [index for index in self._shapes(model) if f"student.{index}" not in record.tensors]
+        if missing:
+            raise LlmoptError(f"{self.name}: the weights student.{missing[0]} are missing")
+        super().restore(model, record)
+
+    # ------------------------------------------------------------------------------------------ after a forward
+
+    def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
+        weights = kv.record.tensors[f"student.{kv.layer}"].to(kv.keys.device).float()    # [G, F]
+        tokens, entries = self._of_tokens(kv), self._of_entries(kv)
+        columns, places = kv.query_positions[0].long().contiguous(), kv.positions[0].long().contiguous()
+        at = torch.searchsorted(columns, places).clamp(max=len(columns) - 1)             # [G, T]
+        logs = (tokens @ weights[:, :tokens.shape[1]].T).T.gather(1, at)
+        logs = logs + (entries @ weights[:, tokens.shape[1]:, None]).squeeze(-1)
+        before, new = kv.carried["zap"][0], columns[at] == places
+        scores, known = torch.where(before > 0, before, logs.clamp(*RANGE).exp()), (before > 0) | new
+        mean = (scores * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(known, scores, mean)[None]           # unknown: tokens that came under another method
+
+    def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
+        return {"zap": scores}
+
+    def _of_tokens(self, kv: LayerKV) -> Tensor:                                         # [W, E + 1] or [W, E + 2]
+        place = kv.query_positions[0].float()[:, None]
+        beside = [torch.ones_like(place), *([place.log1p()] if self.features == "all" else [])]
+        return torch.cat([kv.hidden[0].float(), *beside], 1)
+
+    def _of_entries(self, kv: LayerKV) -> Tensor:                                        # [G, T, CHEAP] or [G, T, 0]
+        if self.features == "hidden":
+            return kv.keys.new_zeros(*kv.keys.shape[1:3], 0, dtype=torch.float32)
+        even = (~kv.holes[0]).sum(-1, keepdim=True)                                      # [G, 1]
+        shares = [expected_attention(kv, SINKS, AHEAD)[0], votes(kv, VOTERS, POOL)[0].float()]
+        return torch.stack([*((share * even).clamp(min=LEAST).log() for share in shares),
+                            kv.values[0].float().norm(dim=-1), unlikeness(kv)[0], kv.keys[0].float().norm(dim=-1)], -1)
+
+
+class Sums:
+    """The normal equations of a layer's heads, added up over texts; what the heads share is held once."""
+
+    def __init__(self):
+        self.tokens: Any = 0.0          # [S, S]
+        self.mixed: Any = 0.0           # [G, S, C + 1]
+        self.entries: Any = 0.0         # [G, C + 1, C + 1]
+
+    def add(self, tokens: Tensor, entries: Tensor) -> None:
+        """Features of tokens [n, S]; of entries, the target behind them [G, n, C + 1]."""
+        tokens, entries = tokens.double(), entries.double()
+        self.tokens = self.tokens + tokens.T @ tokens
+        self.mixed = self.mixed + tokens.T @ entries
+        self.entries = self.entries + entries.mT @ entries
+
+    def solve(self, ridge: float) -> Tensor:
+        """The weights [G, S + C]."""
+        shared = self.tokens.expand(len(self.entries), -1, -1)
+        whole = torch.cat([torch.cat([shared, self.mixed], 2), torch.cat([self.mixed.mT, self.entries], 2)], 1)
+        square, target = whole[:, :-1, :-1], whole[:, :-1, -1]
+        moments = square.diagonal(dim1=1, dim2=2).clamp(min=1e-9)                        # a dead feature gets no weight
+        return torch.linalg.solve(square + torch.diag_embed(ridge * moments), target)
