@@ -148,7 +148,7 @@ class Lanes:
         groups, out = self.counts.shape[1], []
         for i, (one, (start, count)) in enumerate(zip(rows.flatten(0, 1).split(1), self.spans, strict=True)):
             filled = count + self.length
-            mask = None if visible is None else _behind(visible[i // groups], count)
+            mask = None if visible is None else _behind(visible[i // groups, None], count)
             out.append(scaled_dot_product_attention(one[None], keys.narrow(2, start, filled),
                                                     values.narrow(2, start, filled), mask, scale=scaling))
         return torch.cat(out).view(*rows.shape[:3], -1)
