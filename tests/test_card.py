@@ -10,6 +10,7 @@ import llmopt
 from llmopt.checkpoint.card import render
 from llmopt.checkpoint.origin import origin
 from llmopt.checkpoint.save import recipe_text
+from llmopt.checkpoint.shareable import NAMING, shareable
 from llmopt.recipe.reader import PACKAGED, load, parse
 from llmopt.run.pipeline import run
 from tests import tiny
@@ -144,3 +145,13 @@ def test_a_written_recipe_leaves_it_to_the_command_line_to_let_code_run():
     allowed = load("rtn", trust_remote_code=True)
     again = parse(recipe_text(allowed), "recipe.yaml", trust_remote_code=True)
     assert again.resolved() == allowed.resolved() and "trust_remote_code" not in recipe_text(allowed)
+
+
+def test_what_is_uploaded_names_no_path_of_this_machine(made):
+    source, folder = made
+    texts = shareable(folder)
+    assert set(texts) == {name for name in NAMING if (folder / name).is_file()}
+    assert any("secret-home" in (folder / name).read_text() for name in texts)
+    assert not [name for name, text in texts.items() if "secret-home" in text]
+    assert parse(texts["recipe.yaml"], "recipe.yaml").model.id == "mine"
+    assert json.loads(texts["llmopt.json"])["recipe"]["data"]["path"] == "ids.jsonl"

@@ -160,8 +160,8 @@ def test_a_disk_that_fills_up_while_scoring_keeps_the_checkpoint(recipe, small_d
     capfd.readouterr()
     assert call(monkeypatch, *words, "--resume") == 2
     errors = capfd.readouterr().err
-    assert len(errors.splitlines()) == 1
-    assert "No space left on device" in errors
+    *said, error = errors.splitlines()                  # a slow machine speaks of its work before
+    assert "No space left on device" in error and not any("rror" in line for line in said)
     assert {p.name: p.read_bytes() for p in (small_disk / "out").iterdir()} == before
 
 

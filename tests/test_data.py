@@ -198,7 +198,7 @@ def test_held_out_rows_are_those_behind_the_calibration(tmp_path):
 
 
 def test_a_source_without_a_rest_hands_over_to_the_model(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "llmopt")
     model = tiny.make("llama")
     (tmp_path / "i.jsonl").write_text("".join(json.dumps([i] * 40) + "\n" for i in range(6)))
     spec = DataSpec(name="ids", path=str(tmp_path / "i.jsonl"), samples=6)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from llmopt_evals import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
@@ -13,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 import llmopt
 from llmopt.errors import LlmoptError
 from llmopt.kv import SnapKV
+from llmopt.progress import human
 from llmopt.prune import Magnitude
 from llmopt.quant import GPTQ, RTN
+from llmopt.specs import DataSpec
 from tests import tiny
 
 REFERENCE = "llmopt/reference"
@@ -119,6 +122,34 @@ def test_a_wrong_guess_is_told_the_right_call(guess):
         call()
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+FIDELITY = {        # what the two models are compared on
+    "texts": TEXTS, "ids": IDS, "lists of ids": IDS.tolist(), "a Dataset": Dataset.from_dict({"text": TEXTS}),
+    "a batch": {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
+}
+
+
+@pytest.mark.parametrize("guess", FIDELITY)
+def test_fidelity_is_measured_on_what_is_at_hand(guess):
+    report = llmopt.compress(REFERENCE, "quant.rtn", {"name": "self"})
+    found = llmopt.evaluate(report, "fidelity", data=FIDELITY[guess])          # of what it was made, it knows
+    assert 0 < found["fidelity"]["kl"] < 1
+
+
+def test_rows_of_its_own_that_calibration_may_have_seen_are_passed_over():
+    model = small()
+    assert pairs.pair_of((model, None), (model, None), "self").data.samples == DataSpec().samples
+    assert pairs.pair_of((model, None), (model, None), None).data.samples == DataSpec().samples
+
+
+@pytest.mark.parametrize("call", [
+    lambda: llmopt.dry_run(REFERENCE, "W4A16"), lambda: llmopt.dry_run(REFERENCE, bits=4),
+    lambda: llmopt.dry_run("W4A16", model=REFERENCE), lambda: llmopt.dry_run(REFERENCE, "quant.gptq")])
+def test_a_dry_run_is_asked_for_like_a_run_and_prints(call):
+    told = call()
+    assert "quant.gptq" in str(told) and f"dense {human(told['dense_bytes'])}" in str(told)
+    assert "<td>peak memory</td>" in told._repr_html_()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])

@@ -54,7 +54,8 @@ def test_who_reads_no_further_ends_the_command_in_silence(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_in_a_notebook_tables_are_text_and_progress_is_lines(monkeypatch, capfd):
+def test_in_a_notebook_tables_are_text_and_progress_is_lines(monkeypatch, capfd, caplog):
+    caplog.set_level("INFO", "llmopt")
     shell = type("ZMQInteractiveShell", (), {})()               # what rich asks for, where neither IPython's display
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)      # nor ipywidgets are
     assert call(monkeypatch, "methods") == 0
@@ -63,7 +64,8 @@ def test_in_a_notebook_tables_are_text_and_progress_is_lines(monkeypatch, capfd)
         assert isinstance(progress, Spoken)
 
 
-def test_forced_colours_make_no_bars_in_a_file(monkeypatch):
+def test_forced_colours_make_no_bars_in_a_file(monkeypatch, caplog):
+    caplog.set_level("INFO", "llmopt")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(tables.ERR, "_force_terminal", True)                # as FORCE_COLOR does
     assert tables.ERR.is_terminal

@@ -75,7 +75,7 @@ def test_a_row_depends_on_seed_and_number_alone(monkeypatch):
 
 
 def test_rows_are_kept_and_told_in_one_line(monkeypatch, caplog, own_cache):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "llmopt")
     model = tiny.make("llama")
     first = data.load(SPEC, model.config, None, Sampler(model))
     assert [list(batch["input_ids"].shape) for batch in first] == [[4, 12], [2, 12]]

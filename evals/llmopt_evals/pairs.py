@@ -2,6 +2,7 @@
 the form of lm-eval's results, so that tables, files and cards treat them like any other task's.
 """
 import logging
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from llmopt.calibration import sampling
 from llmopt.calibration.data import Batch, check_source, held_out
+from llmopt.calibration.given import batches_of
 from llmopt.checkpoint.facts import FILE, read_facts
 from llmopt.errors import LlmoptError
 from llmopt.model.loading import read_config, resolve
@@ -35,12 +37,14 @@ class Pair(NamedTuple):
 
     dense: Given
     compressed: Given
-    data: DataSpec
+    data: Any                               # a DataSpec, or rows that a program has at hand (calibration/given.py)
 
 
-def results(dense: Given, compressed: Given, data: DataSpec, wanted: EvalSpec,
+def results(dense: Given, compressed: Given, data: Any, wanted: EvalSpec,
             ranks: Ranks = Ranks()) -> tuple[Results, Results]:     # noqa: B008  frozen
     """(results of the dense model, of the compressed one) on rows of `data` that no calibration saw; on every rank.
+
+    data: see Pair; rows at hand are taken as they are.
 
     wanted: its `limit` is the number of rows, its `batch_size` how many are read together at most.
     """
@@ -68,7 +72,7 @@ def asked_for(tasks: list[str], models: list[ModelSpec], data: str | None) -> Pa
     return pair_of(models[0], models[1] if len(models) > 1 else None, data)
 
 
-def pair_of(compressed: Given, dense: Given | None, data: str | None) -> Pair:
+def pair_of(compressed: Given, dense: Given | None, data: Any) -> Pair:
     """Two models with the data on which they are compared; see `asked_for`."""
     named = isinstance(compressed, ModelSpec)
     if dense is None and not named:
@@ -76,18 +80,25 @@ def pair_of(compressed: Given, dense: Given | None, data: str | None) -> Pair:
     dense = source_of(compressed) if dense is None else dense
     if named and isinstance(dense, ModelSpec):
         check(dense, compressed)
-    spec = data_of(compressed if named else None, data).of(dense.id if isinstance(dense, ModelSpec) else "")
+    if data is not None and not isinstance(data, (str, os.PathLike)):
+        return Pair(dense, compressed, data)
+    word = None if data is None else os.fspath(data)
+    spec = data_of(compressed if named else None, word).of(dense.id if isinstance(dense, ModelSpec) else "")
     check_source(spec)
     return Pair(dense, compressed, spec)
 
 
 def data_of(compressed: ModelSpec | None, given: str | None) -> DataSpec:
-    """What the calibration of a model read, or another source, of which it saw nothing."""
+    """What the calibration of a model read, or another source, of which it saw nothing so far as is known.
+
+    A model in memory does not say what it saw: of rows that its dense model writes, as many as calibration usually has.
+    """
     recorded = _recorded(compressed).get("data", {}) if compressed else {}
     asked = source(given) if given is not None else {}
     if all(recorded.get(key) == value for key, value in asked.items()):
         return DataSpec(**recorded)
-    return DataSpec(**asked, samples=1)                 # the fewest rows that a calibration can have seen
+    own = compressed is None and asked.get("name") in (None, "self")
+    return DataSpec(**asked) if own else DataSpec(**asked, samples=1)       # the fewest rows that calibration can see
 
 
 def by_name(pair: Pair | None, wanted: EvalSpec, ranks: Ranks) -> dict[str, Results]:
@@ -99,12 +110,14 @@ def by_name(pair: Pair | None, wanted: EvalSpec, ranks: Ranks) -> dict[str, Resu
     return {pair.dense.id: before, pair.compressed.id: after}
 
 
-def draw(data: DataSpec, rows: int) -> Draw:
+def draw(data: Any, rows: int) -> Draw:
     """What draws `rows` rows for a model; one that does not know the world, where that is the source, writes its own.
 
     They have LENGTH tokens, rows that the model writes half as many, or what `data.length` says if that is more.
     """
     def drawn(model: nn.Module, tokenizer: Any) -> list[Batch]:
+        if not isinstance(data, DataSpec):
+            return batches_of(data, tokenizer, model.config)
         foreign = data.name == "world" and not speaks_world(tokenizer)
         spec = replace(data, name="self") if foreign else data
         if spec.name in (None, "self") and any(parameter.is_meta for parameter in model.parameters()):

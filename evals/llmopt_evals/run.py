@@ -59,18 +59,20 @@ def run(recipe: Any, output: str | os.PathLike, *, model: str | None = None, ove
 
 
 @naming_arguments
-def evaluate(model: nn.Module | str | os.PathLike, tasks: str | list[str], tokenizer: Any = None, *,
+def evaluate(model: nn.Module | str | os.PathLike | Report, tasks: str | list[str], tokenizer: Any = None, *,
              limit: int | None = None, batch_size: int = 16, text: str | None = None, compare: Any = None,
-             data: str | None = None) -> dict[str, dict[str, float]]:
+             data: Any = None) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} from `fidelity` and lm-eval, the model's cache methods in force.
 
     Standard errors stand under the metric's name with "_stderr" behind it.
-    model: a folder, a hub name, or a model in memory with its `tokenizer`; a pair of both will do. tasks: names, or one
-    text of names with commas between them. text: the file that text_ppl and needles read. compare: the dense model that
-    `fidelity` measures against, given as `model` is; a checkpoint knows its own. data: what it compares the two on, a
-    file or the name of a source.
+    model: a folder, a hub name, what llmopt.compress returned, or a model in memory with its `tokenizer`; a pair of
+    both will do. tasks: names, or one text of names with commas between them. text: the file that text_ppl and needles
+    read. compare: the dense model that `fidelity` measures against, given as `model` is; a checkpoint knows its own.
+    data: what it compares the two on: a file, the name of a source, or calibration data as llmopt.compress takes them.
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    if isinstance(model, Report) and compare is None and model.recipe is not None:
+        compare = model.recipe.model.id
     given, results = _given(model, tokenizer), None
     if pairs.NAME in names:
         pair = pairs.pair_of(given, None if compare is None else _given(compare, tokenizer), data)
@@ -89,6 +91,8 @@ def _given(model: Any, tokenizer: Any) -> pairs.Given:
     """A model by its name, or one in memory with its tokenizer."""
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
+    if isinstance(model, Report):
+        model, tokenizer = model.output or model.model, model.tokenizer
     if isinstance(model, (str, os.PathLike)):
         return ModelSpec(id=os.fspath(model))
     return model, _tokenizer_beside(model) if tokenizer is None else tokenizer

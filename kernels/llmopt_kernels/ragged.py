@@ -4,7 +4,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt_kernels import reference
-from llmopt_kernels.reference import Ragged, Rule, dense
+from llmopt_kernels.reference import Packed, Ragged, Rule, dense, softmax
+
+FEW = 16            # queries for which packed entries are better multiplied as they are than made dense
 
 
 def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
@@ -13,6 +15,8 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
 
     The g query heads of a group are rows of one call.
     """
+    if isinstance(kept.keys, Packed) and query.shape[2] <= FEW:
+        return _packed_attention(query, kept, tail, tail_visible, first, rule)
     if rule.softcap is not None or kept.bias is not None:
         return reference.ragged_attention(query, kept, tail, tail_visible, first, rule)
     batch, heads, tokens, dim = query.shape
@@ -33,4 +37,29 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
         seen = torch.cat([rule.visible(i, kept.positions[where]), visible[row]], -1).repeat(group, 1)
         part = scaled_dot_product_attention(rows[row, head][None, None], keys, values, seen, scale=rule.scaling)[0, 0]
         out[row, head] = part.nan_to_num(0.0)
+    return out.view(batch, heads, tokens, -1)
+
+
+def _packed_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
+                      first: int, rule: Rule) -> Tensor:
+    """Few queries over entries that multiply rows in the form they have: one softmax for each KV head."""
+    batch, heads, tokens, dim = query.shape
+    group = heads // kept.counts.shape[1]
+    rows = query.reshape(batch, -1, group * tokens, dim).float() * rule.scaling          # [B, G, g T, D]
+    out = query.new_empty(*rows.shape[:3], tail[1].shape[-1])
+    i = torch.arange(first, first + tokens, device=query.device)
+    visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
+    visible = visible.expand(batch, tokens, tail[0].shape[2])
+    for row, head, where in kept.heads():
+        old = kept.keys[where].products(rows[row, head])
+        logits = torch.cat([old, rows[row, head] @ tail[0][row, head].float().T], -1)
+        if rule.softcap is not None:
+            logits = rule.softcap * torch.tanh(logits / rule.softcap)
+        if kept.bias is not None:
+            logits[:, :old.shape[1]] += kept.bias[where]
+        seen = None
+        if rule.window is not None or tail_visible is not None:
+            seen = torch.cat([rule.visible(i, kept.positions[where]), visible[row]], -1).repeat(group, 1)
+        old, new = softmax(logits, seen).split([old.shape[1], logits.shape[1] - old.shape[1]], -1)
+        out[row, head] = kept.values[where].weighted(old) + new @ tail[1][row, head].float()
     return out.view(batch, heads, tokens, -1)

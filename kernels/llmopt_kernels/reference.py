@@ -63,6 +63,14 @@ class Packed(ABC):
     def tensors(self) -> list[Tensor]:
         """Every tensor that it consists of; their bytes are its bytes."""
 
+    def products(self, rows: Tensor) -> Tensor:
+        """rows [R, D], fp32, times each of N entries: [R, N]. A form that can multiply without `dense` overrides it."""
+        return rows @ self.dense().float().T
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sum of N entries with each row of weights [R, N], fp32: [R, D]."""
+        return weights @ self.dense().float()
+
 
 def dense(x: "Tensor | Packed") -> Tensor:
     """Keys or values as a tensor."""

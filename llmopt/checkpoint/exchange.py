@@ -5,6 +5,7 @@ from pathlib import Path
 from llmopt.checkpoint.card import card_for
 from llmopt.checkpoint.facts import FILE
 from llmopt.checkpoint.place import check_written, prepare_output, replace
+from llmopt.checkpoint.shareable import shareable
 from llmopt.errors import LlmoptError
 from llmopt.files import own, shards
 from llmopt.files.checks import check_folder
@@ -14,12 +15,15 @@ GO_ON = "what has arrived is kept in {}, the same command goes on with it"
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a finished checkpoint of llmopt; the page's address. Raises LlmoptError for any other folder."""
+    """Upload a finished checkpoint of llmopt; the page's address. Raises LlmoptError for any other folder.
+
+    Of the paths of this machine that its files name, only the last parts go up.
+    """
     if (folder / own.PARTIAL).exists():
         raise LlmoptError(f"{folder}: holds some blocks only (--max-blocks), which is no model")
     check_folder(folder)
     check_written(folder)
-    return upload(folder, repo, private, card_for(folder, repo))
+    return upload(folder, repo, private, shareable(folder) | {"README.md": card_for(folder, repo)})
 
 
 def pull(repo: str, folder: Path, revision: str | None = None, overwrite: bool = False) -> tuple[Path, str]:

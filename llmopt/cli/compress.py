@@ -86,6 +86,7 @@ def compress(models, model_option, recipe_name, sets, output, dry_run, overwrite
     team = join(plan.model.device)
     with log.progress() as progress:
         report = run.checkpoint(plan, output, options, progress, team)
+    log.told()
     if max_blocks:
         tables.show_times(report.seconds, output, as_json)
         return

@@ -78,6 +78,7 @@ def talking(aloud: bool) -> Iterator[None]:
     """Log records arrive on stderr inside; aloud: this process is the one that talks."""
     stream = _own_stderr()
     handler = OnTerminal() if stream.isatty() else Lines(stream)
+    before = LOG.level
     LOG.setLevel(LEVELS["" if aloud else "-q"])
     LOG.addHandler(handler)
     try:
@@ -85,8 +86,15 @@ def talking(aloud: bool) -> Iterator[None]:
         handler.flush()
     finally:
         LOG.removeHandler(handler)
+        LOG.setLevel(before)
         with suppress(OSError):                 # of what could not be written
             stream.close()
+
+
+def told() -> None:
+    """Write the lines that are held back: what a command prints in the end comes after them."""
+    for handler in LOG.handlers:
+        handler.flush()
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """The Hugging Face hub: whether a name can be had, the files beside a model, and uploads; each refusal in one line."""
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -84,17 +84,16 @@ def download(repo: str, revision: str | None, stage: Path, wanted: Callable[[str
     return str(found.sha)
 
 
-def upload(folder: Path, repo: str, private: bool = False, card: str | None = None) -> str:
+def upload(folder: Path, repo: str, private: bool = False, texts: Mapping[str, str] | None = None) -> str:
     """Put the folder's files, but hidden ones, into `repo` in one commit; the page's address.
 
-    card: README.md's text in the place of the folder's own.
+    texts: {file: its text} in the place of the folder's own.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
     contents = {str(name): folder / name for name in names if not any(part.startswith(".") for part in name.parts)}
-    if card is not None:
-        contents["README.md"] = card.encode()
+    contents |= {name: text.encode() for name, text in (texts or {}).items()}
     files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
     api = HfApi()
     with _asking(repo):

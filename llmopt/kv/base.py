@@ -14,6 +14,7 @@ from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
+from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
@@ -64,6 +65,7 @@ class Scorer(CacheMethod):
     sinks: int = Field(0, ge=0, description="first tokens, always kept")
     window: int = Field(0, ge=0, description="last tokens, always kept")
     protect: float = Field(0.0, ge=0, le=0.5, description="part of a head's budget for each end of the text")
+    demote: float = Field(1.0, ge=0, le=1, description="factor on scores of frequent punctuation and white space")
     allocate: Allocator = Field(Uniform(), description="how many entries each KV head keeps")
     heads: str | None = Field(None, description="head scores: name of a score step, or a .json or .safetensors file")
     every: int | None = Field(None, ge=1, description="compress again after so many tokens of decoding")
@@ -108,6 +110,14 @@ class Scorer(CacheMethod):
         """True if a layer's entries can be chosen without the scores of later layers."""
         return self.allocate.looks_at != "model" and not self.replays
 
+    @property
+    def needs_data(self) -> bool:
+        return self.demote < 1
+
+    @property
+    def reads_ids(self) -> bool:
+        return self.demote < 1
+
     def share(self, length: int) -> int:
         """Mean entries per KV head after `length` real tokens."""
         if self.budget is not None:
@@ -123,12 +133,15 @@ class Scorer(CacheMethod):
     def plan(self, model: nn.Module, run: Run) -> Record:
         """What the scorer has learned, and what the allocator has decided on its scores."""
         record = self.learn(model, run)
+        if self.demote < 1:
+            record.meta["structure"] = frequent_marks(run.batches, run.tokenizer)
         record.meta |= self.allocate.plan(self, record, model, run)
         return record
 
     @property
     def meta_shape(self) -> dict:
-        return {**self.allocate.meta_shape, str: object}
+        marks = {"structure": [int]} if self.demote < 1 else {}
+        return {**marks, **self.allocate.meta_shape, str: object}
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
@@ -189,7 +202,7 @@ class Scorer(CacheMethod):
     def _has_voters(self, turn: Turn, index: int) -> bool:
         """True if a real query of this row waits in a layer, or the method asks for none."""
         layer, real = turn.cache.layers[index], turn.cache.real(turn.row)
-        if self.queries() == 0 or self.replays or turn.live.now.rehearsing:
+        if self.queries() == 0 and not self.hidden or self.replays or turn.live.now.rehearsing:
             return True
         if layer.queries is None:
             return False
@@ -227,6 +240,9 @@ class Scorer(CacheMethod):
         scores = scores[0].float().masked_fill(view.holes[0], -torch.inf)
         if bool(scores.isnan().any()):
             raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
+        if self.demote < 1 and not turn.live.now.rehearsing:
+            ids = look_up(turn.cache.ids[turn.row], turn.entries(index).positions)
+            scores = demoted(scores, ids, turn.record.meta["structure"], self.demote)
         return Scored(scores, view.positions[0], carried)
 
     def _counts(self, scored: list[Scored], turn: Turn, share: int, layers: list[int]) -> Tensor:

@@ -1,5 +1,7 @@
 """Keys or values as codes of a few bits; the newest entries stay as they are."""
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from llmopt_kernels import Packed
@@ -9,6 +11,7 @@ from torch.nn.functional import pad
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 
 FP16 = torch.finfo(torch.float16)
+BLOCK = 8192        # entries that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class Form:
 
 
 def squeeze(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [N, D] side by side in bytes [N, W]; of 3 bits the lower two of all come first, then the upper."""
+    """uint8 codes [N, D] in bytes [N, W], W = ceil(D bits / 8): byte i holds the codes i, W + i, 2 W + i, ...
+
+    Of 3 bits the lower two of all come first, then the upper ones.
+    """
     if bits == 3:
         return torch.cat([squeeze(codes & 3, 2), squeeze(codes >> 2, 1)], 1)
     many = 8 // bits
-    lots = pad(codes, (0, -codes.shape[1] % many)).unflatten(1, (-1, many))                  # [N, W, codes a byte]
-    return (lots << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+    lots = pad(codes, (0, -codes.shape[1] % many)).unflatten(1, (many, -1))                  # [N, codes a byte, W]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (lots << shifts.unsqueeze(1)).sum(1, dtype=torch.uint8)
 
 
 def spread(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -38,11 +45,12 @@ def spread(words: Tensor, bits: int, dim: int) -> Tensor:
     if bits == 3:
         low = -(-dim // 4)
         return spread(words[:, :low], 2, dim) | spread(words[:, low:], 1, dim) << 2
-    return (words.unsqueeze(-1) >> _shifts(bits, words.device) & 2 ** bits - 1).flatten(1)[:, :dim]
+    return torch.cat(planes(words, bits), 1)[:, :dim]
 
 
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+def planes(words: Tensor, bits: int) -> list[Tensor]:
+    """The codes that lie in the first bits of all bytes, in the next bits, ...: uint8 [N, W] each."""
+    return [words] if bits == 8 else [words >> shift & 2 ** bits - 1 for shift in range(0, 8, bits)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,9 @@ class Codes:
         run, runs = torch.unique_consecutive(self._run[index], return_counts=True)
         return replace(self, words=self.words[index], scales=self.scales[run], lows=self.lows[run], runs=runs.int())
 
+    def __len__(self) -> int:
+        return len(self.words)
+
     @property
     def _run(self) -> Tensor:
         """[N]: the run of every entry."""
@@ -89,12 +100,81 @@ class Codes:
 
     def dense(self) -> Tensor:
         """[N, D], fp32."""
+        return self._turned_back(self._numbers())
+
+    def _numbers(self) -> Tensor:
+        """[N, D], fp32, as they were rounded: after the rotation."""
         codes = spread(self.words, self.form.bits, self.dim)
         if self.lows is None:
-            x = normal_levels(self.form.bits).to(codes.device)[codes.int()] * self._wide(self.scales)
-        else:
-            x = torch.addcmul(self._wide(self.lows), codes.float(), self._wide(self.scales))
+            return self._levels(codes) * self._wide(self.scales)
+        return torch.addcmul(self._wide(self.lows), codes.float(), self._wide(self.scales))
+
+    def _levels(self, codes: Tensor) -> Tensor:
+        levels = normal_levels(self.form.bits).to(codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+    def _turned_back(self, x: Tensor) -> Tensor:
         return x @ rotation(self.dim).T.to(x.device) if self.form.rotate else x
+
+    def products(self, rows: Tensor) -> Tensor:
+        """rows [R, D], fp32, times each entry: [R, N]. The rows are rotated, the entries are not turned back.
+
+            q (low + scale code) = scale (q code) + low sum(q), group by group
+        """
+        rows = rows @ rotation(self.dim).to(rows.device) if self.form.rotate else rows
+        if self.form.channel:
+            return rows @ self._numbers().T
+        found = rows.new_empty(len(rows), len(self.words))
+        for block in self._blocks():
+            scales = self.scales[block].T.float().unsqueeze(1)                           # [groups, 1, n]
+            sums = scales.new_zeros(len(scales), len(rows), scales.shape[2])
+            for units, dims, weight in self._units(block):
+                sums[dims.start // self.form.group].addmm_(rows[:, dims], units.T, alpha=weight)
+            found[:, block] = (sums * scales).sum(0)
+        if self.lows is not None:
+            found.addmm_(rows.unflatten(1, (-1, self.form.group)).sum(2), self.lows.T.float())
+        return found
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sum of the entries with each row of weights [R, N], fp32: [R, D]."""
+        if self.form.channel:
+            return self._turned_back(weights @ self._numbers())
+        found = weights.new_zeros(len(weights), self.dim)
+        for block in self._blocks():
+            scaled = weights[:, block] * self.scales[block].T.float().unsqueeze(1)       # [groups, R, n]
+            for units, dims, weight in self._units(block):
+                found[:, dims].addmm_(scaled[dims.start // self.form.group], units, alpha=weight)
+        if self.lows is not None:
+            found += (weights @ self.lows.float()).repeat_interleave(self.form.group, 1)
+        return self._turned_back(found)
+
+    def _blocks(self) -> list[slice]:
+        return [slice(start, start + BLOCK) for start in range(0, len(self.words), BLOCK)]
+
+    def _units(self, block: slice) -> Iterator[tuple[Tensor, slice, int]]:
+        """Codes or levels of a block of entries, in pieces: (fp32 [n, d], the d dimensions of one group, a factor).
+
+        Bytes need not be put together for it: the number of a code is the sum of what its pieces say.
+        """
+        for plane, start, weight in self._planes(self.words[block]):
+            end = min(start + plane.shape[1], self.dim)
+            cuts = [start, *range((start // self.form.group + 1) * self.form.group, end, self.form.group), end]
+            for low, high in pairwise(cuts):
+                yield plane[:, low - start:high - start], slice(low, high), weight
+
+    def _planes(self, words: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Neighbouring dimensions of entries: (fp32 [n, d], the first of them, a factor)."""
+        if self.lows is None:
+            yield self._levels(spread(words, self.form.bits, self.dim)), 0, 1
+            return
+        parts = [(words, self.form.bits, 1)]
+        if self.form.bits == 3:
+            low, high = words.tensor_split([-(-self.dim // 4)], 1)
+            parts = [(low.contiguous(), 2, 1), (high.contiguous(), 1, 4)]
+        for part, bits, weight in parts:
+            for index, plane in enumerate(planes(part, bits)):
+                if index * plane.shape[1] < self.dim:
+                    yield plane.float(), index * plane.shape[1], weight
 
     def _wide(self, table: Tensor) -> Tensor:
         """Scales or lows for each number: [N, D], fp32."""
@@ -162,11 +242,32 @@ class Mixed(Packed):
 
     def _slice(self, start: int, stop: int) -> "Mixed":
         """Neighbours, without looking at the others."""
-        ends = self.stretches.cumsum(0)
-        within = ends.clamp(start, stop) - (ends - self.stretches).clamp(start, stop)
-        before, many = int(ends.clamp(max=start).diff(prepend=ends.new_zeros(1))[::2].sum()), int(within[::2].sum())
-        return Mixed(within, self.codes[before:before + many],
+        end, before, within = 0, 0, []
+        for index, count in enumerate(self.stretches.tolist()):
+            first, end = end, end + count
+            within.append(max(0, min(end, stop) - max(first, start)))
+            before += max(0, min(end, start) - first) if index % 2 == 0 else 0
+        many = sum(within[::2])
+        there = [pair for pair in zip(within[::2], [*within[1::2], 0], strict=False) if any(pair)]
+        return Mixed(torch.tensor(there, dtype=torch.long).flatten(), self.codes[before:before + many],
                      self.new[start - before:stop - before - many], (stop - start,))
+
+    def products(self, rows: Tensor) -> Tensor:
+        found = torch.cat([self.codes.products(rows), rows @ self.new.float().T], 1)
+        if self._apart:
+            return found
+        old = self.old
+        return found[:, torch.where(old, self.places, len(self.codes) + self.places)]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        many = len(self.codes)
+        old, new = (slice(many), slice(many, None)) if self._apart else (self.old, ~self.old)
+        return self.codes.weighted(weights[:, old]) + weights[:, new] @ self.new.float()
+
+    @property
+    def _apart(self) -> bool:
+        """True if all entries in codes come first."""
+        return not any(self.stretches[2::2].tolist())
 
     def dense(self) -> Tensor:
         old = self.old

@@ -47,8 +47,13 @@ class KVzap(Scorer):
     features: Literal["all", "hidden"] = Field("all", description="hidden: without the cheap scores, a token by itself")
     ridge: float = Field(3e-3, gt=0, le=1, description="added to a feature's second moment, as a part of it")
 
-    def queries(self) -> None:
-        return None
+    def queries(self) -> int | None:
+        return None if self.features == "all" else 0
+
+    def condense(self, hidden: Tensor, index: int, record: Record) -> Tensor:            # [B, T, G]
+        """The hidden state's part of a token's log score."""
+        weights = record.tensors[f"student.{index}"][:, :hidden.shape[-1]].to(hidden.device).float()
+        return hidden.float() @ weights.T
 
     # ------------------------------------------------------------------------------------------ once, at apply
 
@@ -64,7 +69,8 @@ class KVzap(Scorer):
         places, (first, last) = kv.positions[0, 0].long(), piece.protected
         wanted = (places >= first) & (places < len(piece.ids) - last)
         scores = piece.scores[kv.layer].to(places.device)[:, places[wanted]].clamp(min=LEAST).log()
-        return self._of_tokens(kv)[places[wanted]], torch.cat([self._of_entries(kv)[:, wanted], scores[..., None]], -1)
+        tokens = torch.cat([kv.hidden[0].float(), self._beside(kv)], 1)
+        return tokens[places[wanted]], torch.cat([self._of_entries(kv)[:, wanted], scores[..., None]], -1)
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         step = len(tensors_below(skeleton))
@@ -96,11 +102,12 @@ class KVzap(Scorer):
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
         weights = kv.record.tensors[f"student.{kv.layer}"].to(kv.keys.device).float()    # [G, F]
-        tokens, entries = self._of_tokens(kv), self._of_entries(kv)
+        entries, beside = self._of_entries(kv), self._beside(kv)
+        apart = weights[:, -entries.shape[-1] - beside.shape[-1]:]                       # but for the hidden state's
         columns, places = kv.query_positions[0].long().contiguous(), kv.positions[0].long().contiguous()
         at = torch.searchsorted(columns, places).clamp(max=len(columns) - 1)             # [G, T]
-        logs = (tokens @ weights[:, :tokens.shape[1]].T).T.gather(1, at)
-        logs = logs + (entries @ weights[:, tokens.shape[1]:, None]).squeeze(-1)
+        logs = (kv.hidden[0] + beside @ apart[:, :beside.shape[1]].T).T.gather(1, at)
+        logs = logs + (entries @ apart[:, beside.shape[1]:, None]).squeeze(-1)
         before, new = kv.carried["zap"][0], columns[at] == places
         scores, known = torch.where(before > 0, before, logs.clamp(*RANGE).exp()), (before > 0) | new
         mean = (scores * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
@@ -109,10 +116,10 @@ class KVzap(Scorer):
     def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
         return {"zap": scores}
 
-    def _of_tokens(self, kv: LayerKV) -> Tensor:                                         # [W, E + 1] or [W, E + 2]
+    def _beside(self, kv: LayerKV) -> Tensor:                                            # [W, 1] or [W, 2]
+        """A token's features beside its hidden state."""
         place = kv.query_positions[0].float()[:, None]
-        beside = [torch.ones_like(place), *([place.log1p()] if self.features == "all" else [])]
-        return torch.cat([kv.hidden[0].float(), *beside], 1)
+        return torch.cat([torch.ones_like(place), *([place.log1p()] if self.features == "all" else [])], 1)
 
     def _of_entries(self, kv: LayerKV) -> Tensor:                                        # [G, T, CHEAP] or [G, T, 0]
         if self.features == "hidden":

@@ -23,6 +23,7 @@ class Listener(CacheMethod):
     def __init__(self, scorer: Scorer, record: Record):
         self.scorer, self.known = scorer, record
         self.replays, self.layer_by_layer, self.hidden = scorer.replays, not scorer.replays, scorer.hidden
+        self.reads_ids = scorer.reads_ids
         self.found: dict[int, Tensor] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -30,6 +31,9 @@ class Listener(CacheMethod):
 
     def queries(self) -> int | None:
         return self.scorer.queries()
+
+    def condense(self, hidden: Tensor, index: int, record: Record) -> Tensor:
+        return self.scorer.condense(hidden, index, self.known)
 
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         turn = Turn(cache, live, self.known, 0)

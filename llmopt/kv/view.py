@@ -47,8 +47,8 @@ class LayerKV:
     keys, values: [B, G, T, D], keys after RoPE; positions: [B, G, T], -1 at holes, which only follow the last entry of
     a head; queries: [B, H, W, D] the last ones, after RoPE, as many as the scorer asked for; lengths: [B] tokens seen;
     columns: [B, G, T] each, what the entries carry. tail: [B, G, S, D] of a replay, keys that end in those of the
-    tokens being read again, which are no entries. hidden: [B, W, E], what the layer's attention read of the queries'
-    tokens, behind the norm, where the scorer sets `hidden`.
+    tokens being read again, which are no entries. hidden: [B, W, N], of the tokens of query_positions, what the
+    scorer's `condense` made of what the layer's attention read, where it sets `hidden`.
     """
 
     keys: Tensor

@@ -9,7 +9,7 @@ Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
 UNITS = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks")      # what pruning may take away
 HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
 EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
-CONV1D = "Conv1D, which compressed-tensors cannot hold: use format: dense"
+CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
 NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them

@@ -75,7 +75,7 @@ def refuse_unportable(model: nn.Module) -> None:
     for weight in coded(model):
         if not isinstance(weight.module, nn.Linear) or weight.name != weight.path:
             raise LlmoptError(f"{weight.name} is a {type(weight.module).__name__}, which compressed-tensors cannot "
-                              "hold: use format: dense")
+                              "hold: format: dense (--set format=dense) rounds it, no file shrinks")
         if weight.codes.zeros is not None:
             raise LlmoptError(f"{weight.name} has an asymmetric grid, which stock transformers cannot load from "
                               "compressed-tensors: use symmetric: true, or format: dense")

@@ -23,6 +23,7 @@ from llmopt.recipe.sources import source
 from llmopt.recipe.words import Words
 from llmopt.run import dry_run as rehearsal
 from llmopt.run import pipeline
+from llmopt.run.foretold import Foretold
 from llmopt.run.report import Report
 from llmopt.specs import REFERENCE, DataSpec
 
@@ -77,13 +78,20 @@ def compress(model: nn.Module | Named, steps: Any = None, data: Any = None, seed
 
 
 @naming_arguments
-def dry_run(recipe: Any = None, *, model: Named | None = None, data: Any = None, scheme: str | None = None,
-            bits: float | None = None) -> dict[str, Any]:
+def dry_run(recipe: Any = None, steps: Any = None, *, model: Named | None = None, data: Any = None,
+            scheme: str | None = None, bits: float | None = None) -> Foretold:
     """What a run will do, how large its checkpoint will be, the memory and time it will take; nothing is written.
 
-    recipe: as the `steps` of llmopt.compress; model: as in llmopt.run. What comes back is what `llmopt compress
-    --dry-run --json` prints.
+        llmopt.dry_run("MODEL", "W4A16")
+        llmopt.dry_run("recipe.yaml", model="MODEL")
+
+    recipe: as the `steps` of llmopt.compress, with `model` as in llmopt.run; or, as there, the model first and then the
+    steps, a scheme or bits. What comes back holds what `llmopt compress --dry-run --json` prints.
     """
+    if model is None and not is_recipe(recipe) and (steps is not None or scheme is not None or bits is not None):
+        model, recipe = recipe, steps
+    elif steps is not None:
+        raise LlmoptError("a recipe and steps both say what to do; give one of them")
     return rehearsal.dry_run(recipe_of(recipe, _text(model), {"scheme": scheme, "bits": bits, "data": _word(data)}))
 
 

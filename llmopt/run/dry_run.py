@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torch import nn
 
@@ -33,6 +32,7 @@ from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
 from llmopt.run.calibrating import load_batches, needs_data
+from llmopt.run.foretold import Foretold
 from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
 from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.rehearsal import cache_bytes_per_token
@@ -45,7 +45,7 @@ from llmopt.specs import ModelSpec
 INFLATED = 3        # a byte of a weight that is packed, and inflated to be verified, takes the time of so many others
 
 
-def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any]:     # noqa: B008  frozen
+def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:     # noqa: B008  frozen
     """All that `compress --dry-run` prints, ready for JSON; nothing that is written remains."""
     if needs_data(recipe.steps):
         data.check_source(recipe.data)
@@ -69,10 +69,11 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> dict[str, Any
             rehearsal.play(recipe.model, recipe.format, recipe.max_shard_size)
     peaks, seconds = rehearsal.peaks, rehearsal.times
     highest = max(peaks, key=lambda peak: peak.private)
-    return {"model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
+    return Foretold({
+            "model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": highest.private, "available_memory": free,
             "predicted_seconds": seconds.total, "peaks": [list(peak) for peak in peaks], "seconds": seconds.parts,
-            "advice": advice(highest, free, streamed, bool(run.batches))}
+            "advice": advice(highest, free, streamed, bool(run.batches))})
 
 
 class Rehearsal:

@@ -66,19 +66,25 @@ class CacheMethod(RuntimeMethod):
 
     layer_by_layer: it needs no other layer to decide on one, so each is made smaller as soon as its attention is
     computed, and a prefill never holds more than one layer in full. replays: the context is read again before it is
-    made smaller, so the cache keeps its token ids and no query of the first reading. hidden: the attention modules'
-    inputs are kept beside the queries, of the same tokens.
+    made smaller, so the cache keeps its token ids and no query of the first reading. reads_ids: it keeps the ids in any
+    case. hidden: what `condense` makes of the attention modules' inputs is kept beside the queries, of all tokens since
+    the last compression; `queries` then says None, or 0 for none of them.
     """
 
     place = EVICTOR
     every: int | None
     layer_by_layer: bool = False
     replays: ClassVar[bool] = False
+    reads_ids: bool = False
     hidden: bool = False
 
     def queries(self) -> int | None:
         """The number of last queries to keep in `layer.queries`; None: all since the last compression."""
         return 0
+
+    def condense(self, hidden: Tensor, index: int, record: Record) -> Tensor:
+        """What is kept of hidden [B, T, E], read by the attention of layer `index`: [B, T, N], all of it by default."""
+        return hidden
 
     @abstractmethod
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:

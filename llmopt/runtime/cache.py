@@ -35,7 +35,7 @@ class LlmoptCache(Cache):
     """The cache of a whole model, whose layers have `groups` KV heads (0: no attention) and maybe sliding windows.
 
     mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
-    them, or None while they count the columns. ids: int64 [B, seen], where a method replays the context. dropped: bool
+    them, or None while they count the columns. ids: int64 [B, seen], where a method looks at them again. dropped: bool
     [B, seen then], the tokens that a mask hid when entries were last dropped, or None. pending: tokens since the last
     compression. counts: position ids are left open and count real tokens, see counted_positions. hides: the mask of
     this forward hides kept entries. forward: the forward that reads this cache now, or one that died.
@@ -118,11 +118,11 @@ class LlmoptCache(Cache):
         return bool((hidden & ~dropped).any())
 
     def note_ids(self, given: Tensor | None, tokens: int) -> None:
-        """Keep the token ids [B, tokens] of a forward, for a method that replays the context."""
+        """Keep the token ids [B, tokens] of a forward, for a method that looks at them again."""
         if given is None:
-            raise LlmoptError("the attached kv method replays the context, which needs input_ids, not inputs_embeds")
+            raise LlmoptError("the attached kv method looks at token ids, which needs input_ids, not inputs_embeds")
         if (0 if self.ids is None else self.ids.shape[1]) != self.get_seq_length():
-            raise LlmoptError("the attached kv method replays the context, whose token ids this cache has not kept")
+            raise LlmoptError("the attached kv method needs token ids this cache has not kept")
         self.ids = given if self.ids is None else torch.cat([self.ids, given], 1)
 
     def counted_positions(self, given: Tensor | None, tokens: int) -> Tensor | None:

@@ -71,7 +71,7 @@ class RaggedLayer(CacheLayerMixin):
         self._kept: Ragged | None = None            # keys and values [N, 0] where the lanes hold them
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
-        self.hidden: Tensor | None = None           # [B, W, E] what attention read of these tokens, if asked for
+        self.hidden: Tensor | None = None           # [B, W, N] of what attention read of them, if asked for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -193,7 +193,7 @@ class RaggedLayer(CacheLayerMixin):
                hidden: Tensor | None = None) -> None:
         """Keep the `last` real queries of every row (all, if None): query [B, H, T, D], positions [B, T].
 
-        holes: whether `positions` may hold NONE, at padding. hidden: [B, T, E], where the kv method asks for it.
+        holes: whether `positions` may hold NONE, at padding. hidden: [B, T, N], where the kv method asks for it.
         """
         if (hidden is None) != (self.hidden is None):           # those waiting were asked for by another method
             self.forget_queries()

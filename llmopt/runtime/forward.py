@@ -27,6 +27,7 @@ class Forward(threading.local):
         self.tokens = tokens
         self.rehearsing = False
         self.hidden: Tensor | None = None               # what the layer under way reads, if the evictor asks for it
+        self.record: Any = None                         # the evictor's, for `condense`
         self.due = False                                # the evictor acts at its end
         self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row

@@ -14,7 +14,6 @@ from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
-from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
@@ -158,7 +157,8 @@ class Attachment:
         mask = named.get("attention_mask")
         mask = mask.to(self.model.device) if isinstance(mask, Tensor) else mask
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
-        if self.method(EVICTOR) is not None and self.method(EVICTOR).replays:
+        method = self.method(EVICTOR)
+        if method is not None and (method.replays or method.reads_ids):
             cache.note_ids(named.get("input_ids"), self.now.tokens)
         if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
             named["position_ids"] = given
@@ -214,7 +214,7 @@ class Attachment:
         if layer is None:
             return self._attention(prompt)
         layer.window, layer.plain = rule.window, rule.window is None and rule.softcap is None
-        self._record(layer, query, mask)
+        self._record(index, query, mask)
         out = self._over_lanes(layer, query, mask, rule) if in_place else self._attention(prompt)
         after_attention(self, index)
         if not self.now.recording:                          # a replay asks for the keys of all that it has read
@@ -252,24 +252,31 @@ class Attachment:
     def _is_selected(self, prompt: Prompt) -> bool:
         return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
 
-    def _record(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> None:
+    def _record(self, index: int, query: Tensor, mask: Tensor | None) -> None:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
         all since the last compression.
         """
-        method, hidden = self.method(EVICTOR), self.now.hidden
+        method, hidden, layer = self.method(EVICTOR), self.now.hidden, self.now.cache.layers[index]
         self.now.hidden = None
-        if method is None or method.queries() == 0:
+        last = 0 if method is None else None if method.hidden else method.queries()
+        if last == 0 or (self.now.frozen or method.replays) and not self.now.recording:
             return
-        if (self.now.frozen or method.replays) and not self.now.recording:
-            return
-        if query.shape[2] == 1 and method.every is None and method.queries() is not None and not self.now.recording:
+        if query.shape[2] == 1 and method.every is None and last is not None and not self.now.recording:
             return
         first = layer.seen - query.shape[2]
         positions = torch.arange(first, layer.seen, device=query.device).expand(query.shape[0], -1)
         if mask is not None:
             positions = positions.masked_fill(~mask[:, first:], NONE)
-        layer.record(query, positions, method.queries(), holes=self.now.cache.mask is not None,
-                     hidden=None if hidden is None else hidden.to(query.device))
+        query = query[..., :0] if method.queries() == 0 else query
+        layer.record(query, positions, last, self.now.cache.mask is not None, self._condensed(index, hidden))
+
+    def _condensed(self, index: int, hidden: Tensor | None) -> Tensor | None:
+        """What the evictor keeps of a layer's hidden states."""
+        if hidden is None:
+            return None
+        if self.now.record is None:
+            self.now.record = self.record(EVICTOR)
+        return self.method(EVICTOR).condense(hidden, index, self.now.record)
 
     def _custom_mask(self, prompt: Prompt) -> Tensor:
         """Attention under a 4-D mask, which a prefill selector must be able to read."""

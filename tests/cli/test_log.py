@@ -76,7 +76,7 @@ def test_time_left_is_an_estimate_from_all_items(done, seconds, says):
 
 @pytest.mark.parametrize(("flags", "level"), [(["-q"], logging.WARNING), (["-v"], logging.DEBUG), ([], logging.INFO),
                                               (["--quiet"], logging.WARNING)])
-def test_flags_set_the_level(flags, level):
-    log.LOG.setLevel(logging.INFO)
+def test_flags_set_the_level(flags, level, caplog):
+    caplog.set_level(logging.INFO, "llmopt")            # and back to what it was
     log.verbosity(click.Command("work", callback=lambda: None)).main(flags, standalone_mode=False)
     assert log.LOG.level == level

@@ -38,7 +38,7 @@ def test_every_scheme_is_fields_of_a_quantizer(scheme):
 
 
 def test_words_become_steps_with_a_group_size_that_fits(folder, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "llmopt")
     assert steps(folder, scheme="w4a16") == [GPTQ]
     assert caplog.messages == ["group_size: 32, as 128 does not divide all widths of the model (96, 192)"]
     assert steps(folder, "ratio=0.5", bits=4, method=["snapkv", "gptq"]) == [GPTQ, "kv.snapkv ratio 0.5"]
@@ -54,7 +54,7 @@ def test_weights_left_out_may_have_other_widths(folder):
 
 
 def test_a_model_without_a_usual_group_size_gets_one_scale_for_a_channel(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "llmopt")
     tiny.make("llama", hidden_size=48, intermediate_size=80, num_attention_heads=2, num_key_value_heads=1,
               head_dim=24).save_pretrained(tmp_path)
     assert "group_size -1" in steps(str(tmp_path), scheme="W4A16")[0]

@@ -98,7 +98,10 @@ def test_a_padded_row_keeps_what_it_keeps_alone(features, allocate):
 
 @torch.no_grad()
 def test_a_token_is_judged_once():
-    """Without cheap scores a prompt in chunks, and tokens that are decoded, are judged as in one prefill."""
+    """Without cheap scores a prompt in chunks, and tokens that are decoded, are judged as in one prefill.
+
+    Those that wait for the next compression take one number for each KV head, and no query.
+    """
     model, _, method, record = taught(features="hidden", ratio=None, budget=25, sinks=0, window=0, every=3)
     tokens = ids(1, 60, 5)
     wanted = own_scores(method, record, model, tokens[0])
@@ -106,6 +109,8 @@ def test_a_token_is_judged_once():
     cache = model(tokens[:, :30], use_cache=True).past_key_values
     for start, stop in ((30, 51), *((i, i + 1) for i in range(51, 60))):
         cache = model(tokens[:, start:stop], past_key_values=cache).past_key_values
+        waiting = cache.layers[0]
+        assert stop % 3 == 0 or (waiting.queries.numel(), waiting.hidden.shape) == (0, (1, stop % 3, 2))
     for layer, scores in zip(cache.layers, wanted, strict=True):
         for _, head, where in layer.kept.heads():
             places = layer.kept.positions[where].long()

@@ -3,12 +3,13 @@ import dataclasses
 
 import pytest
 import torch
-from llmopt_kernels import NONE, dense
+from llmopt_kernels import NONE, Ragged, Rule, dense, ragged_attention, reference
 from torch.testing import assert_close
 from transformers import DynamicCache
 
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
+from llmopt.kv import codes as codes_file
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 from llmopt.kv.codes import Codes, Form, Mixed, spread, squeeze
 from llmopt.runtime.cache import Entries
@@ -87,6 +88,39 @@ def test_any_selection_is_that_of_the_dense_entries(form):
         both = Mixed.cat([mixed[index], mixed[3:17]]).dense()
         assert_close(both, torch.cat([whole[index].view(-1, 16), whole[3:17]]))
     assert_close(mixed[3:17][2:9].dense(), whole[5:12])
+
+
+@pytest.mark.parametrize("dim, group", [(20, 20), (20, 5), (64, 16), (128, 64)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_products_and_sums_of_codes_are_those_of_the_dense_entries(bits, dim, group, monkeypatch):
+    """Codes in more blocks than one, with codes first and with codes on both sides of dense entries."""
+    generator = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(30, dim, generator=generator), torch.randn(3, dim, generator=generator)
+    weights = torch.randn(3, 30, generator=generator)
+    monkeypatch.setattr(codes_file, "BLOCK", 7)
+    for form in (Form(bits, group), Form(bits, group, lloyd=True), Form(bits, 10, rotate=False, channel=True)):
+        for old in (torch.arange(30) < 20, torch.arange(30) % 3 != 1):
+            mixed = Mixed.of(old, Codes.of(x[old], form), x[~old])
+            assert_close(mixed.products(rows), rows @ mixed.dense().T, atol=2e-5, rtol=1e-5)
+            assert_close(mixed.weighted(weights), weights @ mixed.dense(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule(0.25), Rule(0.25, softcap=0.5), Rule(0.25, window=9)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_attention_is_attention_over_the_dense_entries(rule, biased):
+    """Uneven heads, two queries, of which the first may not see the last tail entry."""
+    generator = torch.Generator().manual_seed(0)
+    q, *tail = (torch.randn(1, many, size, 16, generator=generator) for many, size in ((4, 2), (2, 3), (2, 3)))
+    x, old, form = torch.randn(2, 14, 16, generator=generator), torch.arange(14) % 7 < 4, Form(4, 16)
+    mixed = [Mixed.of(old, Codes.of(part[old], form), part[~old]) for part in x]
+    places, carried = torch.tensor([*range(7), *range(3, 10)]), {}
+    if biased:
+        carried["bias"] = torch.randn(14, generator=generator)
+    visible = torch.tensor([[[True, True, False], [True, True, True]]])
+    packed, plain = (Ragged(*xs, places, torch.tensor([[5, 9]]), carried) for xs in (mixed, [m.dense() for m in mixed]))
+    for seen in (visible, None):
+        want = reference.ragged_attention(q, plain, tuple(tail), seen, 12, rule)
+        assert_close(ragged_attention(q, packed, tuple(tail), seen, 12, rule), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", KINDS)
