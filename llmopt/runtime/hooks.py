@@ -14,6 +14,7 @@ from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
+from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
