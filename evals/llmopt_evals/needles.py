@@ -1,14 +1,17 @@
 """Needles: facts planted in any text, with the model's own tokenizer, asked before or after the context is compressed.
 
     python -m llmopt_evals.needles --text FILE --model MODEL --lengths 1024,2048
+    python -m llmopt_evals.needles --text FILE --model MODEL --lengths 512 --probes probes.jsonl
 
 A document is `length` tokens of the text with facts at even depths: "The pass code of the amber falcon is 4821." It
 ends in a question about one of them, whose answer is teacher-forced: `exact` is the share of answers of which every
 token is the model's first choice, `logprob` the mean log-likelihood of an answer. `needles_aware` compresses context
 and question together, as if the question were known; `needles_agnostic` compresses the context and asks all questions
 of that one finished cache. Where nothing is compressed both read a question in the same place, in other words: lm-eval
-keeps answers by their words. A text that is too short is read again from its start. Everything follows from the seed.
+keeps answers by their words. `--probes` writes them as probes for head scores instead. A text that is too short is
+read again from its start. Everything follows from the seed.
 """
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ from typing import Any
 
 import click
 
+from llmopt.cli.options import FILE, check_target
 from llmopt.errors import LlmoptError
 from llmopt_evals.texts import documents
 
@@ -142,6 +146,26 @@ def rows(form: str, text: str | None = None, **metadata: Any) -> Iterator[dict[s
                        "compressed_context": context if form == "agnostic" else None}
 
 
+def probes(text: str, name: str, plan: Plan) -> Iterator[dict[str, str]]:
+    """{"context", "question", "answer", "corrupted"} of every needle, as `probe: FILE.jsonl` reads them.
+
+    corrupted: the context with another pass code there, the same number of tokens.
+    """
+    words, limit = _model({"tokenizer": name})
+    writer, random = Writer(documents(text), words, plan), Random(f"{plan.seed} corrupted")
+    for length in plan.sizes(limit):
+        for index in range(plan.documents):
+            context, planted = writer.document(index, length)
+            for subject, code, _ in planted:
+                others = (context.replace(fact(subject, code), fact(subject, random.randrange(1000, 10000)))
+                          for _ in range(100))
+                wanted = len(writer._ids(context))
+                corrupted = next((other for other in others if other != context and len(writer._ids(other)) == wanted),
+                                 None)
+                yield {"context": context, "question": asked(subject, "agnostic"), "answer": f" {code}",
+                       **({"corrupted": corrupted} if corrupted else {})}
+
+
 def _model(metadata: dict[str, Any]) -> tuple[Any, int]:
     """(tokenizer, the most tokens that it reads) of the model that the metadata name."""
     name = metadata.get("tokenizer") or metadata.get("pretrained")
@@ -161,10 +185,12 @@ def _model(metadata: dict[str, Any]) -> tuple[Any, int]:
 @click.option("--documents", default=4, show_default=True, help="How many of each length.")
 @click.option("--needles", default=8, show_default=True, help="How many in each document.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--probes", "target", type=FILE, help="Write the needles to this .jsonl file, for `probe`, and stop.")
 @click.option("--json", "as_json", is_flag=True)
-def command(text, names, lengths, as_json, **options) -> None:
+def command(text, names, lengths, target, as_json, **options) -> None:
     """Ask models for facts planted in a text, before and after their cache is compressed."""
     from llmopt.cli import tables
+    from llmopt.files.shards import write_text
     from llmopt.specs import ModelSpec
     from llmopt_evals.evaluate import column, evaluate
 
@@ -173,6 +199,11 @@ def command(text, names, lengths, as_json, **options) -> None:
         if not re.fullmatch(r"\d+(,\d+)*", lengths):
             raise LlmoptError(f"--lengths: {lengths!r} given, numbers such as 1024,4096 expected")
         options["lengths"] = [int(length) for length in lengths.split(",")]
+        if target:
+            check_target(target)
+            lines = [json.dumps(line) for line in probes(text, names[0], Plan(**options))]
+            write_text(target, "\n".join(lines) + "\n")
+            return
         columns = {name: column(evaluate(ModelSpec(id=name), ["needles"], text=text, options=options))
                    for name in names}
         tables.show_scores(columns, as_json)

@@ -42,6 +42,25 @@ def test_documents_fill_their_length_and_hold_all_needles_in_order(tokenizer):
     assert Writer([TEXT], tokenizer, Plan(needles=4, seed=1)).document(0, 240) != (text, planted)
 
 
+def test_needles_are_written_as_probes(tokenizer, file, tmp_path):
+    from click.testing import CliRunner
+
+    from llmopt.calibration.probes import load
+
+    model = tiny.make("llama", vocab_size=len(tokenizer))
+    llmopt.save(model, tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    words = ("--text", file, "--model", tmp_path / "m", "--lengths", "220", "--documents", "2", "--needles", "3")
+    done = CliRunner().invoke(needles.command, [*map(str, words), "--probes", str(tmp_path / "p.jsonl")])
+    assert (done.exit_code, done.output) == (0, "")
+    found = load(str(tmp_path / "p.jsonl"), 99, 0, 0, model.config, tokenizer)
+    assert len(found) == 6
+    for probe in found:
+        told = tokenizer.decode(probe.ids)
+        assert probe.needle is not None and told.count(tokenizer.decode(probe.answer)) == 2
+        assert not torch.equal(probe.corrupted, probe.context) and len(probe.corrupted) == len(probe.context)
+
+
 @pytest.mark.parametrize(("options", "fact"), [
     ({"lengths": [600]}, "a length of 600 tokens; the model reads at most 512"), ({"needles": 0}, "needles: 0 given"),
     ({"lengths": [100]}, "leave no room for text"), ({"lengths": ["many"]}, "lengths: 'many' given")], ids=str)
