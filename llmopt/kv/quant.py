@@ -6,9 +6,10 @@
     keys: channel: no rotation; low and scale of each channel over runs of `group_size` entries
 
 After QuaRot (arXiv:2404.00456), TurboQuant (arXiv:2504.19874) and, for channels, KIVI (arXiv:2402.02750). Scales and
-lows are fp16. Codes are kept as they are when entries are dropped or added. Left out: TurboQuant's extra bit for
-unbiased products and its norm of a whole vector (each group has its own); attention on the codes themselves: a layer's
-entries are made dense again for each step, so memory is saved and no time.
+lows are fp16. Codes are kept as they are when entries are dropped or added. A decoding step multiplies them as they
+are: the query is rotated once, scales and lows meet the products, the output is turned back once; longer turns and
+`keys: channel` make them dense again. Left out: TurboQuant's extra bit for unbiased products and its norm of a whole
+vector (each group has its own); a compiled kernel.
 """
 from dataclasses import replace
 from typing import Literal
