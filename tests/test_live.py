@@ -41,6 +41,7 @@ def watched(monkeypatch):
 
     watch("dense_attention")
     watch("ragged_attention")
+    watch("lanes_attention")
     held_by = lambda model: setattr(watch, "cache", lambda: runtime.attachment(model).now.cache)  # noqa: E731
     return held, held_by
 

@@ -42,7 +42,7 @@ def pieces(file: str, tokenizer, limit: int | None) -> Iterator[tuple[Tensor, Te
 
 @torch.inference_mode()
 def cost(model: nn.Module, texts: list[tuple[Tensor, Tensor, int]], method=None) -> tuple[float, float]:
-    """(nats for each token of the answers, part of the contexts' bytes that is held)."""
+    """(nats for each token of the answers, part of the contexts' bytes that is held, positions included)."""
     loss = tokens = held = dense = 0.0
     with ExitStack() as inside:
         if method is not None:

@@ -13,11 +13,11 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
                      first: int, rule: Rule) -> Tensor:
     """As `reference.ragged_attention`: [B, H, T, D] -> [B, H, T, D].
 
-    The g query heads of a group are rows of one call. Even fp32 entries are faster in the batched definition.
+    The g query heads of a group are rows of one call.
     """
     if isinstance(kept.keys, Packed) and query.shape[2] <= FEW:
         return _packed_attention(query, kept, tail, tail_visible, first, rule)
-    if rule.softcap is not None or kept.bias is not None or (kept.even and query.dtype == torch.float32):
+    if rule.softcap is not None or kept.bias is not None:
         return reference.ragged_attention(query, kept, tail, tail_visible, first, rule)
     batch, heads, tokens, dim = query.shape
     group = heads // kept.counts.shape[1]
@@ -28,13 +28,14 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
     visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
     visible = visible.expand(batch, tokens, tail[0].shape[2])
     for row, head, where in kept.heads():
-        keys, values = (torch.cat([dense(old[where]), new[row, head]])[None]
+        keys, values = (torch.cat([dense(old[where]), new[row, head]])[None, None]
                         for old, new in zip((kept.keys, kept.values), tail, strict=True))
         if plain:
-            out[row, head] = scaled_dot_product_attention(rows[row, head][None], keys, values, scale=rule.scaling)[0]
+            out[row, head] = scaled_dot_product_attention(rows[row, head][None, None], keys, values,
+                                                          scale=rule.scaling)[0, 0]
             continue
         seen = torch.cat([rule.visible(i, kept.positions[where]), visible[row]], -1).repeat(group, 1)
-        part = scaled_dot_product_attention(rows[row, head][None], keys, values, seen, scale=rule.scaling)[0]
+        part = scaled_dot_product_attention(rows[row, head][None, None], keys, values, seen, scale=rule.scaling)[0, 0]
         out[row, head] = part.nan_to_num(0.0)
     return out.view(batch, heads, tokens, -1)
 

@@ -19,5 +19,5 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip", "KeyDiff",
-           "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
+__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip",
+           "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]

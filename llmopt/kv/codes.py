@@ -50,7 +50,8 @@ def spread(words: Tensor, bits: int, dim: int) -> Tensor:
 
 def planes(words: Tensor, bits: int) -> list[Tensor]:
     """The codes that lie in the first bits of all bytes, in the next bits, ...: uint8 [N, W] each."""
-    return [words] if bits == 8 else [words >> shift & 2 ** bits - 1 for shift in range(0, 8, bits)]
+    shifted = [words, *(words >> shift for shift in range(bits, 8, bits))]
+    return [*(plane & 2 ** bits - 1 for plane in shifted[:-1]), shifted[-1]]             # nothing is above the last
 
 
 @dataclass(frozen=True)

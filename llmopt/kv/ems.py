@@ -3,9 +3,9 @@
     s_j = max(local_j, global_j * mean(local) / mean(global))
     global_j = attention from all queries, local_j = from the last `window`, pooled; means over the group
 
-Li et al., 2024 (arXiv:2412.08521), as far as it is told there: the two are brought to one mean. What it does with
-the entries that go is `reduce: ems_merge`. Left out: between compressions while decoding, `local` sees the queries since
-the last one only.
+Li et al., 2024 (arXiv:2412.08521), as far as it is told there: the two are brought to one mean. What becomes
+of the entries that go is `reduce: ems_merge`. Left out: between compressions while decoding, `local` sees the queries
+since the last one only.
 """
 from typing import Literal
 

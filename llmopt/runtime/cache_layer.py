@@ -1,4 +1,6 @@
-"""One layer of the cache: old entries flat (`Ragged`), new tokens in a dense tail, folded in at the next compression.
+"""One layer of the cache: old entries flat (`Ragged`), new tokens in a tail, folded in at the next compression.
+
+The first single token joins the two in lanes (lanes.py), where all that follow are written in place.
 
 Whatever it holds, it reports the tokens it has SEEN, so that positions stay those of the uncompressed run.
 """
@@ -8,6 +10,8 @@ import torch
 from llmopt_kernels import NONE, Packed, Ragged, dense, joined
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+from llmopt.runtime.lanes import Lanes
 
 SOURCE = "source"       # a column of entries that were packed: 1 + their place among the kept ones; it is not kept
 
@@ -48,52 +52,87 @@ class Entries:
 
 
 class RaggedLayer(CacheLayerMixin):
-    """`kept` (flat, or None before the first compression) and the dense tail [B, G, S, D].
+    """`kept` (flat, or None before the first compression) and the tail [B, G, S, D], `keys` and `values`.
 
     groups: G; 0 where this layer has lost its attention: it counts tokens and holds nothing. window: of a
-    sliding-window layer. folded: tokens seen when entries were last dropped.
+    sliding-window layer. plain: its attention has neither window nor softcap. folded: tokens seen when entries were
+    last dropped. joined: the lanes hold the kept entries too, in front of the tail.
     """
 
     is_sliding = False
     is_croppable = False
 
     def __init__(self, groups: int, window: int | None = None):
-        super().__init__()
+        self.is_initialized = self.joined = self.plain = False
         self.groups = groups
         self.window = window
         self.seen = self.folded = 0
-        self.kept: Ragged | None = None
+        self.lanes: Lanes | None = None
+        self._kept: Ragged | None = None            # keys and values [N, 0] where the lanes hold them
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
         self.hidden: Tensor | None = None           # [B, W, N] of what attention read of them, if asked for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        nothing = torch.zeros(key_states.shape[:2], dtype=torch.long)
+        self.lanes = Lanes.empty(nothing, 0, (key_states.detach(), value_states.detach()))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append [B, G, T, D] to the tail and return the tail; kept entries are read by the attention function."""
+        """Append [B, G, T, D] to the tail and return all that is held, or these alone once entries have been dropped:
+        the attention function then reads in this layer.
+        """
         self.seen += key_states.shape[2]
         if self.groups == 0:
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        return self.keys, self.values
+        if key_states.shape[2] == 1 and not self.joined:
+            self._join()
+        self.lanes = self.lanes.append(key_states, value_states)
+        return (key_states, value_states) if self.compressed else self.lanes.tail
+
+    def _join(self) -> None:
+        """Let the lanes hold kept entries too, if attention can read them there: dense ones without bias or window."""
+        kept = self._kept
+        if kept is None or not self.plain or isinstance(kept.keys, Packed) or kept.bias is not None:
+            return
+        self.lanes, self.joined = self.lanes.behind(kept.counts, (kept.keys, kept.values)), True
+        self._kept = replace(kept, keys=kept.keys[:, :0].clone(), values=kept.values[:, :0].clone())
+
+    @property
+    def compressed(self) -> bool:
+        """True once entries have been dropped or packed."""
+        return self._kept is not None
+
+    @property
+    def kept(self) -> Ragged | None:
+        """The entries left by the last compression; keys and values that have joined the lanes are copied out."""
+        if not self.joined:
+            return self._kept
+        keys, values = self.lanes.kept
+        return replace(self._kept, keys=keys, values=values)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, G, S, D] of the tail."""
+        return self.lanes.tail[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, G, S, D] of the tail."""
+        return self.lanes.tail[1] if self.is_initialized else None
 
     def slide(self) -> None:
         """Drop the tail tokens that neither the last query nor one to come can see, in lots, so as to copy seldom."""
-        if self.window is None or self.keys.shape[2] < 2 * self.window:
-            return
-        late = self.keys.shape[2] - self.window
-        self.keys, self.values = self.keys[:, :, late:].clone(), self.values[:, :, late:].clone()
+        if self.window is not None and self.lanes.length >= 2 * self.window:
+            self.lanes = self.lanes.last(self.window)
 
     @property
     def tail_start(self) -> int:
         """Position of the first token of the tail."""
-        return self.seen - (self.keys.shape[2] if self.is_initialized else 0)
+        return self.seen - (self.lanes.length if self.is_initialized else 0)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -106,7 +145,7 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return self.keys.shape[0] if self.is_initialized else -1
+        return self.lanes.counts.shape[0] if self.is_initialized else -1
 
     def reset(self) -> None:
         self.__init__(self.groups, self.window)
@@ -116,9 +155,9 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         place = rows.to(self.device)
-        self.keys, self.values = self.keys[place], self.values[place]
-        if self.kept is not None:
-            self.kept = self.kept.select_rows(rows)
+        self.lanes = self.lanes.taken(rows, self.lanes.size)
+        if self._kept is not None:
+            self._kept = self._kept.select_rows(rows)
         if self.queries is not None:
             self.queries, self.query_positions = self.queries[place], self.query_positions[place]
             self.hidden = None if self.hidden is None else self.hidden[place]
@@ -133,9 +172,9 @@ class RaggedLayer(CacheLayerMixin):
         self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def fork(self) -> "RaggedLayer":
-        """A layer that holds the same tensors; none is ever written in place, so the two can part ways."""
+        """A layer that holds the same tensors until it grows, so that the two can part ways."""
         twin = RaggedLayer(self.groups, self.window)
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, lanes=None if self.lanes is None else self.lanes.fork())
         return twin
 
     def without_last(self) -> "RaggedLayer":
@@ -144,10 +183,10 @@ class RaggedLayer(CacheLayerMixin):
         twin.seen -= 1
         twin.folded = min(self.folded, twin.seen)
         twin.forget_queries()
-        if self.is_initialized and self.keys.shape[2]:
-            twin.keys, twin.values = self.keys[:, :, :-1], self.values[:, :, :-1]
-        elif self.kept is not None:
-            twin.kept = self.kept.where(self.kept.positions != twin.seen)
+        if self.is_initialized and self.lanes.length:
+            twin.lanes = self.lanes.fork(self.lanes.length - 1)
+        elif (kept := self.kept) is not None:
+            twin._hold(kept.where(kept.positions != twin.seen))
         return twin
 
     def record(self, query: Tensor, positions: Tensor, last: int | None, holes: bool,
@@ -189,16 +228,17 @@ class RaggedLayer(CacheLayerMixin):
         columns = torch.arange(max(self.tail_start, oldest + 1), total)
         tail = len(columns) if real is None else int(real[columns.to(real.device)].sum())
         counts = torch.full((self.groups,), tail)
-        if self.kept is None:
+        if self._kept is None:
             return counts
         if self.window is None and real is None:
-            return counts + self.kept.counts[row]
-        return counts + torch.stack([_alive(self.kept.positions[where], real, oldest).sum().cpu()
-                                     for r, _, where in self.kept.heads() if r == row])
+            return counts + self._kept.counts[row]
+        return counts + torch.stack([_alive(self._kept.positions[where], real, oldest).sum().cpu()
+                                     for r, _, where in self._kept.heads() if r == row])
 
     def shown(self, mask: Tensor) -> Ragged:
         """The kept entries of tokens that `mask` [B, seen] does not hide."""
-        return self.kept.where(mask.to(self.device).bool()[self.kept.rows, self.kept.positions.long()])
+        kept = self.kept
+        return kept.where(mask.to(self.device).bool()[kept.rows, kept.positions.long()])
 
     def row(self, index: int, real: Tensor | None) -> Entries:
         """The entries of one batch row: real tokens [seen] only, and none that slid out of this layer's window."""
@@ -210,11 +250,11 @@ class RaggedLayer(CacheLayerMixin):
         if not bool(wanted.all()):
             keys, values, columns = keys[:, wanted], values[:, wanted], columns[wanted]
         tail = Entries(keys, values, columns.expand(keys.shape[0], -1))
-        return tail if self.kept is None else self._joined(index, tail, real)
+        return tail if self._kept is None else self._with_kept(index, tail, real)
 
-    def _joined(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
+    def _with_kept(self, index: int, tail: Entries, real: Tensor | None) -> Entries:
         """Kept entries of a row that a query may still read, then its tail, head by head."""
-        kept, parts = self.kept, []
+        kept, parts = self._kept, []
         columns = dict(kept.carried)
         if isinstance(kept.keys, Packed):
             columns[SOURCE] = torch.arange(1, len(kept.positions) + 1, device=self.device)
@@ -225,7 +265,8 @@ class RaggedLayer(CacheLayerMixin):
             live = _alive(old, real, NONE if self.window is None else self.seen - self.window)
             new = [tail.keys[head], tail.values[head], tail.positions[head]]
             new += [column.new_zeros(len(new[2])) for column in columns.values()]
-            before = [dense(kept.keys[where]), dense(kept.values[where]), old]
+            lane = self.lanes.lane(row, head) if self.joined else (kept.keys[where], kept.values[where])
+            before = [*map(dense, lane), old]
             before += [column[where] for column in columns.values()]
             parts.append([torch.cat([a[live], b]) for a, b in zip(before, new, strict=True)])
         fills = (0.0, 0.0, NONE, *(0 for _ in columns))
@@ -246,22 +287,26 @@ class RaggedLayer(CacheLayerMixin):
         carried = {name: torch.cat([entry.column(name, dtype)[mask] for entry, mask in zip(rows, masks, strict=True)])
                    for name, dtype in known.items()}
         counts = torch.stack([mask.sum(-1) for mask in masks]).cpu()
-        self.kept = Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, carried)
-        self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
+        self._hold(Ragged(flat("keys"), flat("values"), flat("positions").int(), counts, carried))
         self.folded = self.seen
+
+    def _hold(self, kept: Ragged) -> None:
+        """Hold these entries, apart from the lanes, which become empty."""
+        self._kept, self.joined = kept, False
+        self.lanes = Lanes.empty(torch.zeros_like(self.lanes.counts), 0, self.lanes.buffers)
 
     def counts(self) -> Tensor:
         """[B, G] entries held, padding in the tail included."""
         if not self.is_initialized:
             return torch.zeros(0, 0, dtype=torch.long)
-        tail = torch.full(self.keys.shape[:2], self.keys.shape[2])
-        return tail if self.kept is None else tail + self.kept.counts
+        tail = torch.full(self.lanes.counts.shape, self.lanes.length)
+        return tail if self._kept is None else tail + self._kept.counts
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        held = self.keys, self.values, self.queries, self.query_positions, self.hidden
-        held = [t for t in held if t is not None]
-        return held if self.kept is None else held + self.kept.tensors()
+        held = [] if self.lanes is None else list(self.lanes.buffers)
+        held += [t for t in (self.queries, self.query_positions, self.hidden) if t is not None]
+        return held if self._kept is None else held + self._kept.tensors()
 
 
 def _alive(positions: Tensor, real: Tensor | None, oldest: int) -> Tensor:

@@ -32,7 +32,17 @@ class Forward(threading.local):
         self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row
         self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
+        self.masks: dict[int, Tensor | None] = {}       # decided once, see `mask_from`
         self.before: tuple[Tensor | None, ...] = ()     # what the cache knew of its tokens when the forward began
+
+    def mask_from(self, start: int, mask: Tensor | None) -> Tensor | None:
+        """`mask` [B, seen] without its columns before `start`; None where it hides none of the others."""
+        if mask is None:
+            return None
+        if start not in self.masks:
+            late = mask[:, start:].bool()
+            self.masks[start] = None if bool(late.all()) else late
+        return self.masks[start]
 
     @contextmanager
     def nested(self) -> Iterator[None]:

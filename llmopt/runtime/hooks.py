@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from llmopt_kernels import NONE, Rule, dense_attention, dense_visible, ragged_attention
+from llmopt_kernels import NONE, Ragged, Rule, dense_attention, dense_visible, ragged_attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,9 +14,11 @@ from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows, refuse_bidirectional
 from llmopt.runtime.cache import LlmoptCache
+from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
+from llmopt.runtime.lanes import lanes_attention
 from llmopt.runtime.prompt import Prompt
 
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
@@ -203,10 +205,8 @@ class Attachment:
         """
         layer = None if self.now.cache is None else self.now.cache.layers[index]
         seen = keys.shape[2] if layer is None else layer.seen
-        kept = None if layer is None else layer.kept
-        if kept is not None and self.now.cache.hides and mask is not None and mask.ndim == 2:
-            kept = layer.shown(mask)
-        prompt = Prompt(query, keys, values, kept, mask, seen, rule, index)
+        in_place = layer is not None and self._in_place(layer, query, mask)
+        prompt = None if in_place else Prompt(query, *self._held(layer, keys, values, mask), mask, seen, rule, index)
         if mask is not None and mask.ndim == 4:
             return self._custom_mask(prompt)
         self.rules[index] = rule
@@ -214,13 +214,29 @@ class Attachment:
             raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
         if layer is None:
             return self._attention(prompt)
-        layer.window = rule.window
+        layer.window, layer.plain = rule.window, rule.window is None and rule.softcap is None
         self._record(index, query, mask)
-        out = self._attention(prompt)
+        out = self._over_lanes(layer, query, mask, rule) if in_place else self._attention(prompt)
         after_attention(self, index)
         if not self.now.recording:                          # a replay asks for the keys of all that it has read
             layer.slide()
         return out
+
+    def _in_place(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None) -> bool:
+        """True for a single token that attends to all that the lanes of its layer hold, kept entries among it."""
+        return layer.joined and query.shape[2] == 1 and not self.now.cache.hides and (mask is None or mask.ndim == 2)
+
+    def _held(self, layer: RaggedLayer | None, keys: Tensor, values: Tensor,
+              mask: Tensor | None) -> tuple[Tensor, Tensor, Ragged | None]:
+        """The tail, and the kept entries that the mask does not hide."""
+        if layer is None or not layer.compressed:
+            return keys, values, None
+        hidden = self.now.cache.hides and mask is not None and mask.ndim == 2
+        return layer.keys, layer.values, layer.shown(mask) if hidden else layer.kept
+
+    def _over_lanes(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+        """Attention of a single token over the lanes of its layer; of what the mask hides, only the tail has any."""
+        return lanes_attention(query, layer.lanes, self.now.mask_from(layer.tail_start, mask), rule.scaling)
 
     def _attention(self, prompt: Prompt) -> Tensor:
         """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
@@ -229,7 +245,9 @@ class Attachment:
         query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
-        visible = dense_visible(query, prompt.keys, prompt.mask, first, rule)
+        start = prompt.seen - prompt.keys.shape[2]
+        hides = query.shape[2] > 1 or self.now.mask_from(start, prompt.mask) is not None
+        visible = dense_visible(query, prompt.keys, prompt.mask if hides else None, first, rule)
         return ragged_attention(query, prompt.kept, tail, visible, first, rule)
 
     def _is_selected(self, prompt: Prompt) -> bool:

@@ -81,8 +81,8 @@ def answer(entries, query):
     carried = {name: column[0, there] for name, column in entries.carried.items()}
     kept = Ragged(entries.keys[0, there], entries.values[0, there], entries.positions[0, there].int(),
                   there.sum().view(1, 1), carried)
-    tail = torch.zeros(1, 1, 0, 8)
-    return ragged_attention(query, kept, tail, tail, Rule(8 ** -0.5))
+    tail = torch.zeros(2, 1, 1, 0, 8)
+    return ragged_attention(query, kept, tuple(tail), None, 12, Rule(8 ** -0.5))
 
 
 def test_keys_are_averaged_before_they_are_turned():
@@ -109,6 +109,7 @@ def test_padded_rows_equal_rows_alone_and_memory_is_freed(fields):
 
 
 def test_a_second_compression_while_decoding():
-    with runtime.attached(make("llama"), kv.EMS(budget=12, window=4, every=2, reduce={"ems_merge": {"count": True}})) as m:
-        out = m.generate(torch.arange(40).view(1, -1), max_new_tokens=9, do_sample=False, pad_token_id=0)
+    how = kv.EMS(budget=12, window=4, every=2, reduce={"ems_merge": {"count": True}})
+    with runtime.attached(make("llama"), how) as model:
+        out = model.generate(torch.arange(40).view(1, -1), max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 40
