@@ -27,6 +27,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3-0.6b": Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                               num_attention_heads=16, num_key_value_heads=8, head_dim=128,
                               max_position_embeddings=40960, tie_word_embeddings=True),
+    "qwen3-4b": Qwen3Config(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                            num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                            max_position_embeddings=40960, tie_word_embeddings=True),
 }
 
 

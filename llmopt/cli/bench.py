@@ -7,7 +7,7 @@ from llmopt.cli.options import JSON
 from llmopt.errors import LlmoptError
 
 
-@click.group(cls=Group, examples=("llmopt bench scale --quick",))
+@click.group(cls=Group, examples=("llmopt bench scale --quick", "llmopt bench kv --quick"))
 def bench() -> None:
     """Measure llmopt itself: the figures of the README, each with the command that gives it."""
 
@@ -28,11 +28,39 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
 
+    counts = _numbers("--blocks", blocks, "4,8,16,32")
+    with log.progress() as progress:
+        found = measure(QUICK if quick else Plan(shape, counts, recipe_name, solve), progress)
+    tables.show_scale(found, as_json)
+
+
+@bench.command(examples=("llmopt bench kv --quick", "llmopt bench kv --lengths 16384 --dims 128 --threads 1"))
+@log.verbosity
+@click.option("--lengths", default="1024,4096,16384", show_default=True, help="Tokens of the prompt.")
+@click.option("--dims", default="64,128", show_default=True, help="Head dimensions, of 64 and 128.")
+@click.option("--threads", default="1,2", show_default=True, help="Numbers of threads.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The fastest of so many counts.")
+@click.option("--quick", is_flag=True, help="Two short prompts on a model of one block.")
+@JSON
+def kv(lengths, dims, threads, rounds, quick, as_json) -> None:
+    """Decoding with compressed caches against transformers' own: attention, the whole step, the memory's bandwidth."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt_evals.bench.kv import QUICK, Plan, measure
+
+    plan = QUICK if quick else Plan(_numbers("--lengths", lengths, "1024,16384"), _numbers("--dims", dims, "64,128"),
+                                    _numbers("--threads", threads, "1,2"), rounds=rounds)
+    with log.progress() as progress:
+        found = measure(plan, progress)
+    tables.show_speeds(found, as_json)
+
+
+def _numbers(option: str, given: str, example: str) -> tuple[int, ...]:
+    """(4, 8) from "4,8"; raises LlmoptError for anything but positive whole numbers."""
     from llmopt.recipe.assign import values
 
-    counts = values([f"blocks=[{blocks}]"])["blocks"]
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
-        raise LlmoptError(f"--blocks: {blocks!r} given, numbers such as 4,8,16,32 expected")
-    with log.progress() as progress:
-        found = measure(QUICK if quick else Plan(shape, tuple(counts), recipe_name, solve), progress)
-    tables.show_scale(found, as_json)
+    counts = values([f"numbers=[{given}]"])["numbers"]
+    if not counts or not all(type(count) is int and count > 0 for count in counts):
+        raise LlmoptError(f"{option}: {given!r} given, numbers such as {example} expected")
+    return tuple(counts)

@@ -263,6 +263,21 @@ def show_scale(found: dict[str, Any], as_json: bool) -> None:
         click.echo(line)
 
 
+def show_speeds(found: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench kv`: a row for each cache; milliseconds, how many times faster than the first cache, bandwidth."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["dim"], row["threads"], row["length"], row["cache"], human(row["bytes"]),
+             f"{1000 * row['attention']:.2f} ms", f"{row['attention_ratio']:.2f}", f"{1000 * row['first']:.2f} ms",
+             f"{1000 * row['step']:.1f} ms", f"{row['step_ratio']:.2f}", f"{row['of_bandwidth']:.0%}") for row in found]
+    print_table("one token more", ["head dimension", "threads", "prompt", "cache", "holds", "attention, a layer",
+                                   "faster", "first token", "whole step", "faster", "of bandwidth"], rows)
+    for threads in dict.fromkeys(row["threads"] for row in found):
+        speed = max(row["bandwidth"] for row in found if row["threads"] == threads)
+        click.echo(f"memory is read at {speed / 1e9:.1f} GB/s by {threads} thread{'s' * (threads > 1)}")
+
+
 def show_findings(found: list, as_json: bool) -> None:
     """`llmopt doctor`: a line for each finding, problems last, where they are seen."""
     ranked = sorted(found, key=lambda finding: ("ok", "note", "problem").index(finding.level))
