@@ -241,7 +241,8 @@ class Scorer(CacheMethod):
         if bool(scores.isnan().any()):
             raise LlmoptError(f"{self.name}: NaN scores in layer {index}")
         if self.demote < 1 and not turn.live.now.rehearsing:
-            ids = look_up(turn.cache.ids[turn.row], turn.entries(index).positions)
+            places = turn.entries(index).positions
+            ids = look_up(turn.cache.ids[turn.row].to(places.device), places)
             scores = demoted(scores, ids, turn.record.meta["structure"], self.demote)
         return Scored(scores, view.positions[0], carried)
 

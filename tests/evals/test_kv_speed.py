@@ -50,6 +50,8 @@ def test_every_cache_is_compared_with_stock(monkeypatch):
         stock = next(other for other in rows if other["length"] == row["length"])
         assert row["attention_ratio"] == stock["attention"] / row["attention"]
         assert row["step_ratio"] == stock["step"] / row["step"]
+        read = row["bytes"] / 3 / row["attention"]                  # a layer's, of the three
+        assert row["of_bandwidth"] == pytest.approx(read / row["bandwidth"])
     assert torch.get_num_threads() == threads
 
 

@@ -102,7 +102,7 @@ def compared(model: nn.Module, length: int, plan: Plan) -> list[dict]:
     speed, stock = bandwidth(), fastest[STOCK]
     return [{"cache": name, **found._asdict(), "attention_ratio": stock.attention / found.attention,
              "step_ratio": stock.step / found.step, "bytes": _nbytes(caches[name]),
-             "of_bandwidth": _nbytes(caches[name]) / found.attention / speed, "bandwidth": speed}
+             "of_bandwidth": _nbytes(caches[name]) / len(prompt) / found.attention / speed, "bandwidth": speed}
             for name, found in fastest.items()]
 
 
