@@ -2,6 +2,7 @@
 from llmopt.kv.captured import Captured
 from llmopt.kv.compactor import Compactor
 from llmopt.kv.critical import Critical
+from llmopt.kv.d2o import D2O
 from llmopt.kv.dropkv import DropKV
 from llmopt.kv.ems import EMS
 from llmopt.kv.ems_merge import EMSMerge
@@ -19,5 +20,5 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["Captured", "Compactor", "Critical", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip",
+__all__ = ["Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip",
            "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
