@@ -86,17 +86,31 @@ def test_every_use_equals_lists_that_are_copied(counts):
 def test_a_token_is_written_in_place_until_the_room_is_full(counts):
     lanes, _ = begun(counts)
     lanes = lanes.append(noise(2, 2, 1, 8), noise(2, 2, 1, 8))
-    places = {lanes.append(noise(2, 2, 1, 8), noise(2, 2, 1, 8)).buffers[0].data_ptr() for _ in range(LEAST - 1)}
-    assert len(places) <= 2 and lanes.length >= LEAST
-    twin = lanes.fork()
-    assert twin.buffers[0].data_ptr() == lanes.buffers[0].data_ptr()
-    assert twin.append(noise(2, 2, 1, 8), noise(2, 2, 1, 8)).buffers[0].data_ptr() != lanes.buffers[0].data_ptr()
+    room, buffer = lanes.size - lanes.length, lanes.buffers[0]
+    for _ in range(room):
+        assert lanes.append(noise(2, 2, 1, 8), noise(2, 2, 1, 8)) is lanes and lanes.buffers[0] is buffer
+    more = lanes.append(noise(2, 2, 1, 8), noise(2, 2, 1, 8))
+    assert room > 0 and more is not lanes and more.size - lanes.length >= LEAST
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@torch.no_grad()
+def test_a_fork_and_what_it_came_from_do_not_write_over_each_other(counts):
+    lanes = begun(counts)[0].append(noise(2, 2, 1, 8), noise(2, 2, 1, 8))
+    before, twin, shorter = lanes.length, lanes.fork(), lanes.fork(lanes.length - 1)
+    assert lanes.size > before and twin.buffers[0].data_ptr() == lanes.buffers[0].data_ptr()
+    grown = [one.append(noise(2, 2, 1, 8, seed=seed), noise(2, 2, 1, 8)) for seed, one in
+             ((1, lanes), (2, twin), (3, shorter))]
+    for seed, one in zip((1, 2, 3), grown, strict=True):
+        assert torch.equal(one.tail[0][:, :, -1:], noise(2, 2, 1, 8, seed=seed))
+    assert torch.equal(lanes.tail[0][:, :, before - 1:before], noise(2, 2, 1, 8))
 
 
 def test_what_a_gradient_reads_is_not_written_to():
-    lanes, _ = begun(COUNTS[1])
+    with torch.no_grad():
+        lanes = begun(COUNTS[2])[0].append(noise(2, 2, 1, 8), noise(2, 2, 1, 8))
     new = [noise(2, 2, 1, 8, seed=seed).requires_grad_() for seed in (1, 2)]
-    for grown in (lanes, lanes.append(*(x.detach() for x in new))):
+    for grown in (lanes, lanes.fork().append(*(x.detach() for x in new))):
         grown = grown.append(*new)
         out = lanes_attention(noise(2, 4, 1, 8).requires_grad_(), grown, None, 0.3)
         with torch.no_grad():
