@@ -1,4 +1,5 @@
 """KV cache methods."""
+from llmopt.kv.cam import CaM
 from llmopt.kv.captured import Captured
 from llmopt.kv.compactor import Compactor
 from llmopt.kv.critical import Critical
@@ -20,5 +21,5 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap", "KVzip",
-           "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
+__all__ = ["CaM", "Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap",
+           "KVzip", "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
