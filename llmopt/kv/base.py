@@ -155,10 +155,11 @@ class Scorer(CacheMethod):
         chosen = [self._choose(turn, layers) for turn in turns]
         if all(row is None for row in chosen) and not self._carries:
             return                                       # the queries stay too: they vote when there is a choice
+        done = None if self._carries else torch.tensor([row is not None for row in chosen])
         for place, index in enumerate(layers):
             fold(live, cache, index, [self._left(turn, index, None if row is None else row[place])
                                       for turn, row in zip(turns, chosen, strict=True)])
-            cache.layers[index].forget_queries(self._retained)
+            cache.layers[index].forget_queries(self._retained, done)        # the others' wait until there is a choice
 
     @property
     def _carries(self) -> bool:

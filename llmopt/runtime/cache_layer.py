@@ -209,9 +209,13 @@ class RaggedLayer(CacheLayerMixin):
         self.queries, self.query_positions, self.hidden = query, positions, hidden
         self.forget_queries(last)
 
-    def forget_queries(self, keep: int | None = 0) -> None:
-        """Hold the last `keep` queries only; None forgets nothing."""
-        if keep == 0 or self.queries is None:
+    def forget_queries(self, keep: int | None = 0, rows: Tensor | None = None) -> None:
+        """Hold the last `keep` queries only; None forgets nothing. rows: bool [B], of which rows; None: of all."""
+        if None not in (rows, keep, self.queries) and not bool(rows.all()):
+            old = torch.arange(self.queries.shape[2]) < self.queries.shape[2] - keep
+            gone = (rows[:, None] & old).to(self.query_positions.device)
+            self.query_positions = self.query_positions.masked_fill(gone, NONE)
+        elif keep == 0 or self.queries is None:
             self.queries = self.query_positions = self.hidden = None
         elif keep is not None:
             start = max(0, self.queries.shape[2] - keep)

@@ -53,6 +53,25 @@ def test_each_row_has_its_own_budget():
     assert kept_positions(cache, row=1)[0] == [20, 21, 22, 23, *range(34, 40)]
 
 
+@pytest.mark.parametrize("method", [kv.SnapKV(budget=16, window=8), kv.Expected(budget=16, window=8)])
+def test_queries_wait_in_a_row_while_another_row_compresses(method):
+    """The short row's first choice comes after a turn of 4 tokens; those before it vote, as they do alone."""
+    model, tokens, mask = make("llama"), ids(2, 44), torch.ones(2, 44, dtype=torch.long)
+    mask[1, :24] = 0
+
+    def turns(rows, start):
+        cache = None
+        with runtime.attached(model, method):
+            for first, end in ((start, 34), (34, 40), (40, 44)):
+                seen = {} if start else {"attention_mask": mask[:, :end]}
+                cache = model(tokens[rows, first:end], past_key_values=cache, use_cache=True, **seen).past_key_values
+        return cache
+
+    both, alone = turns(slice(None), 0), turns(slice(1, None), 24)
+    held = [[[p - 24 for p in head] for head in kept_positions(both, layer, row=1)] for layer in range(3)]
+    assert held == [kept_positions(alone, layer) for layer in range(3)]
+
+
 def test_snapkv_score_by_hand():
     """Two queries, one key head: votes by an explicit softmax, pooled over three neighbours."""
     g = torch.Generator().manual_seed(0)
