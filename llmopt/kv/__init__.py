@@ -11,6 +11,7 @@ from llmopt.kv.expected import Expected
 from llmopt.kv.h2o import H2O
 from llmopt.kv.keydiff import KeyDiff
 from llmopt.kv.knorm import Knorm
+from llmopt.kv.kvmerger import KVMerger
 from llmopt.kv.kvzap import KVzap
 from llmopt.kv.kvzip import KVzip
 from llmopt.kv.leverage import Leverage
@@ -21,5 +22,6 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["CaM", "Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O", "KVzap",
-           "KVzip", "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV", "Streaming", "TOVA"]
+__all__ = ["CaM", "Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O",
+           "KVMerger", "KVzap", "KVzip", "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV",
+           "Streaming", "TOVA"]

@@ -301,7 +301,7 @@ def view_of(turn: Turn, index: int, entries: Entries) -> LayerKV:
         query_positions, asked = index_of_real(real, columns).unsqueeze(0), look_up(table, columns).unsqueeze(0)
     furthest = layer.seen if ids is None else max(layer.seen, int(ids.max()) + 1)
     source = Source(turn.live.model, turn.record, look_up(table, entries.positions).unsqueeze(0), asked, furthest,
-                    turn.live.now.shared)
+                    turn.live.now.shared, turn.live.now.rehearsing)
     columns = {name: column.unsqueeze(0) for name, column in entries.carried.items()}
     return LayerKV(entries.keys.unsqueeze(0), entries.values.unsqueeze(0), queries, query_positions,
                    index_of_real(real, entries.positions).unsqueeze(0), torch.tensor([turn.length]), index,

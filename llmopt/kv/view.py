@@ -18,7 +18,7 @@ class Source:
     """The origin of a view: the model, the method's record, and the position ids of entries and queries.
 
     entries: [B, G, T], queries: [B, W], as the rotary embedding saw them; length: one more than the largest seen.
-    shared: the memory of this forward.
+    shared: the memory of this forward. rehearsed: entries are noise, and the model may have no data to turn them by.
     """
 
     model: nn.Module
@@ -27,6 +27,7 @@ class Source:
     queries: Tensor | None
     length: int
     shared: dict = field(default_factory=dict)
+    rehearsed: bool = False
 
 
 class Carried(dict):
@@ -162,7 +163,7 @@ class LayerKV:
         return rotate(unit.expand(ahead, -1, -1), cos, sin).mean(0)
 
     def _turned(self, turn: Callable, x: Tensor, position_ids: Tensor) -> Tensor:
-        tables = rotary_tables(self.source.model, self.layer, self.source.length, x)
+        tables = None if self.source.rehearsed else rotary_tables(self.source.model, self.layer, self.source.length, x)
         if tables is None:
             return x
         at = position_ids.clamp(min=0).long()

@@ -5,11 +5,13 @@ import pytest
 import torch
 from llmopt_kernels import NONE, Ragged, Rule, ragged_attention
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from llmopt import kv, runtime
 from llmopt.kv import reduce
 from llmopt.kv.listener import watch
 from llmopt.runtime.cache_layer import Entries
+from llmopt.runtime.rehearsal import cache_bytes
 from tests.kv.mergers import at_random, padded_rows_equal_rows_alone, same_entries_as_evicted
 from tests.tiny import make
 
@@ -113,3 +115,11 @@ def test_a_second_compression_while_decoding():
     with runtime.attached(make("llama"), how) as model:
         out = model.generate(torch.arange(40).view(1, -1), max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 40
+
+
+def test_a_dry_run_has_no_weights_to_turn_keys_by():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make("llama").config)
+    how = kv.EMS(ratio=0.5, window=4, reduce={"ems_merge": {"tau": 0.0, "merge_keys": True}})
+    with runtime.attached(model, how):
+        assert cache_bytes(model, 64) > 0
