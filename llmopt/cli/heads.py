@@ -105,12 +105,12 @@ def check_wanted(methods, correlate, ablate, output, plot) -> None:
         raise LlmoptError("--correlate and --ablate: one at a time")
     if (output or plot) and (len(methods) > 1 or isinstance(methods[0], str)):
         raise LlmoptError("--output and --plot take the scores of one --method that is measured now")
+    for target in (output, plot):
+        check_target(target)
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise LlmoptError(f"{plot}: a plot is a .png, .pdf or .svg file")
     if output and output.suffix not in FILES:
         raise LlmoptError(f"{output}: scores are written to a .json or .safetensors file")
-    for target in (output, plot):
-        check_target(target)
 
 
 def costs(model, run, scores, ablate, how, asked):
