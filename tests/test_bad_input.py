@@ -117,7 +117,8 @@ def test_recipes(compress, model, text, expected):
     ("eval.tasks=[world_pbl]", "did you mean 'world_ppl'"), ("eval.limit=0", "limit: 0"),
     ("eval.batch_size=0", "batch_size: 0"), ("seed=-1", "seed: -1"), ("data.samples=0", "samples: 0"),
     ("model.dtype=int8", "one of float32, bfloat16, float16"), ("model.device=cuda:99", "device 'cuda:99'"),
-    ("model.device=cudaa", "device 'cudaa'"), ("model.device=meta", "device 'meta'"),
+    ("model.device=cudaa", "device 'cudaa'"),
+    ("model.device=gpu", "device 'gpu' is not known (did you mean 'cuda'?)"), ("model.device=meta", "device 'meta'"),
     ("max_shard_size=0GB", "'0GB'"), ("format=gguf", "format: 'gguf' given, one of portable, dense"),
 ])
 def test_overrides(compress, model, assignment, expected):

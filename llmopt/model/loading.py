@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmopt.errors import LlmoptError, nearest
+from llmopt.errors import LlmoptError, closest, nearest
 from llmopt.files.checks import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.limited import limited
@@ -20,6 +20,7 @@ from llmopt.model.fit import check_types, refuse_foreign
 from llmopt.specs import REFERENCE, ModelSpec
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")       # one of them is there
+DEVICES = ("cpu", "cuda", "cuda:1", "mps", "xpu")
 MOST_ADDED = 1000       # tokens that somebody may have added to a tokenizer of this model; more are another's
 PAGE = f"{string.printable} The fox runs . {'a' * 60}! {'x' * 60} {'ab ' * 30}\u00e9\u4f60\U0001f600 " * 4
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
@@ -133,6 +134,11 @@ def _check_shapes(folder: Path, config: Any, trust: bool) -> None:
 
 def check_device(name: str) -> None:
     """Raise LlmoptError unless tensors can live on the device `name` of this machine."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:                       # which lists all kinds that there ever were
+        hint = " (did you mean 'cuda'?)" if name.startswith("gpu") else closest(name, DEVICES)
+        raise LlmoptError(f"device {name!r} is not known{hint}; such as {', '.join(DEVICES)}") from error
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:     # the second: "Torch not compiled with CUDA enabled"
