@@ -147,7 +147,7 @@ def test_overrides(compress, model, assignment, expected):
     (["heads", "llmopt/reference", "--set", "window"], "FIELD=VALUE"),
     (["heads", "llmopt/reference", "--set", "colour=red"], "'colour'"),
     (["heads", "llmopt/reference", "--plot", "h.doc"], ".png"),
-    (["heads", "llmopt/reference", "--output", "."], ".json or .safetensors"),
+    (["heads", "llmopt/reference", "--output", "scores.txt"], ".json or .safetensors"),
     (["heads", "llmopt/reference", "--correlate"], "give --method at least twice"),
     (["heads", "llmopt/reference", "--method", "heads.span", "--method", "none.json", "--correlate"], "none.json"),
     (["heads", "llmopt/reference", "--method", "heads.span", "--method", "heads.need90", "--plot", "h.png"],
