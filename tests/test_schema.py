@@ -18,7 +18,7 @@ UNSEEN = {                      # what a schema cannot see
     "not a number of JSON, to which every bound holds": ["steps.0.bits=.nan"],
     "depends on the model": ["steps.0.group_size=7", "steps.0.ignore=[nothing]", "steps.0.ignore=['*']"],
     "depends on the tasks that are installed": ["eval.tasks=[world_pbl]"],
-    "depends on the machine": ["model.device=cuda:99", "model.device=cudaa", "model.device=meta"],
+    "depends on the machine": ["model.device=cuda:99", "model.device=cudaa", "model.device=gpu", "model.device=meta"],
 }
 
 @pytest.fixture(scope="module")
