@@ -18,6 +18,7 @@ from llmopt.errors import FieldError, LlmoptError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Method, Probe, Record, Run
 from llmopt.model.blocks import blocks
+from llmopt.model.head import logits_of
 
 Batch = dict[str, Tensor]
 
@@ -135,6 +136,12 @@ class ProbeScore(HeadScore):
     def _chosen(self, model: nn.Module, run: Run) -> list[int]:
         with undisturbed(model):
             return run.ranks.agree(self.chosen(model, run))
+
+
+def answer_logits(model: nn.Module, probe: Probe) -> Tensor:      # [n, V]
+    """The model's logits in front of each token of the probe's answer; differentiable."""
+    hidden = model.get_decoder()(input_ids=probe.ids[None].to(model.device), use_cache=False)[0][:, probe.asked]
+    return logits_of(model, hidden)[0]
 
 
 def single_rows(batches: list[Batch]) -> list[Batch]:

@@ -85,6 +85,14 @@ def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> 
     return found
 
 
+def slopes_of(model: nn.Module, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """d(sum of the samples' mean losses)/dw for every w in `wanted`; None where the loss does not hang on it."""
+    ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
+    with torch.enable_grad():
+        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [B, T, E]
+        return torch.autograd.grad(hidden, wanted, loss_slopes(model, hidden, ids, mask), allow_unused=True)
+
+
 @register("heads.gradient")
 @dataclass(frozen=True)
 class Gradient(HeadScore):
@@ -114,12 +122,9 @@ class Gradient(HeadScore):
 
     def _slopes(self, model: nn.Module, views: list[Block], batch: Batch) -> list[Tensor]:
         """dL/dxi per sample: L tensors [B, H_l]."""
-        ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
         wide = torch.promote_types(model.dtype, torch.float32)      # slopes of a bf16 model are summed in fp32
         like = dict(dtype=wide, device=model.device, requires_grad=True)
-        open_ = [torch.ones(len(ids), block.heads, **like) for block in views]
-        with torch.enable_grad(), gates(views, open_):
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [B, T, E]
-            slopes = loss_slopes(model, hidden, ids, mask)
-            found = torch.autograd.grad(hidden, open_, slopes, allow_unused=True)     # skipped attention: no gates
+        open_ = [torch.ones(len(batch["input_ids"]), block.heads, **like) for block in views]
+        with gates(views, open_):
+            found = slopes_of(model, batch, open_)              # None where attention is skipped: it has no gates
         return [torch.zeros_like(gate) if g is None else g for g, gate in zip(found, open_, strict=True)]

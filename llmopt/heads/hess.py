@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.heads.base import Batch, HeadScore, single_rows
-from llmopt.heads.gradient import loss_slopes
+from llmopt.heads.gradient import slopes_of
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
 from llmopt.parts import register
@@ -70,11 +70,7 @@ class Hess(HeadScore):
         """sum (dL / dW^h)^2 of one sample: L tensors [H_l]."""
         there = [block.part(PARTS[self.of])[0] for block in views if block.attention is not None]
         weights = [getattr(p.module, p.parameter).requires_grad_() for p in there]
-        ids, mask = (row[key].to(model.device) for key in ("input_ids", "attention_mask"))
-        with torch.enable_grad():
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [1, T, E]
-            slopes = loss_slopes(model, hidden, ids, mask)
-            found = iter(torch.autograd.grad(hidden, weights, slopes))
+        found = iter(slopes_of(model, row, weights))
         return [self._by_head(block, next(found)) if block.attention is not None else torch.zeros(0) for block in views]
 
     def _by_head(self, block: Block, slope: Tensor) -> Tensor:      # [H]

@@ -18,10 +18,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llmopt.heads.base import ProbeScore
+from llmopt.heads.base import ProbeScore, answer_logits
 from llmopt.method import Probe, Run
 from llmopt.model.blocks import Block, blocks
-from llmopt.model.head import logits_of
 from llmopt.parts import register
 
 NOISE = 1e-3
@@ -44,8 +43,7 @@ def scaled(views: list[Block], factors: list[Tensor]) -> Iterator[None]:
 
 def answer_loss(model: nn.Module, probe: Probe) -> Tensor:
     """The mean cross-entropy of the answer's tokens; differentiable."""
-    hidden = model.get_decoder()(input_ids=probe.ids[None].to(model.device), use_cache=False)[0][:, probe.asked]
-    logits = logits_of(model, hidden)[0]                                                              # [n, V]
+    logits = answer_logits(model, probe)
     return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), probe.answer.to(logits.device))
 
 

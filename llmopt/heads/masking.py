@@ -20,7 +20,8 @@ from llmopt.calibration.walk import visits
 from llmopt.errors import LlmoptError
 from llmopt.heads.base import single_rows
 from llmopt.method import Run
-from llmopt.model.blocks import attention_modules, blocks, layer_list
+from llmopt.model.blocks import blocks, layer_list
+from llmopt.runtime.interface import attending_by
 
 How = Literal["zero", "mean", "uniform"]
 KEY = "_llmopt_silent"      # where attention modules keep which heads attend evenly, and by which function
@@ -61,20 +62,12 @@ def _replaced(model: nn.Module, silent: list[Tensor], means: list[Tensor] | None
 @contextmanager
 def _evenly(model: nn.Module, silent: list[Tensor]) -> Iterator[None]:
     """These heads attend evenly."""
-    before, modules = model.config._attn_implementation, attention_modules(model)
+    before = model.config._attn_implementation
     if before not in MASKS:
         raise LlmoptError(f"heads are masked evenly in {' and '.join(MASKS)} attention; this model runs {before!r}")
-    try:
-        for module, heads in zip(modules, silent, strict=True):
-            if module is not None:
-                module.__dict__[KEY] = heads.to(model.device), _plain(module, before)
-        model.set_attn_implementation(_name(before))
+    with attending_by(model, _name(before), KEY,
+                      lambda layer, module: (silent[layer].to(model.device), _plain(module, before))):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        for module in modules:
-            if module is not None:
-                module.__dict__.pop(KEY, None)
 
 
 def even_attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from llmopt.calibration.probes import as_batches
 from llmopt.calibration.walk import visits
 from llmopt.errors import LlmoptError
-from llmopt.heads.base import ProbeScore
+from llmopt.heads.base import ProbeScore, answer_logits
 from llmopt.method import Probe, Run
 from llmopt.model.blocks import blocks
-from llmopt.model.head import logits_of
 from llmopt.parts import register
 from llmopt.runtime.attention_rows import Rows
 
@@ -48,8 +47,7 @@ def mass(weights: Tensor, keys: Tensor, probe: Probe, steps: Tensor) -> Tensor: 
 @torch.no_grad()
 def answered(model: nn.Module, probe: Probe) -> float:
     """The share of the answer's tokens that the model would have written."""
-    hidden = model.get_decoder()(input_ids=probe.ids[None].to(model.device), use_cache=False)[0][:, probe.asked]
-    return float((logits_of(model, hidden)[0].argmax(-1).cpu() == probe.answer).float().mean())
+    return float((answer_logits(model, probe).argmax(-1).cpu() == probe.answer).float().mean())
 
 
 @register("heads.retrieval")

@@ -8,9 +8,8 @@ from llmopt_kernels import Rule, attention_weights, dense_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from llmopt.model.blocks import attention_modules
 from llmopt.model.positions import refuse_bidirectional
-from llmopt.runtime.interface import llmopt_mask
+from llmopt.runtime.interface import attending_by, llmopt_mask
 
 NAME = "llmopt_rows"        # of the attention function
 KEY = "_llmopt_see"         # where attention modules keep who looks on
@@ -39,18 +38,8 @@ def attention_rows(model: nn.Module, see: Callable[[Rows], None], rows: slice | 
     Blocks that are called one by one must have got their masks inside; calibration.walk.Visit.attention sees to it.
     """
     refuse_bidirectional(model)
-    before, modules = model.config._attn_implementation, attention_modules(model)
-    try:
-        for layer, module in enumerate(modules):
-            if module is not None:
-                module.__dict__[KEY] = (see, layer, rows)
-        model.set_attn_implementation(NAME)
+    with attending_by(model, NAME, KEY, lambda layer, module: (see, layer, rows)):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        for module in modules:
-            if module is not None:
-                module.__dict__.pop(KEY, None)
 
 
 def rows_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -1,4 +1,8 @@
 """The one attention function and the one mask function that transformers calls while methods are attached."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from llmopt_kernels import Rule
 from torch import Tensor, nn
@@ -6,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from llmopt.errors import LlmoptError
+from llmopt.model.blocks import attention_modules
 
 NAME = "llmopt"             # of the attention function
 KEY = "_llmopt_runtime"     # where model and attention modules keep their attachment
@@ -36,6 +41,25 @@ def llmopt_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
                          allow_is_causal_skip=False, **kwargs)
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+@contextmanager
+def attending_by(model: nn.Module, name: str, key: str, told: Callable[[int, nn.Module], Any]) -> Iterator[None]:
+    """Inside, the model attends by the registered function `name`, which finds told(layer, module) under `key`.
+
+    That is an entry of the __dict__ of each attention module, and gone afterwards; the model attends as before.
+    """
+    before = model.config._attn_implementation
+    modules = [(layer, module) for layer, module in enumerate(attention_modules(model)) if module is not None]
+    try:
+        for layer, module in modules:
+            module.__dict__[key] = told(layer, module)
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for _, module in modules:
+            module.__dict__.pop(key, None)
 
 
 AttentionInterface.register(NAME, llmopt_attention)

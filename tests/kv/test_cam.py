@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from llmopt import kv
 from llmopt.runtime.cache_layer import Entries
-from tests.kv.mergers import at_random, padded_rows_equal_rows_alone, same_entries_as_evicted
+from tests.kv.mergers import assert_padded_rows_equal_rows_alone, assert_same_entries_as_evicted, at_random
 
 KEEP = torch.tensor([[True, False, True, True, False, False]])
 
@@ -47,5 +47,5 @@ def test_lots_give_the_part_on_average_and_repeat_themselves():
 
 def test_padded_rows_equal_rows_alone_and_memory_is_freed():
     for how in ("cam", {"cam": {"spread": 3, "sampled": False}}):
-        padded_rows_equal_rows_alone(kv.H2O(budget=12, reduce=how))
-        same_entries_as_evicted(kv.H2O(budget=12, reduce=how))
+        assert_padded_rows_equal_rows_alone(kv.H2O(budget=12, reduce=how))
+        assert_same_entries_as_evicted(kv.H2O(budget=12, reduce=how))

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from llmopt import kv, runtime
 from llmopt.runtime.cache_layer import Entries
-from tests.kv.mergers import at_random, padded_rows_equal_rows_alone, same_entries_as_evicted
+from tests.kv.mergers import assert_padded_rows_equal_rows_alone, assert_same_entries_as_evicted, at_random
 from tests.tiny import make
 
 
@@ -43,9 +43,9 @@ def test_a_head_that_drops_nothing_keeps_its_threshold_and_equal_entries_stay_wh
 
 
 def test_padded_rows_equal_rows_alone_and_memory_is_freed():
-    padded_rows_equal_rows_alone(kv.H2O(budget=12, sinks=2, reduce="d2o"))
-    same_entries_as_evicted(kv.H2O(budget=12, sinks=2, reduce="d2o"), keys=False)
-    same_entries_as_evicted(kv.H2O(budget=12, sinks=2, reduce={"d2o": {"merge_keys": False}}))
+    assert_padded_rows_equal_rows_alone(kv.H2O(budget=12, sinks=2, reduce="d2o"))
+    assert_same_entries_as_evicted(kv.H2O(budget=12, sinks=2, reduce="d2o"), keys=False)
+    assert_same_entries_as_evicted(kv.H2O(budget=12, sinks=2, reduce={"d2o": {"merge_keys": False}}))
 
 
 def test_one_entry_at_a_time_while_decoding():

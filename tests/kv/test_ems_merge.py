@@ -12,7 +12,7 @@ from llmopt.kv import reduce
 from llmopt.kv.listener import watch
 from llmopt.runtime.cache_layer import Entries
 from llmopt.runtime.rehearsal import cache_bytes
-from tests.kv.mergers import at_random, padded_rows_equal_rows_alone, same_entries_as_evicted
+from tests.kv.mergers import assert_padded_rows_equal_rows_alone, assert_same_entries_as_evicted, at_random
 from tests.tiny import make
 
 ONE = torch.tensor([[True, True, False, False, False, False]])
@@ -106,8 +106,8 @@ def test_keys_are_averaged_before_they_are_turned():
 @pytest.mark.parametrize("fields", [{"tau": 0.1}, {"tau": 0.1, "merge_keys": True, "count": True}], ids=str)
 def test_padded_rows_equal_rows_alone_and_memory_is_freed(fields):
     how = kv.EMS(budget=12, window=4, reduce={"ems_merge": fields})
-    padded_rows_equal_rows_alone(how)
-    same_entries_as_evicted(how, keys=not fields.get("merge_keys"))
+    assert_padded_rows_equal_rows_alone(how)
+    assert_same_entries_as_evicted(how, keys=not fields.get("merge_keys"))
 
 
 def test_a_second_compression_while_decoding():

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from llmopt import kv
 from llmopt.kv.kvmerger import pivots, runs
 from llmopt.runtime.cache_layer import Entries
-from tests.kv.mergers import at_random, padded_rows_equal_rows_alone, same_entries_as_evicted
+from tests.kv.mergers import assert_padded_rows_equal_rows_alone, assert_same_entries_as_evicted, at_random
 
 
 def test_by_hand():
@@ -45,6 +45,6 @@ def test_equal_entries_stay_what_they_are():
 
 
 def test_padded_rows_equal_rows_alone_and_memory_is_freed():
-    padded_rows_equal_rows_alone(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0}}))
-    same_entries_as_evicted(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0}}), keys=False)
-    same_entries_as_evicted(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0, "merge_keys": False}}))
+    assert_padded_rows_equal_rows_alone(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0}}))
+    assert_same_entries_as_evicted(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0}}), keys=False)
+    assert_same_entries_as_evicted(kv.H2O(budget=12, reduce={"kvmerger": {"threshold": 0.0, "merge_keys": False}}))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from llmopt import kv, runtime
 from llmopt.kv import reduce
 from llmopt.kv.reducers import Reducer
-from llmopt.parts import _REGISTRY, register
+from llmopt.parts import _REGISTRY, names, register
 from llmopt.runtime.cache_layer import Entries
 from tests.tiny import ids, make
 
@@ -44,6 +44,40 @@ def test_equal_entries_merge_into_themselves_and_chunks_do_not_matter(monkeypatc
     assert_close(reduce.merge(same, keep).values, same.values)
     everything = torch.ones(2, 40, dtype=torch.bool)
     assert torch.equal(reduce.merge(given, everything).values, values)
+
+
+REDUCERS = [*names("reducer"), {"ems_merge": {"tau": 0.1, "merge_keys": True, "count": True}}]
+
+
+@pytest.mark.parametrize("how", REDUCERS, ids=str)
+@torch.no_grad()
+def test_a_padded_row_reads_on_over_several_turns_as_it_does_alone(how):
+    """Every turn compresses anew what the turns before it have merged."""
+    model, tokens, mask = make("llama"), ids(2, 72), torch.ones(2, 72, dtype=torch.long)
+    mask[1, :17] = 0
+
+    def last(rows, start):
+        cache = None
+        for first, end in ((start, 40), (40, 52), (52, 60), (60, 72)):
+            seen = {} if start else {"attention_mask": mask[:, :end]}
+            out = model(tokens[rows, first:end], past_key_values=cache, use_cache=True, **seen)
+            cache = out.past_key_values
+        return out.logits[-1]
+
+    with runtime.attached(model, kv.H2O(budget=12, reduce=how)):
+        padded, alone = last(slice(None), 0), last(slice(1, None), 17)
+    assert_close(padded, alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(alone, last(slice(1, None), 17), atol=1e-3)           # it does drop what counts
+
+
+@pytest.mark.parametrize("how", REDUCERS, ids=str)
+@torch.no_grad()
+def test_a_budget_for_all_changes_nothing(how):
+    model, tokens = make("llama"), ids(2, 40)
+    dense = model(tokens[:, 30:], past_key_values=model(tokens[:, :30], use_cache=True).past_key_values).logits
+    with runtime.attached(model, kv.H2O(budget=40, reduce=how)):
+        cache = model(tokens[:, :30], use_cache=True).past_key_values
+        assert_close(model(tokens[:, 30:], past_key_values=cache).logits, dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "ada", "global"])
