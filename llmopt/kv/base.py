@@ -2,7 +2,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -56,8 +56,11 @@ class Scorer(CacheMethod):
     """Keep the entries of highest score; exactly one of `ratio` and `budget` is set.
 
     Per row of the batch, with n real tokens seen, a KV head keeps on average
-    min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries.
+    min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries. One whose `learn` runs the model, and does not
+    look at token ids alone, says needs_whole = True.
     """
+
+    needs_whole: ClassVar[bool] = False
 
     ratio: float | None = Field(None, ge=0, lt=1, description="fraction removed")
     budget: int | None = Field(None, ge=1, description="mean entries per KV head, sinks and window included")

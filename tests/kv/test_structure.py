@@ -2,10 +2,13 @@
 import pytest
 import torch
 
-from llmopt import kv, runtime
+from llmopt import kv, recipe, runtime
 from llmopt.errors import LlmoptError
 from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.method import Record, Run
+from llmopt.run import pipeline
+from llmopt.run.opening import Streaming
+from tests.plans import contents
 from tests.tiny import ids, make
 
 
@@ -55,6 +58,14 @@ def test_marks_go_first_in_every_row_and_turn(scorer):
     for layer in cache.layers:
         for row, _, where in layer.kept.heads():
             assert 11 not in tokens[row, layer.kept.positions[where].long()].tolist()
+
+
+def test_a_streamed_run_counts_the_same_ids(tmp_path):
+    plan = recipe.parse("data: {samples: 4, length: 64}\nsteps: [kv.snapkv: {ratio: 0.5, demote: 0.1}]\n", "t")
+    for name, streaming in (("whole", Streaming(False)), ("streamed", Streaming(True))):
+        report = pipeline.run(plan, tmp_path / name, streaming=streaming)
+        assert report.streamed == streaming.force and report.records[0]["meta"]["structure"]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "streamed")
 
 
 def test_it_travels_in_the_record_and_a_record_without_it_is_refused():
