@@ -211,13 +211,15 @@ class RaggedLayer(CacheLayerMixin):
 
     def forget_queries(self, keep: int | None = 0, rows: Tensor | None = None) -> None:
         """Hold the last `keep` queries only; None forgets nothing. rows: bool [B], of which rows; None: of all."""
-        if None not in (rows, keep, self.queries) and not bool(rows.all()):
+        if self.queries is None or keep is None:
+            return
+        if rows is not None and not bool(rows.all()):
             old = torch.arange(self.queries.shape[2]) < self.queries.shape[2] - keep
             gone = (rows[:, None] & old).to(self.query_positions.device)
             self.query_positions = self.query_positions.masked_fill(gone, NONE)
-        elif keep == 0 or self.queries is None:
+        elif keep == 0:
             self.queries = self.query_positions = self.hidden = None
-        elif keep is not None:
+        else:
             start = max(0, self.queries.shape[2] - keep)
             self.queries = self.queries[:, :, start:].clone()       # a view would hold on to all of them
             self.query_positions = self.query_positions[:, start:].clone()
