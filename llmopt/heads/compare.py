@@ -13,7 +13,7 @@ def rank_correlation(one: list[Tensor], other: list[Tensor]) -> float | None:
     a, b = (ranks(torch.cat(scores)) for scores in (one, other))
     a, b = a - a.mean(), b - b.mean()
     size = a.norm() * b.norm()
-    return float(a @ b / size) if size > 0 else None
+    return float((a @ b / size).clamp(-1, 1)) if size > 0 else None          # rounding can go beyond
 
 
 def ranks(values: Tensor) -> Tensor:      # [N] -> [N]
