@@ -1,17 +1,17 @@
-"""ACT: attention that later tokens draw without being worth it is turned down, in heads where that has been seen to help.
+"""ACT: tokens that draw attention and are not worth it draw less, in heads where a text is then predicted better.
 
     S(t)      = { k : a_k(t) > threshold  and  a_k(t) > times * e_k(t)  and  t - k + 1 >= queries  and  k > 0 }
     a_k(t)    = mean of A[u, k] over the tokens u = k .. t;  e_k(t): that mean if every token attended evenly
     A'[t, k]  = beta A[t, k]                                          k in S(t)
     A'[t, j]  = A[t, j] (1 + (1 - beta) m / (1 - m))                  j not in S(t), m = sum of A[t, k] over S(t)
 
-Rows go on adding up to 1. `times` and `queries` are the guard, ours: without it, what a token says of itself and of its
-neighbours counts as a sink, in models that have none. The first real token is never one, whatever it draws.
+Rows go on adding up to 1. `times` and `queries` are the guard, ours: without it, what tokens say of themselves and of
+their neighbours counts as a sink, in models that have none. The first real token is never one, whatever it draws.
 
-ACT (Yu et al., 2024, arXiv:2406.15765). There S comes from the whole map of a prompt and decoded tokens are left as they
-are. Here it comes from what has been read so far, so that a text read token by token, in pieces, or beside a padded one
-is adjusted alike, and none of it looks ahead. Which heads: helpful.py. Left out: the spread of a column over its rows as
-a further sign of a sink.
+ACT (Yu et al., 2024, arXiv:2406.15765). There S comes from the whole map of a prompt, and decoded tokens are left as
+they are. Here it comes from what has been read so far: a text that is read in pieces, token by token, or beside a
+padded one is adjusted alike, and none of it looks ahead. Which heads: helpful.py. Left out: how evenly a column is
+drawn on, as a further sign of a sink.
 """
 import dataclasses
 from typing import ClassVar

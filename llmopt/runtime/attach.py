@@ -22,8 +22,8 @@ from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.interface import KEY
 from llmopt.runtime.prompt import Attended, Prompt
 
-__all__ = ["AdjustMethod", "Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
-           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+__all__ = ["AdjustMethod", "Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod",
+           "attach", "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
            "runtime_config"]
 
 
