@@ -87,7 +87,7 @@ def test_it_is_the_formula(rule, fields, monkeypatch):
 
 
 def test_kept_entries_are_adjusted_as_what_is_there():
-    """Uneven heads, a merged entry, a tail; also once the lanes hold all of them."""
+    """Uneven heads, a merged entry, a tail."""
     torch.manual_seed(1)
     layer, rule, places = RaggedLayer(2), Rule(0.35), [[0, 3, 4, 9], [2, 9]]
     layer.update(torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8))
@@ -208,7 +208,7 @@ def test_however_a_text_is_read_it_is_adjusted_alike(family):
 
 @pytest.mark.parametrize("evictor", [None, kv.Streaming(budget=20, sinks=2), kv.SnapKV(ratio=0.4, window=4),
                                      kv.SnapKV(budget=16, window=4, allocate="global"),
-                                     kv.KVzip(ratio=0.5, window=4)])
+                                     kv.KVzip(ratio=0.5, window=4), kv.Quant(bits=4, residual=4, group_size=8)])
 @torch.no_grad()
 def test_a_row_is_what_it_is_alone_in_every_turn(evictor):
     lengths = [(30, 30, 8, 1, 1), (12, 30, 20, 1, 1), (3, 1, 40, 1, 1)]
@@ -225,9 +225,11 @@ def test_copies_beams_and_a_token_read_again():
     model, tokens = make("llama"), ids(2, 40)
     with calibrating(model, kv.Streaming(budget=1000)):
         cache = model(tokens[:, :30], use_cache=True).past_key_values
-        fork = cache.fork()
+        fork, third = cache.fork(), cache.fork()
         first = model(tokens[:, 30:31], past_key_values=cache).logits
         assert torch.equal(model(tokens[:, 30:31], past_key_values=fork).logits, first)
+        with runtime.frozen(model):
+            assert torch.equal(model(tokens[:, 30:31], past_key_values=third).logits, first)
         again = model(tokens[:, 30:31], past_key_values=fork.without_last()).logits
         assert_close(again, first, atol=1e-5, rtol=1e-5)
         cache.reorder_cache(torch.tensor([1, 1]))
