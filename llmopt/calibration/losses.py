@@ -1,4 +1,4 @@
-"""How badly a model predicts a text: the loss of every row, with the logits of a few tokens in memory at a time."""
+"""How badly a model predicts a text: its loss and the slopes of that, a few tokens' logits in memory at a time."""
 from collections.abc import Iterator
 
 import torch
@@ -24,13 +24,23 @@ def losses(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:      # [B
 def row_losses(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E] -> [B]
     """The samples' mean losses, of the decoder's output `hidden`, as many tokens at a time as LOGITS allows."""
     shares, total = target_shares(mask), torch.zeros(len(ids), device=hidden.device)
-    for part in pieces(model, shares):
+    for part in _pieces(model, shares):
         total += losses(logits_of(model, hidden[:, part]), ids[:, 1:][:, part], shares[:, part])
     return total
 
 
-def pieces(model: nn.Module, shares: Tensor) -> Iterator[slice]:
+def _pieces(model: nn.Module, shares: Tensor) -> Iterator[slice]:
     """The targets [B, T - 1], some tokens at a time."""
     step = max(1, LOGITS // (len(shares) * model.get_output_embeddings().weight.shape[0]))
     for start in range(0, shares.shape[1], step):
         yield slice(start, min(start + step, shares.shape[1]))
+
+
+def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E]
+    """dL/dhidden of the samples' mean losses, as many tokens at a time as LOGITS allows."""
+    shares, found = target_shares(mask), torch.zeros_like(hidden)
+    for part in _pieces(model, shares):
+        some = hidden[:, part].detach().requires_grad_()
+        total = losses(logits_of(model, some), ids[:, 1:][:, part], shares[:, part]).sum()
+        found[:, part] = torch.autograd.grad(total, some)[0]
+    return found

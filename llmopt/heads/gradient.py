@@ -18,11 +18,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.losses import losses, pieces, target_shares
+from llmopt.calibration.losses import loss_slopes
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
-from llmopt.model.head import logits_of
 from llmopt.parts import register
 
 
@@ -45,16 +44,6 @@ def gates(views: list[Block], values: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E]
-    """dL/dhidden of the samples' mean losses, as many tokens at a time as LOGITS allows."""
-    shares, found = target_shares(mask), torch.zeros_like(hidden)
-    for part in pieces(model, shares):
-        some = hidden[:, part].detach().requires_grad_()
-        total = losses(logits_of(model, some), ids[:, 1:][:, part], shares[:, part]).sum()
-        found[:, part] = torch.autograd.grad(total, some)[0]
-    return found
 
 
 def slopes_of(model: nn.Module, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
