@@ -78,8 +78,8 @@ class Retrieval(ProbeScore):
                  if answered(model, run.probes[i]) > ENOUGH]
         if not right:
             raise LlmoptError(f"the model answers none of the {len(run.probes)} probes ({self.probe}), and the gate "
-                              "leaves out what it does not answer: say gate: false, or plant facts in a text (python -m "
-                              "llmopt_evals.needles --text FILE --model MODEL --probes p.jsonl) for probe: p.jsonl")
+                              "leaves out what it does not answer: give gate: false, or plant facts in a text (python "
+                              "-m llmopt_evals.needles --text FILE --model MODEL --probes p.jsonl) for probe: p.jsonl")
         return right
 
     @torch.no_grad()
