@@ -4,6 +4,8 @@ By default each combination is seen on one architecture, and every architecture 
 """
 import pytest
 
+from llmopt import kv
+from llmopt.parts import build, names
 from tests import tiny
 from tests.kv import spine
 
@@ -24,3 +26,12 @@ def test_a_combination_keeps_what_it_promises(name, family):
     spine.assert_room_for_all_is_dense(model, steps)
     spine.assert_what_is_kept_is_the_prompts(model, steps)
     spine.assert_rows_and_attention(model, steps)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("allocate", names("allocator"))
+def test_a_later_mask_hides_what_is_held_whoever_shares_it_out_and_however_it_is_stored(allocate, family):
+    heads = "heads.span" if allocate == "heads" else None
+    steps = [build("heads.span", {}), spine.fitted(build("heads.replay", {})),
+             kv.SnapKV(ratio=0.75, window=4, allocate=allocate, heads=heads), kv.Quant(residual=4, every=4)]
+    spine.assert_rows_and_attention(spine.model_of(family), steps)
