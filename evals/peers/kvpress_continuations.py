@@ -16,6 +16,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+PIECE = 8           # tokens read at a time where a press masks
+
 
 def documents(file, tokenizer, limit):
     """(ids of a context [1, T], [(ids of a question and its answer [1, n], tokens of the answer)]) of the file."""
@@ -68,12 +70,13 @@ def sizes(model, cache):
 def losses(model, last, cache, seen, rest, length):
     """(nats of the answer, whether each token is the first choice); a copy of the cache is continued at its place.
 
-    Masked entries and layers of unequal length do not stand more than one token at a time.
+    Where entries are masked, one key has to be found that none of a piece's queries looks at: short pieces; where
+    layers are of unequal length, transformers' mask fits single tokens alone.
     """
     cache, parts = copy.deepcopy(cache), [last]
     masks = any(getattr(layer.self_attn, "masked_key_indices", None) is not None for layer in model.model.layers)
     uneven = len({layer.keys.shape[2] for layer in cache.layers}) > 1
-    step = 1 if masks or uneven else rest.shape[1]
+    step = 1 if uneven else PIECE if masks else rest.shape[1]
     for start in range(0, rest.shape[1] - 1, step):
         piece = rest[:, start:min(start + step, rest.shape[1] - 1)]
         places = torch.arange(seen + start, seen + start + piece.shape[1])[None]
