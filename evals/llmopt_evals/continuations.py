@@ -6,13 +6,13 @@ A line of the file is {"context", "question", "answer"}. The context alone is re
 question and answer on what was kept, at their true places; the answer's tokens count, and an answer is right if each of
 them is the model's first choice. A context is read once: lines in a row that share it are asked of one cache, and every
 method gets a copy of it. Each argument after the file is one entry of a recipe's `steps`; where an entry says neither
-`ratio` nor `budget`, it is tried at every `--ratio`. Methods that learn get `--data`, as a recipe's `data` names it.
+`ratio` nor `budget`, it is tried at every `--ratio`. Methods that learn from text get that of `--data`.
 """
 import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from llmopt.runtime.attach import RuntimeMethod
 from llmopt.specs import DataSpec, ModelSpec
 
 DENSE = "dense"
-ROWS = DataSpec(samples=32, length=1024)                # of --data
+ROWS = {"samples": 32, "length": 1024}                  # of --data
 
 
 class Text(NamedTuple):
@@ -104,15 +104,18 @@ def _add_answer(cost: Cost, logits: Tensor, answer: Tensor) -> None:
 
 
 def methods(entries: tuple[str, ...], ratios: tuple[float, ...]) -> Iterator[tuple[str, RuntimeMethod]]:
-    """(words, method) of each entry, at each ratio if it does not say how much goes."""
+    """(words, method) of each entry; at each ratio, which is told, if it does not say how much goes."""
     for entry in entries:
         with naming(entry):
             found = read_yaml(entry, "step")[0]
             name, given = next(iter(found.items())) if isinstance(found, dict) else (found, {})
             known = {field.name for field in fields(llmopt.get(name))}
             says = "ratio" not in known or {"ratio", "budget"} & set(given or {})
-            for chosen in [{}] if says else [{"ratio": ratio} for ratio in ratios]:
-                yield entry, build(name, {**(given or {}), **chosen})
+            if says:
+                yield entry, build(name, given or {})
+            else:
+                yield from ((f"{ratio:.2f}  {entry}", build(name, {**(given or {}), "ratio": ratio}))
+                            for ratio in ratios)
 
 
 def learned(model: nn.Module, tokenizer: Any, method: RuntimeMethod, source: str | None) -> Record:
@@ -120,8 +123,8 @@ def learned(model: nn.Module, tokenizer: Any, method: RuntimeMethod, source: str
     run = Run(tokenizer=tokenizer)
     if method.needs_data:
         if source is None:
-            raise LlmoptError(f"{method.name} learns from data: --data FILE or a name")
-        run.batches = data.load(replace(ROWS, name=source), model.config, tokenizer)
+            raise LlmoptError(f"{method.name} learns from text: --data FILE")
+        run.batches = data.load(DataSpec(name="text", path=source, **ROWS), model.config, tokenizer)
     return method.plan(model, run)
 
 
@@ -132,12 +135,12 @@ def learned(model: nn.Module, tokenizer: Any, method: RuntimeMethod, source: str
 @click.option("--limit", type=click.IntRange(1), help="Lines of the file; default: all.")
 @click.option("--ratio", "ratios", multiple=True, default=[0.9], show_default=True,
               help="The part that goes, of entries that do not say; repeatable.")
-@click.option("--data", "source", help="What methods that learn are given, as a recipe's data.name.")
-def main(model: str, file: str, steps: tuple[str, ...], limit: int | None, ratios: tuple[float, ...],
-         source: str | None) -> None:
+@click.option("--data", "source", help="Text for methods that learn from some.")
+@click.option("--dtype", help="float32, ...; default: as the model is stored.")
+def main(model, file, steps, limit, ratios, source, dtype) -> None:
     """Nats of the answers in FILE after STEPS have dropped entries of the contexts."""
     try:
-        loaded, tokenizer = load_model(ModelSpec(id=model))
+        loaded, tokenizer = load_model(ModelSpec(id=model, dtype=dtype))
         trials = [(words, ((method, learned(loaded, tokenizer, method, source)),))
                   for words, method in methods(steps, ratios)]
         texts = list(texts_of(file, tokenizer, limit))
