@@ -232,6 +232,10 @@ class LlmoptCache(Cache):
         tensors += [x for x in map(self.__dict__.get, NOTES) if x is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def entry_nbytes(self) -> int:
+        """Bytes of the keys and values held, codes with their scales: without positions and what methods note."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.entries())
+
     def dense_nbytes(self) -> int:
         """Bytes of keys and values that an uncompressed cache would hold now (a sliding layer: its window)."""
         total = 0

@@ -173,7 +173,7 @@ class Attachment:
             after_forward(self, cache)
         if cache is not None:
             cache.end(died=output is None)
-        self.now.shared, self.now.hidden = {}, None
+        self.now.shared, self.now.replayed, self.now.hidden = {}, {}, None
 
     @torch.no_grad()
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
@@ -190,6 +190,19 @@ class Attachment:
                 self.attend(index, query, keys, values, None, rule)
         self._leave(self.model, (), {}, cache)
         return cache
+
+    def finish(self, cache: LlmoptCache, found: dict[Any, Any]) -> None:
+        """Make a cache smaller that has been read in full, as the methods would have done at the end of its forward.
+
+        found: what of it has been read again before, and what comes to it; see Forward.
+        """
+        self.now.begin(cache.get_seq_length())
+        cache.begin(self.now, self.model, cache.batch_size)
+        self.now.replayed = found
+        decide(self)
+        for index in cache.attending():
+            after_attention(self, index)
+        self._leave(self.model, (), {}, cache)
 
     # --------------------------------------------------------------------------------------------- inside a layer
 
