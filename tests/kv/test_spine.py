@@ -35,3 +35,9 @@ def test_a_later_mask_hides_what_is_held_whoever_shares_it_out_and_however_it_is
     steps = [build("heads.span", {}), spine.fitted(build("heads.replay", {})),
              kv.SnapKV(ratio=0.75, window=4, allocate=allocate, heads=heads), kv.Quant(residual=4, every=4)]
     spine.assert_rows_and_attention(spine.model_of(family), steps)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_entries_that_stand_for_several_weigh_as_many(family):
+    counting = {"ems_merge": {"tau": 0.1, "merge_keys": True, "count": True}}
+    spine.assert_rows_and_attention(spine.model_of(family), [kv.H2O(ratio=0.75, reduce=counting)])
