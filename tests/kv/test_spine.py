@@ -26,6 +26,7 @@ def test_a_combination_keeps_what_it_promises(name, family):
     spine.assert_room_for_all_is_dense(model, steps)
     spine.assert_what_is_kept_is_the_prompts(model, steps)
     spine.assert_rows_and_attention(model, steps)
+    spine.assert_a_row_of_padding_disturbs_nobody(model, steps)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.full)])
