@@ -4,14 +4,13 @@
 
 A line of the file is {"context", "question", "answer"}. The context alone is read with the methods in force, then
 question and answer on what was kept, at their true places; the answer's tokens count. Each argument after the file is
-one entry of a recipe's `steps`; `ratio` is added where an entry has none.
+one entry of a recipe's `steps`, or a list of them; `ratio` is added where an entry has none.
 """
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -19,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import llmopt
 from llmopt import runtime
-from llmopt.errors import LlmoptError, naming
+from llmopt.errors import LlmoptError
 from llmopt.model.loading import load_model
-from llmopt.parts import build
-from llmopt.recipe.yaml_lines import read_yaml
 from llmopt.specs import ModelSpec
+from llmopt_evals.entries import made
 
 DENSE = "dense"
 
@@ -41,34 +38,23 @@ def pieces(file: str, tokenizer, limit: int | None) -> Iterator[tuple[Tensor, Te
 
 
 @torch.inference_mode()
-def cost(model: nn.Module, texts: list[tuple[Tensor, Tensor, int]], method=None) -> tuple[float, float]:
+def cost(model: nn.Module, texts: list[tuple[Tensor, Tensor, int]], *methods) -> tuple[float, float]:
     """(nats for each token of the answers, part of the contexts' bytes that is held, positions included)."""
     loss = tokens = held = dense = 0.0
     with ExitStack() as inside:
-        if method is not None:
-            inside.enter_context(runtime.attached(model, method))
+        if methods:
+            inside.enter_context(runtime.attached(model, *methods))
         for context, rest, length in texts:
             before = model(context, use_cache=True)
             cache = before.past_key_values
-            if method is not None:
+            if methods:
                 held, dense = held + cache.nbytes(), dense + cache.dense_nbytes()
-            with runtime.frozen(model) if method is not None else ExitStack():
+            with runtime.frozen(model) if methods else ExitStack():
                 after = model(rest[:, :-1], past_key_values=cache, use_cache=True)
             logits = torch.cat([before.logits[:, -1:], after.logits], 1)[0, -length:].float()
             loss += cross_entropy(logits, rest[0, -length:], reduction="sum").item()
             tokens += length
     return loss / tokens, held / dense if dense else 1.0
-
-
-def methods(entries: tuple[str, ...], ratio: float) -> Iterator[tuple[str, object]]:
-    """(words, method) of each entry."""
-    for entry in entries:
-        with naming(entry):
-            found = read_yaml(entry, "step")[0]
-            name, given = next(iter(found.items())) if isinstance(found, dict) else (found, {})
-            known = {field.name for field in fields(llmopt.get(name))}
-            chosen = {} if "ratio" not in known or {"ratio", "budget"} & set(given or {}) else {"ratio": ratio}
-            yield entry, build(name, {**(given or {}), **chosen})
 
 
 @click.command()
@@ -83,8 +69,8 @@ def main(model: str, file: str, steps: tuple[str, ...], limit: int | None, ratio
         loaded, tokenizer = load_model(ModelSpec(id=model))
         texts = list(pieces(file, tokenizer, limit))
         click.echo(f"{cost(loaded, texts)[0]:.4f}  100.0 %  {DENSE}")
-        for words, method in methods(steps, ratio):
-            nats, held = cost(loaded, texts, method)
+        for words in steps:
+            nats, held = cost(loaded, texts, *made(words, ratio))
             click.echo(f"{nats:.4f}  {held:6.1%}  {words}")
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
