@@ -68,6 +68,9 @@ class Setting:
     ratio: float | None = None
 
 
+DENSE = Setting("dense")
+
+
 def settings(words: Sequence[str], ratios: Sequence[float], model: nn.Module, run: Run) -> Iterator[Setting]:
     """Every entry or folder at every ratio; an entry learns once for all, from what `run` holds."""
     for word in words:

@@ -35,11 +35,10 @@ from llmopt.runtime.cache import LlmoptCache
 from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import contexts, entries, needles
 from llmopt_evals.contexts import FORMS, Context, Question
-from llmopt_evals.entries import Setting
+from llmopt_evals.entries import DENSE, Setting
 from llmopt_evals.texts import documents
 from llmopt_evals.world import speaks_world
 
-DENSE = Setting("dense")
 PLOTS = (".png", ".pdf", ".svg")
 
 
