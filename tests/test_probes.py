@@ -35,7 +35,7 @@ class Retrieval(ProbeScore):
     mean_over: ClassVar = "samples"
 
     @torch.no_grad()
-    def score(self, model, run):
+    def measure(self, model, run):
         totals = [torch.zeros(block.heads) for block in blocks(model)]
 
         def see(index, rows):
@@ -46,7 +46,7 @@ class Retrieval(ProbeScore):
         batches = as_batches(run.probes)
         for visit in visits(model, replace(run, batches=batches), self.name, edits=False):
             visit.attention(see, [probe.asked for probe in run.probes])
-        return [total / len(run.probes) for total in totals]
+        return {"scores": [total / len(run.probes) for total in totals]}
 
 
 def given(source: str, config, tokenizer=None, count: int = 8, length: int = 64, seed: int = 0) -> list[Probe]:
@@ -117,7 +117,7 @@ def test_the_heads_that_retrieve_are_found_in_the_reference_model():
     for rank in (0, 1):                              # what two processes would each compute, weighed by their share
         own = Run(tokenizer=tokenizer, ranks=Ranks(rank, 2), probes=found).own_probes
         assert len(own) == 4
-        parts_of.append(torch.cat(Retrieval().score(model, Run(probes=own))))
+        parts_of.append(torch.cat(Retrieval().measure(model, Run(probes=own))["scores"]))
     torch.testing.assert_close(sum(parts_of) / 2, scores, rtol=1e-4, atol=1e-6)
 
 

@@ -3,72 +3,115 @@
     python -m llmopt_evals.continuations MODEL FILE.jsonl --limit 24 "kv.snapkv: {window: 16, allocate: ada}"
 
 A line of the file is {"context", "question", "answer"}. The context alone is read with the methods in force, then
-question and answer on what was kept, at their true places; the answer's tokens count. Each argument after the file is
-one entry of a recipe's `steps`; `ratio` is added where an entry has none.
+question and answer on what was kept, at their true places; the answer's tokens count, and an answer is right if each of
+them is the model's first choice. A context is read once: lines in a row that share it are asked of one cache, and every
+method gets a copy of it. Each argument after the file is one entry of a recipe's `steps`; where an entry says neither
+`ratio` nor `budget`, it is tried at every `--ratio`. It may be a list of entries, or a checkpoint with what its methods
+have learned; others that learn from text get that of `--data`, and head scores among the entries run first.
 """
 import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import llmopt
-from llmopt import runtime
-from llmopt.errors import LlmoptError, naming
+from llmopt.calibration import data
+from llmopt.errors import LlmoptError
+from llmopt.method import Record, Run
 from llmopt.model.loading import load_model
-from llmopt.parts import build
-from llmopt.recipe.yaml_lines import read_yaml
-from llmopt.specs import ModelSpec
+from llmopt.runtime import copies
+from llmopt.runtime.attach import RuntimeMethod
+from llmopt.specs import DataSpec, ModelSpec
+from llmopt_evals.entries import DENSE, Setting, divided, settings
 
-DENSE = "dense"
+ROWS = {"samples": 32, "length": 1024}                  # of --data
 
 
-def pieces(file: str, tokenizer, limit: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(context [1, T], question and answer [1, n], tokens of the answer) of each line."""
+class Text(NamedTuple):
+    """A context [1, T], and what is asked of it: (question and answer [1, n], tokens of the answer)."""
+
+    context: Tensor
+    asked: list[tuple[Tensor, int]]
+
+
+@dataclass
+class Cost:
+    """Sums over all answers and caches. entries: bytes of keys and values alone; held: all tensors."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    right: int = 0
+    answers: int = 0
+    entries: int = 0
+    held: int = 0
+    dense: int = 0
+
+    @property
+    def nats(self) -> float:
+        """For each token of the answers."""
+        return self.loss / self.tokens
+
+
+def texts_of(file: str, tokenizer: Any, limit: int | None) -> Iterator[Text]:
+    """The contexts of a file, each with what its lines ask."""
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for line in itertools.islice(Path(file).read_text().splitlines(), limit):
-        entry = json.loads(line)
-        context, question, answer = (tokenizer(entry[part], add_special_tokens=False).input_ids
-                                     for part in ("context", "question", "answer"))
-        yield torch.tensor([first + context]), torch.tensor([question + answer]), len(answer)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    lines = map(json.loads, itertools.islice(Path(file).read_text().splitlines(), limit))
+    for context, entries in itertools.groupby(lines, key=lambda entry: entry["context"]):
+        asked = [(ids(entry["question"]), ids(entry["answer"])) for entry in entries]
+        yield Text(torch.tensor([first + ids(context)]), [(torch.tensor([q + a]), len(a)) for q, a in asked])
 
 
 @torch.inference_mode()
-def cost(model: nn.Module, texts: list[tuple[Tensor, Tensor, int]], method=None) -> tuple[float, float]:
-    """(nats for each token of the answers, part of the contexts' bytes that is held, positions included)."""
-    loss = tokens = held = dense = 0.0
-    with ExitStack() as inside:
-        if method is not None:
-            inside.enter_context(runtime.attached(model, method))
-        for context, rest, length in texts:
-            before = model(context, use_cache=True)
-            cache = before.past_key_values
-            if method is not None:
-                held, dense = held + cache.nbytes(), dense + cache.dense_nbytes()
-            with runtime.frozen(model) if method is not None else ExitStack():
-                after = model(rest[:, :-1], past_key_values=cache, use_cache=True)
-            logits = torch.cat([before.logits[:, -1:], after.logits], 1)[0, -length:].float()
-            loss += cross_entropy(logits, rest[0, -length:], reduction="sum").item()
-            tokens += length
-    return loss / tokens, held / dense if dense else 1.0
+def costs(model: nn.Module, texts: list[Text], trials: list[tuple[tuple[RuntimeMethod, Record], ...]]) -> list[Cost]:
+    """What each trial costs, a list of methods that are in force together with what their `plan` recorded."""
+    found = [Cost() for _ in trials]
+    with copies.keeping(model):
+        for text in texts:
+            whole = copies.read(model, text.context)
+            last = model(text.context[:, -1:], past_key_values=whole.cache.without_last()).logits
+            for cost, parts in zip(found, trials, strict=True):
+                with whole.compressed(*parts) as cache:
+                    _add_bytes(cost, cache)
+                    for rest, length in text.asked:
+                        after = model(rest[:, :-1], past_key_values=cache.fork()).logits
+                        _add_answer(cost, torch.cat([last, after], 1)[0, -length:].float(), rest[0, -length:])
+    return found
 
 
-def methods(entries: tuple[str, ...], ratio: float) -> Iterator[tuple[str, object]]:
-    """(words, method) of each entry."""
-    for entry in entries:
-        with naming(entry):
-            found = read_yaml(entry, "step")[0]
-            name, given = next(iter(found.items())) if isinstance(found, dict) else (found, {})
-            known = {field.name for field in fields(llmopt.get(name))}
-            chosen = {} if "ratio" not in known or {"ratio", "budget"} & set(given or {}) else {"ratio": ratio}
-            yield entry, build(name, {**(given or {}), **chosen})
+def _add_bytes(cost: Cost, cache: Any) -> None:
+    cost.entries += sum(tensor.nbytes for layer in cache.layers for tensor in layer.entries())
+    cost.held += cache.nbytes()
+    cost.dense += cache.dense_nbytes()
+
+
+def _add_answer(cost: Cost, logits: Tensor, answer: Tensor) -> None:
+    cost.loss += cross_entropy(logits, answer, reduction="sum").item()
+    cost.right += bool((logits.argmax(-1) == answer).all())
+    cost.tokens, cost.answers = cost.tokens + len(answer), cost.answers + 1
+
+
+def learned(model: nn.Module, tokenizer: Any, steps: tuple[str, ...], ratios: tuple[float, ...],
+            source: str | None) -> list[Setting]:
+    """The methods of all entries, with what they learn from rows of `source` where they want data."""
+    scores, acting, needed = divided(steps)
+    if needed and source is None:
+        raise LlmoptError("a method learns from text: --data FILE")
+    rows = DataSpec(name="text", path=source, **ROWS) if needed else None
+    run = Run(rows and data.load(rows, model.config, tokenizer), tokenizer=tokenizer)
+    for score in scores:
+        score.apply(model, run)
+    return [*settings(acting, ratios, model, run)]
 
 
 @click.command()
@@ -76,16 +119,20 @@ def methods(entries: tuple[str, ...], ratio: float) -> Iterator[tuple[str, objec
 @click.argument("file")
 @click.argument("steps", nargs=-1)
 @click.option("--limit", type=click.IntRange(1), help="Lines of the file; default: all.")
-@click.option("--ratio", default=0.9, show_default=True, help="The part that goes, of entries that do not say.")
-def main(model: str, file: str, steps: tuple[str, ...], limit: int | None, ratio: float) -> None:
+@click.option("--ratio", "ratios", multiple=True, default=[0.9], show_default=True,
+              help="The part that goes, of entries that do not say; repeatable.")
+@click.option("--data", "source", help="Text for methods that learn from some.")
+@click.option("--dtype", help="float32, ...; default: as the model is stored.")
+def main(model, file, steps, limit, ratios, source, dtype) -> None:
     """Nats of the answers in FILE after STEPS have dropped entries of the contexts."""
     try:
-        loaded, tokenizer = load_model(ModelSpec(id=model))
-        texts = list(pieces(file, tokenizer, limit))
-        click.echo(f"{cost(loaded, texts)[0]:.4f}  100.0 %  {DENSE}")
-        for words, method in methods(steps, ratio):
-            nats, held = cost(loaded, texts, method)
-            click.echo(f"{nats:.4f}  {held:6.1%}  {words}")
+        loaded, tokenizer = load_model(ModelSpec(id=model, dtype=dtype))
+        trials = [DENSE, *learned(loaded, tokenizer, steps, ratios, source)]
+        texts = list(texts_of(file, tokenizer, limit))
+        for trial, cost in zip(trials, costs(loaded, texts, [trial.parts for trial in trials]), strict=True):
+            words = trial.words if trial.ratio is None else f"{trial.ratio:.2f}  {trial.words}"
+            click.echo(f"{cost.nats:.4f}  {cost.right:3d} of {cost.answers}  entries {cost.entries / cost.dense:6.1%}  "
+                       f"held {cost.held / cost.dense:6.1%}  {words}")
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -3,9 +3,10 @@
     python -m llmopt_evals.needles --text FILE --model MODEL --lengths 1024,2048
     python -m llmopt_evals.needles --text FILE --model MODEL --lengths 512 --probes probes.jsonl
 
-A document is `length` tokens of the text with facts at even depths: "The pass code of the amber falcon is 4821." It
-ends in a question about one of them, whose answer is teacher-forced: `exact` is the share of answers of which every
-token is the model's first choice, `logprob` the mean log-likelihood of an answer. `needles_aware` compresses context
+A document is `length` tokens of the text with facts at even depths: "The pass code of the amber falcon is 4821." With
+`--facts words` answers are common words, in sentences of eight forms; `mixed` is half of each. A document ends in a
+question about one fact, whose answer is teacher-forced: `exact` is the share of answers of which every token is the
+model's first choice, `logprob` the mean log-likelihood of an answer. `needles_aware` compresses context
 and question together, as if the question were known; `needles_agnostic` compresses the context and asks all questions
 of that one finished cache. Where nothing is compressed both read a question in the same place, in other words: lm-eval
 keeps answers by their words. `--probes` writes them as probes for head scores instead. A text that is too short is
@@ -23,14 +24,10 @@ from typing import Any
 import click
 
 from llmopt.cli.options import FILE, check_target
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, closest
+from llmopt_evals.facts import FORMS, THINGS, Fact, drawn, one_of_each_form
 from llmopt_evals.texts import documents
 
-ADJECTIVES = ("amber", "silver", "quiet", "northern", "narrow", "marble", "velvet", "hollow", "golden", "distant",
-              "copper", "frozen")
-NOUNS = ("falcon", "harbour", "lantern", "orchard", "bridge", "archive", "glacier", "compass", "garden", "tower",
-         "engine", "valley")
-LEAD = {"aware": "Question", "agnostic": "One more question"}
 LONGEST = 40                            # words of a sentence; longer ones are cut
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n{2,}")
 DEFAULT_LENGTH = 1024
@@ -38,15 +35,20 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials: numbers of documents, their lengths (tokens, question and answer included), and needles in each."""
+    """The trials: numbers of documents, their lengths (tokens, question and answer included), needles in each and
+    what they say: codes, words or mixed."""
 
     lengths: Sequence[int] = ()         # none: DEFAULT_LENGTH, or what the model reads
     documents: int = 4
     needles: int = 8
     seed: int = 0
+    facts: str = "codes"
 
     def __post_init__(self) -> None:
-        most = {"documents": 10_000, "needles": len(ADJECTIVES) * len(NOUNS)}
+        if self.facts not in FORMS:
+            raise LlmoptError(f"needles: facts: {self.facts!r} given, one of {', '.join(FORMS)} expected"
+                              f"{closest(str(self.facts), FORMS)}")
+        most = {"documents": 10_000, "needles": len(THINGS)}
         for key, value in [("lengths", length) for length in self.lengths] + [(k, getattr(self, k)) for k in most]:
             if not isinstance(value, int) or not 1 <= value <= most.get(key, value):
                 raise LlmoptError(f"needles: {key}: {value!r} given, a number from 1 to {most.get(key, 'the maximum')} "
@@ -69,24 +71,24 @@ class Writer:
     def __init__(self, text: list[str], tokenizer: Any, plan: Plan):
         self.tokenizer, self.plan = tokenizer, plan
         self.sentences = [part for document in text for part in sentences(document)]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in self._ids(fact("amber falcon", 4821)):
+        told = " ".join(fact.told for fact in drawn(plan.facts, len(FORMS[plan.facts]), Random(0)))
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in self._ids(told):
             raise LlmoptError("needles: this tokenizer has no words for them (llmopt/reference: ask world_recall)")
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def document(self, index: int, length: int) -> tuple[str, list[tuple[str, int, float]]]:
-        """(the text with its needles, (subject, code, depth) of each)."""
+    def document(self, index: int, length: int) -> tuple[str, list[tuple[Fact, float]]]:
+        """(the text with its needles, (fact, depth) of each)."""
         random = Random(f"{self.plan.seed} {length} {index}")
         count = self.plan.needles
-        subjects = random.sample([f"{a} {n}" for a in ADJECTIVES for n in NOUNS], count)
-        codes = random.sample(range(1000, 10000), count)
-        planted = [fact(*pair) for pair in zip(subjects, codes, strict=True)]
-        room = length - len(self._ids(" ".join([*planted, asked(subjects[0], "agnostic"), f" {codes[0]}"]))) - count - 8
+        facts = drawn(self.plan.facts, count, random)
+        last = max((f"{fact.asked('agnostic')}  {fact.answer}" for fact in one_of_each_form(facts)), key=len)
+        room = length - len(self._ids(" ".join([*(fact.told for fact in facts), last]))) - count - 8
         hay = self._hay(random.randrange(len(self.sentences)), room)
         depths = [(i + 0.5) / count for i in range(count)]
-        text = plant(hay, planted, depths, [len(self._ids(part)) for part in hay])
-        return text, list(zip(subjects, codes, depths, strict=True))
+        text = plant(hay, [fact.told for fact in facts], depths, [len(self._ids(part)) for part in hay])
+        return text, list(zip(facts, depths, strict=True))
 
     def _hay(self, start: int, room: int) -> list[str]:
         """Sentences from `start` on, round and round, that take at most `room` tokens."""
@@ -106,16 +108,6 @@ def sentences(document: str) -> list[str]:
     """The sentences of a text, long ones in pieces."""
     words = (part.split() for part in SENTENCE.split(document))
     return [" ".join(part[i:i + LONGEST]) for part in words for i in range(0, len(part), LONGEST)]
-
-
-def fact(subject: str, code: int) -> str:
-    """A needle."""
-    return f"The pass code of the {subject} is {code}."
-
-
-def asked(subject: str, form: str) -> str:
-    """The question and the beginning of its answer."""
-    return f"\n\n{LEAD[form]}: What is the pass code of the {subject}?\nAnswer: The pass code of the {subject} is"
 
 
 def plant(hay: list[str], needles: list[str], depths: list[float], sizes: list[int]) -> str:
@@ -140,8 +132,8 @@ def rows(form: str, text: str | None = None, **metadata: Any) -> Iterator[dict[s
     for length in plan.sizes(limit):
         for index in range(plan.documents):
             context, planted = writer.document(index, length)
-            for subject, code, depth in planted:
-                yield {"context": context, "question": asked(subject, form), "answer": str(code), "depth": depth,
+            for fact, depth in planted:
+                yield {"context": context, "question": fact.asked(form), "answer": fact.answer, "depth": depth,
                        "length": length, "document": index,
                        "compressed_context": context if form == "agnostic" else None}
 
@@ -149,20 +141,19 @@ def rows(form: str, text: str | None = None, **metadata: Any) -> Iterator[dict[s
 def probes(text: str, name: str, plan: Plan) -> Iterator[dict[str, str]]:
     """{"context", "question", "answer", "corrupted"} of every needle, as `probe: FILE.jsonl` reads them.
 
-    corrupted: the context with another pass code there, the same number of tokens.
+    corrupted: the context with another answer there, the same number of tokens.
     """
     words, limit = _model({"tokenizer": name})
     writer, random = Writer(documents(text), words, plan), Random(f"{plan.seed} corrupted")
     for length in plan.sizes(limit):
         for index in range(plan.documents):
             context, planted = writer.document(index, length)
-            for subject, code, _ in planted:
-                others = (context.replace(fact(subject, code), fact(subject, random.randrange(1000, 10000)))
-                          for _ in range(100))
+            for fact, _ in planted:
+                others = (context.replace(fact.told, fact.other(random).told) for _ in range(100))
                 wanted = len(writer._ids(context))
                 corrupted = next((other for other in others if other != context and len(writer._ids(other)) == wanted),
                                  None)
-                yield {"context": context, "question": asked(subject, "agnostic"), "answer": f" {code}",
+                yield {"context": context, "question": fact.asked("agnostic"), "answer": f" {fact.answer}",
                        **({"corrupted": corrupted} if corrupted else {})}
 
 
@@ -178,12 +169,20 @@ def _model(metadata: dict[str, Any]) -> tuple[Any, int]:
     return load_tokenizer(source), config.get_text_config().max_position_embeddings
 
 
+def lengths_of(given: str) -> list[int]:
+    """Numbers with commas between them."""
+    if not re.fullmatch(r"\d+(,\d+)*", given):
+        raise LlmoptError(f"--lengths: {given!r} given, numbers such as 1024,4096 expected")
+    return [int(length) for length in given.split(",")]
+
+
 @click.command()
 @click.option("--text", required=True, help="The file to plant needles in; .jsonl with `text`, or plain text.")
 @click.option("--model", "names", multiple=True, default=["llmopt/reference"], help="Folder or hub name; repeatable.")
 @click.option("--lengths", default=str(DEFAULT_LENGTH), show_default=True, help="Tokens of a document: 1024,4096.")
 @click.option("--documents", default=4, show_default=True, help="How many of each length.")
 @click.option("--needles", default=8, show_default=True, help="How many in each document.")
+@click.option("--facts", default="codes", show_default=True, help="What answers are: codes, words or mixed.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--probes", "target", type=FILE, help="Write the needles to this .jsonl file, for `probe`, and stop.")
 @click.option("--json", "as_json", is_flag=True)
@@ -196,9 +195,7 @@ def command(text, names, lengths, target, as_json, **options) -> None:
 
     tables.quiet_libraries()
     try:
-        if not re.fullmatch(r"\d+(,\d+)*", lengths):
-            raise LlmoptError(f"--lengths: {lengths!r} given, numbers such as 1024,4096 expected")
-        options["lengths"] = [int(length) for length in lengths.split(",")]
+        options["lengths"] = lengths_of(lengths)
         if target:
             check_target(target)
             lines = [json.dumps(line) for line in probes(text, names[0], Plan(**options))]

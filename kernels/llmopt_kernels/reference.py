@@ -101,10 +101,13 @@ class Ragged:
         """[N] fp32, or None: zero."""
         return self.carried.get("bias")
 
+    def entries(self) -> list[Tensor]:
+        """The tensors of keys and values alone."""
+        return [t for x in (self.keys, self.values) for t in ([x] if isinstance(x, Tensor) else x.tensors())]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
-        held = [t for x in (self.keys, self.values) for t in ([x] if isinstance(x, Tensor) else x.tensors())]
-        return [*held, self.positions, self.counts, *self.carried.values()]
+        return [*self.entries(), self.positions, self.counts, *self.carried.values()]
 
     @property
     def even(self) -> bool:

@@ -25,10 +25,10 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class HeadScore(Method):
-    """Family base. The author writes `score`; the model comes out of it unchanged.
+    """Family base. The author writes `measure`; the model comes out of it unchanged.
 
-    eats: what `score` looks at, run.batches or run.probes; see ProbeScore.
-    mean_over: what `score` takes its mean over, so that processes can share the rows; None: each takes them all.
+    eats: what `measure` looks at, run.batches or run.probes; see ProbeScore.
+    mean_over: what `measure` takes its mean over, so that processes can share the rows; None: each takes them all.
     beside: names of the figures that `measure` gives beside the scores. unit: what the scores count, for plots.
     """
 
@@ -44,15 +44,12 @@ class HeadScore(Method):
         return self.eats == "batches"
 
     @abstractmethod
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
-        """L tensors [H_l], larger meaning more of what this score measures; empty where attention is skipped.
-
-        One that goes through the blocks by walk.visits, without edits, sets needs_whole = False.
-        """
-
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
-        """{"scores": what `score` gives}, and under the names in `beside` what else the record tells of each head."""
-        return {"scores": self.score(model, run)}
+        """{"scores": L tensors [H_l]}, larger meaning more of what is measured; empty where attention is skipped.
+
+        Under the names in `beside`, as many tensors of what else the record tells of each head. One that goes through
+        the blocks by walk.visits, without edits, sets needs_whole = False.
+        """
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         """Turn the mean over all data into the scores; by default they are that mean."""
@@ -104,7 +101,7 @@ class HeadScore(Method):
 
 @dataclass(frozen=True)
 class ProbeScore(HeadScore):
-    """A head score that looks at probes: `score` finds them in run.probes, a process its own where mean_over is set."""
+    """A head score that looks at probes, run.probes; where mean_over is set, a process at its own."""
 
     eats: ClassVar = "probes"
 

@@ -52,9 +52,6 @@ class Divergence(ProbeScore):
         refuse_without(run.probes)
         return super().chosen(model, run)
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
-        return self.measure(model, run)["scores"]
-
     @torch.no_grad()
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         """{"scores", "relative"}: L tensors [H_l] each."""

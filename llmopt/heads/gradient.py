@@ -68,7 +68,7 @@ class Gradient(HeadScore):
     def unit(self) -> str:
         return "mean |dL/dgate|" + (", divided by the layer's norm" if self.normalize == "layer" else "")
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)
         views = blocks(model)
         totals, samples = [torch.zeros(block.heads, dtype=torch.float64) for block in views], 0
@@ -76,7 +76,7 @@ class Gradient(HeadScore):
             for total, slope in zip(totals, self._slopes(model, views, batch), strict=True):
                 total += slope.abs().sum(0).double().cpu()
             samples += len(batch["input_ids"])
-        return [total / samples for total in totals]
+        return {"scores": [total / samples for total in totals]}
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         return scores if self.normalize == "none" else [s / s.norm().clamp(min=1e-30) for s in scores]

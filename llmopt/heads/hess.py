@@ -53,14 +53,14 @@ class Hess(HeadScore):
     root: bool = Field(True, description="budgets by the square root of the trace")
     cap: float = Field(4.0, ge=1, description="the largest budget, in even shares")
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)
         views, rows = blocks(model), single_rows(run.batches)
         totals = [torch.zeros(block.heads, dtype=torch.float64) for block in views]
         for row in run.progress(rows, self.name):
             for total, trace in zip(totals, self._traces(model, views, row), strict=True):
                 total += trace / len(rows)
-        return totals
+        return {"scores": totals}
 
     def finish(self, scores: list[Tensor]) -> list[Tensor]:
         weights = [s.double().cpu() for s in scores]

@@ -38,7 +38,7 @@ class Influence(HeadScore):
         return super().apply(model, replace(run, batches=single_rows(run.batches or [])[:self.rows]))
 
     @torch.no_grad()
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         totals = [torch.zeros(block.heads, dtype=torch.float64) for block in blocks(model)]
         rows = [{key: part[:, :int(row["attention_mask"].sum())].to(model.device) for key, part in row.items()}
                 for row in run.batches]
@@ -49,7 +49,7 @@ class Influence(HeadScore):
             for layer, head in run.progress(places, f"{self.name}: row {number + 1} of {len(rows)}"):
                 with masked(model, silenced(totals, [(layer, head)]), self.how), begun_at(model, layer, hidden[layer]):
                     totals[layer][head] += (self._loss(model, row) - before) / before / len(rows)
-        return totals
+        return {"scores": totals}
 
     @staticmethod
     def _loss(model: nn.Module, row: Batch) -> float:

@@ -60,7 +60,7 @@ class Lofit(ProbeScore):
     rate: float = Field(5e-3, gt=0, le=1, description="learning rate of Adam")
     l1: float = Field(5e-4, ge=0, description="weight of the sum of all |A|")
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)
         views, generator = blocks(model), torch.Generator().manual_seed(self.seed)
         drawn = [NOISE * torch.randn(block.heads, block.head_dim, generator=generator) for block in views]
@@ -71,7 +71,7 @@ class Lofit(ProbeScore):
                 order = torch.randperm(len(run.probes), generator=generator)
                 for some in order.split(self.batch):
                     self._step(model, [run.probes[index] for index in some.tolist()], factors, steps)
-        return [factor.detach().norm(dim=1) for factor in factors]
+        return {"scores": [factor.detach().norm(dim=1) for factor in factors]}
 
     def _step(self, model: nn.Module, found: list[Probe], factors: list[Tensor], steps: torch.optim.Optimizer) -> None:
         """One step of Adam on the mean loss of some probes, a probe in memory at a time."""

@@ -48,10 +48,10 @@ class Need90(HeadScore):
     share: float = Field(0.9, gt=0, lt=1, description="of the attention that they are to hold, with the sinks")
 
     @torch.no_grad()
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         alone = replace(run, batches=single_rows(run.batches))
         tokens = sum(int(sample["attention_mask"].sum()) for sample in alone.batches)
-        return [self._total(visit) / tokens for visit in visits(model, alone, self.name, edits=False)]
+        return {"scores": [self._total(visit) / tokens for visit in visits(model, alone, self.name, edits=False)]}
 
     def _total(self, visit: Visit) -> Tensor:      # [H]
         """The counts of one block, over all real tokens together."""

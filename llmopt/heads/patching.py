@@ -105,7 +105,7 @@ class Patching(ProbeScore):
         return kept
 
     @torch.no_grad()
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         totals, change = [torch.zeros(block.heads, dtype=torch.float64) for block in blocks(model)], 0.0
         places = [(layer, head) for layer, total in enumerate(totals) for head in range(len(total))]
         for number, probe in enumerate(run.probes):
@@ -121,4 +121,4 @@ class Patching(ProbeScore):
                         begun_at(model, layer, hidden[layer]):
                     patched = margin(model, probe, of)
                 totals[layer][head] += (patched - clean) * (1 if broken > clean else -1)
-        return [total / change for total in totals]
+        return {"scores": [total / change for total in totals]}

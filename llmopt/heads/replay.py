@@ -60,9 +60,6 @@ class Replay(HeadScore):
             found |= {f"{i}.{layer}": part for layer, part in enumerate(scores)}
         return found
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
-        return self.measure(model, run)["scores"]
-
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         parts = {name: _mean([kept_parts(piece, share) for piece in run.replays]) for name, share in GRID.items()}
         scores = [sum(parts[name][layer] / share for name, share in GRID.items()) / len(GRID)

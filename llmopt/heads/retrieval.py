@@ -77,12 +77,13 @@ class Retrieval(ProbeScore):
         right = [i for i in run.progress(range(len(run.probes)), f"{self.name}: answers")
                  if answered(model, run.probes[i]) > ENOUGH]
         if not right:
-            raise LlmoptError(f"the model answers none of the {len(run.probes)} probes, so nothing tells which heads "
-                              "retrieve; give easier ones (shorter ones), or gate: false")
+            raise LlmoptError(f"the model answers none of the {len(run.probes)} probes ({self.probe}), and the gate "
+                              "leaves out what it does not answer: give gate: false, or plant facts in a text (python "
+                              "-m llmopt_evals.needles --text FILE --model MODEL --probes p.jsonl) for probe: p.jsonl")
         return right
 
     @torch.no_grad()
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         totals = [torch.zeros(block.heads) for block in blocks(model)]
         batches, asked = as_batches(run.probes), [probe.asked for probe in run.probes]
         for visit in visits(model, replace(run, batches=batches), self.name, edits=False):
@@ -95,4 +96,4 @@ class Retrieval(ProbeScore):
 
             visit.attention(see, asked)
             totals[visit.block.index] += sum(part.mean(1) for part in found)
-        return [total / len(run.probes) for total in totals]
+        return {"scores": [total / len(run.probes) for total in totals]}

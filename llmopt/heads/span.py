@@ -75,9 +75,6 @@ class Span(HeadScore):
     beside: ClassVar = ("sink_mass",)
     unit: ClassVar = "mean attended distance in tokens"
 
-    def score(self, model: nn.Module, run: Run) -> list[Tensor]:
-        return self.measure(model, run)["scores"]
-
     @torch.no_grad()
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         """{"scores", "sink_mass"}: L tensors [H_l] each, distance in tokens and share of the attention."""

@@ -70,7 +70,7 @@ class WaadFai(HeadScore):
         return "mean distance within the window" if self.score == "waad" else "attention from later tokens"
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:       # `score` is the field
+    def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         rows = single_rows(run.batches)
         lengths = [int(row["attention_mask"].sum()) for row in rows]
         looked_at = [sum(lengths)] if self.score == "waad" else [int((n > 0).sum()) for n in self._later(lengths)]

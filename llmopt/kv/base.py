@@ -2,7 +2,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
+from llmopt.parts import fields_of
 from llmopt.runtime.attach import CacheMethod
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
@@ -221,7 +222,17 @@ class Scorer(CacheMethod):
         return turn.live.now.plan[turn.row]
 
     def _replayed(self, turn: Turn) -> dict[int, Tensor]:
-        """By layer, the highest scores [1, G, T] over all that is read again."""
+        """By layer, the highest scores [1, G, T] over all that is read again; copies of a cache read it again once."""
+        found, key = turn.live.now.replayed, (turn.row, self.name, *self._of_scores())
+        if key not in found:
+            found[key] = self._read_again(turn)
+        return found[key]
+
+    def _of_scores(self) -> list[Any]:
+        """The values of the fields that scores depend on: not those of who keeps how much."""
+        return [getattr(self, key) for key in fields_of(self) if key not in fields_of(Scorer)]
+
+    def _read_again(self, turn: Turn) -> dict[int, Tensor]:
         real, ids = turn.cache.real(turn.row), turn.cache.ids[turn.row]
         chunks = self.replay(ids if real is None else ids[real.to(ids.device)], turn.record)
 

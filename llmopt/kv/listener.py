@@ -1,6 +1,5 @@
 """What a scorer sees and makes of a text, without dropping any of it."""
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +9,21 @@ from llmopt.kv.base import Scorer, Turn, view_of
 from llmopt.kv.view import LayerKV
 from llmopt.method import Record, Replayed, Run
 from llmopt.model.blocks import blocks, layer_list
-from llmopt.runtime.attach import CacheMethod, attached
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
+from llmopt.runtime.onlooker import Onlooker, show
 
 
-class Listener(CacheMethod):
-    """Takes down the scores that `scorer` would give, and drops nothing."""
+class Listener(Onlooker):
+    """Takes down the scores that `scorer` would give."""
 
-    name, every = "listener", None
+    name = "listener"
 
     def __init__(self, scorer: Scorer, record: Record):
         self.scorer, self.known = scorer, record
         self.replays, self.layer_by_layer, self.hidden = scorer.replays, not scorer.replays, scorer.hidden
         self.reads_ids = scorer.reads_ids
         self.found: dict[int, Tensor] = {}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {self.name: {}}
 
     def queries(self) -> int | None:
         return self.scorer.queries()
@@ -54,29 +50,21 @@ def replays_of(run: Run, model: nn.Module, label: str) -> list[Replayed]:
     return run.replays
 
 
-@torch.no_grad()
 def own_scores(scorer: Scorer, record: Record, model: nn.Module, ids: Tensor) -> list[Tensor]:
     """By layer, the scorer's scores of all entries of a text `ids` [n]: [G, n], as after a prefill."""
     listener = Listener(scorer, record)
-    with attached(model, listener):
-        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)
+    show(model, ids, listener)
     nothing = torch.zeros(0, len(ids))
     return [listener.found.get(index, nothing).cpu() for index in range(len(layer_list(model)))]
 
 
-class Watcher(CacheMethod):
-    """Shows every layer of a text to `see`, with all queries and what its attention read, and drops nothing."""
+class Watcher(Onlooker):
+    """Shows every layer of a text to `see`, with all queries and what its attention read."""
 
-    name, every, layer_by_layer, hidden = "watcher", None, True, True
+    name, layer_by_layer, hidden = "watcher", True, True
 
     def __init__(self, see: Callable[[LayerKV], None]):
         self.see = see
-
-    def to_dict(self) -> dict[str, Any]:
-        return {self.name: {}}
-
-    def queries(self) -> None:
-        return None
 
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         turn = Turn(cache, live, record, 0)
@@ -85,8 +73,6 @@ class Watcher(CacheMethod):
             cache.layers[index].forget_queries()
 
 
-@torch.no_grad()
 def watch(model: nn.Module, ids: Tensor, see: Callable[[LayerKV], None]) -> None:
     """Show all layers of a text `ids` [n] to `see`, one by one, each right after its attention."""
-    with attached(model, Watcher(see)):
-        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)
+    show(model, ids, Watcher(see))

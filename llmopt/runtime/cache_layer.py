@@ -338,6 +338,11 @@ class RaggedLayer(CacheLayerMixin):
         tail = torch.full(self.lanes.counts.shape, self.lanes.length)
         return tail if self._kept is None else tail + self._kept.counts
 
+    def entries(self) -> list[Tensor]:
+        """The keys and values held, codes with their scales."""
+        tail = [self.keys, self.values] if self.is_initialized else []
+        return tail if self._kept is None else tail + self.kept.entries()
+
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
         held = [] if self.lanes is None else list(self.lanes.buffers)

@@ -32,6 +32,7 @@ class Forward(threading.local):
         self.packs = False                              # the store does
         self.plan: dict[int, Any] = {}                  # decided once by the kv method, by batch row
         self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
+        self.replayed: dict[Any, Any] = {}              # scores of what was read again, by scorer and batch row
         self.masks: dict[int, Tensor | None] = {}       # decided once, see `mask_from`
         self.before: tuple[Tensor | None, ...] = ()     # what the cache knew of its tokens when the forward began
 

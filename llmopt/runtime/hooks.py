@@ -12,7 +12,8 @@ from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
-from llmopt.model.positions import attention_windows, refuse_bidirectional
+from llmopt.model.positions import attention_windows, refuse_bidirectional, refuse_far
+from llmopt.model.usable import check_wrapping
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import ATTENTION, EVICTOR, after_attention, after_forward, decide
@@ -28,6 +29,7 @@ class Attachment:
     """All that is added to one model: its parts, by place, and what the present forward needs to know."""
 
     def __init__(self, model: nn.Module):
+        check_wrapping(model)
         refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
@@ -160,9 +162,11 @@ class Attachment:
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
         method = self.method(EVICTOR)
         if method is not None and (method.replays or method.reads_ids):
-            cache.note_ids(named.get("input_ids"), self.now.tokens)
+            cache.note_ids(named.get("input_ids"), self.now.tokens, method.name)
         if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
             named["position_ids"] = given
+        if not self.rotary:
+            refuse_far(self.model, named.get("position_ids"), cache.get_seq_length() + self.now.tokens, cache.mask)
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
         decide(self)
 
@@ -173,7 +177,7 @@ class Attachment:
             after_forward(self, cache)
         if cache is not None:
             cache.end(died=output is None)
-        self.now.shared, self.now.hidden = {}, None
+        self.now.shared, self.now.replayed, self.now.hidden = {}, {}, None
 
     @torch.no_grad()
     def rehearse(self, length: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LlmoptCache:
@@ -190,6 +194,19 @@ class Attachment:
                 self.attend(index, query, keys, values, None, rule)
         self._leave(self.model, (), {}, cache)
         return cache
+
+    def finish(self, cache: LlmoptCache, found: dict[Any, Any]) -> None:
+        """Make a cache smaller that has been read in full, as the methods would have done at the end of its forward.
+
+        found: what of it has been read again before, and what comes to it; see Forward.
+        """
+        self.now.begin(cache.get_seq_length())
+        cache.begin(self.now, self.model, cache.batch_size)
+        self.now.replayed = found
+        decide(self)
+        for index in cache.attending():
+            after_attention(self, index)
+        self._leave(self.model, (), {}, cache)
 
     # --------------------------------------------------------------------------------------------- inside a layer
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.method import Record
 from llmopt.model.blocks import layer_list, spec_of
-from llmopt.runtime.attach import CacheMethod, attached, frozen
+from llmopt.runtime.attach import frozen
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
+from llmopt.runtime.onlooker import Onlooker, show
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 CUE = 8             # tokens in front of a chunk that are read with it, so that it is found in the context
@@ -65,20 +66,14 @@ def _read(live: Attachment, cache: LlmoptCache, row: int, chunk: Tensor) -> Llmo
     return copy
 
 
-class Replayer(CacheMethod):
-    """Reads the context again after a forward, notes the largest attention on each of its entries, drops nothing."""
+class Replayer(Onlooker):
+    """Reads the context again after a forward, and notes the largest attention on each of its entries."""
 
-    name, every, replays = "replayer", None, True
+    name, replays = "replayer", True
 
     def __init__(self, asked: list[int], size: int):
         self.asked, self.size = asked, size
         self.found: dict[int, Tensor] = {}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {self.name: {}}
-
-    def queries(self) -> None:
-        return None
 
     def compress(self, cache: LlmoptCache, live: Attachment, record: Record, layers: list[int]) -> None:
         def score(copy: LlmoptCache, index: int) -> Tensor:
@@ -111,7 +106,6 @@ def replay_scores(model: nn.Module, ids: Tensor, asked: list[int], size: int) ->
     [0, n] where attention is skipped. Nothing is dropped; it takes the time of two to three prefills.
     """
     replayer = Replayer(asked, size)
-    with attached(model, replayer):
-        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)
+    show(model, ids, replayer)
     nothing = torch.zeros(1, 0, len(ids))
     return [replayer.found.get(index, nothing)[0].cpu() for index in range(len(layer_list(model)))]

@@ -58,7 +58,7 @@ def test_scales_that_are_learned_answer_better():
             super()._step(model, some, factors, steps)
             grown["factors"] = [factor.detach().clone() for factor in factors]
 
-    Kept(rate=0.05, epochs=4, batch=6).score(model, Run(probes=found))
+    Kept(rate=0.05, epochs=4, batch=6).measure(model, Run(probes=found))
     with torch.no_grad():
         before = float(sum(answer_loss(model, probe) for probe in found))
         with scaled(blocks(model), grown["factors"]):

@@ -64,7 +64,7 @@ def test_the_gate_leaves_out_what_the_model_gets_wrong():
 
 
 def test_nothing_answered_and_no_needle_are_one_line(tmp_path):
-    with pytest.raises(LlmoptError, match="answers none of the 4 probes"):
+    with pytest.raises(LlmoptError, match=r"none of the 4 probes \(tokens\).*gate: false.*probe: p.jsonl"):
         Retrieval(probes=4, length=24).apply(tiny.make("llama"), Run())
     file = tmp_path / "p.jsonl"
     file.write_text('{"context": [3, 4, 5], "question": [4], "answer": [6]}\n')
