@@ -295,7 +295,7 @@ class Scorer(CacheMethod):
         return part, part
 
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
-        """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
+        """bool [G, T]: first and last tokens. In a head of few entries sinks take half, the window the rest."""
         counts = counts.to(layer.positions.device)
         first, last = self.ends(counts)
         sinks, window = first.clamp(min=self.first), last.clamp(min=self.window)
