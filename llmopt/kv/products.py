@@ -18,7 +18,7 @@ from torch import Tensor
 from llmopt.kv.codebook import rotation
 from llmopt.kv.codes import Codes
 
-TILE = 1 << 18      # numbers that bytes become at a time: a MiB
+TILE = 1 << 19      # numbers that bytes become at a time: 2 MiB
 
 
 class Part(NamedTuple):
@@ -56,15 +56,16 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
     rows = rows @ rotation(codes.dim).to(rows.device) if codes.form.rotate else rows
     if codes.form.channel:
         return rows @ codes.numbers().unflatten(0, (len(rows), -1)).transpose(1, 2)
-    parts = _parts(codes)
-    pieces = [rows.unflatten(2, (-1, part.width)).permute(2, 0, 1, 3) * part.units.to(rows.device) for part in parts]
-    found = rows.new_empty(*rows.shape[:2], len(codes) // len(rows))
-    for where, scales, numbers in _tiles(codes, len(rows)):
-        sums = 0
+    tiles = Tiles(codes, len(rows))
+    pieces = [rows.unflatten(2, (-1, part.width)).permute(2, 0, 1, 3) * part.units.to(rows.device)
+              for part in tiles.parts]                                               # [J, L, R, w]
+    found = rows.new_zeros(codes.scales.shape[1], *rows.shape[:2], len(codes) // len(rows))
+    for lanes, entries, numbers in tiles:
+        into = found[:, lanes, :, entries]                                           # [groups, l, R, b]
         for part, some in zip(pieces, numbers, strict=True):
-            met = torch.bmm(part[:, where[0]].flatten(0, 1), some.flatten(0, 1).transpose(1, 2))
-            sums = sums + met.view(len(scales), -1, *scales.shape[1:2], *met.shape[1:]).sum(1)
-        found[where[0], :, where[1]] = (sums * scales).sum(0)                        # [groups, l, R, b]
+            met = torch.bmm(part[:, lanes].flatten(0, 1), some.flatten(0, 1).transpose(1, 2))
+            into += met.view(len(into), -1, *into.shape[1:]).sum(1)
+    found = found.mul_(tiles.scales).sum(0)
     if codes.lows is not None:
         sums = rows.unflatten(2, (-1, codes.form.group)).sum(3)                      # [L, R, groups]
         found.baddbmm_(sums, codes.lows.unflatten(0, (len(rows), -1)).transpose(1, 2).float())
@@ -77,69 +78,72 @@ def weighted(codes: Codes, weights: Tensor) -> Tensor:
         return weights.new_zeros(*weights.shape[:2], codes.dim)
     if codes.form.channel:
         return codes.turned_back(weights @ codes.numbers().unflatten(0, (len(weights), -1)))
-    parts = _parts(codes)
-    sums = [weights.new_zeros(len(part.units), *weights.shape[:2], part.width) for part in parts]
-    for where, scales, numbers in _tiles(codes, len(weights)):
-        scaled = (weights[where[0], :, where[1]] * scales).unsqueeze(1)              # [groups, 1, l, R, b]
-        for total, some in zip(sums, numbers, strict=True):
-            each = scaled.expand(-1, len(total) // len(scaled), -1, -1, -1).flatten(0, 2)
-            total[:, where[0]] += torch.bmm(each, some.flatten(0, 1)).view(len(total), -1, *total.shape[2:])
+    tiles = Tiles(codes, len(weights))
+    scaled = weights * tiles.scales                                                  # [groups, L, R, n]
+    sums = [weights.new_zeros(len(part.units), *weights.shape[:2], part.width) for part in tiles.parts]
+    for lanes, entries, numbers in tiles:
+        some = scaled[:, None, lanes, :, entries]
+        for total, part in zip(sums, numbers, strict=True):
+            each = some.expand(-1, len(total) // len(some), -1, -1, -1).flatten(0, 2)
+            total[:, lanes] += torch.bmm(each, part.flatten(0, 1)).view(len(total), -1, *total.shape[2:])
     found = sum((total * part.units.to(total.device)).permute(1, 2, 0, 3).flatten(2)
-                for total, part in zip(sums, parts, strict=True))
+                for total, part in zip(sums, tiles.parts, strict=True))
     if codes.lows is not None:
         low = torch.bmm(weights, codes.lows.unflatten(0, (len(weights), -1)).float())
         found = found + low.repeat_interleave(codes.form.group, 2)
     return codes.turned_back(found)
 
 
-def _parts(codes: Codes) -> list[Part]:
-    """The parts of these entries; levels that have been looked up are one."""
-    if codes.lows is None:
-        groups = codes.dim // codes.form.group
-        return [Part(slice(None), [], torch.ones(groups, 1, 1, 1), codes.form.group)]
-    return parts_of(codes.form.bits, codes.dim, codes.form.group)
+class Tiles:
+    """Entries in codes, L lanes of n, and the numbers of some at a time.
 
-
-def _tiles(codes: Codes, lanes: int) -> Iterator[tuple[tuple[slice, slice], Tensor, list[Tensor]]]:
-    """(lanes and entries of the tile, their scales [groups, l, 1, b], by part the numbers [J, l, b, w]), all fp32.
-
-    The numbers are overwritten by those of the next tile.
+    parts: of their bytes; levels that have been looked up are one part. scales: [groups, L, 1, n], fp32.
     """
-    words, scales = (x.unflatten(0, (lanes, -1)) for x in (codes.words, codes.scales))
-    length, most = words.shape[1], max(1, TILE // codes.dim)
-    step = max(1, most // max(1, length))
-    parts, room = _parts(codes), words.new_empty(0, dtype=torch.float32)
-    for first in range(0, lanes, step):
-        for start in range(0, length, most):
-            where = slice(first, first + step), slice(start, start + most)
-            some = words[where]
-            if codes.lows is None:
-                numbers = [codes.levels(some).unflatten(2, (-1, codes.form.group)).permute(2, 0, 1, 3)]
-            else:
-                total = sum(len(part.masks) * some[..., part.words].numel() for part in parts)
-                room = room if len(room) >= total else room.new_empty(total)
-                numbers = _numbers(some, parts, room)
-            yield where, scales[where].permute(2, 0, 1).unsqueeze(2).float(), numbers
 
+    def __init__(self, codes: Codes, lanes: int):
+        self.codes = codes
+        self.words = codes.words.unflatten(0, (lanes, -1))
+        self.scales = codes.scales.unflatten(0, (lanes, -1)).permute(2, 0, 1).unsqueeze(2).float()
+        self.parts = parts_of(codes.form.bits, codes.dim, codes.form.group)
+        if codes.lows is None:
+            self.parts = [Part(slice(None), [], torch.ones(len(self.scales), 1, 1, 1), codes.form.group)]
+        self.sources = [self._source(part) for part in self.parts]
 
-def _numbers(words: Tensor, parts: list[Part], room: Tensor) -> list[Tensor]:
-    """By part, the numbers that bytes [l, b, W] hold, written to `room`: [J, l, b, w]."""
-    found, start = [], 0
-    for part in parts:
-        some = words[..., part.words]
-        shape = len(part.masks), some.shape[2] // part.width, *some.shape[:2], part.width
-        into = room[start:start + len(part.masks) * some.numel()].view(shape)
-        for plane, mask in zip(into, part.masks, strict=True):
-            plane.copy_(_masked(some, mask).unflatten(2, (-1, part.width)).permute(2, 0, 1, 3))
-        found.append(into.flatten(0, 1)[:len(part.units)])
-        start += into.numel()
-    return found
+    def _source(self, part: Part) -> tuple[Tensor, list[int]]:
+        """The bytes of a part, eight at a time where they lie so, and its masks for them."""
+        words = self.words[..., part.words]
+        if len(self.parts) > 1 or words.shape[2] % 8 or words.storage_offset() % 8:
+            return words, part.masks
+        return words.view(torch.int64), [int.from_bytes([mask] * 8, signed=True) for mask in part.masks]
 
+    def __iter__(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+        """(lanes, entries of the tile, by part its numbers [J, l, b, w]); they are overwritten by the next tile's."""
+        lanes, length = self.words.shape[:2]
+        most = max(1, TILE // self.codes.dim)
+        step, room = max(1, most // length), {}
+        for first in range(0, lanes, step):
+            for start in range(0, length, most):
+                tile = slice(first, first + step), slice(start, start + most)
+                yield *tile, self._levels(tile) if self.codes.lows is None else self._numbers(tile, room)
 
-def _masked(words: Tensor, mask: int) -> Tensor:
-    """`words & mask`, eight bytes at a time where they lie so."""
-    if mask == 255:
-        return words
-    if words.is_contiguous() and words.shape[2] % 8 == 0 and words.storage_offset() % 8 == 0:
-        return (words.view(torch.int64) & int.from_bytes([mask] * 8, signed=True)).view(torch.uint8)
-    return words & mask
+    def _levels(self, tile: tuple[slice, slice]) -> list[Tensor]:
+        width = self.codes.form.group
+        return [self.codes.levels(self.words[tile]).unflatten(2, (-1, width)).permute(2, 0, 1, 3)]
+
+    def _numbers(self, tile: tuple[slice, slice], room: dict) -> list[Tensor]:
+        found = []
+        for index, (part, (source, masks)) in enumerate(zip(self.parts, self.sources, strict=True)):
+            some = source[tile]
+            if (index, some.shape) not in room:
+                room[index, some.shape] = self._room(part, some)
+            planes, numbers = room[index, some.shape]
+            for plane, mask in zip(planes, masks, strict=True):
+                plane.copy_((some if mask in (255, -1) else some & mask).view(torch.uint8).view(plane.shape))
+            found.append(numbers)
+        return found
+
+    def _room(self, part: Part, some: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(where the numbers of each mask go, [l, b, W / w, w]; all of them as pieces [J, l, b, w])."""
+        size = some.shape[2] * some.element_size()
+        into = self.scales.new_empty(len(part.masks), size // part.width, *some.shape[:2], part.width)
+        return [plane.permute(1, 2, 0, 3) for plane in into], into.flatten(0, 1)[:len(part.units)]
