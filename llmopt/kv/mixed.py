@@ -63,7 +63,8 @@ class Mixed(Packed):
         if rows.requires_grad:                                      # `products` of codes writes in place
             return super().products(rows)
         if (layout := self._layout(len(rows))) is None and len(rows) > 1:
-            return torch.cat([lane.products(row) for lane, row in zip(self._lanes(len(rows)), rows.split(1), strict=True)])
+            lanes = zip(self._lanes(len(rows)), rows.split(1), strict=True)
+            return torch.cat([lane.products(row) for lane, row in lanes])
         new = self.new.float().unflatten(0, (len(rows), len(self.new) // len(rows)))
         found = torch.cat([products(self.codes, rows), rows @ new.transpose(1, 2)], 2)
         if layout is not None:
@@ -81,7 +82,7 @@ class Mixed(Packed):
         return weighted(self.codes, both[0]) + both[1] @ new
 
     def _layout(self, lanes: int) -> tuple[int, int] | None:
-        """How many entries in codes, and how many dense ones behind them, each of so many lanes has; None: it varies."""
+        """How many entries in codes and dense ones behind them each of so many lanes has; None: it varies."""
         runs = self.stretches.tolist()
         if not any(runs[::2]) or not any(runs[1::2]):
             return len(self.codes) // lanes, len(self.new) // lanes
