@@ -139,6 +139,12 @@ class Ragged:
                 yield row, head, slice(start, start + count)
                 start += count
 
+    def place(self, row: int, head: int) -> slice:
+        """Where the entries of one KV head of a row lie."""
+        number, counts = row * self.counts.shape[1] + head, self.counts.flatten()
+        start = int(counts[:number].sum())
+        return slice(start, start + int(counts[number]))
+
     def where(self, stay: Tensor) -> "Ragged":
         """The entries for which `stay` [N] holds."""
         counts = torch.tensor([int(stay[place].sum()) for _, _, place in self.heads()]).view_as(self.counts)

@@ -4,7 +4,7 @@ An attached model behaves as before (`generate`, `model(ids, use_cache=True)`); 
 instead of SDPA, its caches are `LlmoptCache`, and after each multi-token forward the attached kv method compresses.
 """
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,13 +17,13 @@ from llmopt.model.modeling import tensors_below
 from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
-from llmopt.runtime.compression import EVICTOR, SELECTOR, STORE, Packing
+from llmopt.runtime.compression import ATTENTION, EVICTOR, STORE, Packing
 from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.interface import KEY
-from llmopt.runtime.prompt import Prompt
+from llmopt.runtime.prompt import Attended, Prompt
 
-__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
-           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+__all__ = ["AdjustMethod", "Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod",
+           "attach", "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
            "runtime_config"]
 
 
@@ -35,6 +35,7 @@ class RuntimeMethod(Method):
 
     stage = "runtime"
     place: ClassVar[str]
+    adjusts: ClassVar[bool] = False
 
     @property
     def needs_whole(self) -> bool:
@@ -112,11 +113,22 @@ class StoreMethod(RuntimeMethod):
 class PrefillMethod(RuntimeMethod):
     """A method that computes attention over a prompt from fewer pairs."""
 
-    place = SELECTOR
+    place = ATTENTION
 
     @abstractmethod
     def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
         """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
+
+
+class AdjustMethod(RuntimeMethod):
+    """A method that adjusts what dense attention gives, of prompts and of single tokens alike, frozen or not."""
+
+    place = ATTENTION
+    adjusts: ClassVar = True
+
+    @abstractmethod
+    def adjust(self, out: Tensor, at: Attended, live: Attachment) -> Tensor:
+        """The layer's output [B, H, T, D] instead of `out`, before the kv method drops any of what was read."""
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -211,14 +223,25 @@ def attach_from_config(model: nn.Module) -> None:
     if attachment(model) is not None:
         return
     config = model.config.to_dict().get("llmopt") or {}
-    check_shape(config, CONFIG, "config.json: llmopt")
+    methods = methods_of(config, lambda step: tensors_below(model, step))
     missing = config.get("tensors", {}).keys() - tensors_below(model).keys()
     if missing:
         raise LlmoptError(f"the tensor llmopt.{min(missing)} is missing; load the model through AutoModelForCausalLM "
                           "after `import llmopt`")
+    for step, (method, record) in enumerate(methods):
+        with naming(f"config.json: llmopt.steps.{step}"):
+            method.restore(model, record)
+
+
+def methods_of(config: dict[str, Any],
+               tensors_of: Callable[[str], dict[str, Tensor]]) -> list[tuple[RuntimeMethod, Record]]:
+    """What `runtime_config` has written: every method with its record. tensors_of: those of a step, by name."""
+    check_shape(config, CONFIG, "config.json: llmopt")
+    found = []
     for step, entry in enumerate(config.get("steps", [])):
         with naming(f"config.json: llmopt.steps.{step}"):
-            _runtime_method(entry["method"]).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+            found.append((_runtime_method(entry["method"]), Record(entry["meta"], tensors_of(str(step)))))
+    return found
 
 
 def _runtime_method(entry: dict[str, dict[str, Any]]) -> RuntimeMethod:

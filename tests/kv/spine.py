@@ -191,3 +191,18 @@ def _read_on(model, cache, mask: Tensor, size: int, hidden: bool) -> tuple[Tenso
     with runtime.frozen(model), torch.no_grad():
         return more, longer, model(more, attention_mask=longer, position_ids=places(longer)[:, -size:],
                                    past_key_values=cache.fork()).logits
+
+
+@torch.no_grad()
+def assert_a_row_of_padding_disturbs_nobody(model, steps: list[Method]) -> None:
+    """Beside a row without a token, another one is what it is alone; and the empty row can be read into later."""
+    tokens, mask = padded()
+    mask[1] = 0
+    with in_force(model, steps):
+        cache, single = read(model, tokens, mask, (34,))[1], read(model, tokens[:1], mask[:1], (34,))[1]
+        more, longer = tiny.ids(2, 5, seed=5), torch.cat([mask[:, :34], torch.ones(2, 5, dtype=torch.long)], 1)
+        at = places(longer)[:, 34:]
+        both = model(more, attention_mask=longer, position_ids=at, past_key_values=cache).logits
+        alone = model(more[:1], position_ids=at[:1], past_key_values=single).logits
+    assert_close(both[:1], alone, atol=1e-4, rtol=1e-3)
+    assert bool(both.isfinite().all())

@@ -26,6 +26,7 @@ def test_a_combination_keeps_what_it_promises(name, family):
     spine.assert_room_for_all_is_dense(model, steps)
     spine.assert_what_is_kept_is_the_prompts(model, steps)
     spine.assert_rows_and_attention(model, steps)
+    spine.assert_a_row_of_padding_disturbs_nobody(model, steps)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.full)])
@@ -35,3 +36,9 @@ def test_a_later_mask_hides_what_is_held_whoever_shares_it_out_and_however_it_is
     steps = [build("heads.span", {}), spine.fitted(build("heads.replay", {})),
              kv.SnapKV(ratio=0.75, window=4, allocate=allocate, heads=heads), kv.Quant(residual=4, every=4)]
     spine.assert_rows_and_attention(spine.model_of(family), steps)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_entries_that_stand_for_several_weigh_as_many(family):
+    counting = {"ems_merge": {"tau": 0.1, "merge_keys": True, "count": True}}
+    spine.assert_rows_and_attention(spine.model_of(family), [kv.H2O(ratio=0.75, reduce=counting)])
