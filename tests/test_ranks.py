@@ -162,7 +162,7 @@ def test_the_error_of_one_process_is_told_once(tmp_path):
 
 def test_bad_input_is_told_once(tmp_path):
     file = prepare(tmp_path, "[quant.rtn: {bits: 1}]")
-    code, out, err = warm_pair("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out")
+    code, out, err = run("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out")
     assert code != 0 and not out and not leftovers(tmp_path)
     line, = told(err)
     assert "bits: 1 given" in line
