@@ -21,7 +21,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.errors import FieldError
-from llmopt.kv.codes import Codes, Form, Mixed
+from llmopt.kv.codes import Codes, Form
+from llmopt.kv.mixed import Mixed
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks
 from llmopt.parts import register

@@ -12,7 +12,7 @@ from llmopt.scale.gauge import give_back_freed
 if TYPE_CHECKING:
     from llmopt.runtime.hooks import Attachment
 
-EVICTOR, SELECTOR, STORE = "evicting kv method", "prefill selector", "kv cache store"       # places: one method each
+EVICTOR, ATTENTION, STORE = "evicting kv method", "attention method", "kv cache store"      # places: one method each
 WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
 
 
