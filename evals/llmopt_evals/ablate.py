@@ -3,12 +3,14 @@
 The others are drawn from those outside the top, several times, and the median is told, with the lowest and the highest.
 """
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llmopt.errors import LlmoptError
 from llmopt.heads.masking import How, masked, ranked, silenced
@@ -76,10 +78,21 @@ def _costs(model: nn.Module, scores: list[Tensor], count: int, way: tuple, asked
            measured: Callable[[], Column], progress: Progress) -> dict[str, Column]:
     found: dict[str, list[Column]] = {}
     for kind, heads in progress([*sets(scores, count, asked.draws, asked.seed)], "masking heads"):
-        with masked(model, silenced(scores, heads), *way):
+        with masked(model, silenced(scores, heads), *way), _no_other_bars():
             found.setdefault(kind, []).append(measured())
     columns = {f"{kind} {count}": found[kind][0] for kind in ("top", "bottom")}
     if asked.draws:
         drawn = {key: [one[key][0] for one in found["random"]] for key in found["top"][0]}
         columns[f"random {count}"] = {key: (median(values), min(values), max(values)) for key, values in drawn.items()}
     return columns
+
+
+@contextmanager
+def _no_other_bars() -> Iterator[None]:
+    """lm-eval's bars, one or more for each task and set of heads, would write over that of the sets."""
+    start = tqdm.__init__
+    tqdm.__init__ = lambda self, *args, **kwargs: start(self, *args, **kwargs | {"disable": True})
+    try:
+        yield
+    finally:
+        tqdm.__init__ = start

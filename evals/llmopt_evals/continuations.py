@@ -6,13 +6,14 @@ A line of the file is {"context", "question", "answer"}. The context alone is re
 question and answer on what was kept, at their true places; the answer's tokens count, and an answer is right if each of
 them is the model's first choice. A context is read once: lines in a row that share it are asked of one cache, and every
 method gets a copy of it. Each argument after the file is one entry of a recipe's `steps`; where an entry says neither
-`ratio` nor `budget`, it is tried at every `--ratio`. Methods that learn from text get that of `--data`.
+`ratio` nor `budget`, it is tried at every `--ratio`. It may be a list of entries, or a checkpoint with what its methods
+have learned; others that learn from text get that of `--data`, and head scores among the entries run first.
 """
 import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import llmopt
 from llmopt.calibration import data
-from llmopt.errors import LlmoptError, naming
+from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run
 from llmopt.model.loading import load_model
-from llmopt.parts import build
-from llmopt.recipe.yaml_lines import read_yaml
 from llmopt.runtime import copies
 from llmopt.runtime.attach import RuntimeMethod
 from llmopt.specs import DataSpec, ModelSpec
+from llmopt_evals.entries import DENSE, Setting, divided, settings
 
-DENSE = "dense"
 ROWS = {"samples": 32, "length": 1024}                  # of --data
 
 
@@ -103,29 +101,17 @@ def _add_answer(cost: Cost, logits: Tensor, answer: Tensor) -> None:
     cost.tokens, cost.answers = cost.tokens + len(answer), cost.answers + 1
 
 
-def methods(entries: tuple[str, ...], ratios: tuple[float, ...]) -> Iterator[tuple[str, RuntimeMethod]]:
-    """(words, method) of each entry; at each ratio, which is told, if it does not say how much goes."""
-    for entry in entries:
-        with naming(entry):
-            found = read_yaml(entry, "step")[0]
-            name, given = next(iter(found.items())) if isinstance(found, dict) else (found, {})
-            known = {field.name for field in fields(llmopt.get(name))}
-            says = "ratio" not in known or {"ratio", "budget"} & set(given or {})
-            if says:
-                yield entry, build(name, given or {})
-            else:
-                yield from ((f"{ratio:.2f}  {entry}", build(name, {**(given or {}), "ratio": ratio}))
-                            for ratio in ratios)
-
-
-def learned(model: nn.Module, tokenizer: Any, method: RuntimeMethod, source: str | None) -> Record:
-    """What a method's `plan` records, with rows of `source` where it wants data."""
-    run = Run(tokenizer=tokenizer)
-    if method.needs_data:
-        if source is None:
-            raise LlmoptError(f"{method.name} learns from text: --data FILE")
-        run.batches = data.load(DataSpec(name="text", path=source, **ROWS), model.config, tokenizer)
-    return method.plan(model, run)
+def learned(model: nn.Module, tokenizer: Any, steps: tuple[str, ...], ratios: tuple[float, ...],
+            source: str | None) -> list[Setting]:
+    """The methods of all entries, with what they learn from rows of `source` where they want data."""
+    scores, acting, needed = divided(steps)
+    if needed and source is None:
+        raise LlmoptError("a method learns from text: --data FILE")
+    rows = DataSpec(name="text", path=source, **ROWS) if needed else None
+    run = Run(rows and data.load(rows, model.config, tokenizer), tokenizer=tokenizer)
+    for score in scores:
+        score.apply(model, run)
+    return [*settings(acting, ratios, model, run)]
 
 
 @click.command()
@@ -141,11 +127,10 @@ def main(model, file, steps, limit, ratios, source, dtype) -> None:
     """Nats of the answers in FILE after STEPS have dropped entries of the contexts."""
     try:
         loaded, tokenizer = load_model(ModelSpec(id=model, dtype=dtype))
-        trials = [(words, ((method, learned(loaded, tokenizer, method, source)),))
-                  for words, method in methods(steps, ratios)]
+        trials = [DENSE, *learned(loaded, tokenizer, steps, ratios, source)]
         texts = list(texts_of(file, tokenizer, limit))
-        found = costs(loaded, texts, [(), *(parts for _, parts in trials)])
-        for words, cost in zip([DENSE, *(words for words, _ in trials)], found, strict=True):
+        for trial, cost in zip(trials, costs(loaded, texts, [trial.parts for trial in trials]), strict=True):
+            words = trial.words if trial.ratio is None else f"{trial.ratio:.2f}  {trial.words}"
             click.echo(f"{cost.nats:.4f}  {cost.right:3d} of {cost.answers}  entries {cost.entries / cost.dense:6.1%}  "
                        f"held {cost.held / cost.dense:6.1%}  {words}")
     except LlmoptError as error:

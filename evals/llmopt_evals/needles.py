@@ -169,6 +169,13 @@ def _model(metadata: dict[str, Any]) -> tuple[Any, int]:
     return load_tokenizer(source), config.get_text_config().max_position_embeddings
 
 
+def lengths_of(given: str) -> list[int]:
+    """Numbers with commas between them."""
+    if not re.fullmatch(r"\d+(,\d+)*", given):
+        raise LlmoptError(f"--lengths: {given!r} given, numbers such as 1024,4096 expected")
+    return [int(length) for length in given.split(",")]
+
+
 @click.command()
 @click.option("--text", required=True, help="The file to plant needles in; .jsonl with `text`, or plain text.")
 @click.option("--model", "names", multiple=True, default=["llmopt/reference"], help="Folder or hub name; repeatable.")
@@ -188,9 +195,7 @@ def command(text, names, lengths, target, as_json, **options) -> None:
 
     tables.quiet_libraries()
     try:
-        if not re.fullmatch(r"\d+(,\d+)*", lengths):
-            raise LlmoptError(f"--lengths: {lengths!r} given, numbers such as 1024,4096 expected")
-        options["lengths"] = [int(length) for length in lengths.split(",")]
+        options["lengths"] = lengths_of(lengths)
         if target:
             check_target(target)
             lines = [json.dumps(line) for line in probes(text, names[0], Plan(**options))]

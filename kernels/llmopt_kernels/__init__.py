@@ -1,5 +1,6 @@
 """Every operation llmopt needs beyond torch: its definition in torch, and faster versions with the same signature."""
 from llmopt_kernels.dense import dense_attention, dense_visible
+from llmopt_kernels.few import few_queries
 from llmopt_kernels.partial import Partial, merged, ragged_partial
 from llmopt_kernels.ragged import ragged_attention
 from llmopt_kernels.reference import (
@@ -18,5 +19,5 @@ from llmopt_kernels.rotary import rotate, unrotate
 from llmopt_kernels.sparse import Pooled, Stripes, sparse_attention, sparse_partial
 
 __all__ = ["NONE", "Packed", "Partial", "Pooled", "Ragged", "Rule", "Stripes", "attention", "attention_weights",
-           "column_max", "column_sums", "dense", "dense_attention", "dense_visible", "joined", "merged",
+           "column_max", "column_sums", "dense", "dense_attention", "dense_visible", "few_queries", "joined", "merged",
            "ragged_attention", "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]

@@ -90,6 +90,8 @@ def find(name: str, run: Run, model: nn.Module, beside: str | None = None) -> li
     told = name if beside is None else f"{name}.{beside}"
     rows = run.scores[told] if told in run.scores else _from_file(name, run, beside)
     given, present = [len(row) for row in rows], [block.heads for block in blocks(model)]
+    if not all(bool(row.isfinite().all()) for row in rows):
+        raise LlmoptError(f"heads: {name} holds scores that are not finite")
     if given == present:
         return rows
     if run.heads is not None and tuple(given) == run.heads.before:

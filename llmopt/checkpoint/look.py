@@ -7,12 +7,12 @@ import torch
 
 from llmopt.checkpoint.compressed_tensors import widths
 from llmopt.checkpoint.facts import FILE, read_layers
-from llmopt.errors import LlmoptError, nearest
+from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import SPECS
+from llmopt.model.architectures import SPECS, unsupported
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.specs import ModelSpec
@@ -86,7 +86,7 @@ def _note(kind: str, made_by: dict[str, Any] | None) -> str:
     """What stands in the way of compressing this model; empty: nothing."""
     if made_by:
         return "already quantized; llmopt compress starts from the dense checkpoint"
-    return "" if kind in SPECS else f"architecture {kind!r} is not supported{nearest(str(kind), SPECS)}"
+    return "" if kind in SPECS else unsupported(kind)
 
 
 def weight_bits(facts: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, int]:

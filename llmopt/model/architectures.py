@@ -1,9 +1,11 @@
-"""The architectures: where each keeps its parts in transformers, and what it refuses to lose. A table, no logic.
+"""The architectures: where each keeps its parts in transformers, and what it refuses to lose. A table.
 
 Supporting another one is an entry here and one in modeling.FAMILIES.
 """
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from llmopt.errors import nearest
 
 Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
 UNITS = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks")      # what pruning may take away
@@ -12,6 +14,9 @@ EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are l
 CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
+UNLIKE = {                                    # well-known architectures whose attention is none of ours, and why
+    "gpt_oss": "its heads have learned attention sinks", "gemma3n": "its last layers read the cache of earlier ones",
+    "gemma3n_text": "its last layers read the cache of earlier ones"}
 NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them
     "branch_post": "its norms stand behind the writers",
     "residual_post": "its norms normalise the residual stream itself"}
@@ -78,3 +83,9 @@ SPECS: dict[str, Spec] = {
     "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=EXPERTS, refuse=_NO_EXPERTS),
     "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
 }
+
+
+def unsupported(kind: Any) -> str:
+    """What is said of an architecture that is none of these."""
+    reason = f": {UNLIKE[kind]}. Supported: {', '.join(SPECS)}" if kind in UNLIKE else nearest(str(kind), SPECS)
+    return f"architecture {kind!r} is not supported{reason}"

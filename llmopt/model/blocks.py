@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, Form, Spec
+from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, Form, Spec, unsupported
 from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
 from llmopt.model.weights import Projection
@@ -19,7 +19,7 @@ def spec_of(model: nn.Module) -> Spec:
     """The architecture's table entry; an unknown one is refused with the list of those supported."""
     kind = model.config.model_type
     if kind not in SPECS:
-        raise LlmoptError(f"architecture {kind!r} is not supported. Supported: {', '.join(SPECS)}")
+        raise LlmoptError(unsupported(kind))
     return SPECS[kind]
 
 

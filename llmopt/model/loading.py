@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmopt.errors import LlmoptError, closest, nearest
+from llmopt.errors import LlmoptError, closest
 from llmopt.files.checks import check_config, check_folder, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.limited import limited
@@ -221,7 +221,7 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
 
 
 def _check_known(kind: Any, source: str) -> None:
-    from llmopt.model.architectures import SPECS
+    from llmopt.model.architectures import SPECS, unsupported
 
     if kind not in SPECS:
-        raise LlmoptError(f"{source}: architecture {kind!r} is not supported{nearest(str(kind), SPECS)}")
+        raise LlmoptError(f"{source}: {unsupported(kind)}")

@@ -14,6 +14,20 @@ def refuse_bidirectional(model: nn.Module) -> None:
                           "work")
 
 
+def refuse_far(model: nn.Module, position_ids: Tensor | None, columns: int, mask: Tensor | None) -> None:
+    """Raise LlmoptError for positions that a model with learned ones does not have: position_ids as given, or counted.
+
+    columns: tokens in a row, padding included; mask: bool [B, columns], False at padding, None: there is none.
+    """
+    most = model.config.max_position_embeddings
+    if columns > most:
+        wanted = int(mask.sum(1).max() if mask is not None else columns)
+        wanted = wanted if position_ids is None else int(position_ids.max()) + 1
+        if wanted > most:
+            raise LlmoptError(f"{wanted} tokens given, but this {model.config.model_type} has no more than {most} "
+                              "positions; use a shorter prompt or generate fewer tokens")
+
+
 def attention_windows(model: nn.Module) -> list[int | None]:
     """Per layer, how many tokens back its queries see, themselves included; None: all."""
     spec, config = spec_of(model), model.config

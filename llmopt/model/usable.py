@@ -16,7 +16,7 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
 
     streamed: its weights are elsewhere on purpose.
     """
-    _check_wrapping(model)
+    check_wrapping(model)
     check_finished(model)
     spec_of(model)
     if model.get_output_embeddings() is None:
@@ -34,7 +34,7 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
             model.generation_config.validate(strict=True)
 
 
-def _check_wrapping(model: nn.Module) -> None:
+def check_wrapping(model: nn.Module) -> None:
     """Raise LlmoptError for a model inside another module, or one that is compiled."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):

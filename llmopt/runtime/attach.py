@@ -4,7 +4,7 @@ An attached model behaves as before (`generate`, `model(ids, use_cache=True)`); 
 instead of SDPA, its caches are `LlmoptCache`, and after each multi-token forward the attached kv method compresses.
 """
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -211,14 +211,25 @@ def attach_from_config(model: nn.Module) -> None:
     if attachment(model) is not None:
         return
     config = model.config.to_dict().get("llmopt") or {}
-    check_shape(config, CONFIG, "config.json: llmopt")
+    methods = methods_of(config, lambda step: tensors_below(model, step))
     missing = config.get("tensors", {}).keys() - tensors_below(model).keys()
     if missing:
         raise LlmoptError(f"the tensor llmopt.{min(missing)} is missing; load the model through AutoModelForCausalLM "
                           "after `import llmopt`")
+    for step, (method, record) in enumerate(methods):
+        with naming(f"config.json: llmopt.steps.{step}"):
+            method.restore(model, record)
+
+
+def methods_of(config: dict[str, Any],
+               tensors_of: Callable[[str], dict[str, Tensor]]) -> list[tuple[RuntimeMethod, Record]]:
+    """What `runtime_config` has written: every method with its record. tensors_of: those of a step, by name."""
+    check_shape(config, CONFIG, "config.json: llmopt")
+    found = []
     for step, entry in enumerate(config.get("steps", [])):
         with naming(f"config.json: llmopt.steps.{step}"):
-            _runtime_method(entry["method"]).restore(model, Record(entry["meta"], tensors_below(model, str(step))))
+            found.append((_runtime_method(entry["method"]), Record(entry["meta"], tensors_of(str(step)))))
+    return found
 
 
 def _runtime_method(entry: dict[str, dict[str, Any]]) -> RuntimeMethod:

@@ -117,12 +117,13 @@ class LlmoptCache(Cache):
                               "gone")
         return bool((hidden & ~dropped).any())
 
-    def note_ids(self, given: Tensor | None, tokens: int) -> None:
+    def note_ids(self, given: Tensor | None, tokens: int, method: str) -> None:
         """Keep the token ids [B, tokens] of a forward, for a method that looks at them again."""
         if given is None:
-            raise LlmoptError("the attached kv method looks at token ids, which needs input_ids, not inputs_embeds")
+            raise LlmoptError(f"{method} looks at token ids again: give input_ids, not inputs_embeds")
         if (0 if self.ids is None else self.ids.shape[1]) != self.get_seq_length():
-            raise LlmoptError("the attached kv method needs token ids this cache has not kept")
+            raise LlmoptError(f"{method} looks at token ids again, and this cache was begun without it and has not "
+                              "kept them; begin with a new one")
         self.ids = given if self.ids is None else torch.cat([self.ids, given], 1)
 
     def counted_positions(self, given: Tensor | None, tokens: int) -> Tensor | None:

@@ -12,7 +12,8 @@ from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
 from llmopt.model.blocks import attention_modules, blocks, spec_of
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
-from llmopt.model.positions import attention_windows, refuse_bidirectional
+from llmopt.model.positions import attention_windows, refuse_bidirectional, refuse_far
+from llmopt.model.usable import check_wrapping
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
 from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
@@ -28,6 +29,7 @@ class Attachment:
     """All that is added to one model: its parts, by place, and what the present forward needs to know."""
 
     def __init__(self, model: nn.Module):
+        check_wrapping(model)
         refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
@@ -160,9 +162,11 @@ class Attachment:
         named["attention_mask"] = cache.note_mask(mask, batch, self.now.tokens)
         method = self.method(EVICTOR)
         if method is not None and (method.replays or method.reads_ids):
-            cache.note_ids(named.get("input_ids"), self.now.tokens)
+            cache.note_ids(named.get("input_ids"), self.now.tokens, method.name)
         if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
             named["position_ids"] = given
+        if not self.rotary:
+            refuse_far(self.model, named.get("position_ids"), cache.get_seq_length() + self.now.tokens, cache.mask)
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)
         decide(self)
 

@@ -3,8 +3,8 @@
 Every batch row and KV head has a lane of its own: the entries it has kept, its new tokens, and room for more.
 """
 import torch
+from llmopt_kernels import few_queries
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 LEAST, MOST, SHARE = 4, 512, 8      # a full buffer gets room for an eighth of what a lane holds, within these bounds
 
@@ -141,7 +141,7 @@ class Lanes:
         filled = self.spans[0][1] + self.length
         keys, values = (block[:, :, :filled] for block in self._blocks())
         mask = None if visible is None else _behind(visible, self.spans[0][1])[:, None, None]
-        return scaled_dot_product_attention(rows, keys, values, mask, scale=scaling)
+        return few_queries(rows, keys, values, mask, scaling)
 
     def _uneven(self, rows: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
         keys, values = (x[None, None] for x in self.buffers)
@@ -149,8 +149,8 @@ class Lanes:
         for i, (one, (start, count)) in enumerate(zip(rows.flatten(0, 1).split(1), self.spans, strict=True)):
             filled = count + self.length
             mask = None if visible is None else _behind(visible[i // groups, None], count)
-            out.append(scaled_dot_product_attention(one[None], keys.narrow(2, start, filled),
-                                                    values.narrow(2, start, filled), mask, scale=scaling))
+            out.append(few_queries(one[None], keys.narrow(2, start, filled), values.narrow(2, start, filled), mask,
+                                   scaling))
         return torch.cat(out).view(*rows.shape[:3], -1)
 
 

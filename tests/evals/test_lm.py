@@ -8,12 +8,12 @@ import pytest
 import torch
 from llmopt_evals.evaluate import evaluate, figures, task_manager
 from llmopt_evals.lm import LlmoptLM
-from llmopt_evals.world import calibration_text, reference_path, tasks_path
+from llmopt_evals.world import calibration_text, tasks_path
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import llmopt
-from tests.command import ROOT
+from tests.command import ROOT, call
 
 TASKS = ["world_ppl", "world_facts", "world_copy", "world_recall_40_aware", "world_recall_40_agnostic"]
 
@@ -138,13 +138,33 @@ def test_prompts_that_do_not_fit_together_are_generated_from_one_by_one(referenc
     assert rows == [3, 1, 1, 1] and lm.batch_size == 3
 
 
-def test_lm_evals_own_command_knows_the_class(tmp_path):
-    line = [sys.executable, "-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={reference_path()}",
-            "--tasks", "world_copy", "--include_path", str(tasks_path()), "--limit", "3", "--device", "cpu",
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory):
+    """A checkpoint whose cache keeps 8 entries: it recalls nothing of what it has read."""
+    folder, (model, tokenizer) = tmp_path_factory.mktemp("lm") / "out", llmopt.load("llmopt/reference")
+    llmopt.compress(model, llmopt.kv.Streaming(budget=8))
+    llmopt.save(model, folder, tokenizer=tokenizer)
+    return folder
+
+
+def test_the_command_scores_a_checkpoint_with_its_small_cache(forgetful, monkeypatch, capfd):
+    assert call(monkeypatch, "-q", "eval", forgetful, "--tasks", "world_recall_40_aware,world_ppl", "--limit", "3",
+                "--compare", "llmopt/reference", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    small, dense = found[str(forgetful)], found["llmopt/reference"]
+    assert small["world_recall_40_aware/acc"] == 0 and dense["world_recall_40_aware/acc"] > 0.9
+    assert small["world_ppl/word_perplexity"] > dense["world_ppl/word_perplexity"]
+
+
+def test_lm_evals_own_command_knows_the_class(forgetful, tmp_path):
+    line = [sys.executable, "-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={forgetful}",
+            "--tasks", "world_recall_40_aware", "--include_path", str(tasks_path()), "--limit", "3", "--device", "cpu",
             "--output_path", str(tmp_path)]
     path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
     run = subprocess.run(line, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
                          text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     results, = tmp_path.rglob("results_*.json")
-    assert json.loads(results.read_text())["config"]["llmopt"] == {"steps": []}
+    found = json.loads(results.read_text())
+    assert [*found["config"]["llmopt"]["steps"][0]["method"]] == ["kv.streaming"]
+    assert found["results"]["world_recall_40_aware"]["acc,none"] == 0

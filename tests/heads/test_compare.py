@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from llmopt_evals.ablate import Asked, costs, heads_of, sets, usual_tasks
+from tqdm import tqdm
 
 import llmopt
 from llmopt.errors import LlmoptError
@@ -33,17 +34,25 @@ def test_random_heads_lie_outside_the_top():
     assert [heads_of(wanted, scores) for wanted in (0.1, 0.4, 3.0)] == [1, 2, 3]
 
 
-def test_without_the_heads_that_retrieve_the_reference_model_forgets_what_it_read():
+def test_without_the_heads_that_retrieve_the_reference_model_forgets_what_it_read(monkeypatch):
+    shown, start = [], tqdm.__init__
+
+    def begin(self, *args, **kwargs):
+        shown.append(not kwargs.get("disable"))
+        start(self, *args, **kwargs)
+
     model, tokenizer = llmopt.load("llmopt/reference", dtype="float32")
     run = Run(tokenizer=tokenizer)
     Retrieval(probe="world", probes=12, length=200).apply(model, run)
     asked = Asked(("world_recall_40_agnostic",), limit=8, draws=3)
+    monkeypatch.setattr(tqdm, "__init__", begin)
     found = costs(model, tokenizer, run.scores, 5, "uniform", asked)["heads.retrieval"]
     dense, top, bottom, drawn = (column["world_recall_40_agnostic", "acc"] for column in found.values())
     assert [*found] == ["nothing masked", "top 5", "bottom 5", "random 5"]
     assert dense[0] == 1 and top[0] < .4 and bottom[0] > .7 and drawn[0] > top[0] + .3
     assert drawn[1] <= drawn[0] <= drawn[2]
     assert usual_tasks(tokenizer, None) == ["world_recall", "world_ppl"]
+    assert 0 < sum(shown) <= len(shown) / 6 and tqdm.__init__ is begin           # lm-eval's, of the first of six
 
 
 def test_the_command_correlates_scores_and_files(tmp_path, monkeypatch, capfd):

@@ -84,7 +84,7 @@ def test_a_second_turn_replays_all_ids_and_beams_follow():
         fresh = runtime.new_cache(model)
     with runtime.attached(model, kv.Streaming(budget=20)):
         model(tokens, past_key_values=fresh)
-    with runtime.attached(model, zipped), pytest.raises(LlmoptError, match="token ids this cache has not kept"):
+    with runtime.attached(model, zipped), pytest.raises(LlmoptError, match="begun without it and has not kept them"):
         model(tokens[:, :1], past_key_values=fresh)
 
 
