@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.errors import LlmoptError
-from llmopt.runtime.compression import EVICTOR, SELECTOR, STORE
+from llmopt.runtime.compression import ATTENTION, EVICTOR, STORE
 from llmopt_evals.readout import Readout
 
 SHORTEST = 4        # tokens of a row: a prompt of two, one that is read after it, one that is predicted
@@ -53,7 +53,7 @@ def _every(model: nn.Module) -> int | None:
 def unseen(model: nn.Module, length: int) -> str | None:
     """What to say where rows of `length` tokens are too short for the attached prefill selector to act; else None."""
     live = runtime.attachment(model)
-    selector = None if live is None else live.method(SELECTOR)
+    selector = None if live is None else live.method(ATTENTION)
     least = getattr(selector, "min_length", 0)
     if least <= length // 2:
         return None

@@ -42,24 +42,27 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
 
 def _packed_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], tail_visible: Tensor | None,
                       first: int, rule: Rule) -> Tensor:
-    """Few queries over entries that multiply rows in the form they have: one softmax for each KV head."""
+    """Few queries over entries that multiply rows in the form they have: even heads together, others one by one."""
     batch, heads, tokens, dim = query.shape
-    group = heads // kept.counts.shape[1]
-    rows = query.reshape(batch, -1, group * tokens, dim).float() * rule.scaling          # [B, G, g T, D]
-    out = query.new_empty(*rows.shape[:3], tail[1].shape[-1])
+    groups = kept.counts.shape[1]
+    rows = query.reshape(batch * groups, -1, dim).float() * rule.scaling                 # [B G, g T, D]
+    tail_keys, tail_values = (x.flatten(0, 1).float() for x in tail)
     i = torch.arange(first, first + tokens, device=query.device)
     visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
-    visible = visible.expand(batch, tokens, tail[0].shape[2])
-    for row, head, where in kept.heads():
-        old = kept.keys[where].products(rows[row, head])
-        logits = torch.cat([old, rows[row, head] @ tail[0][row, head].float().T], -1)
+    visible = visible.expand(batch, tokens, tail[0].shape[2]).repeat_interleave(groups, 0)
+    out, start = query.new_empty(*rows.shape[:2], tail[1].shape[-1]), 0
+    for lanes, keys, values in kept.lanes:
+        old = keys.products(rows[lanes])                                                 # [L, g T, n]
+        where, start = slice(start, start + old[:, 0].numel()), start + old[:, 0].numel()
+        logits = torch.cat([old, torch.bmm(rows[lanes], tail_keys[lanes].transpose(1, 2))], 2)
         if rule.softcap is not None:
             logits = rule.softcap * torch.tanh(logits / rule.softcap)
         if kept.bias is not None:
-            logits[:, :old.shape[1]] += kept.bias[where]
+            logits[..., :old.shape[2]] += kept.bias[where].view(len(old), 1, -1)
         seen = None
         if rule.window is not None or tail_visible is not None:
-            seen = torch.cat([rule.visible(i, kept.positions[where]), visible[row]], -1).repeat(group, 1)
-        old, new = softmax(logits, seen).split([old.shape[1], logits.shape[1] - old.shape[1]], -1)
-        out[row, head] = kept.values[where].weighted(old) + new @ tail[1][row, head].float()
+            hidden = rule.visible(i, kept.positions[where].view(len(old), -1))
+            seen = torch.cat([hidden, visible[lanes]], 2).repeat(1, heads // groups, 1)
+        old, new = softmax(logits, seen).split([old.shape[2], tail[0].shape[2]], 2)
+        out[lanes] = values.weighted(old) + torch.bmm(new, tail_values[lanes])
     return out.view(batch, heads, tokens, -1)

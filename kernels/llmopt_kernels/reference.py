@@ -6,6 +6,7 @@ Positions count tokens from the start of the sequence; `NONE` marks a hole. Logi
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,12 +65,15 @@ class Packed(ABC):
         """Every tensor that it consists of; their bytes are its bytes."""
 
     def products(self, rows: Tensor) -> Tensor:
-        """rows [R, D], fp32, times each of N entries: [R, N]. A form that can multiply without `dense` overrides it."""
-        return rows @ self.dense().float().T
+        """rows [L, R, D], fp32, times the n entries of their lane: [L, R, n]; the L n entries lie lane by lane.
+
+        A form that can multiply without `dense` overrides it.
+        """
+        return rows @ self.dense().float().unflatten(0, (len(rows), -1)).transpose(1, 2)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The sum of N entries with each row of weights [R, N], fp32: [R, D]."""
-        return weights @ self.dense().float()
+        """The sum of the n entries of each lane with its rows of weights [L, R, n], fp32: [L, R, D]."""
+        return weights @ self.dense().float().unflatten(0, weights.shape[::2])
 
 
 def dense(x: "Tensor | Packed") -> Tensor:
@@ -109,10 +113,17 @@ class Ragged:
         """Every tensor that is held."""
         return [*self.entries(), self.positions, self.counts, *self.carried.values()]
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """True if all heads of all rows hold equally many entries."""
         return bool((self.counts == self.counts[0, 0]).all())
+
+    @cached_property
+    def lanes(self) -> "list[tuple[slice, Tensor | Packed, Tensor | Packed]]":
+        """(which of the B G heads, their keys, their values): all together where they are even, else one by one."""
+        if self.even:
+            return [(slice(0, self.counts.numel()), self.keys, self.values)]
+        return [(slice(i, i + 1), self.keys[where], self.values[where]) for i, (_, _, where) in enumerate(self.heads())]
 
     @property
     def rows(self) -> Tensor:
@@ -127,6 +138,12 @@ class Ragged:
             for head, count in enumerate(counts):
                 yield row, head, slice(start, start + count)
                 start += count
+
+    def place(self, row: int, head: int) -> slice:
+        """Where the entries of one KV head of a row lie."""
+        number, counts = row * self.counts.shape[1] + head, self.counts.flatten()
+        start = int(counts[:number].sum())
+        return slice(start, start + int(counts[number]))
 
     def where(self, stay: Tensor) -> "Ragged":
         """The entries for which `stay` [N] holds."""

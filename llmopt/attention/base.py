@@ -27,7 +27,7 @@ from llmopt.attention.sequences import Sequence, causal_pairs, numbered, sequenc
 from llmopt.errors import LlmoptError
 from llmopt.method import Record
 from llmopt.runtime.attach import PrefillMethod
-from llmopt.runtime.compression import SELECTOR
+from llmopt.runtime.compression import ATTENTION
 from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.prompt import Prompt
 
@@ -106,7 +106,7 @@ class Selector(PrefillMethod):
         """The sequence of each column; a 4-D mask, the same for many layers, is read once."""
         if prompt.mask is None or prompt.mask.ndim == 2:
             return numbered(prompt)
-        key = SELECTOR, id(prompt.mask), prompt.rule
+        key = ATTENTION, id(prompt.mask), prompt.rule
         try:
             if key not in shared:
                 shared[key] = (prompt.mask, *numbered(prompt))       # the mask, so that its id stays its own
@@ -123,9 +123,9 @@ class Selector(PrefillMethod):
         if not self._is_sparse(one.length):
             _count(live, prompt, dense, dense)
             return one.dense()
-        shared = live.now.shared.setdefault((SELECTOR, one.number), {})
+        shared = live.now.shared.setdefault((ATTENTION, one.number), {})
         state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
-                      live.record(SELECTOR), shared)
+                      live.record(ATTENTION), shared)
         stripes = self.select(one.query, one.keys, state)
         out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
         _count(live, prompt, pairs, dense)

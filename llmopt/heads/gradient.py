@@ -17,12 +17,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from llmopt.calibration.losses import loss_slopes
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
-from llmopt.model.head import LOGITS, logits_of
 from llmopt.parts import register
 
 
@@ -45,44 +44,6 @@ def gates(views: list[Block], values: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def target_shares(mask: Tensor) -> Tensor:      # [B, T] -> [B, T - 1]
-    """The share of each next token in its sample's mean loss; 0 where the token or its target is padding."""
-    real = (mask[:, 1:] * mask[:, :-1]).float()
-    return real / real.sum(1, keepdim=True).clamp(min=1)
-
-
-def losses(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:      # [B, t, V], [B, t], [B, t] -> [B]
-    """Cross-entropy of these tokens, in float32 at least, summed by their shares."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (cross_entropy(wide.transpose(1, 2), targets, reduction="none") * shares).sum(1)
-
-
-@torch.no_grad()
-def row_losses(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E] -> [B]
-    """The samples' mean losses, of the decoder's output `hidden`, as many tokens at a time as LOGITS allows."""
-    shares, total = target_shares(mask), torch.zeros(len(ids), device=hidden.device)
-    for part in _pieces(model, shares):
-        total += losses(logits_of(model, hidden[:, part]), ids[:, 1:][:, part], shares[:, part])
-    return total
-
-
-def _pieces(model: nn.Module, shares: Tensor) -> Iterator[slice]:
-    """The targets [B, T - 1], some tokens at a time."""
-    step = max(1, LOGITS // (len(shares) * model.get_output_embeddings().weight.shape[0]))
-    for start in range(0, shares.shape[1], step):
-        yield slice(start, min(start + step, shares.shape[1]))
-
-
-def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:      # [B, T, E]
-    """dL/dhidden of the samples' mean losses, as many tokens at a time as LOGITS allows."""
-    shares, found = target_shares(mask), torch.zeros_like(hidden)
-    for part in _pieces(model, shares):
-        some = hidden[:, part].detach().requires_grad_()
-        total = losses(logits_of(model, some), ids[:, 1:][:, part], shares[:, part]).sum()
-        found[:, part] = torch.autograd.grad(total, some)[0]
-    return found
 
 
 def slopes_of(model: nn.Module, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -15,8 +15,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.losses import row_losses
 from llmopt.heads.base import Batch, HeadScore, single_rows
-from llmopt.heads.gradient import row_losses
 from llmopt.heads.masking import begun_at, block_inputs, masked, silenced
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks

@@ -17,13 +17,13 @@ from llmopt.model.modeling import tensors_below
 from llmopt.parts import build
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
-from llmopt.runtime.compression import EVICTOR, SELECTOR, STORE, Packing
+from llmopt.runtime.compression import ATTENTION, EVICTOR, STORE, Packing
 from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.interface import KEY
-from llmopt.runtime.prompt import Prompt
+from llmopt.runtime.prompt import Attended, Prompt
 
-__all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
-           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
+__all__ = ["AdjustMethod", "Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod",
+           "attach", "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
            "runtime_config"]
 
 
@@ -35,6 +35,7 @@ class RuntimeMethod(Method):
 
     stage = "runtime"
     place: ClassVar[str]
+    adjusts: ClassVar[bool] = False
 
     @property
     def needs_whole(self) -> bool:
@@ -112,11 +113,22 @@ class StoreMethod(RuntimeMethod):
 class PrefillMethod(RuntimeMethod):
     """A method that computes attention over a prompt from fewer pairs."""
 
-    place = SELECTOR
+    place = ATTENTION
 
     @abstractmethod
     def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
         """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
+
+
+class AdjustMethod(RuntimeMethod):
+    """A method that adjusts what dense attention gives, of prompts and of single tokens alike, frozen or not."""
+
+    place = ATTENTION
+    adjusts: ClassVar = True
+
+    @abstractmethod
+    def adjust(self, out: Tensor, at: Attended, live: Attachment) -> Tensor:
+        """The layer's output [B, H, T, D] instead of `out`, before the kv method drops any of what was read."""
 
 
 def attachment(model: nn.Module) -> Attachment | None:

@@ -72,6 +72,7 @@ class RaggedLayer(CacheLayerMixin):
         self.queries: Tensor | None = None          # [B, H, W, D] the queries that scorers asked for
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
         self.hidden: Tensor | None = None           # [B, W, N] of what attention read of them, if asked for
+        self.drawn: Tensor | None = None            # [2, B, C, seen], see `note_drawn`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -161,6 +162,33 @@ class RaggedLayer(CacheLayerMixin):
         if self.queries is not None:
             self.queries, self.query_positions = self.queries[place], self.query_positions[place]
             self.hidden = None if self.hidden is None else self.hidden[place]
+        self.drawn = None if self.drawn is None else self.drawn[:, place]
+
+    def of_head(self, row: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """All that a KV head of a row holds, oldest first, padding of the tail too: keys and values [n, D], positions
+        [n], and what is added to the logits [n] or None.
+        """
+        keys, values = self.lanes.lane(row, head, whole=True)
+        positions = torch.arange(self.tail_start, self.seen, device=self.device)
+        if self._kept is None:
+            return keys, values, positions, None
+        where, bias = self._kept.place(row, head), self._kept.bias
+        bias = None if bias is None else torch.cat([bias[where], bias.new_zeros(len(positions))])
+        positions = torch.cat([self._kept.positions[where].long(), positions])
+        if not self.joined:
+            keys = torch.cat([dense(self._kept.keys[where]), keys])
+            values = torch.cat([dense(self._kept.values[where]), values])
+        return keys, values, positions, bias
+
+    def drawn_so_far(self, rows: int, heads: int) -> Tensor:
+        """[B, C, seen]: the attention that each token has drawn, in each of C heads, before the present forward."""
+        known = self.drawn is not None and self.drawn.shape[1:3] == (rows, heads)
+        drawn = self.drawn.sum(0) if known else torch.zeros(rows, heads, 0, device=self.device)
+        return torch.nn.functional.pad(drawn, (0, self.seen - drawn.shape[-1]))
+
+    def note_drawn(self, drawn: Tensor, last: Tensor) -> None:
+        """Keep [B, C, seen] of the heads that a method watches, and apart from it what the newest token has added."""
+        self.drawn = torch.stack([drawn - last, last])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -183,6 +211,8 @@ class RaggedLayer(CacheLayerMixin):
         twin.seen -= 1
         twin.folded = min(self.folded, twin.seen)
         twin.forget_queries()
+        if self.drawn is not None:
+            twin.drawn = (self.drawn * self.drawn.new_tensor([1, 0]).view(2, 1, 1, 1))[..., :-1]
         if self.is_initialized and self.lanes.length:
             twin.lanes = self.lanes.fork(self.lanes.length - 1)
         elif (kept := self.kept) is not None:
@@ -316,7 +346,7 @@ class RaggedLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
         held = [] if self.lanes is None else list(self.lanes.buffers)
-        held += [t for t in (self.queries, self.query_positions, self.hidden) if t is not None]
+        held += [t for t in (self.queries, self.query_positions, self.hidden, self.drawn) if t is not None]
         return held if self._kept is None else held + self._kept.tensors()
 
 

@@ -16,11 +16,11 @@ from llmopt.model.positions import attention_windows, refuse_bidirectional, refu
 from llmopt.model.usable import check_wrapping
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
-from llmopt.runtime.compression import EVICTOR, SELECTOR, after_attention, after_forward, decide
+from llmopt.runtime.compression import ATTENTION, EVICTOR, after_attention, after_forward, decide
 from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
 from llmopt.runtime.lanes import lanes_attention
-from llmopt.runtime.prompt import Prompt
+from llmopt.runtime.prompt import Attended, Prompt
 
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
@@ -229,11 +229,13 @@ class Attachment:
         self.rules[index] = rule
         if mask is not None and mask.shape[1] != seen:
             raise LlmoptError(f"attention_mask has {mask.shape[1]} columns, {seen} tokens were seen")
+        at = Attended(query, keys, values, layer, mask, seen, rule, index)
         if layer is None:
-            return self._attention(prompt)
+            return self._adjusted(self._attention(prompt), at)
         layer.window, layer.plain = rule.window, rule.window is None and rule.softcap is None
         self._record(index, query, mask)
         out = self._over_lanes(layer, query, mask, rule) if in_place else self._attention(prompt)
+        out = self._adjusted(out, at)
         after_attention(self, index)
         if not self.now.recording:                          # a replay asks for the keys of all that it has read
             layer.slide()
@@ -258,7 +260,7 @@ class Attachment:
     def _attention(self, prompt: Prompt) -> Tensor:
         """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
         if self._is_selected(prompt):
-            return self.method(SELECTOR).prefill(prompt, self)
+            return self.method(ATTENTION).prefill(prompt, self)
         query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
@@ -267,8 +269,14 @@ class Attachment:
         visible = dense_visible(query, prompt.keys, prompt.mask if hides else None, first, rule)
         return ragged_attention(query, prompt.kept, tail, visible, first, rule)
 
+    def _adjusted(self, out: Tensor, at: Attended) -> Tensor:
+        """What the layer gives instead of `out` [B, H, T, D], where a method adjusts it."""
+        method = self.method(ATTENTION)
+        return method.adjust(out, at, self) if method is not None and method.adjusts else out
+
     def _is_selected(self, prompt: Prompt) -> bool:
-        return self.method(SELECTOR) is not None and prompt.query.shape[2] > 1 and not self.now.frozen
+        method = self.method(ATTENTION)
+        return method is not None and not method.adjusts and prompt.query.shape[2] > 1 and not self.now.frozen
 
     def _record(self, index: int, query: Tensor, mask: Tensor | None) -> None:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks
@@ -304,7 +312,10 @@ class Attachment:
             raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
                               "or with softcap; pass a 2-D attention_mask")
         if selected:
-            return self.method(SELECTOR).prefill(prompt, self)
+            return self.method(ATTENTION).prefill(prompt, self)
+        if self.method(ATTENTION) is not None and self.method(ATTENTION).adjusts:
+            raise LlmoptError(f"packed sequences and 4-D attention masks cannot be combined with "
+                              f"{self.method(ATTENTION).name}; pass a 2-D attention_mask")
         return scaled_dot_product_attention(prompt.query, prompt.keys, prompt.values, prompt.mask,
                                             scale=prompt.rule.scaling, enable_gqa=True)
 

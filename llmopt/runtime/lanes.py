@@ -45,10 +45,10 @@ class Lanes:
         return tuple(torch.stack([x[start + count:start + count + self.length] for start, count in self.spans])
                      .unflatten(0, self.counts.shape) for x in self.buffers)
 
-    def lane(self, row: int, head: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that a KV head has kept, [n, D] each."""
+    def lane(self, row: int, head: int, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys and values that a KV head has kept, [n, D] each; whole: with the tokens behind them."""
         start, count = self.spans[row * self.counts.shape[1] + head]
-        return tuple(x[start:start + count] for x in self.buffers)
+        return tuple(x[start:start + count + (self.length if whole else 0)] for x in self.buffers)
 
     def _blocks(self) -> tuple[Tensor, ...]:
         """The buffers of even lanes as [B, G, n + size, D]."""

@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 
+from llmopt.calibration import losses as loss_module
 from llmopt.calibration.head_scores import check_scores
+from llmopt.calibration.losses import losses, target_shares
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.heads import Gradient, Hess, Need90, Span, WaadFai, gradient, load_scores, plot, save_scores
+from llmopt.heads import Gradient, Hess, Need90, Span, WaadFai, load_scores, plot, save_scores
 from llmopt.heads.base import undisturbed
-from llmopt.heads.gradient import gates, losses, target_shares
+from llmopt.heads.gradient import gates
 from llmopt.heads.span import Columns, sinks
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
@@ -199,9 +201,10 @@ def test_the_loss_is_taken_a_few_tokens_at_a_time(family, monkeypatch):
     model, given = tiny.make(family), batch(tiny.ids(3, 20))
     given["attention_mask"][0, 11:] = 0
     whole = Gradient()._slopes(model, blocks(model), given)
-    sizes, plain = [], gradient.losses
-    monkeypatch.setattr(gradient, "losses", lambda logits, *rest: (sizes.append(logits.shape), plain(logits, *rest))[1])
-    monkeypatch.setattr(gradient, "LOGITS", 3 * tiny.VOCABULARY * 7)
+    sizes, plain = [], loss_module.losses
+    monkeypatch.setattr(loss_module, "losses",
+                        lambda logits, *rest: (sizes.append(logits.shape), plain(logits, *rest))[1])
+    monkeypatch.setattr(loss_module, "LOGITS", 3 * tiny.VOCABULARY * 7)
     parts = Gradient()._slopes(model, blocks(model), given)
     assert [size[1] for size in sizes] == [7, 7, 5]
     for a, b in zip(whole, parts, strict=True):

@@ -9,10 +9,12 @@ from transformers import DynamicCache
 
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
-from llmopt.kv import codes as codes_file
+from llmopt.kv import products as products_file
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
-from llmopt.kv.codes import Codes, Form, Mixed, spread, squeeze
+from llmopt.kv.codes import Codes, Form, spread, squeeze
+from llmopt.kv.mixed import Mixed
 from llmopt.runtime.cache import Entries
+from llmopt.runtime.rehearsal import cache_bytes
 from tests.tiny import ids, make
 
 CONTRACT = {"bits": 4, "residual": 4, "every": 4}
@@ -93,16 +95,29 @@ def test_any_selection_is_that_of_the_dense_entries(form):
 @pytest.mark.parametrize("dim, group", [(20, 20), (20, 5), (64, 16), (128, 64)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_products_and_sums_of_codes_are_those_of_the_dense_entries(bits, dim, group, monkeypatch):
-    """Codes in more blocks than one, with codes first and with codes on both sides of dense entries."""
+    """Codes in more tiles than one; lanes that are even, all in codes, all dense, uneven, and in no order."""
     generator = torch.Generator().manual_seed(0)
-    x, rows = torch.randn(30, dim, generator=generator), torch.randn(3, dim, generator=generator)
-    weights = torch.randn(3, 30, generator=generator)
-    monkeypatch.setattr(codes_file, "BLOCK", 7)
+    x, rows = (torch.randn(*shape, dim, generator=generator) for shape in ((60,), (3, 2)))
+    weights, place = torch.randn(3, 2, 20, generator=generator), torch.arange(60)
     for form in (Form(bits, group), Form(bits, group, lloyd=True), Form(bits, 10, rotate=False, channel=True)):
-        for old in (torch.arange(30) < 20, torch.arange(30) % 3 != 1):
+        for old in (place % 20 < 10, place < 60, place < 0, place < 30, place % 3 != 1):
             mixed = Mixed.of(old, Codes.of(x[old], form), x[~old])
-            assert_close(mixed.products(rows), rows @ mixed.dense().T, atol=2e-5, rtol=1e-5)
-            assert_close(mixed.weighted(weights), weights @ mixed.dense(), atol=2e-5, rtol=1e-5)
+            for lanes, size in ((3, 7), (3, 25), (1, 7)):
+                monkeypatch.setattr(products_file, "TILE", size * dim)
+                whole = mixed.dense().view(3, 20, dim)[:lanes]
+                some = mixed[:lanes * 20]
+                want = rows[:lanes] @ whole.transpose(1, 2), weights[:lanes] @ whole
+                for one, other in zip((some.products(rows[:lanes]), some.weighted(weights[:lanes])), want, strict=True):
+                    assert_close(one, other, atol=5e-5, rtol=1e-5)
+
+
+def test_a_gradient_goes_through_products_with_codes():
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    mixed = Mixed.of(torch.arange(12) < 9, Codes.of(x[:9], Form(4, 8)), x[9:])
+    rows, weights = torch.ones(1, 2, 8, requires_grad=True), torch.ones(1, 2, 12, requires_grad=True)
+    (mixed.products(rows).sum() + mixed.weighted(weights).sum()).backward()
+    assert_close(rows.grad[0, 0], mixed.dense().sum(0))
+    assert_close(weights.grad[0, 0], mixed.dense().sum(1))
 
 
 @pytest.mark.parametrize("rule", [Rule(0.25), Rule(0.25, softcap=0.5), Rule(0.25, window=9)], ids=str)
@@ -153,7 +168,7 @@ def test_attention_is_that_of_a_dense_run_on_the_dequantized_entries(given, fami
 def test_what_is_in_codes_stays_as_it_is(given):
     """Bytes of the entries that were packed after the prompt, after turns, decoding and eviction."""
     model, tokens = make("llama"), ids(1, 60)
-    for evictor in ((), (kv.Streaming(budget=24, sinks=4, every=4),)):
+    for evictor in ((), (kv.Streaming(budget=24, sinks=4, every=4),), (kv.Knorm(budget=24, every=4),)):
         with runtime.attached(model, *evictor, quant(**given)):
             cache, _ = read(model, tokens[:, :30], [30])
             before, seen = held(cache), 30
@@ -255,6 +270,20 @@ def test_keys_and_values_have_bits_of_their_own_and_the_newest_real_tokens_stay_
     for row, _, where in kept.heads():
         last = 30 if row else 40
         assert kept.positions[where][~kept.keys[where].old].tolist() == list(range(last - 6, last))
+
+
+@pytest.mark.parametrize("evictor", [kv.SnapKV(ratio=0.5, window=4), kv.Knorm(ratio=0.75),
+                                     kv.KeyDiff(ratio=0.6, allocate="ada")], ids=str)
+@torch.no_grad()
+def test_each_head_keeps_its_newest_entries_dense_so_that_the_bytes_are_foretold(evictor):
+    """Whichever tokens a head keeps: noise and the model's own keys come to the same bytes."""
+    model = make("llama")
+    with runtime.attached(model, evictor, quant(residual=6)):
+        cache = read(model, ids(1, 96), [96])[0]
+        for layer in cache.layers:
+            for _, _, where in layer.kept.heads():
+                assert layer.kept.keys[where].old.tolist() == [True] * (where.stop - where.start - 6) + [False] * 6
+        assert cache.nbytes() == pytest.approx(cache_bytes(model, 96), rel=0.02)
 
 
 def test_merged_entries_are_packed_anew():
