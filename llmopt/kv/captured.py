@@ -27,7 +27,8 @@ class Captured(Tabled):
 
     def plan(self, scorer, record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         pieces = replays_of(run, model, f"{scorer.name}: allocate: {self.name}")
-        curves = sum(self.gains(piece, own_scores(scorer, record, model, piece.ids), model, run) for piece in pieces)
+        curves = sum(self.gains(piece, own_scores(scorer, record, model, piece.ids), model, run)
+                     for piece in run.progress(pieces, f"{scorer.name}: allocate: {self.name}"))
         sizes = [len(layer) for layer in pieces[0].scores]
         slopes = torch.stack([falling(curve.diff() / PLACES.diff(), PLACES.diff()) for curve in curves])
         return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, share).split(sizes)]
