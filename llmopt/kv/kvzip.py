@@ -4,9 +4,9 @@
 
 Kim et al., 2025 (arXiv:2505.23416). The context is asked for again and read in chunks behind itself; it takes two to
 three prefills more. Differs from the paper: attention is that over the whole context, as the model computes it, where
-the paper's is over first entries and one chunk; one request for all chunks; the last tokens stay, behind which what
-comes next is read. Left out: KVzip+, which weighs an entry by
-the size of its value in the residual stream.
+the paper's is over first entries and one chunk; one request for all chunks; the last tokens stay, which a second
+reading hardly looks at and what comes next does. Left out: KVzip+, which weighs an entry by the size of its value in
+the residual stream.
 """
 from collections.abc import Iterator
 from typing import ClassVar
