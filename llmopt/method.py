@@ -53,10 +53,19 @@ class Probe:
 
     @property
     def needle(self) -> Tensor | None:              # [n]
-        """The places in `ids` where the context states the answer, the last time; None where it does not literally."""
+        """The places in `ids` where the context states the answer; None where it does not literally.
+
+        Of several, the last one where the corrupted context differs, or the last of all.
+        """
         windows = self.context.unfold(0, len(self.answer), 1) if len(self.answer) <= len(self.context) else None
-        found = [] if windows is None else (windows == self.answer).all(1).nonzero().flatten()
-        return found[-1] + torch.arange(len(self.answer)) if len(found) else None
+        found = [] if windows is None else (windows == self.answer).all(1).nonzero().flatten()[:, None]
+        if len(found) == 0:
+            return None
+        places = found + torch.arange(len(self.answer))                                     # [windows, n]
+        if self.corrupted is not None:
+            stated = (self.context != self.corrupted)[places].any(1)
+            places = places[stated] if bool(stated.any()) else places
+        return places[-1]
 
 
 @dataclass(frozen=True)

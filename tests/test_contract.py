@@ -1,7 +1,8 @@
 """The contract, over every registered method and architecture: it changes something, comes back, repeats itself.
 
-By default every method runs on three architectures and every architecture under one method; --full runs all pairs. What
-an architecture refuses is read from the table in llmopt/model/README.md, which test_architectures.py holds true.
+By default every method runs on Llama and on one other architecture, and every architecture under several methods;
+--full runs all pairs. What an architecture refuses is read from the table in llmopt/model/README.md, which
+test_architectures.py holds true.
 """
 import dataclasses
 import importlib
@@ -18,7 +19,6 @@ from llmopt.parts import build
 from llmopt.runtime.attach import detach
 from tests import table, tiny
 
-MAIN = ("llama", "qwen3", "mistral")
 REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
 # Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
 # method with neither runs with its defaults.
@@ -46,14 +46,23 @@ def own_fields(name: str, which: str = "CONTRACT") -> dict:
 
 
 FIELDS |= {name: own_fields(name) for name in NAMES if name not in FIELDS}
-ALONE = {family: NAMES[i % len(NAMES)] for i, family in enumerate(f for f in tiny.CONFIGS if f not in MAIN)}
+OTHERS = [family for family in tiny.CONFIGS if family != "llama"]
 
 
 def pairs(names: list[str]) -> list:
     """(method, architecture), those beyond the default marked for the full tier; no transform that is refused."""
-    default = {(name, family) for name in names for family in MAIN} | {(name, family) for family, name in ALONE.items()}
-    return [pytest.param(name, family, marks=() if (name, family) in default else pytest.mark.full)
-            for name in names for family in tiny.CONFIGS if (family, name) not in REFUSED]
+    found = []
+    for number, name in enumerate(names):
+        families = [family for family in tiny.CONFIGS if (family, name) not in REFUSED]
+        others = [family for family in OTHERS if family in families]
+        default = {"llama", others[number % len(others)]}
+        found += [pytest.param(name, family, marks=() if family in default else pytest.mark.full)
+                  for family in families]
+    return found
+
+
+def test_every_architecture_is_among_the_pairs_of_the_default_tier():
+    assert {param.values[1] for param in pairs(NAMES) if not param.marks} == {*tiny.CONFIGS}
 
 
 def method(name: str, family: str):

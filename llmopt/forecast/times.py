@@ -32,7 +32,11 @@ class Watch:
 
     def read(self) -> Span:
         passed = time.perf_counter() - self.clock
-        return Span(min(passed, (time.process_time() - self.processor) / torch.get_num_threads()), passed)
+        return Span(min(passed, self.spent() / torch.get_num_threads()), passed)
+
+    def spent(self) -> float:
+        """Seconds of processor time of all threads together."""
+        return time.process_time() - self.processor
 
 
 def timed(do: Callable, *given: Any) -> Span:

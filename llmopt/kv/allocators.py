@@ -82,6 +82,7 @@ class Allocator(Part, ABC):
     looks_at: ClassVar[Literal["layer", "model", "nothing"]] = "layer"
     reads_heads: ClassVar[bool] = False
     usual_heads: ClassVar[str | None] = None            # the head scores that it reads where `heads` names none
+    sinks: ClassVar[int] = 0                            # first tokens that every head keeps, whatever the method says
 
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         """Plain JSON that `weights` needs, decided once when the method is applied; record: what `scorer` learned."""
@@ -166,6 +167,9 @@ class Pyramid(Allocator):
         return allocate.pyramid(demand.share, demand.protected, demand.floor(), demand.cap, self.beta)
 
 
+SINKS = Field(4, ge=0, description="first tokens that every head keeps, for attention that finds nothing else")
+
+
 @register("heads")
 @dataclass(frozen=True)
 class Heads(Allocator):
@@ -173,6 +177,8 @@ class Heads(Allocator):
 
     looks_at: ClassVar = "nothing"
     reads_heads: ClassVar[bool] = True
+
+    sinks: int = SINKS
 
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         return {"shares": best_of_groups(scorer.heads, run, model)}
@@ -191,6 +197,7 @@ class Heads(Allocator):
         return allocate.water_fill(demand.weights, demand.total, demand.floor(), demand.cap)
 
 
+@dataclass(frozen=True)
 class Tabled(Allocator):
     """A budget for every head that was measured once, at several kept shares, by a table of kept parts.
 
@@ -199,6 +206,8 @@ class Tabled(Allocator):
     """
 
     looks_at: ClassVar = "nothing"
+
+    sinks: int = SINKS
 
     @property
     def meta_shape(self) -> dict:

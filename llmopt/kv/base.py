@@ -128,6 +128,11 @@ class Scorer(CacheMethod):
             return min(length, self.budget)
         return min(length, max(self.minimum, length - int(self.ratio * length)))
 
+    @property
+    def first(self) -> int:
+        """First tokens that every head keeps."""
+        return max(self.sinks, self.allocate.sinks)
+
     # ------------------------------------------------------------------------------------------ once, at apply
 
     def learn(self, model: nn.Module, run: Run) -> Record:
@@ -266,13 +271,13 @@ class Scorer(CacheMethod):
         if self.allocate.looks_at == "nothing":
             return self._from_lengths(turn, share)[[turn.cache.attending().index(i) for i in layers]]
         cap, even = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
-        least = max(self.minimum, self.sinks + self.window)
-        return self.allocate.counts(Demand(share, cap, least, self.sinks + self.window, scored,
+        least = max(self.minimum, self.first + self.window)
+        return self.allocate.counts(Demand(share, cap, least, self.first + self.window, scored,
                                            lambda layer: self._protected(layer, even, turn.length)))
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
-        caps, protected = self._coming(turn), self.sinks + self.window
+        caps, protected = self._coming(turn), self.first + self.window
         told = self.allocate.weights(turn.record.meta, share, turn.length, protected)
         weights = None if told is None else stack([told[i] for i in caps], 0.0)
         return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self.minimum, protected,
@@ -290,11 +295,11 @@ class Scorer(CacheMethod):
         return part, part
 
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
-        """bool [G, T]: first and last tokens. In a head of few entries sinks take at most half, the window the rest."""
+        """bool [G, T]: first and last tokens. In a head of few entries sinks take half, the window the rest."""
         counts = counts.to(layer.positions.device)
         first, last = self.ends(counts)
-        sinks, window = first.clamp(min=self.sinks), last.clamp(min=self.window)
-        sinks = torch.where(counts < sinks + window, torch.minimum(sinks, counts // 2), sinks)
+        sinks, window = first.clamp(min=self.first), last.clamp(min=self.window)
+        sinks = torch.where(counts < sinks + window, torch.minimum(sinks, (counts + 1) // 2), sinks)
         window = torch.minimum(window, counts - sinks)
         first = layer.positions < sinks.unsqueeze(-1)
         last = layer.positions >= length - window.unsqueeze(-1)

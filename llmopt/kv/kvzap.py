@@ -1,11 +1,14 @@
 """KVzap: a student that foretells what a second reading would look at, by one matrix product a layer.
 
-    log s_j = w . f_j           f_j: x_j that the layer's attention reads, 1, log(1 + j), log(n * expected attention),
+    log s_j = w . f_j + level   f_j: x_j that the layer's attention reads, log(1 + j), log(n * expected attention),
                                 log(n * votes of the last queries), |v_j|, -cos(k_j, mean key), |k_j|
-    w = (F^T F + ridge diag(F^T F))^-1 F^T log max(s, 1e-8)         per KV head, s: replay scores of other texts
+    w = (F^T F + ridge diag(F^T F))^-1 F^T log max(s, 1e-8)         per KV head, s: replay scores of other texts;
+                                F and log s as they differ from the mean of their text, level: mean of log s - w . f
 
 Learning replay scores from hidden states is KVzap's (Jegou and Jeblick, 2026, arXiv:2601.07891); the cheap scores
-among the features are ours, as parts of an even share of the n entries. An entry is judged once, when a compression
+among the features are ours, as parts of an even share of the n entries. So are the deviations from a text's mean: what
+sets two texts apart does not tell which entries of one of them stay, and learned with the rest it misleads (of a text
+with stories, plain sentences were thought of no use anywhere). An entry is judged once, when a compression
 first sees it, and keeps its score. Left out: a second layer; KVzip+'s target, which weighs an entry by its value's
 effect; the paper's fixed threshold.
 """
@@ -24,7 +27,7 @@ from llmopt.kv.listener import replays_of, watch
 from llmopt.kv.snapkv import votes
 from llmopt.kv.view import LayerKV
 from llmopt.method import Record, Replayed, Run
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import Block, blocks
 from llmopt.model.modeling import put_tensor, tensors_below
 from llmopt.parts import register
 
@@ -45,7 +48,7 @@ class KVzap(Scorer):
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
     window: int = Field(32, ge=0, description="last tokens, always kept")
     features: Literal["all", "hidden"] = Field("all", description="hidden: without the cheap scores, a token by itself")
-    ridge: float = Field(3e-3, gt=0, le=1, description="added to a feature's second moment, as a part of it")
+    ridge: float = Field(3e-3, ge=1e-6, le=1, description="added to a feature's second moment, as a part of it")
 
     def queries(self) -> int | None:
         return None if self.features == "all" else 0
@@ -58,7 +61,8 @@ class KVzap(Scorer):
     # ------------------------------------------------------------------------------------------ once, at apply
 
     def learn(self, model: nn.Module, run: Run) -> Record:
-        pieces, sums = replays_of(run, model, self.name), [Sums() for _ in blocks(model)]
+        pieces = replays_of(run, model, self.name)
+        sums = {index: Sums(self._width(block)) for index, block in self._attending(model).items()}
         for piece in run.progress(pieces, self.name):
             watch(model, piece.ids, lambda kv, piece=piece: sums[kv.layer].add(*self._lesson(kv, piece)))
         return Record(tensors={f"student.{index}": sums[index].solve(self.ridge).float().cpu()
@@ -81,8 +85,17 @@ class KVzap(Scorer):
     def weight_shapes(self, model: nn.Module) -> dict[int, list[int]]:
         """[G, F] of each layer that has attention: one row of weights for each KV head."""
         cheap = 1 + CHEAP if self.features == "all" else 0
-        return {block.index: [block.kv_heads, block.attn_in[0].in_features + 1 + cheap]
-                for block in blocks(model) if block.attention is not None}
+        return {index: [block.kv_heads, self._width(block) + 1 + cheap]
+                for index, block in self._attending(model).items()}
+
+    @staticmethod
+    def _attending(model: nn.Module) -> dict[int, Block]:
+        return {block.index: block for block in blocks(model) if block.attention is not None}
+
+    @staticmethod
+    def _width(block: Block) -> int:
+        """Size of what the layer's attention reads; behind it stands the constant feature."""
+        return block.attn_in[0].in_features
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
@@ -131,24 +144,39 @@ class KVzap(Scorer):
 
 
 class Sums:
-    """The normal equations of a layer's heads, added up over texts; what the heads share is held once."""
+    """The normal equations of a layer's heads, added up over texts; what the heads share is held once.
 
-    def __init__(self):
+    All figures are deviations from the mean of their text. constant: the column of the tokens' features that is 1.
+    """
+
+    def __init__(self, constant: int):
+        self.constant = constant
+        self.texts = 0
+        self.level: Any = 0.0           # [G, S + C + 1], means of the texts, added up
         self.tokens: Any = 0.0          # [S, S]
         self.mixed: Any = 0.0           # [G, S, C + 1]
         self.entries: Any = 0.0         # [G, C + 1, C + 1]
 
     def add(self, tokens: Tensor, entries: Tensor) -> None:
-        """Features of tokens [n, S]; of entries, the target behind them [G, n, C + 1]."""
+        """One text: features of tokens [n, S]; of entries, the target behind them [G, n, C + 1]."""
         tokens, entries = tokens.double(), entries.double()
+        means = tokens.mean(0, keepdim=True), entries.mean(1, keepdim=True)
+        tokens, entries = tokens - means[0], entries - means[1]
+        self.texts += 1
+        self.level = self.level + torch.cat([means[0].expand(len(entries), -1), means[1][:, 0]], 1)
         self.tokens = self.tokens + tokens.T @ tokens
         self.mixed = self.mixed + tokens.T @ entries
         self.entries = self.entries + entries.mT @ entries
 
     def solve(self, ridge: float) -> Tensor:
-        """The weights [G, S + C]."""
+        """The weights [G, S + C]; that of the constant lifts the others' mean to the texts' mean."""
         shared = self.tokens.expand(len(self.entries), -1, -1)
         whole = torch.cat([torch.cat([shared, self.mixed], 2), torch.cat([self.mixed.mT, self.entries], 2)], 1)
-        square, target = whole[:, :-1, :-1], whole[:, :-1, -1]
+        square, target = whole[:, :-1, :-1], whole[:, :-1, -1:]
         moments = square.diagonal(dim1=1, dim2=2).clamp(min=1e-9)                        # a dead feature gets no weight
-        return torch.linalg.solve(square + torch.diag_embed(ridge * moments), target)
+        root = torch.linalg.cholesky(square + torch.diag_embed(ridge * moments))
+        weights = torch.cholesky_solve(target, root)[..., 0]
+        weights[:, self.constant] = 0.0
+        level = self.level / self.texts
+        weights[:, self.constant] = level[:, -1] - (weights * level[:, :-1]).sum(1)
+        return weights

@@ -47,7 +47,7 @@ class Quant(StoreMethod):
                                                            "where 64 does not divide it")
     keys: Literal["token", "channel"] = Field("token", description="which keys share a scale; channel: no rotation")
     codebook: Literal["uniform", "lloyd"] = Field("uniform", description="equal steps, or levels for normal numbers")
-    residual: int = Field(64, ge=0, description="newest tokens, left as they are")
+    residual: int = Field(64, ge=0, description="newest entries of each head, left as they are")
     every: int | None = Field(64, ge=1, description="pack again after so many tokens of decoding")
 
     def check(self) -> None:
@@ -76,8 +76,9 @@ class Quant(StoreMethod):
 
     @torch.no_grad()
     def pack(self, entries: Entries, packing: Packing) -> Entries:
-        old = (entries.positions != NONE) & (entries.positions < packing.newest(self.residual))        # [G, T]
-        source = entries.column(SOURCE, torch.long) - 1
+        there = entries.positions != NONE                                                              # [G, T]
+        old = there & (there.flip(-1).cumsum(-1).flip(-1) > self.residual)
+        source = (entries.column(SOURCE, torch.long) - 1).masked_fill(~there, -1)
         before = packing.before
         group, channel = self._group(entries.keys.shape[-1]), self.keys == "channel"
         lloyd = self.codebook == "lloyd"
@@ -88,14 +89,14 @@ class Quant(StoreMethod):
 
 
 def packed(x: Tensor, old: Tensor, source: Tensor, before: Tensor | Packed | None, form: Form) -> Mixed:
-    """Entries x [G, T, D] with those in `old` [G, T] in codes: the ones they had in `before`, or new ones.
+    """Entries x [G, T, D] in codes where they were so in `before`, those in `old` [G, T] in new ones.
 
     source: int64 [G, T], the place of each in `before`, -1 where it has none. Per channel, a head's entries that do
     not fill a run yet stay dense.
     """
     known = torch.zeros_like(old)
     if isinstance(before, Mixed) and before.codes.form == form:
-        known = old & (source >= 0)
+        known = source >= 0
         known[known.clone()] = before.old[source[known]]
     fresh = old & ~known
     if form.channel:

@@ -20,6 +20,7 @@ from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.forecast.memory import shard_bytes
 from llmopt.forecast.size import UNCHANGED, Prediction, predict
+from llmopt.forecast.times import Watch
 from llmopt.method import Method, Record, Run
 from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
@@ -192,8 +193,10 @@ def score_heads(spec: ModelSpec, steps: list[Method], source: DataSpec, progress
     batches = (batches_of(wanted, spec, sampler) if calibrated else load_batches(wanted, steps, spec, sampler))
     run, records = Run(batches=batches, progress=progress, tokenizer=tokenizer, ranks=ranks), []
     for step in steps:
+        watch = Watch()
         with naming(step.name), computing(model):
             records.append(step.apply(model, run))
+        LOG.info("%s took %s, %s of processor time", step.name, duration(watch.read().high), duration(watch.spent()))
     return model, run, records
 
 

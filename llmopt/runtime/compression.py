@@ -3,7 +3,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmopt_kernels import Ragged
-from torch import Tensor
 
 from llmopt.method import Record
 from llmopt.runtime.cache import LlmoptCache
@@ -23,7 +22,7 @@ class Packing:
     and the memory of this forward.
 
     before: what the layer has kept so far, with its packed keys and values; the column `SOURCE` of the entries tells
-    which of them an entry is. real: bool [seen], the row's real tokens, None: all of those `seen` are.
+    which of them an entry is.
     """
 
     layer: int
@@ -31,15 +30,6 @@ class Packing:
     record: Record
     shared: dict[Any, Any]
     before: Ragged | None
-    seen: int
-    real: Tensor | None
-
-    def newest(self, count: int) -> int:
-        """The position of the oldest of the newest `count` real tokens of the row."""
-        if self.real is None or count == 0:
-            return self.seen - count
-        columns = self.real.nonzero().flatten()[-count:]
-        return int(columns[0]) if len(columns) else 0
 
 
 def decide(live: "Attachment") -> None:
@@ -100,6 +90,6 @@ def fold(live: "Attachment", cache: LlmoptCache, index: int, rows: list[Entries]
     store, layer = live.method(STORE), cache.layers[index]
     if store is not None:
         record, shared = live.record(STORE), live.now.shared
-        rows = [store.pack(entries, Packing(index, row, record, shared, layer.kept, layer.seen, cache.real(row)))
+        rows = [store.pack(entries, Packing(index, row, record, shared, layer.kept))
                 for row, entries in enumerate(rows)]
     layer.fold(rows)

@@ -26,18 +26,30 @@ def taught(family="llama", **fields):
     return model, run, method, method.plan(model, run)
 
 
-def test_the_sums_give_the_regression_of_all_rows_together():
+def test_the_sums_give_the_regression_of_deviations_from_each_text():
     tokens, cheap, logs = torch.randn(40, 5), torch.randn(2, 40, 3), torch.randn(2, 40)
-    sums = Sums()
-    for part in (slice(0, 15), slice(15, 40)):
+    tokens[:, 2] = 1.0
+    sums, parts = Sums(2), (slice(0, 15), slice(15, 40))
+    for part in parts:
         sums.add(tokens[part], torch.cat([cheap[:, part], logs[:, part, None]], -1))
     for group, found in enumerate(sums.solve(0.1)):
-        rows = torch.cat([tokens, cheap[group]], 1).double()
-        wide = torch.cat([rows, (0.1 * rows.square().sum(0)).sqrt().diag()])             # the ridge as rows of its own
-        wanted = torch.linalg.lstsq(wide, torch.cat([logs[group].double(), torch.zeros(8).double()])[:, None]).solution
-        assert_close(found, wanted[:, 0])
-    sums.add(torch.zeros(1, 5), torch.zeros(2, 1, 4))
-    assert bool(sums.solve(0.1).isfinite().all())
+        rows, told = torch.cat([tokens, cheap[group]], 1).double(), logs[group].double()
+        apart, off = (torch.cat([x[part] - x[part].mean(0) for part in parts]) for x in (rows, told))
+        wide = torch.cat([apart, (0.1 * apart.square().sum(0)).clamp(min=1e-9).sqrt().diag()])      # ridge: more rows
+        wanted = torch.linalg.lstsq(wide, torch.cat([off, torch.zeros(8).double()])[:, None]).solution[:, 0]
+        wanted[2] = sum((told[part].mean() - rows[part].mean(0) @ wanted) for part in parts) / 2
+        assert_close(found, wanted)
+
+
+def test_what_sets_two_texts_apart_is_not_learned():
+    """Of two texts the second has a mark in every token and low scores; marked tokens of a third are no worse."""
+    mark, slope = torch.tensor([0.0, 1.0]).repeat_interleave(30), torch.randn(60)
+    logs = slope - 9 * mark
+    sums = Sums(0)
+    for part in (slice(0, 30), slice(30, 60)):
+        tokens = torch.stack([torch.ones(60), mark, slope], 1)[part]
+        sums.add(tokens, torch.cat([torch.zeros(1, 30, 1), logs[None, part, None]], -1))
+    assert_close(sums.solve(1e-6)[0, :3].float(), torch.tensor([-4.5, 0.0, 1.0]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("features", ["all", "hidden"])

@@ -40,9 +40,20 @@ def test_ratio_is_the_fraction_removed(ratio, length, kept):
 
 def test_sinks_and_window_shrink_to_fit():
     cache = prefill(make("llama"), kv.SnapKV(ratio=0.9, sinks=4, window=32), ids(1, 60))
-    assert kept_positions(cache) == [[0, 1, 2, 56, 57, 58, 59]] * 2
+    assert kept_positions(cache) == [[0, 1, 2, 3, 57, 58, 59]] * 2
     cache = prefill(make("llama"), kv.Streaming(ratio=0.9, minimum=3), ids(1, 20))
-    assert kept_positions(cache) == [[0, 18, 19]] * 2
+    assert kept_positions(cache) == [[0, 1, 19]] * 2
+
+
+@pytest.mark.parametrize(("allocate", "first"), [("heads", 4), ({"heads": {"sinks": 0}}, 0)], ids=str)
+def test_heads_that_scores_leave_next_to_nothing_keep_the_first_tokens(allocate, first):
+    """Layer 0 has no score and keeps its floor of 7, the first tokens among them; the others share the rest."""
+    method = kv.SnapKV(ratio=0.8, window=8, allocate=allocate, heads="s")
+    run = Run(scores={"s": [torch.zeros(4), torch.ones(4), torch.ones(4)]})
+    cache = prefill(make("llama"), method, ids(1, 60), run=run)
+    assert kept_positions(cache) == [[*range(first), *range(53 + first, 60)]] * 2
+    assert sum(int(c.sum()) for c in cache.kept()) == 6 * 12 and cache.kept()[1].min() >= 14
+
 
 
 def test_each_row_has_its_own_budget():

@@ -14,6 +14,7 @@ from llmopt.kv.codebook import midpoints, normal_levels, rotation
 from llmopt.kv.codes import Codes, Form, spread, squeeze
 from llmopt.kv.mixed import Mixed
 from llmopt.runtime.cache import Entries
+from llmopt.runtime.rehearsal import cache_bytes
 from tests.tiny import ids, make
 
 CONTRACT = {"bits": 4, "residual": 4, "every": 4}
@@ -167,7 +168,7 @@ def test_attention_is_that_of_a_dense_run_on_the_dequantized_entries(given, fami
 def test_what_is_in_codes_stays_as_it_is(given):
     """Bytes of the entries that were packed after the prompt, after turns, decoding and eviction."""
     model, tokens = make("llama"), ids(1, 60)
-    for evictor in ((), (kv.Streaming(budget=24, sinks=4, every=4),)):
+    for evictor in ((), (kv.Streaming(budget=24, sinks=4, every=4),), (kv.Knorm(budget=24, every=4),)):
         with runtime.attached(model, *evictor, quant(**given)):
             cache, _ = read(model, tokens[:, :30], [30])
             before, seen = held(cache), 30
@@ -269,6 +270,20 @@ def test_keys_and_values_have_bits_of_their_own_and_the_newest_real_tokens_stay_
     for row, _, where in kept.heads():
         last = 30 if row else 40
         assert kept.positions[where][~kept.keys[where].old].tolist() == list(range(last - 6, last))
+
+
+@pytest.mark.parametrize("evictor", [kv.SnapKV(ratio=0.5, window=4), kv.Knorm(ratio=0.75),
+                                     kv.KeyDiff(ratio=0.6, allocate="ada")], ids=str)
+@torch.no_grad()
+def test_each_head_keeps_its_newest_entries_dense_so_that_the_bytes_are_foretold(evictor):
+    """Whichever tokens a head keeps: noise and the model's own keys come to the same bytes."""
+    model = make("llama")
+    with runtime.attached(model, evictor, quant(residual=6)):
+        cache = read(model, ids(1, 96), [96])[0]
+        for layer in cache.layers:
+            for _, _, where in layer.kept.heads():
+                assert layer.kept.keys[where].old.tolist() == [True] * (where.stop - where.start - 6) + [False] * 6
+        assert cache.nbytes() == pytest.approx(cache_bytes(model, 96), rel=0.02)
 
 
 def test_merged_entries_are_packed_anew():
