@@ -31,7 +31,7 @@ from llmopt.runtime.attach import RuntimeMethod
 from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals.entries import DENSE, Setting, divided, settings
 
-ROWS = {"samples": 32, "length": 1024}                  # of --data
+ROWS = {"samples": 64}                                  # of --data
 
 
 class Text(NamedTuple):

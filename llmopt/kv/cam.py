@@ -3,10 +3,11 @@
     p_e = min(1, s_e / mean(s of the next m kept entries))              v_j <- v_j + z_e v_e / m for each of these m
     z_e = 1 with probability p_e, else 0          where fewer than m are left behind it, m is their number
 
-Zhang et al., ICML 2024. s is the scorer's score. `sampled: false` takes p_e itself for z_e. The lots hang on
-seed, layer, head and position alone, so a padded row draws as it does alone. Left out: entries that go are treated at
-once and not one by one, so s of the kept is that before merging; one with no kept entry behind it is dropped.
-Keys stay.
+Zhang et al., ICML 2024. s is the scorer's score, and has to be mean attention: of kv.h2o's sums the newest entries have
+little, so that all in front of them is added to them in full (`mean: true` mends it). `sampled: false` takes p_e itself
+for z_e. The lots hang on seed, layer, head and position alone, so a padded row draws as it does alone. Left out:
+entries that go are treated at once and not one by one, so s of the kept is that before merging; one with no kept entry
+behind it is dropped. Keys stay.
 """
 from dataclasses import replace
 

@@ -1,10 +1,14 @@
 """Non-causal attention: keep what all queries of the neighbourhood look at, those before it too.
 
-    s_j = avgpool_3( mean_{h in group} sum_{t in chunk of j} softmax_{i in chunk}(q_t k_i / sqrt(D))_j * |v_j| )
+    s_j = avgpool_3( mean_{h in group} sum_{t in chunk of j} softmax_{i in chunk}(q_t k_i)_j * |v_j| )
 
-One half of Compactor (Chari and Van Durme, 2025, arXiv:2507.08143). An entry keeps in later turns what its own chunk
-gave it. Left out: the score's mean and spread are not taken out of it, which changes no choice inside a layer.
+One half of Compactor (Chari and Van Durme, 2025, arXiv:2507.08143). Logits are not scaled, as in the authors' press in
+kvpress: each query then speaks for the few keys that it is most like, which keeps better entries than the model's own
+attention does. An entry keeps in later turns what its own chunk gave it. Left out: the score's mean and spread are not
+taken out of it, which changes no choice inside a layer.
 """
+from dataclasses import replace
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, where
@@ -44,6 +48,7 @@ def non_causal(kv: LayerKV, size: int) -> Tensor:
 
 def chunk_sums(kv: LayerKV, size: int) -> Tensor:
     """Attention that each entry receives from the queries of its own chunk, which see the chunk alone: [B, H, T]."""
+    kv = replace(kv, rule=replace(kv.rule, scaling=1.0))
     total = kv.keys.new_zeros(*kv.queries.shape[:2], kv.keys.shape[2]).float()
     for start in range(0, kv.queries.shape[2], size):
         part = slice(start, start + size)
@@ -52,5 +57,6 @@ def chunk_sums(kv: LayerKV, size: int) -> Tensor:
         places = inside.flatten(0, 1).any(0).nonzero()
         if len(places) > 0:                                                  # else it slid out of the layer's window
             span = slice(int(places[0]), int(places[-1]) + 1)
-            total[..., span] += kv.weights_of(part, span, inside[..., span].unsqueeze(2)).sum(-2)
+            seen = inside[..., span]
+            total[..., span] += kv.weights_of(part, span, None if bool(seen.all()) else seen.unsqueeze(2)).sum(-2)
     return total

@@ -207,7 +207,7 @@ def test_noncausal_by_hand():
     total = torch.zeros(2, 7)
     for head in range(2):
         for part in (slice(0, 4), slice(4, 7)):
-            total[head, part] = (queries[head, part] @ keys[0, part].T * 0.5).softmax(-1).sum(0)
+            total[head, part] = (queries[head, part] @ keys[0, part].T).softmax(-1).sum(0)
     assert_close(chunk_sums(seen, 4)[0], total)
     votes = total.mean(0) * values[0].norm(dim=-1)
     want = torch.stack([votes[max(0, j - 1):j + 2].sum() / 3 for j in range(7)])
