@@ -30,6 +30,7 @@ READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these t
         "world.train": "an hour and more", "synthetic": "gigabytes", "bench scale": "minutes",
         "llmopt_evals.real": "90 MB of the index", "num_fewshot": "data of the hub",
         "continuations": "run by tests/evals/test_continuations.py",
+        "recall llmopt/reference": "run by tests/evals/test_recall.py",
         "llmopt_evals.pieces": "run by tests/evals/test_continuations.py",
         "kvpress_continuations.py": "an environment of kvpress's own",
         ".llmopt-complete": "a shell's start file", "completions": "a shell's start file",

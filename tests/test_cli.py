@@ -169,7 +169,7 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(recipe, tmp_path):
     nowhere = dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"), "/proc/nowhere")
     run = llmopt("heads", "llmopt/reference", "--samples", "2", "--plot", tmp_path / "h.png", **nowhere)
     assert run.returncode == 0
-    assert run.stderr == ""
+    assert [line for line in run.stderr.splitlines() if not line.startswith("heads.span took ")] == []
     assert (tmp_path / "h.png").stat().st_size > 1000
 
 

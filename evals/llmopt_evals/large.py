@@ -145,8 +145,10 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _dtype(folder: Path) -> str:
+    """The type that config.json names; float32 where it names none that there is."""
     config = read_json(folder / "config.json")
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype) else "float32"
 
 
 def inflate(folder: Path, into: Path) -> Path:

@@ -19,6 +19,9 @@ from llmopt.files import shards
 from llmopt.model import state
 
 SHAPES: dict[str, PreTrainedConfig] = {
+    "smollm2-135m": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+                                rms_norm_eps=1e-5, tie_word_embeddings=True),
     "llama-7b": LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                             num_attention_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5),
     "llama-1b": LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,

@@ -186,12 +186,13 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | Non
     return out.view(batch, heads, tokens, -1)
 
 
-def attention_weights(query: Tensor, keys: Tensor, visible: Tensor, rule: Rule) -> Tensor:
-    """Probabilities [B, H, T, S], fp32; `visible` is bool [B, G, T, S] (per KV head) or broadcastable to it."""
+def attention_weights(query: Tensor, keys: Tensor, visible: Tensor | None, rule: Rule) -> Tensor:
+    """Probabilities [B, H, T, S], fp32; visible: bool [B, G, T, S] (per KV head) or broadcastable to it; None: all."""
     batch, heads, tokens, dim = query.shape
     groups = keys.shape[1]
     rows = query.view(batch, groups, heads // groups, tokens, dim)                   # [B, G, g, T, D]
-    weights = softmax(rule.logits(rows, keys.unsqueeze(2)), visible.unsqueeze(2))    # [B, G, g, T, S]
+    seen = None if visible is None else visible.unsqueeze(2)
+    weights = softmax(rule.logits(rows, keys.unsqueeze(2)), seen)                    # [B, G, g, T, S]
     return weights.view(batch, heads, tokens, -1)
 
 

@@ -44,3 +44,17 @@ def loss_slopes(model: nn.Module, hidden: Tensor, ids: Tensor, mask: Tensor) -> 
         total = losses(logits_of(model, some), ids[:, 1:][:, part], shares[:, part]).sum()
         found[:, part] = torch.autograd.grad(total, some)[0]
     return found
+
+
+def drawn_slopes(model: nn.Module, hidden: Tensor, drawing: torch.Generator) -> Tensor:      # [B, T, E]
+    """d log p(y)/dhidden, summed over the tokens, where y is drawn from the model's own prediction at each.
+
+    Their squares are Fisher information. As many tokens at a time as LOGITS allows.
+    """
+    found = torch.zeros_like(hidden)
+    for part in _pieces(model, hidden.new_ones(len(hidden), hidden.shape[1])):
+        some = hidden[:, part].detach().requires_grad_()
+        logs = logits_of(model, some).float().log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp().flatten(0, 1), 1, generator=drawing).view(*logs.shape[:2], 1)
+        found[:, part] = torch.autograd.grad(logs.gather(-1, drawn).sum(), some)[0]
+    return found

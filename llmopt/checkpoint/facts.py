@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llmopt.errors import LlmoptError, naming
-from llmopt.files.checks import check_config, read_json
+from llmopt.files.checks import check_config, read_json, refusals
 from llmopt.files.json_shapes import COUNT, NUMBER, SIZE, check_shape, finite
 from llmopt.method import Method, Record
 from llmopt.model.loading import read_config
@@ -27,7 +27,8 @@ FACTS = {
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],
     "scores?": {str: [(str, str, NUMBER)]}, "errors?": {str: [(str, str, NUMBER)]}, str: object,
 }
-RUN = {"parameters": (COUNT, COUNT), "dense_bytes": SIZE, "predicted_bytes": int | None,
+RUN = {"seed": int, "calibration_sha256": str | None, "calibration": dict, "made_from": dict | None,
+       "parameters": (COUNT, COUNT), "dense_bytes": SIZE, "predicted_bytes": int | None,
        "cache_bytes_per_token": (NUMBER, NUMBER), "records": list, str: object}       # what `llmopt compress` adds
 LAYERS = {"per_layer_config?": {str: {str: object}}, str: object}
 
@@ -69,10 +70,11 @@ def check_runtime(folder: Path, facts: dict[str, Any], spec: ModelSpec) -> None:
     if not any(facts["records"][i]["meta"] for i, _ in acting):
         return
     _, config = read_config(spec)
-    model = skeleton(config, torch.float32)
-    for i, method in acting:
-        with naming(f"{where}: records.{i}"):
-            method.check_record(model, Record(facts["records"][i]["meta"]))
+    with refusals(f"{folder}: the model cannot be loaded"):
+        model = skeleton(config, torch.float32)
+        for i, method in acting:
+            with naming(f"{where}: records.{i}"):
+                method.check_record(model, Record(facts["records"][i]["meta"]))
 
 
 def read_layers(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     size = getattr(torch, stored).itemsize if stored else None
     return {
         "model": spec.id, "architecture": config.model_type, "supported": known,
-        "shape": {word: value for word, key in SHAPE.items() if (value := getattr(text, key, None)) is not None},
+        "shape": {word: value for word, key in SHAPE.items() if (value := _of_all_layers(text, key)) is not None},
         "parameters": count, "dtype": stored,
         "bytes": sum(file.stat().st_size for file in weight_files(Path(source))) if Path(source).is_dir() else
         count * size if count and size and not made_by else None,
@@ -58,6 +58,14 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         "works": {part: why or "yes" for part, why in abilities(config.model_type).items()} if known else {},
         "note": _note(config.model_type, made_by),
     }
+
+
+def _of_all_layers(config: Any, key: str) -> Any:
+    """A figure of the config; None for one that it has not, or in which its layers differ."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:                # transformers' AmbiguousGlobalPerLayerAttributeError
+        return None
 
 
 def _parameters(config: Any, source: str) -> int | None:

@@ -40,20 +40,26 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
 @click.option("--dims", default="64,128", show_default=True, help="Head dimensions, of 64 and 128.")
 @click.option("--threads", default="1,2", show_default=True, help="Numbers of threads.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The fastest of so many counts.")
-@click.option("--quick", is_flag=True, help="Two short prompts on a model of one block.")
+@click.option("--part", type=click.Choice(["decoding", "scoring", "all"]), default="all", show_default=True,
+              help="Tokens from compressed caches, or what scorers take of a prompt's reading.")
+@click.option("--quick", is_flag=True, help="Short prompts on a model of one block.")
 @JSON
-def kv(lengths, dims, threads, rounds, quick, as_json) -> None:
-    """Decoding with compressed caches against transformers' own: attention, the whole step, the memory's bandwidth."""
+def kv(lengths, dims, threads, rounds, part, quick, as_json) -> None:
+    """Decoding with compressed caches against transformers' own: attention, the whole step, the memory's bandwidth.
+    Then the share of a prompt's reading that each scorer takes, in prompts of 1,024 and 4,096 tokens.
+    """
     from llmopt.cli import tables
 
     tables.quiet_libraries()
-    from llmopt_evals.bench.kv import QUICK, Plan, measure
+    from llmopt_evals.bench import kv, scoring
 
-    plan = QUICK if quick else Plan(_numbers("--lengths", lengths, "1024,16384"), _numbers("--dims", dims, "64,128"),
-                                    _numbers("--threads", threads, "1,2"), rounds=rounds)
+    plan = kv.Plan(_numbers("--lengths", lengths, "1024,16384"), _numbers("--dims", dims, "64,128"),
+                   _numbers("--threads", threads, "1,2"), rounds=rounds)
+    scored = scoring.QUICK if quick else scoring.Plan(threads=plan.threads[0], rounds=rounds)
     with log.progress() as progress:
-        found = measure(plan, progress)
-    tables.show_speeds(found, as_json)
+        found = [] if part == "scoring" else kv.measure(kv.QUICK if quick else plan, progress)
+        shares = [] if part == "decoding" else scoring.measure(scored, progress)
+    tables.show_speeds(found, shares, as_json)
 
 
 def _numbers(option: str, given: str, example: str) -> tuple[int, ...]:

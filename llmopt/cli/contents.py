@@ -39,7 +39,8 @@ def show_checkpoint(facts: dict[str, Any], as_json: bool) -> None:
     rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
             ("format", facts["format"]), ("layers", facts["layers"]), ("bits", _bits(facts["bits"]))]
     if told := facts.get("calibration"):
-        rows.append(("calibration", f"{told['samples']:,} rows, {told['tokens']:,} tokens"))
+        rows.append(("calibration", ", ".join(f"{told[key]:,} {word}" for key, word in
+                                              (("samples", "rows"), ("tokens", "tokens")) if key in told)))
     rows += [(f"loads with {way}", result) for way, result in facts["loads_with"].items()]
     rows += [(name, f"{before} -> {after}") for name, before, after in facts.get("table", [])]
     print_table("checkpoint", ["", "value"], rows)

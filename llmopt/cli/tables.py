@@ -263,11 +263,26 @@ def show_scale(found: dict[str, Any], as_json: bool) -> None:
         click.echo(line)
 
 
-def show_speeds(found: list[dict[str, Any]], as_json: bool) -> None:
-    """`llmopt bench kv`: a row for each cache; milliseconds, how many times faster than the first cache, bandwidth."""
+def show_speeds(found: list[dict[str, Any]], shares: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench kv`: a row for each cache; milliseconds, how many times faster than the first cache, bandwidth.
+    Behind it the shares of a prefill, a row for each scorer.
+    """
     if as_json:
-        print_json(found)
+        print_json({"decoding": found, "scoring": shares})
         return
+    if found:
+        _show_decoding(found)
+    if shares:
+        lengths = list(dict.fromkeys(row["length"] for row in shares))
+        told = {(row["method"], row["length"]): (f"{row['scores']:.1%}", f"{row['compression']:.1%}") for row in shares}
+        rows = [(name, *(figure for length in lengths for figure in told[name, length]))
+                for name in dict.fromkeys(row["method"] for row in shares)]
+        print_table("share of a prefill", ["method", *(f"{what}, {length} tokens" for length in lengths
+                                                       for what in ("scores", "whole compression"))], rows)
+
+
+def _show_decoding(found: list[dict[str, Any]]) -> None:
+    """A row for each cache, and the bandwidth of the memory."""
     rows = [(row["dim"], row["threads"], row["length"], row["cache"], human(row["bytes"]),
              f"{1000 * row['attention']:.2f} ms", f"{row['attention_ratio']:.2f}", f"{1000 * row['first']:.2f} ms",
              f"{1000 * row['step']:.1f} ms", f"{row['step_ratio']:.2f}", f"{row['of_bandwidth']:.0%}") for row in found]

@@ -8,6 +8,7 @@ from llmopt.kv.dropkv import DropKV
 from llmopt.kv.ems import EMS
 from llmopt.kv.ems_merge import EMSMerge
 from llmopt.kv.expected import Expected
+from llmopt.kv.fisher import Fisher
 from llmopt.kv.h2o import H2O
 from llmopt.kv.keydiff import KeyDiff
 from llmopt.kv.knorm import Knorm
@@ -22,6 +23,6 @@ from llmopt.kv.snapkv import SnapKV
 from llmopt.kv.streaming import Streaming
 from llmopt.kv.tova import TOVA
 
-__all__ = ["CaM", "Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "H2O",
+__all__ = ["CaM", "Captured", "Compactor", "Critical", "D2O", "DropKV", "EMS", "EMSMerge", "Expected", "Fisher", "H2O",
            "KVMerger", "KVzap", "KVzip", "KeyDiff", "Knorm", "Leverage", "NonCausal", "Quant", "Random", "SnapKV",
            "Streaming", "TOVA"]

@@ -26,12 +26,20 @@ class Captured(Tabled):
     """Where this scorer finds what a second reading looks at, on the texts of heads.replay, which must run before."""
 
     def plan(self, scorer, record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
-        pieces = replays_of(run, model, f"{scorer.name}: allocate: captured")
-        curves = sum(captured(piece, own_scores(scorer, record, model, piece.ids)) for piece in pieces)
+        pieces = replays_of(run, model, f"{scorer.name}: allocate: {self.name}")
+        curves = sum(self.gains(piece, own_scores(scorer, record, model, piece.ids), model, run)
+                     for piece in run.progress(pieces, f"{scorer.name}: allocate: {self.name}"))
         sizes = [len(layer) for layer in pieces[0].scores]
         slopes = torch.stack([falling(curve.diff() / PLACES.diff(), PLACES.diff()) for curve in curves])
         return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, share).split(sizes)]
                                               for share in KEPT]}
+
+    def gains(self, piece: Replayed, own: list[Tensor], model: nn.Module, run: Run) -> Tensor:
+        """What each head of the model gains [G of all layers, places] by keeping those of highest score at PLACES.
+
+        own: the scorer's scores [G, n] of the piece's entries, by layer.
+        """
+        return captured(piece, own)
 
 
 def captured(piece: Replayed, own: list[Tensor]) -> Tensor:

@@ -5,8 +5,9 @@
 Feng et al., 2025 (arXiv:2502.03805). Half of the budget beside sinks and window goes to the best by s, the other half
 to the best of the rest by s'. Differs: where heads compete for entries, each head's half is that of the even share.
 """
+import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, stack
+from torch import Tensor
 
 from llmopt.kv.allocate import ranks
 from llmopt.kv.snapkv import SnapKV
@@ -14,6 +15,7 @@ from llmopt.kv.view import LayerKV
 from llmopt.parts import register
 
 SMALL = 1e-4        # added to every vote, so that a large value counts without any
+TILE = 1 << 18      # numbers of the residual stream at a time: they stay in the processor's cache
 
 
 @register("kv.critical")
@@ -32,6 +34,8 @@ class Critical(SnapKV):
 def residual_sizes(kv: LayerKV) -> Tensor:
     """L1 norm of what each value adds to the residual stream, mean over the query heads of its group: [B, G, T]."""
     weight = kv.output_weight().to(kv.values.device).float()                             # [H, D, E]
-    group = len(weight) // kv.values.shape[1]
-    return kv.mean_over_group(stack([(kv.values[:, head // group].float() @ weight[head]).abs().sum(-1)
-                                     for head in range(len(weight))], 1))                # one head at a time: [T, E]
+    heads = weight.unflatten(0, (kv.values.shape[1], -1)).transpose(1, 2).flatten(2)     # [G, D, g E]
+    size = max(16, TILE // heads.shape[2])
+    sums = [torch.cat([(part @ of_group).abs_().sum(-1) for part in values.float().split(size, 1)], 1)
+            for values, of_group in zip(kv.values.unbind(1), heads, strict=True)]
+    return torch.stack(sums, 1) / (len(weight) // len(heads))

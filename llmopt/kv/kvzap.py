@@ -66,7 +66,7 @@ class KVzap(Scorer):
         for piece in run.progress(pieces, self.name):
             watch(model, piece.ids, lambda kv, piece=piece: sums[kv.layer].add(*self._lesson(kv, piece)))
         return Record(tensors={f"student.{index}": sums[index].solve(self.ridge).float().cpu()
-                               for index in self._shapes(model)})
+                               for index in self.weight_shapes(model)})
 
     def _lesson(self, kv: LayerKV, piece: Replayed) -> tuple[Tensor, Tensor]:
         """Features of a text's tokens [n, S]; of its entries, log replay scores behind them: [G, n, C + 1]."""
@@ -78,11 +78,11 @@ class KVzap(Scorer):
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         step = len(tensors_below(skeleton))
-        for index, shape in self._shapes(skeleton).items():
+        for index, shape in self.weight_shapes(skeleton).items():
             put_tensor(skeleton, f"{step}.student.{index}", torch.empty(shape, device="meta"))
         return super().sketch(skeleton, run, source)
 
-    def _shapes(self, model: nn.Module) -> dict[int, list[int]]:
+    def weight_shapes(self, model: nn.Module) -> dict[int, list[int]]:
         """[G, F] of each layer that has attention: one row of weights for each KV head."""
         cheap = 1 + CHEAP if self.features == "all" else 0
         return {index: [block.kv_heads, self._width(block) + 1 + cheap]
@@ -99,14 +99,14 @@ class KVzap(Scorer):
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
-        wanted = {f"student.{index}": shape for index, shape in self._shapes(model).items()}
+        wanted = {f"student.{index}": shape for index, shape in self.weight_shapes(model).items()}
         for name, tensor in record.tensors.items():
             if list(tensor.shape) != wanted.get(name) or not tensor.is_floating_point():
                 raise LlmoptError(f"{self.name}: {name} is {tensor.dtype} {list(tensor.shape)}, this model needs "
                                   f"{'floats ' + str(wanted[name]) if name in wanted else 'no such tensor'}")
 
     def restore(self, model: nn.Module, record: Record) -> None:
-        missing = [index for index in self._shapes(model) if f"student.{index}" not in record.tensors]
+        missing = [index for index in self.weight_shapes(model) if f"student.{index}" not in record.tensors]
         if missing:
             raise LlmoptError(f"{self.name}: the weights student.{missing[0]} are missing")
         super().restore(model, record)

@@ -4,8 +4,9 @@
 
 Kim et al., 2025 (arXiv:2505.23416). The context is asked for again and read in chunks behind itself; it takes two to
 three prefills more. Differs from the paper: attention is that over the whole context, as the model computes it, where
-the paper's is over first entries and one chunk; one request for all chunks. Left out: KVzip+, which weighs an entry by
-the size of its value in the residual stream.
+the paper's is over first entries and one chunk; one request for all chunks; the last tokens stay, which a second
+reading hardly looks at and what comes next does. Left out: KVzip+, which weighs an entry by the size of its value in
+the residual stream.
 """
 from collections.abc import Iterator
 from typing import ClassVar
@@ -31,6 +32,7 @@ class KVzip(Scorer):
     replays: ClassVar = True
 
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
+    window: int = Field(4, ge=0, description="last tokens, always kept; reading again hardly looks at them")
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
     allocate: Allocator = Field(Global(), description="how many entries each KV head keeps")
 

@@ -56,5 +56,6 @@ def chunk_sums(kv: LayerKV, size: int) -> Tensor:
         places = inside.flatten(0, 1).any(0).nonzero()
         if len(places) > 0:                                                  # else it slid out of the layer's window
             span = slice(int(places[0]), int(places[-1]) + 1)
-            total[..., span] += kv.weights_of(part, span, inside[..., span].unsqueeze(2)).sum(-2)
+            seen = inside[..., span]
+            total[..., span] += kv.weights_of(part, span, None if bool(seen.all()) else seen.unsqueeze(2)).sum(-2)
     return total

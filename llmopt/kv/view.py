@@ -108,10 +108,10 @@ class LayerKV:
         queries, positions = self._last(last)
         return column_sums(queries, self.keys, positions, self.positions, self.rule)
 
-    def weights_of(self, part: slice, span: slice, visible: Tensor) -> Tensor:
+    def weights_of(self, part: slice, span: slice, visible: Tensor | None) -> Tensor:
         """Probabilities [B, H, w, s] of the queries in `part` over the entries in `span`, as `visible` has it.
 
-        visible: bool, broadcastable to [B, G, w, s].
+        visible: bool, broadcastable to [B, G, w, s]; None: every query sees all of them.
         """
         return attention_weights(self.queries[:, :, part], self.keys[:, :, span], visible, self.rule)
 
@@ -154,13 +154,15 @@ class LayerKV:
         return self._turned(rotate, x, position_ids)
 
     def mean_rotation(self, ahead: int) -> Tensor:
-        """[D, D]: row i is unit vector i, turned by RoPE and averaged over the next `ahead` positions."""
+        """[D, D]: row i is unit vector i, turned by RoPE and averaged over the next `ahead` positions.
+
+        A turn is linear in its cosines and sines: their means are the mean of the turns.
+        """
         unit, first = torch.eye(self.keys.shape[-1], device=self.keys.device), int(self.source.queries.max()) + 1
         tables = rotary_tables(self.source.model, self.layer, first + ahead, unit)
         if tables is None:
             return unit
-        cos, sin = (table[first:, None] for table in tables)                             # [ahead, 1, R]
-        return rotate(unit.expand(ahead, -1, -1), cos, sin).mean(0)
+        return rotate(unit, *(table[first:].mean(0) for table in tables))
 
     def _turned(self, turn: Callable, x: Tensor, position_ids: Tensor) -> Tensor:
         tables = None if self.source.rehearsed else rotary_tables(self.source.model, self.layer, self.source.length, x)

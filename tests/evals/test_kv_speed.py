@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llmopt_evals.bench import kv
+from llmopt_evals.bench import kv, scoring
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmopt.runtime.attach import attachment
@@ -68,6 +68,8 @@ def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
 @pytest.mark.full
 def test_a_quick_round(monkeypatch, capfd):
     assert call(monkeypatch, "bench", "kv", "--quick", "--json") == 0
-    rows = json.loads(capfd.readouterr().out)
+    told = json.loads(capfd.readouterr().out)
+    rows = told["decoding"]
+    assert {row["method"] for row in told["scoring"]} == set(scoring.scorers())
     assert {row["length"] for row in rows} == {256, 1024}
     assert all(row["attention"] > 0 and row["bandwidth"] > 0 for row in rows)

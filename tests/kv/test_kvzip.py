@@ -22,7 +22,7 @@ class Words:
 @torch.no_grad()
 def test_it_keeps_what_a_second_reading_looks_at():
     model, tokens = make("llama"), ids(1, 40)
-    zipped = kv.KVzip(budget=10, allocate="uniform", sinks=0, chunk=16)
+    zipped = kv.KVzip(budget=10, allocate="uniform", sinks=0, window=0, chunk=16)
     with runtime.attached(model, zipped, run=Run(tokenizer=Words())):
         cache = model(tokens, use_cache=True).past_key_values
     best = torch.zeros(2, 40)

@@ -1,0 +1,92 @@
+"""Budgets from predictions: the error of a head that is cut, its gradient, and where entries go."""
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llmopt import kv
+from llmopt.calibration import rereading
+from llmopt.calibration.rereading import Reread, reread
+from llmopt.heads.replay import Replay
+from llmopt.kv.captured import PLACES
+from llmopt.kv.fisher import errors
+from llmopt.method import Run
+from llmopt.model.blocks import blocks
+from tests.tiny import ids, make
+
+
+def replayed(family):
+    model, run = make(family), Run([{"input_ids": ids(3, 80), "attention_mask": torch.ones(3, 80, dtype=torch.long)}])
+    Replay(pieces=3, length=80, chunk=40, sinks=1, window=4).apply(model, run)
+    return model, run
+
+
+def test_the_error_of_a_cut_head_is_that_of_attention_without_the_others():
+    weights, values, slope = torch.rand(4, 3, 20).softmax(-1), torch.randn(2, 20, 5), torch.randn(4, 3, 5)
+    output = weights @ values.repeat_interleave(2, 0)
+    order = torch.stack([torch.randperm(12), torch.randperm(12)]) + 6           # positions; 2 have slid away: 4 to 15
+    found = errors(Reread(0, 22, weights, values, output, slope), order)
+    for place in (0, 20, 40, len(PLACES) - 1):
+        for group in range(2):
+            kept = torch.ones(20, dtype=torch.bool)
+            kept[order[group, int((PLACES[place] * 12).round()):] - 2] = False
+            heads = slice(2 * group, 2 * group + 2)
+            cut = weights[heads] * kept
+            moved = (cut / cut.sum(-1, keepdim=True)) @ values[group] - output[heads]
+            assert_close(found[group, place], (moved * slope[heads]).sum((0, 2)).square().sum().double(),
+                         rtol=1e-3, atol=1e-6)
+    assert float(found[:, -1].abs().max()) < 1e-8 < float(found[:, 0].min())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+def test_slopes_are_those_of_the_chunk_behind_its_context(family, monkeypatch):
+    """The loss is put in place of one whose change is seen: the sum of hidden states, when one output is moved."""
+    model, parts, text = make(family), [], ids(1, 40)[0]
+    monkeypatch.setattr(rereading, "drawn_slopes", lambda model, hidden, drawing: torch.ones_like(hidden))
+    reread(model, text, [5, 6], 16, parts.append)
+    layers = len(blocks(model))
+    assert [part.layer for part in parts] == [*range(layers)] * 3
+    for part in parts:
+        assert_close(part.weights.sum(-1), torch.ones(part.weights.shape[:2]))
+        together = part.weights @ part.values.repeat_interleave(len(part.weights) // len(part.values), 0)
+        assert_close(part.output, together, rtol=1e-4, atol=1e-5)
+    chunk = torch.cat([torch.tensor([5, 6]), text[:16]])
+    row = torch.cat([text, chunk])[None]
+    step = torch.randn(parts[1].output.shape[1], blocks(model)[1].attn_out.in_features)
+
+    def total(size):
+        def move(module, args):
+            return (torch.cat([args[0][:, :40], args[0][:, 40:] + size * step], 1),)
+        handle = blocks(model)[1].attn_out.module.register_forward_pre_hook(move)
+        try:
+            with torch.no_grad():
+                return model.get_decoder()(input_ids=row, use_cache=False)[0][:, 40:].double().sum()
+        finally:
+            handle.remove()
+
+    slope = parts[1].slope.transpose(0, 1).flatten(1)                            # [t, H D]
+    assert_close((total(1e-2) - total(-1e-2)) / 2e-2, (slope * step).sum().double(), rtol=2e-2, atol=1e-2)
+
+
+def test_drawn_tokens_have_slopes_that_cancel_on_average():
+    model = make("llama")
+    hidden = model.get_decoder()(input_ids=ids(1, 4), use_cache=False)[0].detach()
+    drawing = torch.Generator().manual_seed(0)
+    many = rereading.drawn_slopes(model, hidden.expand(2000, -1, -1), drawing)
+    assert float(many.mean(0).norm()) < 0.1 * float(many.norm(dim=-1).mean())   # E[d log p(y)] = 0 for y from p
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_heads_that_nothing_reads_get_what_all_keep(family):
+    model, run = replayed(family)
+    with torch.no_grad():
+        block = blocks(model)[0]
+        width = block.attn_out.in_features // block.kv_heads
+        block.attn_out.module.weight[:, :width] = 0                             # of all query heads of KV head 0
+    record = kv.SnapKV(ratio=0.5, window=4, allocate="fisher").plan(model, run)
+    heads = sum(block.kv_heads for block in blocks(model))
+    for share, parts in zip(record.meta["kept"], record.meta["parts"], strict=True):
+        assert abs(sum(map(sum, parts)) / heads - share) < 1e-6
+        assert share > 0.25 or parts[0][0] == 0
+    again = kv.SnapKV(ratio=0.5, window=4, allocate="fisher").plan(model, run)
+    assert again.meta == record.meta
+    assert model.config._attn_implementation in ("sdpa", "eager")
