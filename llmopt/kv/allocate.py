@@ -12,9 +12,9 @@ ALPHA = 0.2     # of its even share, every head keeps at least this much under `
 BETA = 20.0     # pyramid: the last layer's budget is about 1 / BETA of the mean
 
 
-def total_of(cap: Tensor, share: int) -> int:
-    """Entries to keep over all heads, when each has `share` or all that it holds."""
-    return int(cap.clamp(max=share).sum())
+def total_of(cap: Tensor, even: Tensor) -> int:
+    """Entries to keep over all heads: the sum of their even shares, if there are as many."""
+    return min(int(cap.sum()), int(even.sum()))
 
 
 def uniform(cap: Tensor, share: int) -> Tensor:
@@ -72,22 +72,22 @@ def by_threshold(scores: Tensor, total: int, floor: Tensor) -> Tensor:
     return torch.bincount(order // scores.shape[2], minlength=heads).view(scores.shape[:2]).cpu()
 
 
-def ada(scores: Tensor, share: int, floor: Tensor, cap: Tensor, alpha: float = ALPHA) -> Tensor:
+def ada(scores: Tensor, even: Tensor, floor: Tensor, cap: Tensor, alpha: float = ALPHA) -> Tensor:
     """AdaKV: heads of one layer compete for that layer's even share (Feng et al., 2024, arXiv:2407.11550)."""
-    safe = torch.maximum(floor, torch.full_like(floor, int(alpha * share)).clamp(max=cap))
-    return torch.cat([by_threshold(s[None], total_of(c, share), f[None])
-                      for s, f, c in zip(scores, safe, cap, strict=True)])
+    safe = torch.maximum(floor, (alpha * even).long().clamp(max=cap))
+    return torch.cat([by_threshold(s[None], total_of(c, e), f[None])
+                      for s, f, c, e in zip(scores, safe, cap, even, strict=True)])
 
 
-def pyramid(share: int, protected: int, floor: Tensor, cap: Tensor, beta: float = BETA) -> Tensor:
+def pyramid(even: Tensor, protected: int, floor: Tensor, cap: Tensor, beta: float = BETA) -> Tensor:
     """PyramidKV: a budget that falls linearly with depth (Cai et al., 2024, arXiv:2406.02069)."""
-    layers = cap.shape[0]
+    layers, share = cap.shape[0], int(even.max())
     free = max(share - protected, 0)
     last = free / beta
     first = 2 * free - last
     steps = torch.arange(layers) / max(layers - 1, 1)
     profile = first - steps * (first - last) + protected
-    return water_fill((profile if layers > 1 else profile * 0 + share)[:, None].expand(cap.shape), total_of(cap, share),
+    return water_fill((profile if layers > 1 else profile * 0 + share)[:, None].expand(cap.shape), total_of(cap, even),
                       floor, cap)
 
 

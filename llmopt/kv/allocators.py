@@ -38,13 +38,15 @@ class Scored(NamedTuple):
 class Demand:
     """The budget that an allocator shares out in one row of the batch.
 
-    share: mean entries per KV head; cap: int64 [L, G], the entries there are; least: the method's floor of any one
-    head; protected: sinks + window; scored: the L layers it looks at; guard: bool [G, T] of a layer, the entries that
-    stay in any case; weights: [L, G], how much head scores make of each KV head.
+    share: mean entries per KV head; cap: int64 [L, G], the entries there are; even: int64 [L, G], the share, or all of
+    the row's tokens that the layer can see, where these are fewer; least: the method's floor of any one head;
+    protected: sinks + window; scored: the L layers it looks at; guard: bool [G, T] of a layer, the entries that stay in
+    any case; weights: [L, G], how much head scores make of each KV head.
     """
 
     share: int
     cap: Tensor
+    even: Tensor
     least: int
     protected: int
     scored: list[Scored] = dataclasses.field(default_factory=list)
@@ -54,7 +56,7 @@ class Demand:
     @property
     def total(self) -> int:
         """Entries to keep over all heads."""
-        return allocate.total_of(self.cap, self.share)
+        return allocate.total_of(self.cap, self.even)
 
     def floor(self, least: int | None = None) -> Tensor:
         """int64 [L, G]: entries that every head keeps at least, `least` or what the method says, as far as they go."""
@@ -125,7 +127,7 @@ class Ada(Allocator):
     alpha: float = Field(allocate.ALPHA, ge=0, le=1, description="part of the even share that every head keeps")
 
     def counts(self, demand: Demand) -> Tensor:
-        return allocate.ada(demand.guarded_scores, demand.share, demand.floor(), demand.cap, self.alpha)
+        return allocate.ada(demand.guarded_scores, demand.even, demand.floor(), demand.cap, self.alpha)
 
 
 @register("global")
@@ -164,7 +166,7 @@ class Pyramid(Allocator):
     beta: float = Field(allocate.BETA, ge=1, description="the last layer keeps about 1 / beta of the mean")
 
     def counts(self, demand: Demand) -> Tensor:
-        return allocate.pyramid(demand.share, demand.protected, demand.floor(), demand.cap, self.beta)
+        return allocate.pyramid(demand.even, demand.protected, demand.floor(), demand.cap, self.beta)
 
 
 SINKS = Field(4, ge=0, description="first tokens that every head keeps, for attention that finds nothing else")

@@ -270,18 +270,30 @@ class Scorer(CacheMethod):
         """[layers, G] entries that each head keeps."""
         if self.allocate.looks_at == "nothing":
             return self._from_lengths(turn, share)[[turn.cache.attending().index(i) for i in layers]]
-        cap, even = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
-        least = max(self.minimum, self.first + self.window)
-        return self.allocate.counts(Demand(share, cap, least, self.first + self.window, scored,
-                                           lambda layer: self._protected(layer, even, turn.length)))
+        cap, mean = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
+        even, least = self._even(turn, share, layers), max(self.minimum, self.first + self.window)
+        return self.allocate.counts(Demand(share, cap, even, least, self.first + self.window, scored,
+                                           lambda layer: self._protected(layer, mean, turn.length)))
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
         caps, protected = self._coming(turn), self.first + self.window
         told = self.allocate.weights(turn.record.meta, share, turn.length, protected)
         weights = None if told is None else stack([told[i] for i in caps], 0.0)
-        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self.minimum, protected,
-                                           weights=weights))
+        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self._even(turn, share, [*caps]),
+                                           self.minimum, protected, weights=weights))
+
+    @staticmethod
+    def _even(turn: Turn, share: int, layers: list[int]) -> Tensor:
+        """[layers, G]: the share of each head, no more than the tokens of this row that its layer can see.
+
+        What earlier turns have dropped does not count: a head that was left few entries may not have its share, but the
+        others have it then.
+        """
+        cache, real = turn.cache, turn.cache.real(turn.row)
+        total = cache.get_seq_length(cache.attending()[0])
+        return stack([torch.full((layer.groups,), min(share, layer.in_sight(real, total)))
+                      for layer in (cache.layers[index] for index in layers)], 0)
 
     def _keep(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
         """bool [G, T]: sinks and window first, then the best."""

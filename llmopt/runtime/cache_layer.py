@@ -271,6 +271,11 @@ class RaggedLayer(CacheLayerMixin):
         return counts + torch.stack([_alive(self._kept.positions[where], real, oldest).sum().cpu()
                                      for r, _, where in self._kept.heads() if r == row])
 
+    def in_sight(self, real: Tensor | None, total: int) -> int:
+        """How many of a row's `total` tokens a query behind them can see here; real: bool [total] or None."""
+        first = 0 if self.window is None else max(0, total - self.window + 1)
+        return total - first if real is None else int(real[first:total].sum())
+
     def shown(self, mask: Tensor) -> Ragged:
         """The kept entries of tokens that `mask` [B, seen] does not hide."""
         kept = self.kept

@@ -30,21 +30,25 @@ def test_every_allocation_is_exact_and_within_bounds(seed):
     scores[torch.arange(length) >= cap.unsqueeze(-1)] = -torch.inf
     share = int(torch.randint(1, length, (), generator=g))
     floor = cap.clamp(max=min(share, 7))
-    total = allocate.total_of(cap, share)
+    even = torch.full_like(cap, share)
+    even[0] = torch.minimum(even[0], cap[0].max())             # a layer that sees no more than it holds
+    total = allocate.total_of(cap, even)
     weights = torch.rand(layers, heads, generator=g) ** 8
     found = {
-        "uniform": allocate.uniform(cap, share),
         "global": allocate.by_threshold(scores, total, floor),
-        "ada": allocate.ada(scores, share, floor, cap),
-        "pyramid": allocate.pyramid(share, 2, floor, cap),
+        "ada": allocate.ada(scores, even, floor, cap),
+        "pyramid": allocate.pyramid(even, 2, floor, cap),
         "prefix": allocate.prefix(scores, total, floor, cap),
         "heads": allocate.water_fill(weights, total, floor, cap),
     }
     for name, counts in found.items():
         assert counts.dtype == torch.int64 and counts.shape == cap.shape
-        assert int(counts.sum()) == total, name
+        of_layers = torch.minimum(cap.sum(1), even.sum(1)).sum()            # ada: what a layer lacks, no other has
+        assert int(counts.sum()) == (of_layers if name == "ada" else total), name
         assert bool((counts >= floor).all() and (counts <= cap).all()), name
-    assert found["ada"].sum(1).tolist() == cap.clamp(max=share).sum(1).tolist()
+    assert found["ada"].sum(1).tolist() == torch.minimum(cap.sum(1), even.sum(1)).tolist()
+    assert total == cap.sum() or total == even.sum() >= cap.clamp(max=share).sum()
+    assert allocate.uniform(cap, share).tolist() == cap.clamp(max=share).tolist()
 
 
 def test_global_takes_the_best_wherever_they_are():
@@ -57,14 +61,14 @@ def test_global_takes_the_best_wherever_they_are():
 def test_ada_equal_heads_are_uniform_and_unequal_ones_are_not():
     cap, floor = torch.full((1, 2), 10), torch.ones(1, 2, dtype=torch.int64)
     row = torch.arange(10.).flip(0)
-    assert allocate.ada(torch.stack([row, row])[None], 5, floor, cap).tolist() == [[5, 5]]
-    assert allocate.ada(torch.stack([row + 20, row])[None], 5, floor, cap).tolist() == [[9, 1]]
-    assert allocate.ada(torch.stack([row + 20, row])[None], 10, floor, cap).tolist() == [[10, 10]]
+    assert allocate.ada(torch.stack([row, row])[None], torch.full_like(cap, 5), floor, cap).tolist() == [[5, 5]]
+    assert allocate.ada(torch.stack([row + 20, row])[None], torch.full_like(cap, 5), floor, cap).tolist() == [[9, 1]]
+    assert allocate.ada(torch.stack([row + 20, row])[None], torch.full_like(cap, 10), floor, cap).tolist() == [[10, 10]]
 
 
 def test_pyramid_falls_linearly():
     cap, floor = torch.full((5, 2), 100), torch.full((5, 2), 1)
-    counts = allocate.pyramid(share=30, protected=10, floor=floor, cap=cap)
+    counts = allocate.pyramid(torch.full_like(cap, 30), protected=10, floor=floor, cap=cap)
     assert counts[:, 0].tolist() == [49, 40, 30, 20, 11]                  # 2*20 - 20/20 + 10 down to 20/20 + 10
     assert int(counts.sum()) == 5 * 2 * 30
 

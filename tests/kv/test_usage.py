@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import llmopt
 from llmopt import kv, runtime
+from llmopt.method import Run
 from llmopt.runtime import Attachment
 from tests import tiny
 
@@ -123,3 +124,17 @@ def test_a_conversation_of_unequal_rows_is_what_each_row_says_alone(folder):
         want = model(second[1:, 5:], past_key_values=alone).logits
     assert_close(both[1, 5:], want[0], atol=1e-4, rtol=1e-4)
     assert mean_kept(cache) == BUDGET
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("allocate", ["uniform", "ada", "global", "prefix", "pyramid", "heads"])
+@torch.no_grad()
+def test_short_turns_take_nothing_from_the_budget_of_uneven_heads(allocate, family):
+    """A head that was left few entries cannot have an even share of the next turn's: the others have it then."""
+    model, cache = tiny.make(family, **({"sliding_window": 40} if family == "mistral" else {})), None
+    heads = {"allocate": "heads", "heads": "s"} if allocate == "heads" else {"allocate": allocate}
+    run = Run(scores={"s": [torch.tensor([0.0, 0, 5, 1]), torch.tensor([3.0, 0, 0, 0]), torch.ones(4)]})
+    with runtime.attached(model, kv.SnapKV(budget=BUDGET, window=4, minimum=4, **heads), run=run):
+        for turn, size in enumerate((60, 4, 9, 3)):
+            cache = model(tiny.ids(2, size, turn), past_key_values=cache, use_cache=True).past_key_values
+            assert mean_kept(cache) == BUDGET
