@@ -3,8 +3,8 @@
     s_j = z(non-causal attention)_j + blend * z(leverage)_j        z: mean 0, spread 1 over all entries of the layer
 
 Chari and Van Durme, 2025 (arXiv:2507.08143). `blend` is the share that is removed where it is not given: the rule of
-the authors' press in kvpress. Differs: entries that are always kept count in mean, spread and scores. Left out: the
-paper's calibration of how much can be removed.
+the authors' press in kvpress. Differs: entries that are always kept count in mean, spread and scores, and attention has
+the layer's scale, which the press leaves out. Left out: the paper's calibration of how much can be removed.
 """
 from pydantic import Field
 from pydantic.dataclasses import dataclass

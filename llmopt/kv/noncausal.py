@@ -3,9 +3,9 @@
     s_j = avgpool_3( mean_{h in group} sum_{t in chunk of j} softmax_{i in chunk}(q_t k_i)_j * |v_j| )
 
 One half of Compactor (Chari and Van Durme, 2025, arXiv:2507.08143). Logits are not scaled, as in the authors' press in
-kvpress: each query then speaks for the few keys that it is most like, which keeps better entries than the model's own
-attention does. An entry keeps in later turns what its own chunk gave it. Left out: the score's mean and spread are not
-taken out of it, which changes no choice inside a layer.
+kvpress: each query speaks for the few keys that it is most like. Compactor takes the layer's own scale. An entry keeps
+in later turns what its own chunk gave it. Left out: the score's mean and spread are not taken out of it, which changes
+no choice inside a layer.
 """
 from dataclasses import replace
 
@@ -33,14 +33,14 @@ class NonCausal(Scorer):
         return None
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
-        return non_causal(kv, self.chunk)
+        return non_causal(replace(kv, rule=replace(kv.rule, scaling=1.0)), self.chunk)
 
     def carry(self, kv: LayerKV, scores: Tensor) -> dict[str, Tensor]:
         return {"noncausal": scores}
 
 
 def non_causal(kv: LayerKV, size: int) -> Tensor:
-    """The scores of the formula above in chunks of `size`; of entries of earlier turns what they carry: [B, G, T]."""
+    """The scores above, by the scale of `kv.rule`; entries of earlier turns have what they carry: [B, G, T]."""
     votes = kv.mean_over_group(chunk_sums(kv, size)) * kv.values.float().norm(dim=-1)
     votes = avg_pool1d(votes.masked_fill(kv.holes, 0.0), POOL, stride=1, padding=POOL // 2)
     return where(kv.positions < kv.query_positions.amin(-1)[:, None, None], kv.carried["noncausal"], votes)
@@ -48,7 +48,6 @@ def non_causal(kv: LayerKV, size: int) -> Tensor:
 
 def chunk_sums(kv: LayerKV, size: int) -> Tensor:
     """Attention that each entry receives from the queries of its own chunk, which see the chunk alone: [B, H, T]."""
-    kv = replace(kv, rule=replace(kv.rule, scaling=1.0))
     total = kv.keys.new_zeros(*kv.queries.shape[:2], kv.keys.shape[2]).float()
     for start in range(0, kv.queries.shape[2], size):
         part = slice(start, start + size)
