@@ -44,6 +44,11 @@ def test_old_names_come_back_and_the_new_ones_hold(name):
     assert AutoConfig.for_model(**copy.deepcopy(made)).rope_parameters == config.rope_parameters
 
 
+def test_a_config_with_infinity_is_read_as_it_was_written():
+    config = json.loads(tiny.CONFIGS["llama"].to_json_string()) | {"attention_dropout": {"__float__": "Infinity"}}
+    assert with_rotary_names(config)["attention_dropout"] == config["attention_dropout"]
+
+
 def test_what_old_names_cannot_say_is_left_out_and_told(tmp_path):
     scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     model = tiny.make("gemma3_text", rope_parameters={"full_attention": scaled, "sliding_attention": scaled})

@@ -1,5 +1,4 @@
 """What transformers 4 and readers of its names look for in a checkpoint: rotary settings, tokenizer class."""
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ def with_rotary_names(config: dict[str, Any]) -> dict[str, Any]:
     if not parameters:
         return config
     both = config | _rotary_names(SPECS.get(config["model_type"], Spec()), parameters)
-    read = [CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(c)).rope_parameters for c in (config, both)]
+    kind = CONFIG_MAPPING[config["model_type"]]             # whose own reader undoes how infinity is written
+    read = [kind.from_dict(kind._decode_special_floats(c)).rope_parameters for c in (config, both)]
     return both if read[0] == read[1] else config
 
 
