@@ -59,6 +59,15 @@ def test_a_limit_on_the_size_of_files_is_one_line(words, tmp_path, monkeypatch, 
     assert call(monkeypatch, *words, stream, "--resume") == 0
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches Python, also where the tests were started in the background by a shell that ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_does_not_end_the_clearing_up(monkeypatch):
     cleared = []
     with patient():

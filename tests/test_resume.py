@@ -193,7 +193,7 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
         cut_off(patch, 4 * 28 + 9, KeyboardInterrupt())         # behind 28 weights at 4 widths each
         with pytest.raises(Interrupted):
             run(made)
-    scored, measured = counted(monkeypatch, Gradient, "score"), counted(monkeypatch, GPTQ, "_measure")
+    scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, GPTQ, "_measure")
     run(made)
     assert (scored, measured) == ([], [])
     assert contents(made.parent / "out") == contents(made.parent / "whole")

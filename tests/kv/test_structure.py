@@ -47,7 +47,7 @@ def test_marks_go_first_in_every_row_and_turn(scorer):
     run = Run(batches=[{"input_ids": tokens, "attention_mask": mask}])
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     fields = {"budget": 12, "demote": 0.0, "sinks": 0, "allocate": "uniform"}
-    fields |= {"window": 1} if scorer is kv.SnapKV else {"recent": 0.0} if scorer is kv.H2O else {}
+    fields |= {kv.SnapKV: {"window": 1}, kv.H2O: {"recent": 0.0}, kv.KVzip: {"window": 0}}.get(scorer, {})
     data = batch([11] * 500 + list(range(500)))
     with runtime.attached(model, scorer(**fields), run=Run(batches=data)):
         cache = None
