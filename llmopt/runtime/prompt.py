@@ -8,8 +8,20 @@ from torch import Tensor
 from llmopt.runtime.cache_layer import RaggedLayer
 
 
+class Newest:
+    """Queries [B, H, T, D] of the newest T of `seen` tokens."""
+
+    query: Tensor
+    seen: int
+
+    @property
+    def first(self) -> int:
+        """Column of the first query."""
+        return self.seen - self.query.shape[2]
+
+
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(Newest):
     """Queries [B, H, T, D] of the newest T tokens, of which there is more than one, and all that a layer holds of the
     `seen` tokens so far.
 
@@ -26,14 +38,9 @@ class Prompt:
     rule: Rule
     layer: int
 
-    @property
-    def first(self) -> int:
-        """Column of the first query."""
-        return self.seen - self.query.shape[2]
-
 
 @dataclass(frozen=True)
-class Attended:
+class Attended(Newest):
     """Queries [B, H, T, D] of the newest T tokens, which have read all that `cache` holds of a layer.
 
     cache: None in a forward without one, where keys and values [B, G, T, D] are all there is. mask: bool [B, seen] or
@@ -48,11 +55,6 @@ class Attended:
     seen: int
     rule: Rule
     layer: int
-
-    @property
-    def first(self) -> int:
-        """Column of the first query."""
-        return self.seen - self.query.shape[2]
 
     def of_head(self, row: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Keys, values, positions and bias of a KV head of a row, as RaggedLayer.of_head."""
