@@ -138,7 +138,7 @@ class KVzap(Scorer):
         if self.features == "hidden":
             return kv.keys.new_zeros(*kv.keys.shape[1:3], 0, dtype=torch.float32)
         even = (~kv.holes[0]).sum(-1, keepdim=True)                                      # [G, 1]
-        shares = [expected_attention(kv, SINKS, AHEAD)[0], votes(kv, VOTERS, POOL)[0].float()]
+        shares = [expected_attention(kv, SINKS, AHEAD, kv.holes)[0], votes(kv, VOTERS, POOL)[0].float()]
         return torch.stack([*((share * even).clamp(min=LEAST).log() for share in shares),
                             kv.values[0].float().norm(dim=-1), unlikeness(kv)[0], kv.keys[0].float().norm(dim=-1)], -1)
 

@@ -4,6 +4,8 @@
 
 One half of Compactor (Chari and Van Durme, 2025, arXiv:2507.08143). R is normal, drawn from a fixed seed, and left out
 where D is no larger than `dimensions`: then the scores are exact. e is a ridge of a ten-thousandth of the mean square.
+Differs: the first tokens stay, since the key on which idle attention rests need not stand out (the authors' press in
+kvpress keeps none for sure, that of the whole Compactor eight).
 Left out: the score's mean and spread are not taken out of it, which changes no choice inside a layer.
 """
 import torch
@@ -24,6 +26,7 @@ DIMENSIONS = 48
 class Leverage(Scorer):
     """Keys that stand out from the space of the others; no attention is computed."""
 
+    sinks: int = Field(4, ge=0, description="first tokens, always kept")
     dimensions: int = Field(DIMENSIONS, ge=1, description="keys are projected to so many, at most")
 
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]

@@ -7,7 +7,8 @@ from llmopt import kv, runtime
 from llmopt.checkpoint.save import load, save
 from llmopt.errors import LlmoptError
 from llmopt.heads.replay import Replay
-from llmopt.kv.kvzap import SINKS, Sums
+from llmopt.kv.expected import expected_attention
+from llmopt.kv.kvzap import AHEAD, SINKS, Sums
 from llmopt.kv.listener import own_scores, watch
 from llmopt.kv.view import LayerKV
 from llmopt.method import Record, Run
@@ -78,7 +79,7 @@ def test_its_features_are_those_of_the_formula():
     keys, sizes = view.keys[0], [x[0].norm(dim=-1) for x in (view.values, view.keys)]
     unit = keys / sizes[1][..., None]
     alike = torch.cosine_similarity(keys, unit.mean(1, keepdim=True), dim=-1)
-    shares = [kv.Expected(ratio=0.5, sinks=SINKS).score(view)[0], kv.SnapKV(ratio=0.5).score(view)[0]]
+    shares = [expected_attention(view, SINKS, AHEAD, view.holes)[0], kv.SnapKV(ratio=0.5).score(view)[0]]
     beside = [*((60 * share).log() for share in shares), sizes[0], -alike, sizes[1]]
     places = torch.arange(60.0)[:, None]
     tokens = torch.cat([view.hidden[0], torch.ones(60, 1), (1 + places).log()], 1)

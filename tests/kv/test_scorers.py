@@ -107,6 +107,9 @@ def test_leverage_is_of_centred_keys_before_rope_and_a_sketch_comes_near():
     kept_of(model, Heard(ratio=0.5, dimensions=12), tokens)
     assert torch.corrcoef(torch.stack([seen[0][0, 0].double(), exact[0]]))[0, 1] > 0.5
     assert_close(seen[0].sum(-1), torch.full((1, 2), 12.0), atol=0.05, rtol=0)      # as many as there are dimensions
+    kept = kept_of(model, kv.Leverage(ratio=0.8), tokens).layers
+    assert all(layer.kept.positions[where].tolist()[:4] == [0, 1, 2, 3] for layer in kept
+               for *_, where in layer.kept.heads())                                 # however alike their keys are
 
 
 # ---------------------------------------------------------------------------------------------------------- by lot
