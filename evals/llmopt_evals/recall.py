@@ -7,7 +7,7 @@ A text is one of `needles`, or with --world one of `world_recall`. It is read wi
 each method then makes a copy of that cache smaller, which leaves what a prefill under the method would have left
 (llmopt/runtime/copies.py), and answers are teacher-forced on it. Words are entries of a recipe's `steps`, lists of
 such entries, or folders of checkpoints, whose methods are taken with what they have learned. Head scores among them
-run first; `ratio` is added where an entry has none, and a method learns once for all ratios.
+run first; `ratio` is added where an entry has none. A scorer learns once, for all ratios and all allocators.
 
 `agnostic` asks all questions of one finished cache, `aware` reads each question before its cache is made smaller. For
 each setting: exact answers, nats a token of the answers, bytes of keys and values as part of the dense cache's
