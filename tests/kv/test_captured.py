@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from llmopt import runtime
 from llmopt.heads.replay import Replay, slid
 from llmopt.kv import SnapKV
-from llmopt.kv.captured import KEPT, PLACES, best, captured, falling
+from llmopt.kv.captured import KEPT, PLACES, Captured, best, captured, falling
 from llmopt.method import Replayed, Run
 from tests.tiny import ids, make
 
@@ -38,7 +38,7 @@ def test_entries_go_where_the_slope_is_steepest():
     first = PLACES[PLACES <= 0.26][-1]
     assert_close(best(slopes, torch.tensor([50, 50]), 0.25)[0], first)
     assert float(best(slopes, torch.tensor([50, 50]), 0.1)[1]) == 0
-    few = best(torch.ones_like(slopes), torch.tensor([10, 90]), 0.1)        # of ten an entry is worth a tenth, not a 90th
+    few = best(torch.ones_like(slopes), torch.tensor([10, 90]), 0.1)       # of ten, one is worth a tenth, not a 90th
     assert_close(few, torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
@@ -51,11 +51,17 @@ def test_a_plan_of_a_real_cache_sums_up():
         assert abs(sum(map(sum, parts)) / 6 - share) < 1e-6
 
 
+def one_sliding():
+    """A model of three layers, of which the second sees the last 33 tokens."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    return make("gemma3_text", sliding_window=33, layer_types=kinds)
+
+
 @pytest.mark.parametrize(("worth", "inside"), [(2.0, 1.0), (0.0, 0.0)])
 @torch.no_grad()
 def test_a_sliding_layer_takes_part_with_what_its_window_holds(worth, inside):
-    """Two heads of six see 32 tokens back; an entry is worth 1, there `worth`, so that they keep all or none of theirs."""
-    model = make("gemma3_text", sliding_window=33, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    """Two heads of six see 32 tokens back; an entry is worth 1, there `worth`: they keep all of theirs, or none."""
+    model = one_sliding()
     mass = [torch.ones(2, 72), worth * (torch.arange(72) >= 40).expand(2, -1), torch.ones(2, 72)]
     piece = Replayed(ids(1, 72)[0], mass, (4, 4), slid(model, 72))
     assert piece.slid == [0, 40, 0] and piece.sizes().tolist() == [64, 64, 28, 28, 64, 64]
@@ -70,3 +76,14 @@ def test_a_sliding_layer_takes_part_with_what_its_window_holds(worth, inside):
             kept = torch.stack([layer[0] for layer in model(ids(1, length), use_cache=True).past_key_values.kept()])
         assert int(kept.sum()) == 4 * budget + 2 * min(budget, 32)
         assert kept[1].tolist() == ([32, 32] if inside else [8, 8])                      # never below sinks + window
+
+
+@torch.no_grad()
+def test_a_head_keeps_its_part_of_what_its_layer_has_in_sight(monkeypatch):
+    """Half of all that may go: of 136 entries of a text of 144 tokens, of 28 in a window of 32 whose sinks are gone."""
+    model = one_sliding()
+    monkeypatch.setattr(Captured, "plan", lambda *given: {"kept": [0.1, 0.5], "parts": [
+        [[0.1, 0.1]] * 3, [[0.5, 0.5]] * 3]})
+    with runtime.attached(model, SnapKV(budget=69, window=4, allocate="captured")):
+        kept = torch.stack([layer[0] for layer in model(ids(1, 144), use_cache=True).past_key_values.kept()])
+    assert kept.tolist() == [[76, 76], [18, 18], [76, 76]] and int(kept.sum()) == 4 * 69 + 2 * 32
