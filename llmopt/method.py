@@ -5,9 +5,9 @@ returns a `Record`; `restore` redoes the edit on a model that was loaded from di
 """
 import typing
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from llmopt.scale.processes import Ranks
 
 Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
+UNCHANGED = ("score", "runtime")        # stages whose steps leave the weights as they are
 
 
 @dataclass
@@ -131,6 +132,14 @@ class Run:
         return self.ranks.share(self.probes)
 
 
+class Sample(NamedTuple):
+    """A run with a part of its data; the whole takes `times` as long. what: the part, in words."""
+
+    run: Run
+    times: float
+    what: str
+
+
 class Method(Part, ABC):
     """One entry of a recipe. Subclasses are frozen pydantic dataclasses registered under `family.method`."""
 
@@ -139,7 +148,6 @@ class Method(Part, ABC):
     place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
-    backward: ClassVar[bool] = False        # True: it takes gradients through all blocks of a batch at once
     meta_shape: ClassVar[Any] = {str: object}       # of its record's meta, in the words of files/json_shapes.py
 
     @property
@@ -151,6 +159,18 @@ class Method(Part, ABC):
     def multiple(self) -> int:
         """Columns that must go evenly into every width it finds; steps before it keep to that."""
         return 1
+
+    def backward(self, rows: int, length: int) -> int:
+        """Tokens at least through whose blocks it takes gradients at once, in batches of rows x length; 0: none."""
+        return 0
+
+    def sample(self, run: Run) -> Sample:
+        """A part of the data for which a step that needs_whole takes as much memory as for all: its largest batch."""
+        if not run.batches:
+            return Sample(run, 1, "all")
+        sizes = [batch["input_ids"].numel() for batch in run.batches]
+        largest = run.batches[sizes.index(max(sizes))]
+        return Sample(replace(run, batches=[largest]), sum(sizes) / max(sizes), f"largest of {len(sizes)} batches")
 
     def sketch(self, skeleton, run: Run, source=None) -> str:
         """Make the same edit on the shapes of a model, its weights on the meta device; a sentence on what it will do.

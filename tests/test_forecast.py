@@ -16,9 +16,12 @@ from transformers import LlamaConfig
 import llmopt
 from llmopt import progress, recipe
 from llmopt.checkpoint import save as checkpoint
+from llmopt.errors import LlmoptError
 from llmopt.forecast import times
 from llmopt.forecast.memory import Peak, advice, private_bytes, whole_bytes
-from llmopt.heads import Gradient
+from llmopt.heads import Gradient, Hess
+from llmopt.kv import SnapKV
+from llmopt.kv.fisher import CHUNK, Fisher
 from llmopt.method import Run
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.codes import Quantized
@@ -34,7 +37,7 @@ from llmopt.scale.gauge import Gauge, Taken, taken
 from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.command import llmopt as command
-from tests.test_contract import FIELDS
+from tests.test_contract import FIELDS, own_fields
 
 ROWS = tiny.ids(16, 96).tolist()
 
@@ -103,7 +106,8 @@ CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2"
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
          *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
            (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
-         *(("llama", f"[{{{name}: {json.dumps(FIELDS.get(name, {}))}}}]") for name in llmopt.names())]
+         *(("llama", json.dumps([*({before: given} for before, given in own_fields(name, "BEFORE").items()),
+                                 {name: FIELDS.get(name, {})}])) for name in llmopt.names())]
 
 
 @pytest.mark.parametrize(("family", "steps"), CASES)
@@ -118,7 +122,7 @@ def test_a_dry_run_works_on_one_block_and_leaves_nothing(family, steps, tmp_path
     for streamed in {False, not any(step.needs_whole for step in plan.steps)}:
         told = dry_run(plan, Streaming(streamed))
         done = [part for part, _, seconds, _ in told["seconds"] if part.startswith("steps.") and seconds > 0]
-        assert len(done) == sum(step.stage != "runtime" for step in plan.steps)
+        assert len(done) == sum(step.stage != "runtime" or step.needs_whole for step in plan.steps)
         assert told["predicted_seconds"] == pytest.approx([sum(part[which] for part in told["seconds"])
                                                            for which in (1, 2)])
         assert told["predicted_seconds"][0] <= told["predicted_seconds"][1]
@@ -195,8 +199,31 @@ def test_memory_that_no_author_declared_is_seen_in_a_dry_run(plan, streamed, mon
     layer = blocks(tiny.make("llama"))[0]
     weights = sum(p.weight.nbytes + p.weight.numel() * (1 + 4 / 16) for p in layer.projections())
     assert seen[0].elsewhere == (0 if streamed else pytest.approx(2 * weights, rel=0.02))   # the other two blocks
+    assert seen[0].left == (0 if streamed else 1.5 * seen[0].elsewhere)
     dense = sum(p.weight.nbytes for p in layer.projections())
     assert streamed or seen[0]._inflated("portable") == 2 * dense       # what the fresh model inflates
+
+
+def test_what_a_cache_method_learns_is_seen_on_one_of_its_texts(plan, tmp_path, monkeypatch):
+    """Of the 4 texts that heads.replay reads, one stands for all; scores that go block by block may come before."""
+    plain = Fisher.gains
+
+    def hungry(*given):
+        block = torch.ones(40_000_000)
+        time.sleep(0.2)
+        del block
+        return plain(*given)
+
+    monkeypatch.setattr(Fisher, "gains", hungry)
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(str, ROWS)))
+    steps = recipe.parse(f"data: {{name: ids, path: {tmp_path / 'ids.jsonl'}}}\nsteps: [heads.replay: {{length: 384}}, "
+                         "heads.span: {}, quant.rtn: {group_size: 16}, kv.kvzap: {ratio: 0.5, allocate: fisher}]", "r")
+    told = dry_run(replace(plan, steps=steps.steps, data=steps.data))
+    part, _, high, origin = next(row for row in told["seconds"] if row[0] == "steps.3 kv.kvzap")
+    assert 0.8 < high < 8 and origin == "first of 4 texts, measured"
+    assert dict(told["peaks"])[part] == pytest.approx(160_000_000, rel=0.2) == told["predicted_memory"]
+    with pytest.raises(LlmoptError, match="steps.0 kv.kvzap: kv.kvzap needs the step heads.replay before it"):
+        dry_run(replace(plan, steps=steps.steps[3:], data=steps.data))
 
 
 def test_a_part_takes_what_was_seen_and_what_the_other_blocks_would_add():
@@ -265,8 +292,8 @@ def test_a_time_is_a_range_from_the_processor_s_to_the_clock_s(clock, monkeypatc
 def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monkeypatch):
     rehearsal = Rehearsal.__new__(Rehearsal)
     gauge = SimpleNamespace(lap=lambda: Taken(next(highest)))
-    rehearsal.__dict__ |= {"elsewhere": 1000, "gauge": gauge, "times": times.Times(), "peaks": [], "run": Run(),
-                           "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
+    rehearsal.__dict__ |= {"elsewhere": 1000, "left": 0, "gauge": gauge, "times": times.Times(), "peaks": [],
+                           "run": Run(), "told": SimpleNamespace(layers=[[None] * 5], takes_parts=lambda i: False)}
 
     def applied(index, step, run, parts):
         for items in ([1], [1, 2]):                 # a loop over the block, one over what is tried
@@ -290,6 +317,9 @@ def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monk
 def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():
     model = tiny.make("llama")
     weights = sum(p.numel() for layer in layer_list(model) for p in layer.parameters())
-    assert whole_bytes(RTN(bits=3.5, allocate="sensitivity"), model, 10) == weights * (4 + 4)
-    few, more = (whole_bytes(Gradient(), model, tokens) for tokens in (100, 200))
+    assert whole_bytes(RTN(bits=3.5, allocate="sensitivity"), model, 1, 10) == weights * (4 + 4)
+    few, more = (whole_bytes(Gradient(), model, rows, 50) for rows in (2, 4))
     assert more == 2 * few > 100 * 12 * tiny.VOCABULARY
+    assert whole_bytes(Hess(), model, 2, 100) == few                # a row at a time
+    chunks = [whole_bytes(SnapKV(ratio=0.5, allocate=name), model, 9, 100) for name in ("fisher", "captured")]
+    assert chunks == [pytest.approx(few * CHUNK / 100, rel=1e-9), 0]

@@ -22,10 +22,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.attention.helpful import helpful
+from llmopt.attention.helpful import first_rows, helpful
 from llmopt.calibration.head_scores import FILES
 from llmopt.errors import LlmoptError
-from llmopt.method import Record, Run
+from llmopt.method import Record, Run, Sample
 from llmopt.model.blocks import blocks
 from llmopt.parts import register
 from llmopt.runtime.attach import AdjustMethod
@@ -87,6 +87,9 @@ class Act(AdjustMethod):
     @property
     def reads(self) -> tuple[str, ...]:
         return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
+
+    def sample(self, run: Run) -> Sample:
+        return first_rows(run, self.rows)
 
     def plan(self, model: nn.Module, run: Run) -> Record:
         """{"heads": by layer the heads that are adjusted, "tried": how many, "loss": [before, after] of the filter}."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmopt.calibration import head_scores
 from llmopt.calibration.losses import row_losses
 from llmopt.errors import LlmoptError
-from llmopt.method import Record, Run
+from llmopt.method import Record, Run, Sample
 from llmopt.model.blocks import blocks
 from llmopt.runtime.attach import attach, attached, attachment
 
@@ -45,6 +45,16 @@ def helpful(act: "Act", model: nn.Module, run: Run) -> dict[str, Any]:
         LOG.warning("%s: none of the %d heads tried makes the text more likely; the model stays as it is", act.name,
                     len(tried))
     return _by_layer(kept, layers) | {"tried": len(tried), "loss": [float(first.mean()), float(best.mean())]}
+
+
+def first_rows(run: Run, count: int) -> Sample:
+    """The longest of the rows that are read, and one beside it; fewer than two tell nothing."""
+    rows = _rows(run, count, torch.device("cpu")) if run.batches else []
+    sizes = [row["input_ids"].numel() for row in rows]
+    if len(rows) <= 2:
+        return Sample(run, 1, "all rows")
+    at = min(sizes.index(max(sizes)), len(rows) - 2)
+    return Sample(replace(run, batches=rows[at:at + 2]), sum(sizes) / sum(sizes[at:at + 2]), f"2 of {len(rows)} rows")
 
 
 def _rows(run: Run, count: int, device: torch.device) -> list[Row]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmopt.checkpoint.verify import probe_length
 from llmopt.files import shards
-from llmopt.method import Method
+from llmopt.method import UNCHANGED, Method
 from llmopt.model.blocks import Block, blocks, layer_list
 from llmopt.model.computing import compute_type
 from llmopt.model.head import LOGITS
@@ -56,14 +56,16 @@ def code_bytes(root: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu")
 
 
-def whole_bytes(step: Method, model: nn.Module, tokens: int) -> int:
-    """Bytes beside the weights that a step which needs_whole takes at least, for batches of so many tokens.
+def whole_bytes(step: Method, model: nn.Module, rows: int, length: int) -> int:
+    """Bytes beside the weights that a step which needs_whole takes at least, for batches of rows x length tokens.
 
-    A bound from shapes, of a skeleton too: a backward pass where the step says so, else copies of the blocks.
+    A bound from shapes, of a skeleton too: a backward pass where the step says so, copies of the blocks where it
+    changes them.
     """
-    if step.backward:
+    tokens = step.backward(rows, length)
+    if tokens:
         return _backward_bytes(model, tokens)
-    return copied_bytes(model)
+    return 0 if step.stage in UNCHANGED else copied_bytes(model)
 
 
 def copied_bytes(model: nn.Module) -> int:

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
-from llmopt.method import Method, Run
+from llmopt.method import UNCHANGED, Method, Run
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed, packed_in_place, refuse_unportable
 from llmopt.model.weights import coded
-
-UNCHANGED = ("score", "runtime")        # stages whose steps leave the weights as they are
 
 
 class Prediction(NamedTuple):

@@ -60,13 +60,15 @@ class Gradient(HeadScore):
     """One forward and one backward pass; gradients reach the gates only."""
 
     mean_over: ClassVar = "samples"
-    backward: ClassVar = True
 
     normalize: Literal["layer", "none"] = Field("layer", description="divide by the norm of each layer's scores")
 
     @property
     def unit(self) -> str:
         return "mean |dL/dgate|" + (", divided by the layer's norm" if self.normalize == "layer" else "")
+
+    def backward(self, rows: int, length: int) -> int:
+        return rows * length
 
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)

@@ -46,12 +46,14 @@ class Hess(HeadScore):
     """Budgets by the Fisher trace of a head's query projection; one forward and one backward pass for each row."""
 
     mean_over: ClassVar = "samples"
-    backward: ClassVar = True
     unit: ClassVar = "budget, in even shares of the layer"
 
     of: Literal["queries", "keys", "values"] = Field("queries", description="the projection whose gradients count")
     root: bool = Field(True, description="budgets by the square root of the trace")
     cap: float = Field(4.0, ge=1, description="the largest budget, in even shares")
+
+    def backward(self, rows: int, length: int) -> int:
+        return length
 
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)

@@ -52,13 +52,15 @@ def answer_loss(model: nn.Module, probe: Probe) -> Tensor:
 class Lofit(ProbeScore):
     """Size of a learned change of the head's scale; `epochs` forward and backward passes over each probe."""
 
-    backward: ClassVar = True
     unit: ClassVar = "size of the learned scales"
 
     epochs: int = Field(5, ge=1, le=1000, description="passes over the probes")
     batch: int = Field(8, ge=1, description="probes whose gradients make one step")
     rate: float = Field(5e-3, gt=0, le=1, description="learning rate of Adam")
     l1: float = Field(5e-4, ge=0, description="weight of the sum of all |A|")
+
+    def backward(self, rows: int, length: int) -> int:
+        return self.length
 
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         model.requires_grad_(False)

@@ -7,6 +7,7 @@ Replay scores: KVzip (arXiv:2505.23416); their thresholds as budgets per head th
 (arXiv:2602.08585). First and last entries, which every head keeps, are left out, and those that a sliding window has
 left behind. A score of 1 is an even share.
 """
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.heads.base import HeadScore
-from llmopt.method import Record, Replayed, Run
+from llmopt.method import Record, Replayed, Run, Sample
 from llmopt.model.blocks import blocks
 from llmopt.model.positions import attention_windows
 from llmopt.parts import register
@@ -41,6 +42,13 @@ class Replay(HeadScore):
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
     sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
     window: int = Field(32, ge=0, description="last entries, always kept and left out here")
+
+    def sample(self, run: Run) -> Sample:
+        if not run.batches:
+            return super().sample(run)
+        pieces = joined_rows(run.batches, self.pieces, self.length)
+        first = {"input_ids": pieces[0][None], "attention_mask": torch.ones_like(pieces[0])[None]}
+        return Sample(replace(run, batches=[first]), len(pieces), f"first of {len(pieces)} texts")
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if not run.batches:

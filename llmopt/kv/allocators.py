@@ -88,6 +88,7 @@ class Allocator(Part, ABC):
 
     What looks at one layer or none is decided layer by layer, so that a prefill never holds two layers in full. What
     looks at none sees the lengths of all layers. reads_heads: it wants the head scores that the field `heads` names.
+    learns: its `plan` runs the model, on the texts that heads.replay has read.
     """
 
     kind = "allocator"
@@ -95,6 +96,11 @@ class Allocator(Part, ABC):
     reads_heads: ClassVar[bool] = False
     usual_heads: ClassVar[str | None] = None            # the head scores that it reads where `heads` names none
     sinks: ClassVar[int] = 0                            # first tokens that every head keeps, whatever the method says
+    learns: ClassVar[bool] = False
+
+    def backward(self, rows: int, length: int) -> int:
+        """See Method.backward."""
+        return 0
 
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         """Plain JSON that `weights` needs, decided once when the method is applied; record: what `scorer` learned."""

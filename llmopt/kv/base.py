@@ -16,7 +16,7 @@ from llmopt.kv.allocators import Allocator, Demand, Room, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
 from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
-from llmopt.method import Record, Run
+from llmopt.method import Record, Run, Sample
 from llmopt.model.blocks import blocks
 from llmopt.parts import fields_of
 from llmopt.runtime.attach import CacheMethod
@@ -57,11 +57,11 @@ class Scorer(CacheMethod):
     """Keep the entries of highest score; exactly one of `ratio` and `budget` is set.
 
     Per row of the batch, with n real tokens seen, a KV head keeps on average
-    min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries. One whose `learn` runs the model, and does not
-    look at token ids alone, says needs_whole = True.
+    min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries. learns: its `learn` runs the model, on the
+    texts that heads.replay has read.
     """
 
-    needs_whole: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     ratio: float | None = Field(None, ge=0, lt=1, description="fraction removed")
     budget: int | None = Field(None, ge=1, description="mean entries per KV head, sinks and window included")
@@ -119,6 +119,13 @@ class Scorer(CacheMethod):
         return self.demote < 1
 
     @property
+    def needs_whole(self) -> bool:
+        return self.learns or self.allocate.learns
+
+    def backward(self, rows: int, length: int) -> int:
+        return self.allocate.backward(rows, length)
+
+    @property
     def reads_ids(self) -> bool:
         return self.demote < 1
 
@@ -134,6 +141,10 @@ class Scorer(CacheMethod):
         return max(self.sinks, self.allocate.sinks)
 
     # ------------------------------------------------------------------------------------------ once, at apply
+
+    def sample(self, run: Run) -> Sample:
+        texts = run.replays or []
+        return Sample(replace(run, replays=texts[:1]), max(1, len(texts)), f"first of {len(texts)} texts")
 
     def learn(self, model: nn.Module, run: Run) -> Record:
         """What the scorer decides once."""

@@ -6,7 +6,7 @@
 The idea is LU-KV's (arXiv:2602.08585); the majorant of replay mass in the scorer's order is ours. A head's entries are
 those that may go: neither its first and last ones, nor what a sliding window has left behind.
 """
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -25,6 +25,8 @@ KEPT = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.
 @dataclass(frozen=True)
 class Captured(Tabled):
     """Where this scorer finds what a second reading looks at, on the texts of heads.replay, which must run before."""
+
+    learns: ClassVar = True
 
     def plan(self, scorer, record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         pieces = replays_of(run, model, f"{scorer.name}: allocate: {self.name}")

@@ -27,6 +27,9 @@ CHUNK = 256             # tokens of the second reading that share one backward p
 class Fisher(Captured):
     """Where dropping entries would move the predictions, on the texts of heads.replay, which must run before."""
 
+    def backward(self, rows: int, length: int) -> int:
+        return min(CHUNK, rows * length)
+
     def gains(self, piece: Replayed, own: list[Tensor], model: nn.Module, run: Run) -> Tensor:
         losses = [torch.zeros(len(layer), len(PLACES), dtype=torch.float64) for layer in own]
         free = [piece.free(index) for index in range(len(own))]

@@ -43,7 +43,7 @@ class KVzap(Scorer):
     """What a second reading would look at, foretold by a regression on the texts of heads.replay; no second reading."""
 
     hidden: ClassVar = True
-    needs_whole: ClassVar[bool] = True
+    learns: ClassVar = True
 
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
     window: int = Field(32, ge=0, description="last tokens, always kept")

@@ -6,7 +6,6 @@ is gone afterwards. The other blocks take as long, and leave as much behind.
 """
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +21,7 @@ from llmopt.forecast.memory import Peak, advice, code_bytes, copied_bytes, priva
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
-from llmopt.method import Method, Run
+from llmopt.method import UNCHANGED, Method, Run
 from llmopt.model import state
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.computing import computing
@@ -35,6 +34,7 @@ from llmopt.run.calibrating import load_batches, needs_data
 from llmopt.run.foretold import Foretold
 from llmopt.run.opening import Streaming, cut_short, open_model, refuse_whole
 from llmopt.run.pipeline import streamed_saving
+from llmopt.runtime.attach import attached
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
 from llmopt.scale.gauge import Gauge
@@ -80,13 +80,13 @@ class Rehearsal:
     """The parts of a run one after the other, on the first block of its model; `play` cuts the others off.
 
     elsewhere: private bytes of the blocks that are not there, as the steps so far would have left them. A part takes
-    what it was seen to take, and that.
+    what it was seen to take, and that. left: private bytes that steps have added to all blocks, those there included.
     """
 
     def __init__(self, steps: Sequence[Method], model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
         self.steps, self.model, self.run, self.told, self.gauge = steps, model, run, told, gauge
         self.streamed = isinstance(run.memory, Streamed)
-        self.elsewhere, self.times, self.peaks = 0, Times(), []
+        self.elsewhere, self.left, self.times, self.peaks = 0, 0, Times(), []
 
     def note(self, part: str, spent: Span, origin: str, more: int = 0) -> None:
         """Add a part that has just been done; more: bytes that it would take for the blocks that are not there."""
@@ -100,9 +100,7 @@ class Rehearsal:
         self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")
-        for i, step in steps:
-            if _needs_all(step):
-                self._score_whole(i, step)
+        acting = self._on_all_blocks(steps)
         weights, copies = _block_bytes(model), copied_bytes(model)
         self._cut()
         copies -= copied_bytes(model)
@@ -119,15 +117,31 @@ class Rehearsal:
                 else:
                     more = self._inflated(format)
                 self.note("save and verify", spent, "of one block, measured; the others by their bytes", more)
+        self.peaks += [Peak(part, private + self.left) for part, private in acting]
 
-    def _score_whole(self, index: int, step: Method) -> None:
-        """A score of the whole model: its largest batch, all others by their tokens; probes all of them."""
-        batches = self.run.batches or []
-        sizes = [batch["input_ids"].numel() for batch in batches]
-        largest = [max(batches, key=lambda batch: batch["input_ids"].numel())] if batches else None
-        spent = self._applied(index, step, replace(self.run, batches=largest))
-        self.note(f"steps.{index} {step.name}", spent * (sum(sizes) / max(sizes) if sizes else 1),
-                  f"largest of {len(batches)} batches, measured")
+    def _on_all_blocks(self, steps: list[tuple[int, Method]]) -> list[Peak]:
+        """Rehearse the steps that look at all blocks; peaks of those that act at run time, which come behind all edits.
+
+        Scores that go block by block are taken too, not noted: a step behind them may read those of all blocks.
+        """
+        acting, last = [], max((i for i, step in steps if _needs_all(step)), default=-1)
+        for i, step in steps[:last + 1]:
+            if _needs_all(step):
+                self._whole(i, step)
+                if step.stage == "runtime":
+                    acting.append(self.peaks.pop())
+            elif step.stage == "score":
+                self._applied(i, step, step.sample(self.run).run)
+        return acting
+
+    def _whole(self, index: int, step: Method) -> None:
+        """A step on the whole model, by a part of its data; what it attaches comes off again."""
+        sample = step.sample(self.run)
+        with attached(self.model):
+            spent = self._applied(index, step, sample.run)
+        if sample.run.replays is not self.run.replays:              # one text stands for all
+            self.run.replays = sample.run.replays * round(sample.times)
+        self.note(f"steps.{index} {step.name}", spent * sample.times, f"{sample.what}, measured")
 
     def _cut(self) -> None:
         """Leave the first block, and its part of what the run knows."""
@@ -146,18 +160,20 @@ class Rehearsal:
         loops = self.run.progress = Loops(lambda: self.gauge.lap().private)
         spent = self._applied(index, step, self.run, self.told.takes_parts(index))
         loops.look()
-        stays = (count - 1) * (sum(map(private_bytes, layers)) - before)
+        added = sum(map(private_bytes, layers)) - before
+        stays = (count - 1) * added
         codes = (count - 1) * (sum(map(code_bytes, layers)) - codes)        # hung on the blocks after all trials
         spent = loops.scaled(spent, count, forwards if step.needs_whole else 1)     # all blocks run in each trial
         trials, part = loops.high_trials + max(0, stays - codes) + copies, f"steps.{index} {step.name}"
         self.times.add(part, spent, f"first of {count} blocks, measured")
         self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays), trials)))
-        self.elsewhere += stays
+        self.elsewhere, self.left = self.elsewhere + stays, self.left + added + stays
 
     def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:
         """The time a step takes; parts: it removes whole parts of the model, which one block may not have to spare."""
         run.ahead = self.steps[index + 1:]
-        run.memory.begin(len(self.steps) + index)        # what was decided for all blocks is not for this one
+        at = len(layer_list(self.model)) * len(self.steps) + index
+        run.memory.begin(at)                        # what was decided for all blocks, or all data, is not for this one
         watch = Watch()
         with naming(f"steps.{index} {step.name}"):
             if step.needs_data and not run.batches:
@@ -198,4 +214,5 @@ def _summing(files: list[Path]) -> tuple[Span, str]:
 
 
 def _needs_all(step: Method) -> bool:
-    return step.needs_whole and step.stage == "score"
+    """True for a step that looks at all blocks and changes none."""
+    return step.needs_whole and step.stage in UNCHANGED

@@ -95,9 +95,9 @@ def cut_short(model: nn.Module, count: int) -> None:
 def refuse_whole(model: nn.Module, steps: Sequence[Method], spec: DataSpec, room: int) -> None:
     """Raise LlmoptError for a step that works on the whole model and takes more than `room` bytes; none if streamed."""
     size = shards.tensor_bytes(dict(model.named_parameters()))
-    tokens = min(spec.batch_size, spec.samples) * (spec.length or data.DEFAULT_LENGTH)
+    batch = min(spec.batch_size, spec.samples), spec.length or data.DEFAULT_LENGTH
     for i, step in enumerate(steps):
-        needed = size + whole_bytes(step, model, tokens) if step.needs_whole else 0
+        needed = size + whole_bytes(step, model, *batch) if step.needs_whole else 0
         if needed > room:
             raise LlmoptError(f"steps.{i} {step.name}: works on the whole model "
                               f"{'at once' if room else 'and cannot be streamed'}; that takes at least "

@@ -19,9 +19,9 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import WORK
 from llmopt.forecast.memory import shard_bytes
-from llmopt.forecast.size import UNCHANGED, Prediction, predict
+from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Watch
-from llmopt.method import Method, Record, Run
+from llmopt.method import UNCHANGED, Method, Record, Run
 from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
 from llmopt.model.loaded import evaluating
