@@ -34,10 +34,14 @@ def helpful(act: "Act", model: nn.Module, run: Run) -> dict[str, Any]:
     tried, layers = _candidates(act, model, run, rows), len(blocks(model))
     if not act.filter:
         return _by_layer(tried, layers) | {"tried": len(tried)}
+    def losses(heads: list[Place]) -> Tensor:       # those of a run that was cut off are not measured again
+        return torch.tensor(run.memory.remember(f"losses with {heads}", lambda: {
+            "losses": run.ranks.agree(_losses(act, model, rows, heads).tolist())})["losses"], dtype=torch.float64)
+
     kept: list[Place] = []
-    first = best = _losses(act, model, rows, kept)
+    first = best = losses(kept)
     for place in run.progress(tried, f"{act.name}: heads"):
-        now = _losses(act, model, rows, [*kept, place])
+        now = losses([*kept, place])
         gain = best - now
         if float(gain.mean()) > act.sure * float(gain.std()) / math.sqrt(len(gain)):
             kept, best = [*kept, place], now
