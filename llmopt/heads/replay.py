@@ -95,12 +95,15 @@ def slid(model: nn.Module, length: int) -> list[int]:
 
 
 def kept_parts(piece: Replayed, share: float) -> list[Tensor]:
-    """By layer, the part of each KV head's entries [G] that is among the best `share` of all heads' that may go."""
+    """By layer, the part of each KV head's entries [G] that is among the best `share` of all heads' that may go.
+
+    Where none may go, nothing is known, and the part is `share`.
+    """
     scores = [layer[:, piece.free(i)] for i, layer in enumerate(piece.scores)]
     every = torch.cat([layer.flatten() for layer in scores])
     best = every.argsort(descending=True, stable=True)[:round(share * len(every))]
     kept = torch.zeros(len(every)).index_fill_(0, best, 1.0).split([layer.numel() for layer in scores])
-    return [mine.view(layer.shape).sum(1) / max(1, layer.shape[1]) for mine, layer in zip(kept, scores, strict=True)]
+    return [mine.view(layer.shape).mean(1).nan_to_num(share) for mine, layer in zip(kept, scores, strict=True)]
 
 
 def _mean(parts: list[list[Tensor]]) -> list[Tensor]:

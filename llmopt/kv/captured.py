@@ -69,7 +69,8 @@ def falling(slopes: Tensor, widths: Tensor) -> Tensor:
 def best(slopes: Tensor, sizes: Tensor, share: float) -> Tensor:
     """The part of its entries that each head keeps [heads], where `share` of all go where an entry gains most.
 
-    slopes [heads, places]: by part of a head's entries; sizes [heads]: how many these are.
+    slopes [heads, places]: by part of a head's entries; sizes [heads]: how many these are. Where there are none,
+    nothing is known, and the part is `share`.
     """
     sizes = sizes.double()[:, None]
     widths = (PLACES.diff() * sizes).flatten()                                            # in entries
@@ -77,4 +78,4 @@ def best(slopes: Tensor, sizes: Tensor, share: float) -> Tensor:
     room = (share * sizes.sum() - (widths[order].cumsum(0) - widths[order])).clamp(min=0)
     given = torch.zeros_like(widths)
     given[order] = torch.minimum(widths[order], room)
-    return (given.view(slopes.shape) / sizes.clamp(min=1)).sum(1)
+    return torch.where(sizes > 0, given.view(slopes.shape) / sizes, share * PLACES.diff()).sum(1)

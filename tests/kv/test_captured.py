@@ -40,6 +40,7 @@ def test_entries_go_where_the_slope_is_steepest():
     assert float(best(slopes, torch.tensor([50, 50]), 0.1)[1]) == 0
     few = best(torch.ones_like(slopes), torch.tensor([10, 90]), 0.1)       # of ten, one is worth a tenth, not a 90th
     assert_close(few, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert best(torch.ones_like(slopes), torch.tensor([0, 90]), 0.3).tolist() == pytest.approx([0.3, 0.3])
 
 
 def test_a_plan_of_a_real_cache_sums_up():
