@@ -1,4 +1,6 @@
 """The profile of replays: thresholds over all heads, by hand; what it tells is in force in a cache."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -21,9 +23,21 @@ def data(rows=4, tokens=40):
 
 def test_parts_are_those_of_one_threshold():
     scores = [torch.tensor([[9., .9, .1, .8, .7, 9.]]), torch.tensor([[9., .6, .2, .3, .95, 9.]]), torch.zeros(0, 6)]
-    piece = Replayed(torch.arange(6), scores, (1, 1))
+    piece = Replayed(torch.arange(6), scores, (1, 1), [0, 0, 0])
     assert [part.tolist() for part in kept_parts(piece, 0.5)] == [[0.75], [0.25], []]       # .95 .9 .8 .7 stay
     assert [part.tolist() for part in kept_parts(piece, 0.25)] == [[0.25], [0.25], []]
+    slid = replace(piece, slid=[0, 3, 0])                                           # of the second .3 .95 are left
+    assert [part.tolist() for part in kept_parts(slid, 0.5)] == [[0.5], [0.5], []]
+    assert [part.tolist() for part in kept_parts(replace(piece, slid=[0, 5, 0]), 0.5)] == [[0.5], [0.5], []]
+
+
+def test_an_even_share_is_one_where_windows_slide():
+    model, run = make("gemma2"), data()
+    record = llmopt.heads.Replay(pieces=2, length=80, chunk=40, sinks=4, window=4).apply(model, run)
+    assert run.replays[0].sizes().tolist() == [11, 11, 72, 72, 11, 11]           # 15 in sight, 4 are last
+    assert abs(float(torch.stack(run.scores["heads.replay"]).mean()) - 1) < 0.02
+    told = torch.tensor(record.meta["at_50"])[:, ::2].flatten()
+    assert abs(float((told * run.replays[0].sizes()).sum()) - 0.5 * 188) < 1
 
 
 def test_rows_are_joined_without_padding():
