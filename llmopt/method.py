@@ -73,12 +73,26 @@ class Probe:
 class Replayed:
     """A text that was read twice: ids [n]; by layer, the largest attention on each entry the second time [G, n].
 
-    protected: (first, last) entries that are kept whatever their score.
+    protected: (first, last) entries that are kept whatever their score. slid: by layer, how many of the first entries
+    had left its window when the text was read.
     """
 
     ids: Tensor
     scores: list[Tensor]
     protected: tuple[int, int]
+    slid: list[int]
+
+    def free(self, layer: int) -> slice:
+        """The entries of a layer that are there after the text and may go."""
+        first, last = self.protected
+        start = max(first, self.slid[layer])
+        return slice(start, max(start, len(self.ids) - last))
+
+    def sizes(self) -> Tensor:
+        """[G of all layers] how many of each KV head's entries may go."""
+        free = [self.free(layer) for layer in range(len(self.scores))]
+        return torch.cat([torch.full((len(layer),), part.stop - part.start) for layer, part in
+                          zip(self.scores, free, strict=True)])
 
 
 @dataclass

@@ -35,9 +35,9 @@ def helpful(act: "Act", model: nn.Module, run: Run) -> dict[str, Any]:
     if not act.filter:
         return _by_layer(tried, layers) | {"tried": len(tried)}
     kept: list[Place] = []
-    first = best = _losses(act, model, rows, kept)
+    first = best = _remembered(act, model, run, rows, kept)
     for place in run.progress(tried, f"{act.name}: heads"):
-        now = _losses(act, model, rows, [*kept, place])
+        now = _remembered(act, model, run, rows, [*kept, place])
         gain = best - now
         if float(gain.mean()) > act.sure * float(gain.std()) / math.sqrt(len(gain)):
             kept, best = [*kept, place], now
@@ -93,6 +93,13 @@ def _masses(act: "Act", model: nn.Module, rows: list[Row], places: list[Place]) 
         for layer, counter in attachment(model).stats.items():
             found[layer] = counter.mass.cpu()
     return found
+
+
+def _remembered(act: "Act", model: nn.Module, run: Run, rows: list[Row], places: list[Place]) -> Tensor:
+    """The losses below; what a run that was cut off has measured is not measured again."""
+    found = run.memory.remember(f"losses with {places}", lambda: {
+        "losses": run.ranks.agree(_losses(act, model, rows, places).tolist())})
+    return torch.tensor(found["losses"], dtype=torch.float64)
 
 
 @torch.no_grad()

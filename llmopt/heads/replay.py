@@ -1,10 +1,12 @@
 """What each KV head needs to have kept: its part of what the model looks at when it reads a text again.
 
-    s_j = max over queries of the second reading, and over the group, of the attention on entry j          (KVzip)
+    s_j = max over queries t of the second reading, and over the heads h of the group, of a_tj^h           (KVzip)
+    plus: of a_tj^h * |v_j W_O^h| / |x_t|            x_t: what the layer's attention reads at t            (KVzip+)
     at r of the entries kept: how many of a head's entries are among the best r of all heads of all layers
 
-Replay scores: KVzip (arXiv:2505.23416); their thresholds as budgets per head that are fixed once: the idea of LU-KV
-(arXiv:2602.08585). First and last entries, which every head keeps, are left out. A score of 1 is an even share.
+Replay scores: KVzip (arXiv:2505.23416), KVzip+ (arXiv:2601.07891); their thresholds as budgets per head that are fixed
+once: the idea of LU-KV (arXiv:2602.08585). First and last entries, which every head keeps, are left out, and those that
+a sliding window has left behind. A score of 1 is an even share.
 """
 from dataclasses import replace
 from typing import ClassVar
@@ -18,6 +20,7 @@ from llmopt.errors import LlmoptError
 from llmopt.heads.base import HeadScore
 from llmopt.method import Record, Replayed, Run, Sample
 from llmopt.model.blocks import blocks
+from llmopt.model.positions import attention_windows
 from llmopt.parts import register
 from llmopt.runtime.replay import replay_scores, request
 
@@ -38,6 +41,7 @@ class Replay(HeadScore):
     pieces: int = Field(6, ge=1, le=1000, description="texts that are read twice, rows of the data joined")
     length: int = Field(2048, ge=64, le=1_000_000, description="tokens of each")
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
+    plus: bool = Field(False, description="weigh attention by what the value does to the residual stream (KVzip+)")
     sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
     window: int = Field(32, ge=0, description="last entries, always kept and left out here")
 
@@ -57,21 +61,23 @@ class Replay(HeadScore):
                               f"{self.sinks} + {self.window}")
         kept = run.memory.keep_named("replays", lambda: self._read(model, pieces, asked, run))
         run.replays = [Replayed(ids, [kept[f"{i}.{layer}"] for layer in range(len(blocks(model)))],
-                                (self.sinks, self.window)) for i, ids in enumerate(pieces)]
+                                (self.sinks, self.window), slid(model, len(ids))) for i, ids in enumerate(pieces)]
         return super().apply(model, run)
 
     def _read(self, model: nn.Module, pieces: list[Tensor], asked: list[int], run: Run) -> dict[str, Tensor]:
         """{"piece.layer": scores [G, n]}."""
         found = {}
         for i in run.progress(range(len(pieces)), self.name):
-            scores = replay_scores(model, pieces[i], asked, self.chunk)
+            scores = replay_scores(model, pieces[i], asked, self.chunk, self.plus)
             found |= {f"{i}.{layer}": part for layer, part in enumerate(scores)}
         return found
 
     def measure(self, model: nn.Module, run: Run) -> dict[str, list[Tensor]]:
         parts = {name: _mean([kept_parts(piece, share) for piece in run.replays]) for name, share in GRID.items()}
-        scores = [sum(parts[name][layer] / share for name, share in GRID.items()) / len(GRID)
-                  for layer in range(len(blocks(model)))]
+        sizes = run.replays[0].sizes().split([block.kv_heads for block in blocks(model)])
+        even = run.replays[0].sizes().float().mean().clamp(min=1)
+        scores = [sum(parts[name][layer] / share for name, share in GRID.items()) / len(GRID) * size / even
+                  for layer, size in enumerate(sizes)]
         groups = [block.heads // max(1, block.kv_heads) for block in blocks(model)]
         return {key: [part.repeat_interleave(g) for part, g in zip(layers, groups, strict=True)]
                 for key, layers in {"scores": scores, **parts}.items()}
@@ -85,14 +91,21 @@ def joined_rows(batches: list[dict[str, Tensor]], count: int, length: int) -> li
     return [text for text in texts if len(text) == length] or [texts[0]]
 
 
+def slid(model: nn.Module, length: int) -> list[int]:
+    """By layer, how many of the first entries of a text of `length` tokens no token behind it can see."""
+    return [0 if window is None else max(0, length - window + 1) for window in attention_windows(model)]
+
+
 def kept_parts(piece: Replayed, share: float) -> list[Tensor]:
-    """By layer, the part of each KV head's entries [G] that is among the best `share` of all heads, first and last
-    entries apart."""
-    first, last = piece.protected
-    scores = torch.cat([layer[:, first:layer.shape[1] - last] for layer in piece.scores])           # [all G, n]
-    best = scores.flatten().argsort(descending=True, stable=True)[:round(share * scores.numel())]
-    counts = torch.bincount(best // scores.shape[1], minlength=len(scores))
-    return list((counts / scores.shape[1]).split([len(layer) for layer in piece.scores]))
+    """By layer, the part of each KV head's entries [G] that is among the best `share` of all heads' that may go.
+
+    Where none may go, nothing is known, and the part is `share`.
+    """
+    scores = [layer[:, piece.free(i)] for i, layer in enumerate(piece.scores)]
+    every = torch.cat([layer.flatten() for layer in scores])
+    best = every.argsort(descending=True, stable=True)[:round(share * len(every))]
+    kept = torch.zeros(len(every)).index_fill_(0, best, 1.0).split([layer.numel() for layer in scores])
+    return [mine.view(layer.shape).mean(1).nan_to_num(share) for mine, layer in zip(kept, scores, strict=True)]
 
 
 def _mean(parts: list[list[Tensor]]) -> list[Tensor]:

@@ -34,6 +34,16 @@ class Scored(NamedTuple):
         return (self.positions >= 0).sum(-1)
 
 
+class Room(NamedTuple):
+    """What the KV heads of a row have in sight: entries that may go, and those that stay in any case, int64 [L, G]; and
+    how many are to stay in all. What a sliding window has left behind is in neither.
+    """
+
+    free: Tensor
+    sure: Tensor
+    total: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Demand:
     """The budget that an allocator shares out in one row of the batch.
@@ -104,10 +114,8 @@ class Allocator(Part, ABC):
     def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
         """Raise LlmoptError for what its form does not rule out; heads: KV heads of each layer of the model."""
 
-    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor] | None:
-        """By layer, how much of the budget each KV head [G] deserves, by what `plan` gave; None: all alike.
-
-        share: mean entries per head that stay of `length`; protected: sinks + window.
+    def weights(self, meta: dict[str, Any], layers: list[int], room: Room) -> Tensor | None:
+        """How much of the budget each KV head of these `layers` deserves [L, G], by what `plan` gave; None: all alike.
         """
         return None
 
@@ -198,8 +206,8 @@ class Heads(Allocator):
     def check_meta(self, meta: dict[str, Any], heads: list[int], label: str) -> None:
         check_heads(meta["shares"], heads, label)
 
-    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor]:
-        return [torch.tensor(row) for row in meta["shares"]]
+    def weights(self, meta: dict[str, Any], layers: list[int], room: Room) -> Tensor:
+        return of_layers(meta["shares"], layers)
 
     def counts(self, demand: Demand) -> Tensor:
         return allocate.water_fill(demand.weights, demand.total, demand.floor(), demand.cap)
@@ -209,8 +217,9 @@ class Heads(Allocator):
 class Tabled(Allocator):
     """A budget for every head that was measured once, at several kept shares, by a table of kept parts.
 
-    {"kept": [R], "parts": [R][L][G]}: which part of its entries each head keeps where so many of all are kept, sinks
-    and window apart. In between, parts are interpolated.
+    {"kept": [R], "parts": [R][L][G]}: which part of its entries each head keeps where so many of all are kept, sinks,
+    window, and what a sliding window has left behind apart. In force is the row, interpolated, whose parts of what the
+    heads have in sight now are the budget; so a head keeps its part whatever other layers hold of a longer text.
     """
 
     looks_at: ClassVar = "nothing"
@@ -227,15 +236,14 @@ class Tabled(Allocator):
         for part in meta["parts"]:
             check_heads(part, heads, label)
 
-    def weights(self, meta: dict[str, Any], share: int, length: int, protected: int) -> list[Tensor]:
-        rest = max(1, length - protected)
-        at = (share - protected) / rest
-        kept, parts = [0.0, *meta["kept"], 1.0], meta["parts"]
-        place = max(i for i in range(len(kept) - 1) if i == 0 or kept[i] <= at)
-        low, high = ([torch.tensor(row) for row in parts[i - 1]] if 0 < i < len(kept) - 1
-                     else [torch.full((len(row),), kept[i]) for row in parts[0]] for i in (place, place + 1))
-        mix = min(1.0, max(0.0, (at - kept[place]) / max(1e-9, kept[place + 1] - kept[place])))
-        return [torch.lerp(a, b, mix) * rest + protected for a, b in zip(low, high, strict=True)]
+    def weights(self, meta: dict[str, Any], layers: list[int], room: Room) -> Tensor:
+        inner = [of_layers(parts, layers) for parts in meta["parts"]]
+        table = torch.stack([torch.zeros_like(inner[0]), *inner, torch.ones_like(inner[0])]) * room.free     # [R, L, G]
+        sizes, wanted = table.sum((1, 2)), room.total - int(room.sure.sum())
+        place = int((sizes[1:-1] < wanted).sum())
+        low, high = sizes[place:place + 2].tolist()
+        mix = min(1.0, max(0.0, (wanted - low) / max(1e-9, high - low)))
+        return torch.lerp(table[place], table[place + 1], mix) + room.sure
 
     def counts(self, demand: Demand) -> Tensor:
         return allocate.water_fill(demand.weights, demand.total, demand.floor(demand.protected), demand.cap)
@@ -254,6 +262,11 @@ class Profile(Tabled):
         names = {"at_5": 0.05, "at_10": 0.1, "at_25": 0.25, "at_50": 0.5}
         parts = [best_of_groups(scorer.heads or self.usual_heads, run, model, name) for name in names]
         return {"kept": list(names.values()), "parts": parts}
+
+
+def of_layers(rows: list[list[float]], layers: list[int]) -> Tensor:
+    """What a table [layers of the model][G] has for these layers: float64 [L, G]."""
+    return stack([torch.tensor(rows[layer], dtype=torch.float64) for layer in layers], 0.0)
 
 
 def best_of_groups(name: str, run: Run, model: nn.Module, beside: str | None = None) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """Base of the kv methods: how much is kept, by whom, and what is always kept. A method writes `score` alone."""
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
-from llmopt.kv.allocators import Allocator, Demand, Scored, Uniform, stack
+from llmopt.kv.allocators import Allocator, Demand, Room, Scored, Uniform, stack
 from llmopt.kv.reducers import Evict, Reducer
 from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
@@ -234,11 +234,18 @@ class Scorer(CacheMethod):
 
     def _coming(self, turn: Turn) -> dict[int, Tensor]:
         """Entries of every layer at the end of this forward if nothing were dropped, by layer: [G]."""
-        if turn.row not in turn.live.now.plan:
-            cache, real = turn.cache, turn.cache.real(turn.row)
-            total = cache.get_seq_length(cache.attending()[0])
-            turn.live.now.plan[turn.row] = {i: cache.layers[i].coming(real, turn.row, total) for i in cache.attending()}
-        return turn.live.now.plan[turn.row]
+        cache, real = turn.cache, turn.cache.real(turn.row)
+        total = cache.get_seq_length(cache.attending()[0])
+        return self._once(turn, "coming", lambda: {index: cache.layers[index].coming(real, turn.row, total)
+                                                   for index in cache.attending()})
+
+    @staticmethod
+    def _once(turn: Turn, name: str, compute: Callable[[], Any]) -> Any:
+        """What is decided for a row of the batch once in a forward, by whichever layer asks first."""
+        plan = turn.live.now.plan
+        if (turn.row, name) not in plan:
+            plan[turn.row, name] = compute()
+        return plan[turn.row, name]
 
     def _replayed(self, turn: Turn) -> dict[int, Tensor]:
         """By layer, the highest scores [1, G, T] over all that is read again; copies of a cache read it again once."""
@@ -284,30 +291,32 @@ class Scorer(CacheMethod):
     def _counts(self, scored: list[Scored], turn: Turn, share: int, layers: list[int]) -> Tensor:
         """[layers, G] entries that each head keeps."""
         if self.allocate.looks_at == "nothing":
-            return self._from_lengths(turn, share)[[turn.cache.attending().index(i) for i in layers]]
+            counts = self._once(turn, "counts", lambda: self._from_lengths(turn, share))
+            return counts[[turn.cache.attending().index(i) for i in layers]]
         cap, mean = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
-        even, least = self._even(turn, share, layers), max(self.minimum, self.first + self.window)
+        even, least = self._in_sight(turn, layers).clamp(max=share), max(self.minimum, self.first + self.window)
         return self.allocate.counts(Demand(share, cap, even, least, self.first + self.window, scored,
                                            lambda layer: self._protected(layer, mean, turn.length)))
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
-        caps, protected = self._coming(turn), self.first + self.window
-        told = self.allocate.weights(turn.record.meta, share, turn.length, protected)
-        weights = None if told is None else stack([told[i] for i in caps], 0.0)
-        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), self._even(turn, share, [*caps]),
-                                           self.minimum, protected, weights=weights))
+        caps, sight = self._coming(turn), self._in_sight(turn, turn.cache.attending())
+        even, slid = sight.clamp(max=share), turn.length - sight
+        sure = torch.minimum((self.first - slid).clamp(min=0) + self.window, sight)
+        weights = self.allocate.weights(turn.record.meta, [*caps], Room(sight - sure, sure, int(even.sum())))
+        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), even, self.minimum,
+                                           self.first + self.window, weights=weights))
 
     @staticmethod
-    def _even(turn: Turn, share: int, layers: list[int]) -> Tensor:
-        """[layers, G]: the share of each head, no more than the tokens of this row that its layer can see.
+    def _in_sight(turn: Turn, layers: list[int]) -> Tensor:
+        """[layers, G]: the tokens of this row that a query behind them can see in these layers.
 
-        What earlier turns have dropped does not count: a head that was left few entries may not have its share, but the
+        What earlier turns have dropped counts too: a head that was left few entries may not have its share, but the
         others have it then.
         """
         cache, real = turn.cache, turn.cache.real(turn.row)
         total = cache.get_seq_length(cache.attending()[0])
-        return stack([torch.full((layer.groups,), min(share, layer.in_sight(real, total)))
+        return stack([torch.full((layer.groups,), layer.in_sight(real, total))
                       for layer in (cache.layers[index] for index in layers)], 0)
 
     def _keep(self, layer: Scored, counts: Tensor, length: int) -> Tensor:

@@ -3,7 +3,8 @@
     C(x) = part x of a head's entries, in the scorer's own order -> sum of their replay scores, mean over texts
     entries go, one after the other, where the concave majorant of C rises most
 
-The idea is LU-KV's (arXiv:2602.08585); the majorant of replay mass in the scorer's order is ours.
+The idea is LU-KV's (arXiv:2602.08585); the majorant of replay mass in the scorer's order is ours. A head's entries are
+those that may go: neither its first and last ones, nor what a sliding window has left behind.
 """
 from typing import Any, ClassVar
 
@@ -31,9 +32,9 @@ class Captured(Tabled):
         pieces = replays_of(run, model, f"{scorer.name}: allocate: {self.name}")
         curves = sum(self.gains(piece, own_scores(scorer, record, model, piece.ids), model, run)
                      for piece in run.progress(pieces, f"{scorer.name}: allocate: {self.name}"))
-        sizes = [len(layer) for layer in pieces[0].scores]
+        heads, sizes = [len(layer) for layer in pieces[0].scores], pieces[0].sizes()
         slopes = torch.stack([falling(curve.diff() / PLACES.diff(), PLACES.diff()) for curve in curves])
-        return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, share).split(sizes)]
+        return {"kept": list(KEPT), "parts": [[row.tolist() for row in best(slopes, sizes, share).split(heads)]
                                               for share in KEPT]}
 
     def gains(self, piece: Replayed, own: list[Tensor], model: nn.Module, run: Run) -> Tensor:
@@ -46,12 +47,13 @@ class Captured(Tabled):
 
 def captured(piece: Replayed, own: list[Tensor]) -> Tensor:
     """Replay mass of every head of the model [G of all layers, places]; own: the scorer's scores [G, n] by layer."""
-    first, last = piece.protected
-    mass, order = (torch.cat([layer[:, first:layer.shape[1] - last] for layer in layers]).double()
-                   for layers in (piece.scores, own))
-    found = mass.gather(1, order.argsort(dim=1, descending=True, stable=True)).cumsum(1)
-    found = torch.cat([found.new_zeros(len(found), 1), found], 1)
-    return found[:, (PLACES * mass.shape[1]).round().long()]
+    rows = []
+    for layer, (mass, scores) in enumerate(zip(piece.scores, own, strict=True)):
+        mass, scores = (x[:, piece.free(layer)].double() for x in (mass, scores))
+        found = mass.gather(1, scores.argsort(dim=1, descending=True, stable=True)).cumsum(1)
+        found = torch.cat([found.new_zeros(len(found), 1), found], 1)
+        rows.append(found[:, (PLACES * mass.shape[1]).round().long()])
+    return torch.cat(rows)
 
 
 def falling(slopes: Tensor, widths: Tensor) -> Tensor:
@@ -64,11 +66,16 @@ def falling(slopes: Tensor, widths: Tensor) -> Tensor:
     return torch.tensor([rise / width for rise, width, pieces in pools for _ in range(pieces)], dtype=torch.float64)
 
 
-def best(slopes: Tensor, share: float) -> Tensor:
-    """The part of its entries that each head keeps [heads], where `share` of all go to the steepest slopes."""
-    widths = PLACES.diff().expand(slopes.shape).flatten()
-    order = slopes.flatten().argsort(descending=True, stable=True)
-    room = (share * len(slopes) - (widths[order].cumsum(0) - widths[order])).clamp(min=0)
+def best(slopes: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The part of its entries that each head keeps [heads], where `share` of all go where an entry gains most.
+
+    slopes [heads, places]: by part of a head's entries; sizes [heads]: how many these are. Where there are none,
+    nothing is known, and the part is `share`.
+    """
+    sizes = sizes.double()[:, None]
+    widths = (PLACES.diff() * sizes).flatten()                                            # in entries
+    order = (slopes / sizes.clamp(min=1)).flatten().argsort(descending=True, stable=True)
+    room = (share * sizes.sum() - (widths[order].cumsum(0) - widths[order])).clamp(min=0)
     given = torch.zeros_like(widths)
     given[order] = torch.minimum(widths[order], room)
-    return given.view(slopes.shape).sum(1)
+    return torch.where(sizes > 0, given.view(slopes.shape) / sizes, share * PLACES.diff()).sum(1)

@@ -32,9 +32,9 @@ class Fisher(Captured):
 
     def gains(self, piece: Replayed, own: list[Tensor], model: nn.Module, run: Run) -> Tensor:
         losses = [torch.zeros(len(layer), len(PLACES), dtype=torch.float64) for layer in own]
-        first, last = piece.protected
-        kept_anyway = len(piece.ids) - last
-        orders = [layer[:, first:kept_anyway].argsort(dim=1, descending=True, stable=True) + first for layer in own]
+        free = [piece.free(index) for index in range(len(own))]
+        orders = [layer[:, part].argsort(dim=1, descending=True, stable=True) + part.start
+                  for layer, part in zip(own, free, strict=True)]
 
         def see(part: Reread) -> None:
             losses[part.layer] += errors(part, orders[part.layer].to(part.weights.device)).cpu()
@@ -46,13 +46,12 @@ class Fisher(Captured):
 def errors(part: Reread, order: Tensor) -> Tensor:
     """E(x) at PLACES of every KV head [G, places]; order [G, k]: positions of entries, what is kept longest first."""
     stops, groups = (PLACES * order.shape[1]).round().long(), len(order)
-    slid = part.seen - part.weights.shape[-1]                                   # positions that a window left behind
+    slid = part.seen - part.weights.shape[-1]               # positions that a window left behind: none is in `order`
     told = part.slope @ part.values.mT.repeat_interleave(len(part.weights) // groups, 0)         # [H, t, S]
     out = []
-    for group, places in enumerate(order - slid):
+    for group, columns in enumerate(order - slid):
         heads = slice(group * len(part.weights) // groups, (group + 1) * len(part.weights) // groups)
-        there, columns = places >= 0, places.clamp(min=0)
-        shares = part.weights[heads][..., columns] * there                      # [g, t, k], in the scorer's order
+        shares = part.weights[heads][..., columns]                              # [g, t, k], in the scorer's order
         moved = shares * told[heads][..., columns]
         whole = (part.slope[heads] * part.output[heads]).sum(-1, keepdim=True)  # [g, t, 1]
         kept, drawn = _running(shares)[..., stops], _running(moved)[..., stops]

@@ -14,6 +14,7 @@ from llmopt.method import Record, Run
 from llmopt.recipe.reader import check_order
 from llmopt.runtime.cache_layer import Entries, RaggedLayer
 from llmopt.runtime.prompt import Attended
+from llmopt.scale.memory import Memory
 from tests.attention.test_sequences import turns
 from tests.tiny import CONFIGS, ids, make
 
@@ -282,6 +283,32 @@ def test_heads_are_kept_whose_calibration_makes_the_data_more_likely():
     assert record.meta["heads"] == [sorted(head for layer, head in kept if layer == index) for index in range(3)]
     assert record.meta["tried"] == 6 and record.meta["loss"][1] < record.meta["loss"][0]
     assert_close(record.meta["loss"], [float(losses([]).mean()), float(best.mean())], atol=1e-4, rtol=1e-4)
+
+
+class Journal(Memory):
+    """Remembers, and dies at its fifth entry."""
+
+    def __init__(self):
+        self.known = {}
+
+    def remember(self, name, compute):
+        if name not in self.known:
+            self.known[name] = compute()
+            if len(self.known) == 5:
+                raise KeyboardInterrupt
+        return self.known[name]
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_next_head():
+    model, method, run = make("llama"), dataclasses.replace(LOOSE, filter=True, sure=0.5), data()
+    wanted, run.memory, read = method.plan(model, run).meta, Journal(), []
+    model.get_decoder().register_forward_hook(lambda *args: read.append(args[1]))
+    with pytest.raises(KeyboardInterrupt):
+        method.plan(model, run)
+    before = len(read)
+    assert method.plan(model, run).meta == wanted
+    again = len(read) - before                              # two rows: for the ranking, and for each head; twice a row,
+    assert again == 2 + (1 + 12 - 5) * 2 * 2                # since logits pass through the decoder's place
 
 
 def test_heads_by_scores_of_another_step_without_any_data():

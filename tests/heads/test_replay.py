@@ -1,4 +1,6 @@
 """The profile of replays: thresholds over all heads, by hand; what it tells is in force in a cache."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,7 +9,8 @@ import llmopt
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
 from llmopt.heads.replay import joined_rows, kept_parts
-from llmopt.method import Replayed, Run
+from llmopt.kv.listener import own_scores
+from llmopt.method import Record, Replayed, Run
 from llmopt.runtime.replay import replay_scores
 from tests.tiny import ids, make
 
@@ -20,9 +23,21 @@ def data(rows=4, tokens=40):
 
 def test_parts_are_those_of_one_threshold():
     scores = [torch.tensor([[9., .9, .1, .8, .7, 9.]]), torch.tensor([[9., .6, .2, .3, .95, 9.]]), torch.zeros(0, 6)]
-    piece = Replayed(torch.arange(6), scores, (1, 1))
+    piece = Replayed(torch.arange(6), scores, (1, 1), [0, 0, 0])
     assert [part.tolist() for part in kept_parts(piece, 0.5)] == [[0.75], [0.25], []]       # .95 .9 .8 .7 stay
     assert [part.tolist() for part in kept_parts(piece, 0.25)] == [[0.25], [0.25], []]
+    slid = replace(piece, slid=[0, 3, 0])                                           # of the second .3 .95 are left
+    assert [part.tolist() for part in kept_parts(slid, 0.5)] == [[0.5], [0.5], []]
+    assert [part.tolist() for part in kept_parts(replace(piece, slid=[0, 5, 0]), 0.5)] == [[0.5], [0.5], []]
+
+
+def test_an_even_share_is_one_where_windows_slide():
+    model, run = make("gemma2"), data()
+    record = llmopt.heads.Replay(pieces=2, length=80, chunk=40, sinks=4, window=4).apply(model, run)
+    assert run.replays[0].sizes().tolist() == [11, 11, 72, 72, 11, 11]           # 15 in sight, 4 are last
+    assert abs(float(torch.stack(run.scores["heads.replay"]).mean()) - 1) < 0.02
+    told = torch.tensor(record.meta["at_50"])[:, ::2].flatten()
+    assert abs(float((told * run.replays[0].sizes()).sum()) - 0.5 * 188) < 1
 
 
 def test_rows_are_joined_without_padding():
@@ -50,6 +65,17 @@ def test_scores_are_the_largest_attention_of_a_second_reading(family):
         there = mine > 0                                       # a sliding layer has lost the first entries
         assert there.float().mean() > 0.3
         assert_close(mine[there], eager[there], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_with_plus_they_are_those_of_the_scorer(family):
+    model, text = make(family), ids(1, 40)[0]
+    found = replay_scores(model, text, [5, 6], 24, plus=True)
+    zipped = own_scores(kv.KVzip(ratio=0.5, chunk=24, plus=True), Record({"request": [5, 6]}), model, text)
+    for mine, theirs, plain in zip(found, zipped, replay_scores(model, text, [5, 6], 24), strict=True):
+        there = mine > 0                                       # a sliding layer has lost the first entries
+        assert_close(mine[there], theirs[there])
+        assert not torch.allclose(mine[there], plain[there], rtol=0.1)
 
 
 def test_the_profile_reaches_the_cache_from_a_step_and_from_a_file(tmp_path):
