@@ -53,7 +53,7 @@ def test_answers_are_those_of_a_prefill_under_the_method(made, words):
         of_task = want[f"needles_{tally.form}"]
         assert tally.setting == words and tally.asked == 6
         assert tally.exact / 6 == of_task["exact,none"]
-        assert -tally.nats / 6 == pytest.approx(of_task["logprob,none"], rel=1e-4)
+        assert -tally.loss / 6 == pytest.approx(of_task["logprob,none"], rel=1e-4)
     assert found[0].nats != pytest.approx(dense.nats, rel=1e-3)
 
 
