@@ -46,7 +46,7 @@ class KVzap(Scorer):
     learns: ClassVar = True
 
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
-    window: int = Field(32, ge=0, description="last tokens, always kept")
+    window: int = Field(4, ge=0, description="last tokens, always kept")
     features: Literal["all", "hidden"] = Field("all", description="hidden: without the cheap scores, a token by itself")
     ridge: float = Field(3e-3, ge=1e-6, le=1, description="added to a feature's second moment, as a part of it")
 
