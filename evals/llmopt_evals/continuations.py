@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import click
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from llmopt.calibration import data
 from llmopt.errors import LlmoptError
@@ -29,6 +28,7 @@ from llmopt.model.loading import load_model
 from llmopt.runtime import copies
 from llmopt.runtime.attach import RuntimeMethod
 from llmopt.specs import DataSpec, ModelSpec
+from llmopt_evals.answers import Answers
 from llmopt_evals.entries import DENSE, Setting, divided, settings
 
 ROWS = {"samples": 64}                                  # of --data
@@ -42,21 +42,10 @@ class Text(NamedTuple):
 
 
 @dataclass
-class Cost:
-    """Sums over all answers and caches. entries: bytes of keys and values alone; held: all tensors."""
+class Cost(Answers):
+    """The answers under one trial. beside: bytes of what its caches hold beside keys and values."""
 
-    loss: float = 0.0
-    tokens: int = 0
-    right: int = 0
-    answers: int = 0
-    entries: int = 0
-    held: int = 0
-    dense: int = 0
-
-    @property
-    def nats(self) -> float:
-        """For each token of the answers."""
-        return self.loss / self.tokens
+    beside: int = 0
 
 
 def texts_of(file: str, tokenizer: Any, limit: int | None) -> Iterator[Text]:
@@ -82,23 +71,12 @@ def costs(model: nn.Module, texts: list[Text], trials: list[tuple[tuple[RuntimeM
             last = model(text.context[:, -1:], past_key_values=whole.cache.without_last()).logits
             for cost, parts in zip(found, trials, strict=True):
                 with whole.compressed(*parts) as cache:
-                    _add_bytes(cost, cache)
+                    cost.hold(cache)
+                    cost.beside += cache.nbytes() - cache.entry_nbytes()
                     for rest, length in text.asked:
                         after = model(rest[:, :-1], past_key_values=cache.fork()).logits
-                        _add_answer(cost, torch.cat([last, after], 1)[0, -length:].float(), rest[0, -length:])
+                        cost.count(torch.cat([last, after], 1)[0, -length:], rest[0, -length:])
     return found
-
-
-def _add_bytes(cost: Cost, cache: Any) -> None:
-    cost.entries += sum(tensor.nbytes for layer in cache.layers for tensor in layer.entries())
-    cost.held += cache.nbytes()
-    cost.dense += cache.dense_nbytes()
-
-
-def _add_answer(cost: Cost, logits: Tensor, answer: Tensor) -> None:
-    cost.loss += cross_entropy(logits, answer, reduction="sum").item()
-    cost.right += bool((logits.argmax(-1) == answer).all())
-    cost.tokens, cost.answers = cost.tokens + len(answer), cost.answers + 1
 
 
 def learned(model: nn.Module, tokenizer: Any, steps: tuple[str, ...], ratios: tuple[float, ...],
@@ -131,8 +109,8 @@ def main(model, file, steps, limit, ratios, source, dtype) -> None:
         texts = list(texts_of(file, tokenizer, limit))
         for trial, cost in zip(trials, costs(loaded, texts, [trial.parts for trial in trials]), strict=True):
             words = trial.words if trial.ratio is None else f"{trial.ratio:.2f}  {trial.words}"
-            click.echo(f"{cost.nats:.4f}  {cost.right:3d} of {cost.answers}  entries {cost.entries / cost.dense:6.1%}  "
-                       f"held {cost.held / cost.dense:6.1%}  {words}")
+            click.echo(f"{cost.nats:.4f}  {cost.exact:3d} of {cost.asked}  entries {cost.part:6.1%}  "
+                       f"held {cost.part + cost.beside / cost.dense:6.1%}  {words}")
     except LlmoptError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -10,6 +10,7 @@ from llmopt import runtime
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import tensors
 from llmopt.files.checks import load_json
+from llmopt.kv.base import Scorer
 from llmopt.method import Method, Record, Run
 from llmopt.parts import build, fields_of, get
 from llmopt.recipe.yaml_lines import read_yaml
@@ -72,7 +73,8 @@ DENSE = Setting("dense")
 
 
 def settings(words: Sequence[str], ratios: Sequence[float], model: nn.Module, run: Run) -> Iterator[Setting]:
-    """Every entry or folder at every ratio; an entry learns once for all, from what `run` holds."""
+    """Every entry or folder at every ratio; a scorer learns once for all that score alike, from what `run` holds."""
+    known: dict[tuple[Any, ...], Record] = {}
     for word in words:
         folder = Path(word).expanduser()
         if folder.is_dir():
@@ -80,11 +82,21 @@ def settings(words: Sequence[str], ratios: Sequence[float], model: nn.Module, ru
             varied = [any("ratio" in fields_of(method) for method, _ in parts)] * len(parts)
         else:
             with naming(word):
-                parts = [(method, method.plan(model, run)) for method in made(word, ratios[0])]
+                parts = [(method, planned(method, model, run, known)) for method in made(word, ratios[0])]
             varied = [is_open(*entry) for entry in read(word)]
         for ratio in ratios if any(varied) else [None]:
             yield Setting(word, tuple((at(method, ratio) if open_ else method, record)
                                       for (method, record), open_ in zip(parts, varied, strict=True)), ratio)
+
+
+def planned(method: CacheMethod | StoreMethod, model: nn.Module, run: Run,
+            known: dict[tuple[Any, ...], Record]) -> Record:
+    """The record of a method's plan; known: what scorers have learned so far."""
+    if not isinstance(method, Scorer):
+        return method.plan(model, run)
+    if method.scoring not in known:
+        known[method.scoring] = method.learn(model, run)
+    return method.planned(known[method.scoring], model, run)
 
 
 def at(method: Method, ratio: float) -> Method:

@@ -7,7 +7,7 @@ A text is one of `needles`, or with --world one of `world_recall`. It is read wi
 each method then makes a copy of that cache smaller, which leaves what a prefill under the method would have left
 (llmopt/runtime/copies.py), and answers are teacher-forced on it. Words are entries of a recipe's `steps`, lists of
 such entries, or folders of checkpoints, whose methods are taken with what they have learned. Head scores among them
-run first; `ratio` is added where an entry has none, and a method learns once for all ratios.
+run first; `ratio` is added where an entry has none. A scorer learns once, for all ratios and all allocators.
 
 `agnostic` asks all questions of one finished cache, `aware` reads each question before its cache is made smaller. For
 each setting: exact answers, nats a token of the answers, bytes of keys and values as part of the dense cache's
@@ -22,8 +22,7 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from llmopt.cli.options import COUNT, DATA, FILE, MODEL_GROUP, check_target, model_options
 from llmopt.errors import LlmoptError
@@ -31,9 +30,9 @@ from llmopt.model.computing import computing
 from llmopt.recipe.sources import source
 from llmopt.run.pipeline import score_heads
 from llmopt.runtime import copies
-from llmopt.runtime.cache import LlmoptCache
 from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import contexts, entries, needles
+from llmopt_evals.answers import Answers
 from llmopt_evals.contexts import FORMS, Context, Question
 from llmopt_evals.entries import DENSE, Setting
 from llmopt_evals.texts import documents
@@ -42,37 +41,20 @@ from llmopt_evals.world import speaks_world
 PLOTS = (".png", ".pdf", ".svg")
 
 
-@dataclass
-class Tally:
-    """What was asked of one setting in one form, added up. seconds: CPU, of compressing; reading: of reading."""
+@dataclass(kw_only=True)
+class Tally(Answers):
+    """What was asked of one setting in one form. seconds: CPU, of compressing; reading: of reading."""
 
     form: str
     setting: str
     ratio: float | None
-    exact: int = 0
-    asked: int = 0
-    nats: float = 0.0
-    tokens: int = 0
-    held: int = 0
-    dense: int = 0
     seconds: float = 0.0
     reading: float = 0.0
-
-    def add(self, cache: LlmoptCache, seconds: float, reading: float) -> None:
-        """A copy of a cache: its bytes, the seconds that it took, those of reading."""
-        self.held, self.dense = self.held + cache.entry_nbytes(), self.dense + cache.dense_nbytes()
-        self.seconds, self.reading = self.seconds + seconds, self.reading + reading
-
-    def count(self, logits: Tensor, answer: Tensor) -> None:
-        """An answer [n], read with these logits [n, V] in front of its tokens."""
-        self.exact, self.asked = self.exact + bool((logits.argmax(-1) == answer).all()), self.asked + 1
-        self.nats += cross_entropy(logits, answer, reduction="sum").item()
-        self.tokens += len(answer)
 
     def row(self) -> dict[str, str | float | None]:
         """The figures by name."""
         return {"form": self.form, "setting": self.setting, "ratio": self.ratio, "exact": self.exact,
-                "asked": self.asked, "nats": self.nats / max(1, self.tokens), "held": self.held / max(1, self.dense),
+                "asked": self.asked, "nats": self.nats, "held": self.part,
                 "cost": self.seconds / max(1e-9, self.reading)}
 
 
@@ -80,7 +62,7 @@ class Tally:
 def measure(model: nn.Module, texts: Iterable[Context], settings: list[Setting], forms: tuple[str, ...]) -> list[Tally]:
     """The dense cache and every setting, in every form, over all texts."""
     settings = [DENSE, *settings]
-    found = [[Tally(form, setting.words, setting.ratio) for setting in settings] for form in forms]
+    found = [[Tally(form=form, setting=setting.words, ratio=setting.ratio) for setting in settings] for form in forms]
     with copies.keeping(model):
         for text in texts:
             for prompt in prompts(model, text, forms):
@@ -107,12 +89,14 @@ class Prompt:
         """Make a copy smaller, and ask it all questions."""
         start = time.process_time()
         with self.whole.compressed(*setting.parts) as cache:
-            tally.add(cache, self._in_all(setting, time.process_time() - start), self.reading)
+            tally.seconds += self._in_all(setting, time.process_time() - start)
+            tally.reading += self.reading
+            tally.hold(cache)
             cache = cache.without_last()                # so that the first answer comes out of what was kept
             for question in self.questions:
                 ids, count = [self.last, *question.asked, *question.answer], len(question.answer)
                 logits = self.whole.model(torch.tensor([ids[:-1]]), past_key_values=cache.fork()).logits[0, -count:]
-                tally.count(logits.float(), torch.tensor(question.answer))
+                tally.count(logits, torch.tensor(question.answer))
 
     def _in_all(self, setting: Setting, seconds: float) -> float:
         """The seconds that a setting takes by itself."""

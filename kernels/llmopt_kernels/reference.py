@@ -211,13 +211,18 @@ def column_sums(query: Tensor, keys: Tensor, query_positions: Tensor, key_positi
 
 
 def column_max(query: Tensor, keys: Tensor, query_positions: Tensor, key_positions: Tensor, rule: Rule,
-               block: int = 256) -> Tensor:
-    """The largest attention that each key receives from any one query; arguments and result as in `column_sums`."""
+               weights: Tensor | None = None, block: int = 256) -> Tensor:
+    """The largest attention that each key receives from any one query; arguments and result as in `column_sums`.
+
+    weights: [B, T], what the attention of each query is multiplied by.
+    """
     best = query.new_zeros(query.shape[0], query.shape[1], keys.shape[2], dtype=torch.float32)
     for start in range(0, query.shape[2], block):
         part = slice(start, start + block)
         visible = rule.visible(query_positions[:, None, part], key_positions)        # [B, G, t, S]
-        best = torch.maximum(best, attention_weights(query[:, :, part], keys, visible, rule).amax(-2))
+        found = attention_weights(query[:, :, part], keys, visible, rule)
+        found = found if weights is None else found * weights[:, None, part, None]
+        best = torch.maximum(best, found.amax(-2))
     return best
 
 

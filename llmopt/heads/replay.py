@@ -1,11 +1,12 @@
 """What each KV head needs to have kept: its part of what the model looks at when it reads a text again.
 
-    s_j = max over queries of the second reading, and over the group, of the attention on entry j          (KVzip)
+    s_j = max over queries t of the second reading, and over the heads h of the group, of a_tj^h           (KVzip)
+    plus: of a_tj^h * |v_j W_O^h| / |x_t|            x_t: what the layer's attention reads at t            (KVzip+)
     at r of the entries kept: how many of a head's entries are among the best r of all heads of all layers
 
-Replay scores: KVzip (arXiv:2505.23416); their thresholds as budgets per head that are fixed once: the idea of LU-KV
-(arXiv:2602.08585). First and last entries, which every head keeps, are left out, and those that a sliding window has
-left behind. A score of 1 is an even share.
+Replay scores: KVzip (arXiv:2505.23416), KVzip+ (arXiv:2601.07891); their thresholds as budgets per head that are fixed
+once: the idea of LU-KV (arXiv:2602.08585). First and last entries, which every head keeps, are left out, and those that
+a sliding window has left behind. A score of 1 is an even share.
 """
 from dataclasses import replace
 from typing import ClassVar
@@ -40,6 +41,7 @@ class Replay(HeadScore):
     pieces: int = Field(6, ge=1, le=1000, description="texts that are read twice, rows of the data joined")
     length: int = Field(2048, ge=64, le=1_000_000, description="tokens of each")
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
+    plus: bool = Field(False, description="weigh attention by what the value does to the residual stream (KVzip+)")
     sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
     window: int = Field(32, ge=0, description="last entries, always kept and left out here")
 
@@ -66,7 +68,7 @@ class Replay(HeadScore):
         """{"piece.layer": scores [G, n]}."""
         found = {}
         for i in run.progress(range(len(pieces)), self.name):
-            scores = replay_scores(model, pieces[i], asked, self.chunk)
+            scores = replay_scores(model, pieces[i], asked, self.chunk, self.plus)
             found |= {f"{i}.{layer}": part for layer, part in enumerate(scores)}
         return found
 

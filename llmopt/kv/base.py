@@ -147,12 +147,15 @@ class Scorer(CacheMethod):
         return Sample(replace(run, replays=texts[:1]), max(1, len(texts)), f"first of {len(texts)} texts")
 
     def learn(self, model: nn.Module, run: Run) -> Record:
-        """What the scorer decides once."""
+        """What the scorer decides once, by `scoring` alone: methods that differ in other fields may share it."""
         return Record()
 
     def plan(self, model: nn.Module, run: Run) -> Record:
-        """What the scorer has learned, and what the allocator has decided on its scores."""
-        record = self.learn(model, run)
+        return self.planned(self.learn(model, run), model, run)
+
+    def planned(self, learned: Record, model: nn.Module, run: Run) -> Record:
+        """What the scorer has learned, and beside it what the allocator has decided on its scores."""
+        record = replace(learned, meta=dict(learned.meta))
         if self.demote < 1:
             record.meta["structure"] = frequent_marks(run.batches, run.tokenizer)
         record.meta |= self.allocate.plan(self, record, model, run)
@@ -246,14 +249,15 @@ class Scorer(CacheMethod):
 
     def _replayed(self, turn: Turn) -> dict[int, Tensor]:
         """By layer, the highest scores [1, G, T] over all that is read again; copies of a cache read it again once."""
-        found, key = turn.live.now.replayed, (turn.row, self.name, *self._of_scores())
+        found, key = turn.live.now.replayed, (turn.row, *self.scoring)
         if key not in found:
             found[key] = self._read_again(turn)
         return found[key]
 
-    def _of_scores(self) -> list[Any]:
-        """The values of the fields that scores depend on: not those of who keeps how much."""
-        return [getattr(self, key) for key in fields_of(self) if key not in fields_of(Scorer)]
+    @property
+    def scoring(self) -> tuple[Any, ...]:
+        """Its name, and the values of the fields that scores depend on: not those of who keeps how much."""
+        return (self.name, *(getattr(self, key) for key in fields_of(self) if key not in fields_of(Scorer)))
 
     def _read_again(self, turn: Turn) -> dict[int, Tensor]:
         real, ids = turn.cache.real(turn.row), turn.cache.ids[turn.row]

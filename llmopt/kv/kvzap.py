@@ -9,8 +9,8 @@ Learning replay scores from hidden states is KVzap's (Jegou and Jeblick, 2026, a
 among the features are ours, as parts of an even share of the n entries. So are the deviations from a text's mean: what
 sets two texts apart does not tell which entries of one of them stay, and learned with the rest it misleads (of a text
 with stories, plain sentences were thought of no use anywhere). An entry is judged once, when a compression
-first sees it, and keeps its score. Left out: a second layer; KVzip+'s target, which weighs an entry by its value's
-effect; the paper's fixed threshold.
+first sees it, and keeps its score. What it learns are KVzip's scores, or with `heads.replay: {plus: true}` KVzip+'s, as
+in the paper. Left out: a second layer; the paper's fixed threshold.
 """
 from typing import Any, ClassVar, Literal
 

@@ -3,14 +3,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import align_module_device
 from llmopt_kernels import NONE, Rule, attention_weights, column_sums, rotate, unrotate
 from torch import Tensor, nn
 
 from llmopt.method import Record
 from llmopt.model.blocks import blocks
 from llmopt.model.positions import rotary_tables
-from llmopt.runtime.replay import largest_attention
+from llmopt.runtime.replay import effects, largest_attention, output_weight
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,13 @@ class LayerKV:
         """
         return attention_weights(self.queries[:, :, part], self.keys[:, :, span], visible, self.rule)
 
-    def column_max(self) -> Tensor:
-        """The largest attention on each entry from any one query of a replay, see `tail`: [B, H, T]."""
-        return largest_attention(self.queries, self.query_positions, self.keys, self.positions, self.tail, self.rule)
+    def column_max(self, read: Tensor | None = None) -> Tensor:
+        """The largest attention on each entry from any one query of a replay, see `tail`: [B, H, T].
+
+        read: sizes [B, W, 1] that the queries' attention is divided by.
+        """
+        return largest_attention(self.queries, self.query_positions, self.keys, self.positions, self.tail, self.rule,
+                                 read)
 
     def mean_over_group(self, per_head: Tensor) -> Tensor:
         """[B, H, ...] -> [B, G, ...]."""
@@ -173,9 +176,11 @@ class LayerKV:
 
     def output_weight(self) -> Tensor:
         """[H, D, E]: what each query head's result is multiplied by on its way into the residual stream."""
-        block = blocks(self.source.model)[self.layer]
-        with align_module_device(block.attn_out.module):             # it may wait on disk
-            return block.attn_out.weight.T.unflatten(0, (block.heads, block.head_dim))     # from [E, H D]
+        return output_weight(blocks(self.source.model)[self.layer])
+
+    def effects(self) -> Tensor:
+        """[B, H, T]: the length of what each value adds to the residual stream by way of each query head."""
+        return effects(self.source.model, self.layer, self.values)
 
 
 def index_of_real(real: Tensor | None, positions: Tensor) -> Tensor:

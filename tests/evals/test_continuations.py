@@ -45,9 +45,9 @@ def test_the_answers_alone_count_and_lines_of_one_context_are_asked_of_one_cache
     trials = [(), trial("kv.keydiff", budget=10_000), trial("kv.keydiff", ratio=0.5)]
     dense, whole, less = costs(model, texts, trials)
     assert dense.nats == pytest.approx(want, abs=1e-5) and whole.nats == pytest.approx(want, abs=1e-5)
-    assert (dense.right, dense.answers, dense.entries) == (right, 4, dense.dense)
-    assert less.nats != pytest.approx(want, abs=1e-3) and 0.48 < less.entries / less.dense < 0.6
-    assert less.held > less.entries
+    assert (dense.exact, dense.asked, dense.held) == (right, 4, dense.dense)
+    assert less.nats != pytest.approx(want, abs=1e-3) and 0.48 < less.part < 0.6
+    assert less.beside > 0
 
 
 @torch.no_grad()

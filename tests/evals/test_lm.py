@@ -148,12 +148,11 @@ def forgetful(tmp_path_factory):
 
 
 def test_the_command_scores_a_checkpoint_with_its_small_cache(forgetful, monkeypatch, capfd):
-    assert call(monkeypatch, "-q", "eval", forgetful, "--tasks", "world_recall_40_aware,world_ppl", "--limit", "3",
+    assert call(monkeypatch, "-q", "eval", forgetful, "--tasks", "world_recall_40_aware", "--limit", "3",
                 "--compare", "llmopt/reference", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     small, dense = found[str(forgetful)], found["llmopt/reference"]
     assert small["world_recall_40_aware/acc"] == 0 and dense["world_recall_40_aware/acc"] > 0.9
-    assert small["world_ppl/word_perplexity"] > dense["world_ppl/word_perplexity"]
 
 
 def test_lm_evals_own_command_knows_the_class(forgetful, tmp_path):

@@ -3,6 +3,7 @@ import json
 from random import Random
 
 import pytest
+import torch
 from click.testing import CliRunner
 from llmopt_evals import contexts, entries, needles, recall
 from llmopt_evals.evaluate import evaluate
@@ -10,6 +11,8 @@ from llmopt_evals.facts import drawn
 from llmopt_evals.texts import documents
 
 import llmopt
+from llmopt.heads.replay import Replay
+from llmopt.kv import KVzap
 from llmopt.method import Run
 from tests import tiny
 from tests.evals.test_needles import TEXT
@@ -50,7 +53,7 @@ def test_answers_are_those_of_a_prefill_under_the_method(made, words):
         of_task = want[f"needles_{tally.form}"]
         assert tally.setting == words and tally.asked == 6
         assert tally.exact / 6 == of_task["exact,none"]
-        assert -tally.nats / 6 == pytest.approx(of_task["logprob,none"], rel=1e-4)
+        assert -tally.loss / 6 == pytest.approx(of_task["logprob,none"], rel=1e-4)
     assert found[0].nats != pytest.approx(dense.nats, rel=1e-3)
 
 
@@ -73,6 +76,22 @@ def test_methods_of_a_checkpoint_are_taken_with_what_they_have_learned(made, tmp
         assert kept["setting"] == str(tmp_path / "out") and kept["nats"] == pytest.approx(own["nats"], rel=1e-5)
         assert kept["held"] == own["held"] == pytest.approx(1 - own["ratio"], abs=0.02)
     assert rows[1]["nats"] != rows[5]["nats"] and (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_a_scorer_learns_once_for_all_that_score_alike(made, monkeypatch):
+    _, model, tokenizer = made
+    rows = {"input_ids": tiny.ids(2, 64), "attention_mask": torch.ones(2, 64, dtype=torch.long)}
+    run_ = Run([rows], tokenizer=tokenizer)
+    Replay(length=64, chunk=32, sinks=1, window=4).apply(model, run_)
+    words = [f"kv.kvzap: {{{fields}}}" for fields in ("allocate: captured", "allocate: fisher, sinks: 1",
+                                                      "allocate: profile, demote: 0.5", "features: hidden")]
+    want, learned, learn = [entries.made(word, 0.5)[0].plan(model, run_) for word in words], [], KVzap.learn
+    monkeypatch.setattr(KVzap, "learn", lambda self, *given: learned.append(self.features) or learn(self, *given))
+    found = [setting.parts[0][1] for setting in entries.settings(words, [0.5], model, run_)]
+    assert learned == ["all", "hidden"]
+    for record, own in zip(found, want, strict=True):
+        assert record.meta == own.meta and record.tensors.keys() == own.tensors.keys()
+        assert all(torch.equal(tensor, own.tensors[name]) for name, tensor in record.tensors.items())
 
 
 def test_the_world_is_asked_where_no_text_is_given():

@@ -9,7 +9,8 @@ import llmopt
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
 from llmopt.heads.replay import joined_rows, kept_parts
-from llmopt.method import Replayed, Run
+from llmopt.kv.listener import own_scores
+from llmopt.method import Record, Replayed, Run
 from llmopt.runtime.replay import replay_scores
 from tests.tiny import ids, make
 
@@ -64,6 +65,17 @@ def test_scores_are_the_largest_attention_of_a_second_reading(family):
         there = mine > 0                                       # a sliding layer has lost the first entries
         assert there.float().mean() > 0.3
         assert_close(mine[there], eager[there], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_with_plus_they_are_those_of_the_scorer(family):
+    model, text = make(family), ids(1, 40)[0]
+    found = replay_scores(model, text, [5, 6], 24, plus=True)
+    zipped = own_scores(kv.KVzip(ratio=0.5, chunk=24, plus=True), Record({"request": [5, 6]}), model, text)
+    for mine, theirs, plain in zip(found, zipped, replay_scores(model, text, [5, 6], 24), strict=True):
+        there = mine > 0                                       # a sliding layer has lost the first entries
+        assert_close(mine[there], theirs[there])
+        assert not torch.allclose(mine[there], plain[there], rtol=0.1)
 
 
 def test_the_profile_reaches_the_cache_from_a_step_and_from_a_file(tmp_path):

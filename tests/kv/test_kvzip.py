@@ -20,9 +20,10 @@ class Words:
 
 
 @torch.no_grad()
-def test_it_keeps_what_a_second_reading_looks_at():
+@pytest.mark.parametrize("plus", [False, True])
+def test_it_keeps_what_a_second_reading_looks_at(plus):
     model, tokens = make("llama"), ids(1, 40)
-    zipped = kv.KVzip(budget=10, allocate="uniform", sinks=0, window=0, chunk=16)
+    zipped = kv.KVzip(budget=10, allocate="uniform", sinks=0, window=0, chunk=16, plus=plus)
     with runtime.attached(model, zipped, run=Run(tokenizer=Words())):
         cache = model(tokens, use_cache=True).past_key_values
     best = torch.zeros(2, 40)
@@ -33,11 +34,27 @@ def test_it_keeps_what_a_second_reading_looks_at():
         query, own = queries_and_keys(model, again, places)
         logits = query[0].unflatten(0, (2, 2)) @ torch.cat([keys, own], 2)[0, :, None].mT / 4        # [G, g, t, T + t]
         later = torch.cat([torch.arange(40), places[0]])[None] > places[0][:, None]
-        weights = logits.masked_fill(later, -torch.inf).softmax(-1)
-        best = torch.maximum(best, weights[..., :40].amax((1, 2)))
+        weights = logits.masked_fill(later, -torch.inf).softmax(-1)[..., :40]
+        if plus:
+            weights = weights * said(model, tokens).unflatten(0, (2, 2))[:, :, None] / read(model, again)[0, :, None]
+        best = torch.maximum(best, weights.amax((1, 2)))
     kept = cache.layers[0].kept
     for _, head, where in kept.heads():
         assert kept.positions[where].tolist() == best[head].topk(10).indices.sort().values.tolist()
+
+
+def read(model, tokens):                                                                             # [B, T]
+    """|x| of what the first layer's attention reads."""
+    layer = model.model.layers[0]
+    return layer.input_layernorm(model.model.embed_tokens(tokens)).norm(dim=-1)
+
+
+def said(model, tokens):                                                                             # [H, T]
+    """|v W_O| of the first layer, by query head."""
+    attention, layer = model.model.layers[0].self_attn, model.model.layers[0]
+    values = attention.v_proj(layer.input_layernorm(model.model.embed_tokens(tokens)))[0].unflatten(-1, (2, -1))
+    parts = attention.o_proj.weight.T.unflatten(0, (4, -1))                                          # [H, D, E]
+    return torch.stack([(values[:, head // 2] @ part).norm(dim=-1) for head, part in enumerate(parts)])
 
 
 def test_a_forged_request_is_refused():
