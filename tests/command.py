@@ -23,7 +23,7 @@ def llmopt(*words: str, **environment: str) -> subprocess.CompletedProcess:
     line, variables = command(*words, **environment)
     if not environment:
         return warm.run(*line[1:], env=variables)
-    return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=1200)
 
 
 def call(monkeypatch, *words: str) -> int:

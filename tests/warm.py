@@ -57,7 +57,7 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = 1200) -> tuple[str, str]:
         """(stdout, stderr), once it has ended."""
         if self.returncode is None and not select.select([self.line], [], [], timeout)[0]:
             self.send_signal(signal.SIGKILL)
