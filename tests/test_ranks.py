@@ -170,7 +170,7 @@ def test_bad_input_is_told_once(started, tmp_path):
 
 
 def test_accelerate_launch_that_starts_one_process_is_told():
-    line, variables = torchrun()
+    _, variables = command()
     found = warm.run("-m", "llmopt", "methods", "--json", env=variables | {"ACCELERATE_MIXED_PRECISION": "no"})
     assert found.returncode == 0 and "quant.gptq" in json.loads(found.stdout)
     assert found.stderr.strip() == ("accelerate launch has started one process; for several: torchrun "
