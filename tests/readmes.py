@@ -35,7 +35,8 @@ READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these t
         "kvpress_continuations.py": "an environment of kvpress's own",
         ".llmopt-complete": "a shell's start file", "completions": "a shell's start file",
         "--recipe magnitude": "a model of ten blocks", "--recipe everything": "run by test_end_to_end.py"}
-FULL = {"torchrun": "two cold processes", "world.check": "half a minute"}
+FULL = {"torchrun": "two cold processes", "world.check": "half a minute",
+        "--ablate": "many evaluations; a smaller one is run by tests/test_examples.py"}
 
 
 @dataclass(frozen=True)

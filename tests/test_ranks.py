@@ -160,18 +160,18 @@ def test_the_error_of_one_process_is_told_once(tmp_path):
     assert code != 0 and told(err) == ["error: the disk is gone"] and "another process" not in err
 
 
-def test_bad_input_is_told_once(tmp_path):
+@pytest.mark.parametrize("started", [warm_pair, pytest.param(run, marks=pytest.mark.full)])
+def test_bad_input_is_told_once(started, tmp_path):
     file = prepare(tmp_path, "[quant.rtn: {bits: 1}]")
-    code, out, err = run("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out")
+    code, out, err = started("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out")
     assert code != 0 and not out and not leftovers(tmp_path)
     line, = told(err)
     assert "bits: 1 given" in line
 
 
 def test_accelerate_launch_that_starts_one_process_is_told():
-    line, variables = torchrun()
-    found = subprocess.run([sys.executable, "-m", "llmopt", "methods", "--json"], capture_output=True, text=True,
-                           env=variables | {"ACCELERATE_MIXED_PRECISION": "no"}, timeout=100)
+    _, variables = command()
+    found = warm.run("-m", "llmopt", "methods", "--json", env=variables | {"ACCELERATE_MIXED_PRECISION": "no"})
     assert found.returncode == 0 and "quant.gptq" in json.loads(found.stdout)
     assert found.stderr.strip() == ("accelerate launch has started one process; for several: torchrun "
                                     "--nproc-per-node N -m llmopt ...")

@@ -11,7 +11,7 @@ GROUPS = {"Scores": ("methods", "sets", "correlate"), "Calibration data": ("data
           "Output": ("output", "plot", "as_json")}
 EXAMPLES = ("llmopt heads llmopt/reference --samples 8",
             "llmopt heads llmopt/reference --method heads.gradient --samples 8 --output h.json --plot h.png",
-            "llmopt heads llmopt/reference --method heads.span --method heads.need90 --samples 8 --correlate",
+            "llmopt heads llmopt/reference --method heads.span --method heads.gradient --samples 8 --correlate",
             "llmopt heads llmopt/reference --samples 8 --ablate 0.1 --tasks world_copy --limit 2 --draws 1")
 FILES = (".json", ".safetensors")       # of scores
 

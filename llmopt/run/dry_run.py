@@ -37,7 +37,7 @@ from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.attach import attached
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
-from llmopt.scale.gauge import Gauge
+from llmopt.scale.gauge import Gauge, give_back_freed
 from llmopt.scale.journal import Journal, checksum
 from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec
@@ -151,6 +151,7 @@ class Rehearsal:
         cut_short(self.model, 1)
         self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
         self.elsewhere = before - private_bytes(self.model)
+        give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
 
     def _one_block(self, index: int, step: Method, forwards: float, copies: int) -> None:
