@@ -23,7 +23,6 @@ from tests import tiny
 REFERENCE = "llmopt/reference"
 IDS = tiny.ids(4, 32)
 G16 = GPTQ(group_size=16)
-FEW = {"name": "self", "samples": 4, "length": 16}
 RECIPE = "steps:\n- quant.rtn: {group_size: 16}\nseed: 7\n"
 
 
@@ -71,7 +70,7 @@ WORKS = {           # the guess -> the methods that were applied
     "texts for a model with a folder": (lambda: llmopt.compress(reference()[0], GPTQ(), TEXTS), "quant.gptq"),
     "a Dataset of texts": (lambda: llmopt.compress(reference(), GPTQ(), Dataset.from_dict({"text": TEXTS})),
                            "quant.gptq"),
-    "nothing": (lambda: compress(G16, FEW), "quant.gptq"),
+    "nothing": (lambda: compress(G16, {"name": "self", "samples": 4, "length": 16}), "quant.gptq"),
     "a BatchEncoding": (lambda: llmopt.compress(*(lambda model, words: (
         model, GPTQ(), words(TEXTS, return_tensors="pt")))(*reference())), "quant.gptq"),
 }
@@ -145,9 +144,9 @@ def test_rows_of_its_own_that_calibration_may_have_seen_are_passed_over():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: llmopt.dry_run(REFERENCE, "W4A16"), lambda: llmopt.dry_run(REFERENCE, bits=4, data=FEW),
-    lambda: llmopt.dry_run("W4A16", model=REFERENCE, data=FEW),
-    lambda: llmopt.dry_run(REFERENCE, "quant.gptq", data=FEW)])
+    lambda: llmopt.dry_run(REFERENCE, bits=4), lambda: llmopt.dry_run("W4A16", model=REFERENCE),
+    *(pytest.param(call, marks=pytest.mark.full) for call in (lambda: llmopt.dry_run(REFERENCE, "W4A16"),
+                                                              lambda: llmopt.dry_run(REFERENCE, "quant.gptq")))])
 def test_a_dry_run_is_asked_for_like_a_run_and_prints(call):
     told = call()
     assert "quant.gptq" in str(told) and f"dense {human(told['dense_bytes'])}" in str(told)

@@ -134,18 +134,20 @@ def show(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw the share of exact answers against the bytes held, a line for each setting, a panel for each form."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    forms = list(dict.fromkeys(row["form"] for row in rows))
-    figure = Figure(figsize=(6.5 * len(forms), 5.5), layout="constrained")
+    forms, settings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("form", "setting"))
+    figure = Figure(figsize=(6.5 * len(forms), 5 + 0.17 * len(settings)), layout="constrained")
     for form, axes in zip(forms, figure.subplots(1, len(forms), squeeze=False)[0], strict=True):
-        own = [row for row in rows if row["form"] == form]
-        for setting in dict.fromkeys(row["setting"] for row in own):
-            points = sorted((row["held"], row["exact"] / row["asked"]) for row in own if row["setting"] == setting)
-            axes.plot(*zip(*points, strict=True), marker="o", label=setting)
+        for number, setting in enumerate(settings):
+            points = sorted((row["held"], row["exact"] / row["asked"]) for row in rows
+                            if (row["form"], row["setting"]) == (form, setting))
+            axes.plot(*zip(*points, strict=True), marker="os^v"[number // 20 % 4], label=setting,
+                      color=colormaps["tab20"](number % 20))
         axes.set(xscale="log", xlabel="bytes of keys and values held, part of the dense cache's", title=form,
                  ylabel="exact answers", ylim=(-0.03, 1.03))
-        axes.legend(fontsize="x-small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 
