@@ -173,6 +173,7 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(recipe, tmp_path):
     assert (tmp_path / "h.png").stat().st_size > 1000
 
 
+@pytest.mark.full          # tests/evals/test_preflight.py sees the same in a recipe
 def test_a_task_whose_data_cannot_be_had_is_one_line():
     run = llmopt("eval", "llmopt/reference", "--tasks", "arc_easy", "--limit", "2")
     assert run.returncode == 2
