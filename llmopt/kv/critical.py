@@ -2,8 +2,9 @@
 
     s'_j = (s_j + 1e-4) * mean_{h in group} |W_O^h v_j|_1            s: SnapKV's votes
 
-Feng et al., 2025 (arXiv:2502.03805). Half of the budget beside sinks and window goes to the best by s, the other half
-to the best of the rest by s'. Differs: where heads compete for entries, each head's half is that of the even share.
+Feng et al., 2025 (arXiv:2502.03805). Half of the budget, sinks and window in it, goes to the best by s, the other half to
+the best of the rest by s'. Differs: where heads compete for entries, each head's half is that of the even share, and they
+compete by s'.
 """
 import torch
 from pydantic.dataclasses import dataclass
@@ -26,7 +27,7 @@ class Critical(SnapKV):
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
         votes, length = super().score(kv), int(kv.lengths[0])
         free = kv.holes | (kv.positions < self.sinks) | (kv.positions >= length - self.window)
-        sure = ranks(votes.masked_fill(free, -1.0)) < (self.share(length) - self.sinks - self.window) // 2
+        sure = ranks(votes.masked_fill(free, -1.0)) < max(0, self.share(length) // 2 - self.sinks - self.window)
         weighed = ((votes + SMALL) * residual_sizes(kv)).masked_fill(kv.holes, 0.0)
         return weighed + sure * weighed.amax((1, 2), keepdim=True)           # above all others, and still finite
 

@@ -272,7 +272,7 @@ def test_dropkv_is_the_error_of_the_output_that_one_loss_makes():
 
 
 def test_critical_by_hand(monkeypatch):
-    """Eight entries, a budget of five, the last always kept: two by votes, two by votes times |W_O v|."""
+    """Eight entries, a budget of five, the last always kept, in the half by votes: one more there, three by votes times |W_O v|."""
     votes = torch.tensor([[[.30, .25, .20, .10, .05, .04, .03, .03]]])
     monkeypatch.setattr(kv.SnapKV, "score", lambda self, seen: votes)
     values = torch.ones(1, 8, 2)
@@ -283,7 +283,7 @@ def test_critical_by_hand(monkeypatch):
     sizes = torch.stack([(values[0] @ w).abs().sum(-1) for w in weight]).mean(0)
     plain = (votes[0, 0] + 1e-4) * sizes
     top = float(plain.max())
-    assert_close(scores[0, 0], plain + top * torch.tensor([1., 1., 0, 0, 0, 0, 0, 0]))
+    assert_close(scores[0, 0], plain + top * torch.tensor([1., 0, 0, 0, 0, 0, 0, 0]))
     kept = (scores[0, 0] + torch.tensor([0.] * 7 + [torch.inf])).topk(5).indices
     assert set(kept.tolist()) == {7, 0, 1, 5, 3}              # 0 by its votes alone: its value is zero
 
