@@ -25,7 +25,7 @@ def run(folder: Path, calls: list, **environment: str) -> list[dict]:
     variables = {"PYTHONPATH": path, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
                  "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.TOKEN}
     subprocess.run([sys.executable, str(ROOT / "tests" / "call_many.py"), str(folder / "results.json")], check=True,
-                   input=json.dumps(calls), text=True, timeout=300, cwd=folder,
+                   input=json.dumps(calls), text=True, timeout=1200, cwd=folder,
                    env=os.environ | variables | environment)
     return json.loads((folder / "results.json").read_text())
 

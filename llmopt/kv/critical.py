@@ -2,9 +2,9 @@
 
     s'_j = (s_j + 1e-4) * mean_{h in group} |W_O^h v_j|_1            s: SnapKV's votes
 
-Feng et al., 2025 (arXiv:2502.03805). Half of the budget, sinks and window in it, goes to the best by s, the other half to
-the best of the rest by s'. Differs: where heads compete for entries, each head's half is that of the even share, and they
-compete by s'.
+Feng et al., 2025 (arXiv:2502.03805). Half of the budget, sinks and window in it, goes to the best by s, the other
+half to the best of the rest by s'. Differs: where heads compete for entries, they do by s', and each head's half is
+that of the even share.
 """
 import torch
 from pydantic.dataclasses import dataclass

@@ -272,7 +272,7 @@ def test_dropkv_is_the_error_of_the_output_that_one_loss_makes():
 
 
 def test_critical_by_hand(monkeypatch):
-    """Eight entries, a budget of five, the last always kept, in the half by votes: one more there, three by votes times |W_O v|."""
+    """Eight entries, a budget of five, the last always kept and one by votes; three by votes times |W_O v|."""
     votes = torch.tensor([[[.30, .25, .20, .10, .05, .04, .03, .03]]])
     monkeypatch.setattr(kv.SnapKV, "score", lambda self, seen: votes)
     values = torch.ones(1, 8, 2)
