@@ -14,7 +14,7 @@ from llmopt.method import Record, Replayed, Run
 from llmopt.runtime.replay import replay_scores
 from tests.tiny import ids, make
 
-CONTRACT = {"pieces": 2, "length": 64, "chunk": 32, "sinks": 2, "window": 4}
+CONTRACT = {"pieces": 3, "length": 64, "chunk": 32, "sinks": 2, "window": 4}
 
 
 def data(rows=4, tokens=40):
