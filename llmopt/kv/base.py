@@ -296,8 +296,9 @@ class Scorer(CacheMethod):
         cap, mean = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
         sight = self._in_sight(turn, layers)
         sure = self._sure(turn, sight)
-        return self.allocate.counts(Demand(share, cap, sight.clamp(max=share), sure.clamp(min=self.minimum), sure, scored,
-                                           lambda layer: self._protected(layer, mean, turn.length)))
+        demand = Demand(share, cap, sight.clamp(max=share), sure.clamp(min=self.minimum), sure, scored,
+                        lambda layer: self._protected(layer, mean, turn.length))
+        return self.allocate.counts(demand)
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
@@ -308,7 +309,7 @@ class Scorer(CacheMethod):
         return self.allocate.counts(Demand(share, stack([*caps.values()], 0), even, least, sure, weights=weights))
 
     def _sure(self, turn: Turn, sight: Tensor) -> Tensor:
-        """[layers, G]: of the tokens in sight, the first and the last, which stay in any case; first ones slide away."""
+        """[layers, G]: of the tokens in sight, the first and last, which stay in any case; sinks slide out of it."""
         slid = turn.length - sight
         return torch.minimum((self.first - slid).clamp(min=0) + self.window, sight)
 

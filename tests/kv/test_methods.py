@@ -59,7 +59,8 @@ def test_heads_that_scores_leave_next_to_nothing_keep_the_first_tokens(allocate,
 def test_first_tokens_that_slid_away_take_nothing(allocate, counts, monkeypatch):
     """The middle layer sees the last 20 tokens, all worth nothing: a head that others outbid keeps its window of 6."""
     monkeypatch.setattr(kv.Random, "score", lambda self, seen: (seen.positions + 1.0) * (seen.layer != 1))
-    model = make("gemma3_text", sliding_window=21, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = make("gemma3_text", sliding_window=21, layer_types=kinds)
     cache = prefill(model, kv.Random(budget=12, sinks=4, window=6, minimum=1, allocate=allocate), ids(1, 60))
     held = kept_positions(cache, 1)
     assert all(places[-6:] == [*range(54, 60)] for places in held)
