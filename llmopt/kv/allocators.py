@@ -50,8 +50,9 @@ class Demand:
 
     share: mean entries per KV head; cap: int64 [L, G], the entries there are; even: int64 [L, G], the share, or all of
     the row's tokens that the layer can see, where these are fewer; least: the method's floor of any one head, int64 []
-    or [L, G]; protected: int64 [L, G], sinks and window as far as the layer sees them; scored: the L layers it looks at;
-    guard: bool [G, T] of a layer, the entries that stay in any case; weights: [L, G], how much head scores make of each KV head.
+    or [L, G]; protected: int64 [L, G], sinks and window as far as a layer sees them; scored: the L layers it looks at;
+    guard: bool [G, T] of a layer, the entries that stay in any case; weights: [L, G], how much head scores make of each
+    KV head.
     """
 
     share: int
