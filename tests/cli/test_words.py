@@ -98,7 +98,8 @@ def test_other_data_is_a_source_or_a_dataset():
 
 @pytest.mark.parametrize(("words", "expected"), [
     ({}, "a scheme, bits or a method is needed"),
-    ({"scheme": "W4A61"}, "did you mean 'W4A16'?"), ({"scheme": "NF4"}, "known elsewhere, not written by llmopt. Schemes: W2A16"),
+    ({"scheme": "W4A61"}, "did you mean 'W4A16'?"),
+    ({"scheme": "NF4"}, "known elsewhere, not written by llmopt. Schemes: W2A16"),
     ({"scheme": "W4A16", "bits": 4}, "not both"), ({"scheme": "FP8", "bits": 4}, "not both"),
     ({"scheme": "NVPF4"}, "did you mean 'NVFP4'?"),
     ({"scheme": "NVFP4", "group_size": 32}, "group_size: 32 given, 16, as scheme NVFP4 says (or no scheme), expected"),

@@ -1,4 +1,5 @@
 """Every scheme by name: what is written is foretold to the byte, and plain transformers runs it as it was in memory."""
+import pytest
 import torch
 
 from llmopt.checkpoint.save import save
