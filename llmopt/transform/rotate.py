@@ -7,7 +7,7 @@ Q and R are randomized Hadamard matrices (rotation.py), g the gains of the norms
 outlier is spread over all channels, so that neither a group's scale nor the grid of activations must reach to it. The
 final norm goes into the output head, which gets a weight of its own where it was tied: the file grows by it. Streams of
 LayerNorms are rotated around their mean; the embeddings of others keep theirs (QuaRot's code takes it off, which RMS
-norms notice). All products in float64. QuaRot, arXiv:2404.00456. channels: one small rotation for each group of channels
+norms notice). All products in float64. QuaRot, arXiv:2404.00456. channels: a small rotation for each group of channels
 that share a scale, as float formats like it (MR-GPTQ, arXiv:2509.23202).
 
 Left out: rotations that are computed while the model runs (the FFN writer's input, keys, and those of activations).
@@ -19,7 +19,7 @@ from torch import nn
 from llmopt.calibration.walk import Visit
 from llmopt.errors import FieldError
 from llmopt.method import Run
-from llmopt.model.blocks import Block, blocks, refuse_turning
+from llmopt.model.blocks import Block, refuse_turning
 from llmopt.model.links import Norm
 from llmopt.model.outside import Outside
 from llmopt.parts import register

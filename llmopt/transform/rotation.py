@@ -3,8 +3,8 @@
     x Q = (x * s) (S (x) C) / sqrt(n)        n = 2^k m;  s: n random signs;  S: Sylvester's Hadamard matrix of 2^k
 
 C [m, m] is a Hadamard matrix of the odd part of n times a small power of two, by Paley's two constructions; where there
-is none, random and orthogonal. All entries of Q are then of size 1 / sqrt(n), or nearly. With `mean`, for the streams of
-LayerNorms, the mean of x Q is that of x: a reflection behind it takes the image of (1, ..., 1) back to (1, ..., 1).
+is none, random and orthogonal. All entries of Q are then near 1 / sqrt(n) in size. With `mean`, for the streams of
+LayerNorms, x Q has the mean of x: a reflection behind it takes the image of (1, ..., 1) back to (1, ..., 1).
 """
 import math
 
@@ -60,7 +60,7 @@ def core(size: int, noise: torch.Generator) -> Tensor:          # [m, m]
 
 
 def paley(order: int) -> Tensor | None:
-    """A Hadamard matrix [order, order] from the squares modulo a prime, order - 1 or order / 2 - 1; None: neither is one."""
+    """A Hadamard matrix [order, order] from the squares modulo a prime, order - 1 or order / 2 - 1, or None."""
     if order % 4 == 0 and is_prime(order - 1):
         return bordered(order - 1, -1) + torch.eye(order, dtype=torch.float64)
     if order % 8 == 4 and is_prime(order // 2 - 1):
