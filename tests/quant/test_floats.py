@@ -45,9 +45,9 @@ def test_scales_by_hand():
 LEAST = 2.0 ** -9       # of the e4m3 numbers above 0: a group of zeros needs some scale
 
 
-@pytest.mark.parametrize(("name", "share"), [("nvfp4", 0.8), ("mxfp4", 0.999)])
+@pytest.mark.parametrize(("name", "share"), [("nvfp4", 0.95), ("mxfp4", 0.999)])
 def test_the_sweep_of_scales_never_makes_a_group_worse(name, share):
-    weight = normal(64, 256)
+    weight = normal(64, 256) ** 3
     wide, swept = (round_to_nearest(weight, spec(name, weight, clip=clip)).dequantize(torch.float32)
                    for clip in (False, True))
     errors = [(value - weight).abs().pow(2.4).unflatten(1, (-1, GRIDS[name])).sum(-1) for value in (swept, wide)]
