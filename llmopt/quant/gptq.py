@@ -22,12 +22,12 @@ from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
-from llmopt.model.codes import Quantized, decode
+from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
 from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
-from llmopt.quant.grid import Spec, as_codes, encode, fit, round_to_nearest
+from llmopt.quant.grid import Spec, encode, fit, quantized, round_to_nearest, value
 from llmopt.quant.solver import Solver
 from llmopt.quant.tokens import Alike, TokenWeights
 
@@ -133,9 +133,8 @@ class Sweep:
             errors = self._columns(start, groups[start:stop].tolist(), fixed)
             self.weight[stop:].addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
         back = self.order.argsort()
-        codes, zeros = as_codes(self.codes[back].T.contiguous(), self.spec.bits), self.zeros
-        return Quantized(codes, self.scales.T.contiguous(), self.spec.bits, self.spec.group_size,
-                         None if zeros is None else zeros.T.contiguous(),
+        zeros = None if self.zeros is None else self.zeros.T.contiguous()
+        return quantized(self.codes[back].T.contiguous(), self.scales.T.contiguous(), zeros, self.spec,
                          None if torch.equal(groups[back], place // self.width) else groups[back])
 
     def _columns(self, start: int, groups: list[int], fixed: bool) -> Tensor:
@@ -148,7 +147,7 @@ class Sweep:
                 self._refit(group, now[i:i + self.width])
             scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
             code = self.codes[start + i] = encode(now[i], scale, zero, self.spec)
-            errors[i] = (now[i] - decode(code, scale, zero, self.spec.dtype).float()) / diagonal[i]
+            errors[i] = (now[i] - value(code, scale, zero, self.spec)) / diagonal[i]
             now[i + 1:].addcmul_(factor[i, i + 1:, None], errors[i], value=-1)
         return errors
 

@@ -1,4 +1,4 @@
-"""The integer grids: scales, codes, and the values they stand for.
+"""The grids: scales, codes, and the values they stand for. Those of floats: floats.py.
 
     symmetric   s = 2 max|w| / (2^b - 1),            codes -2^(b-1) .. 2^(b-1) - 1
     asymmetric  s = (max(w, 0) - min(w, 0)) / (2^b - 1),    zero point z = round(-min(w, 0) / s) - 2^(b-1)
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from llmopt.model.codes import Quantized, decode
+from llmopt.model.forms import INTEGERS, Form
+from llmopt.quant import floats
 
 CLIP_STEPS, CLIP_NORM = 80, 2.4
 COARSE = 4         # the clip search takes every 4th step, then looks around the best
@@ -31,6 +33,8 @@ class Spec:
     clip: bool = False
     dtype: torch.dtype = torch.float32          # the model's: values are products in this type
     scale_dtype: torch.dtype | None = None      # the stored scales'; None: the model's
+    form: Form = INTEGERS
+    whole: float = 1.0                          # what scales that are e4m3 numbers are stored times
 
     @property
     def stored(self) -> torch.dtype:
@@ -50,22 +54,32 @@ class Spec:
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
-    """The nearest codes, as float32 integers. The shapes broadcast."""
+    """The nearest numbers of the grid, float32. The shapes broadcast."""
+    if spec.form.is_float:
+        return spec.form.nearest(weight / (scale if spec.form.through_bfloat16 else scale.to(spec.dtype)).float())
     steps = (weight / scale.to(spec.dtype).float()).round_()
     if zero is not None:
         steps = steps + zero.float()
     return steps.clamp_(spec.low, spec.high)
 
 
+def value(numbers: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
+    """What a loader makes of the numbers of `encode`, float32. The shapes broadcast."""
+    return decode(numbers, scale, zero, spec.dtype, spec.form).float()
+
+
 def fit(weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point [..., 1] for each last-dimension run of `weight` [..., columns], float32."""
     rows = max(1, CHUNK // max(1, weight[0].numel()))                # few enough to stay in the processor's cache
+    rows = rows if spec.form.rows == 1 else len(weight)
     found = [_fit(part, spec) for part in weight.split(rows)]
     scale, zero = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*found, strict=True))
     return scale, zero
 
 
 def _fit(weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    if spec.form.is_float:
+        return floats.fit(weight, spec, lambda scale: _error(weight, scale, None, spec)), None
     low = weight.amin(-1, keepdim=True).clamp(max=0)
     high = weight.amax(-1, keepdim=True).clamp(min=0)
 
@@ -93,17 +107,19 @@ def fit_groups(weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
     return scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
 
 
-def as_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes in the type they are kept in."""
-    return codes.to(torch.int8 if bits <= 8 else torch.int32)
+def quantized(numbers: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec,
+              groups: Tensor | None = None) -> Quantized:
+    """The weight that numbers [out, in] of `encode` and their scales and zero points [out, groups] make."""
+    codes = spec.form.kept(numbers, spec.bits)
+    return Quantized(codes, scales, spec.bits, spec.group_size, zeros, groups, form=spec.form, whole=spec.whole)
 
 
 def round_to_nearest(weight: Tensor, spec: Spec) -> Quantized:
     """Quantize `weight` [out, in] float32 entry by entry."""
     scale, zero = fit_groups(weight, spec)
     grouped = weight.unflatten(1, (scale.shape[1], -1))              # [out, groups, width]
-    codes = encode(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), spec).flatten(1)
-    return Quantized(as_codes(codes, spec.bits), scale, spec.bits, spec.group_size, zero)
+    numbers = encode(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), spec).flatten(1)
+    return quantized(numbers, scale, zero, spec)
 
 
 def _span(low: Tensor, high: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
@@ -115,10 +131,9 @@ def _span(low: Tensor, high: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]
     if spec.symmetric:
         return scale, None
     zero = (-low / scale.to(spec.dtype).float()).round() + spec.low
-    return scale, as_codes(zero.clamp(spec.low, spec.high), spec.bits)
+    return scale, zero.clamp(spec.low, spec.high).to(torch.int8)
 
 
 def _error(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
-    value = decode(encode(weight, scale, zero, spec), scale, zero, spec.dtype)
-    apart = value.float().sub_(weight).abs_()
+    apart = value(encode(weight, scale, zero, spec), scale, zero, spec).sub_(weight).abs_()
     return apart.log2_().mul_(CLIP_NORM).exp2_().sum(-1, keepdim=True)     # |.|^2.4 at twice the speed of pow
