@@ -22,6 +22,7 @@ from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
+from llmopt.method import Run
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
@@ -57,8 +58,8 @@ class ColumnSweep(Solver):
     block: int = Field(128, ge=1, description="columns whose updates are applied together; the result is the same")
     tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts in H")
 
-    def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        return self.tokens.weights(visit)
+    def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
+        return self.tokens.weights(visit, run)
 
     def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
         made = moments.cached((self.act_order, self.damping), lambda: self.prepare(moments))
