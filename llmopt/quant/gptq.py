@@ -25,12 +25,13 @@ from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
-from llmopt.model.codes import Quantized, decode
+from llmopt.method import Run
+from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
 from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
-from llmopt.quant.grid import Grid, Spec, as_codes, encode, fit, fit_groups, nearest, round_to_nearest
+from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
 from llmopt.quant.search import fit_groups_to, fit_outputs
 from llmopt.quant.solver import Solver
 from llmopt.quant.tokens import Alike, TokenWeights
@@ -67,8 +68,8 @@ class ColumnSweep(Solver):
     search: Literal["outputs", "weights"] = Field("outputs", description="whose errors the scales are searched for: of "
                                                   "the group's outputs, or of its weights (norm 2.4); see clip")
 
-    def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        return self.tokens.weights(visit)
+    def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
+        return self.tokens.weights(visit, run)
 
     def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
         made = moments.cached((self.act_order, self.damping), lambda: self.prepare(moments))
@@ -87,12 +88,13 @@ class ColumnSweep(Solver):
 
     def scales(self, weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
         """Scales and zero points [out, groups] of the column groups of `weight` [out, in]."""
-        return fit_groups_to(weight, hessian, spec) if self.search == "outputs" else fit_groups(weight, spec)
+        apart = self.search == "outputs" and spec.form.rows == 1           # else some rows share their scales
+        return fit_groups_to(weight, hessian, spec) if apart else fit_groups(weight, spec)
 
     def _refit(self, made: Prepared, hessian: Tensor, spec: Spec) -> Refit:
         """What gives columns [out, width] of the sweep, from a place on, scales of their own."""
         def refit(start: int, columns: Tensor) -> Grid:
-            if self.search == "weights":
+            if self.search == "weights" or spec.form.rows != 1:
                 return fit(columns, spec)
             of = made.order[start:start + columns.shape[1]]
             return fit_outputs(columns, hessian[of][:, of], spec)
@@ -160,9 +162,8 @@ class Sweep:
             errors = self._columns(start, groups[start:stop].tolist(), refit)
             self.weight[stop:].addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
         back = self.order.argsort()
-        codes, zeros = as_codes(self.codes[back].T.contiguous(), self.spec.bits), self.zeros
-        return Quantized(codes, self.scales.T.contiguous(), self.spec.bits, self.spec.group_size,
-                         None if zeros is None else zeros.T.contiguous(),
+        zeros = None if self.zeros is None else self.zeros.T.contiguous()
+        return quantized(self.codes[back].T.contiguous(), self.scales.T.contiguous(), zeros, self.spec,
                          None if torch.equal(groups[back], place // self.width) else groups[back])
 
     def _columns(self, start: int, groups: list[int], refit: Refit | None) -> Tensor:
@@ -175,7 +176,7 @@ class Sweep:
                 self._take(group, *refit(start + i, now[i:i + self.width].T))
             scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
             code = self.codes[start + i] = encode(now[i], scale, zero, self.spec)
-            errors[i] = (now[i] - decode(code, scale, zero, self.spec.dtype).float()) / diagonal[i]
+            errors[i] = (now[i] - value(code, scale, zero, self.spec)) / diagonal[i]
             now[i + 1:].addcmul_(factor[i, i + 1:, None], errors[i], value=-1)
         return errors
 

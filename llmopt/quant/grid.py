@@ -1,4 +1,4 @@
-"""The integer grids: scales, codes, and the values they stand for.
+"""The grids: scales, codes, and the values they stand for. Those of floats: floats.py.
 
     symmetric   s = 2 max|w| / (2^b - 1),            codes -2^(b-1) .. 2^(b-1) - 1
     asymmetric  s = (max(w, 0) - min(w, 0)) / (2^b - 1),    zero point z = round(-min(w, 0) / s) - 2^(b-1)
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from llmopt.model.codes import Quantized, decode
+from llmopt.model.forms import INTEGERS, Form
+from llmopt.quant import floats
 
 CLIP_STEPS, CLIP_NORM = 80, 2.4
 COARSE = 4         # the clip search takes every 4th step, then looks around the best
@@ -36,7 +38,9 @@ class Spec:
     clip: bool = False
     dtype: torch.dtype = torch.float32          # the model's: values are products in this type
     scale_dtype: torch.dtype | None = None      # the stored scales'; None: the model's
-    signed: bool = False                        # symmetric scales may be negative
+    form: Form = INTEGERS
+    whole: float = 1.0                          # what scales that are e4m3 numbers are stored times
+    signed: bool = False                        # symmetric scales of integers may be negative
 
     @property
     def stored(self) -> torch.dtype:
@@ -61,11 +65,18 @@ class Spec:
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
-    """The nearest codes, as float32 integers. The shapes broadcast."""
+    """The nearest numbers of the grid, float32. The shapes broadcast."""
+    if spec.form.is_float:
+        return spec.form.nearest(weight / (scale if spec.form.through_bfloat16 else scale.to(spec.dtype)).float())
     steps = (weight / scale.to(spec.dtype).float()).round_()
     if zero is not None:
         steps = steps + zero.float()
     return steps.clamp_(spec.low, spec.high)
+
+
+def value(numbers: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
+    """What a loader makes of the numbers of `encode`, float32. The shapes broadcast."""
+    return decode(numbers, scale, zero, spec.dtype, spec.form).float()
 
 
 def norm(apart: Tensor) -> Tensor:
@@ -76,6 +87,7 @@ def norm(apart: Tensor) -> Tensor:
 def fit(weight: Tensor, spec: Spec) -> Grid:
     """Scale and zero point [..., 1] for each last-dimension run of `weight` [..., columns], float32."""
     rows = max(1, CHUNK // max(1, weight[0].numel()))                # few enough to stay in the processor's cache
+    rows = rows if spec.form.rows == 1 else len(weight)
     found = [fit_at_once(part, spec, norm) for part in weight.split(rows)]
     scale, zero = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*found, strict=True))
     return scale, zero
@@ -83,6 +95,8 @@ def fit(weight: Tensor, spec: Spec) -> Grid:
 
 def fit_at_once(weight: Tensor, spec: Spec, error: Error) -> Grid:
     """`fit` by another measure of the error."""
+    if spec.form.is_float:
+        return floats.fit(weight, spec, lambda scale: off(weight, (scale, None), spec, error)), None
     scale, zero = _fit_positive(weight, spec, error)
     if not spec.signed or zero is not None:
         return scale, zero
@@ -119,9 +133,11 @@ def fit_groups(weight: Tensor, spec: Spec) -> Grid:
     return scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
 
 
-def as_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes in the type they are kept in."""
-    return codes.to(torch.int8 if bits <= 8 else torch.int32)
+def quantized(numbers: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec,
+              groups: Tensor | None = None) -> Quantized:
+    """The weight that numbers [out, in] of `encode` and their scales and zero points [out, groups] make."""
+    codes = spec.form.kept(numbers, spec.bits)
+    return Quantized(codes, scales, spec.bits, spec.group_size, zeros, groups, form=spec.form, whole=spec.whole)
 
 
 def round_to_nearest(weight: Tensor, spec: Spec) -> Quantized:
@@ -133,14 +149,13 @@ def nearest(weight: Tensor, grid: Grid, spec: Spec) -> Quantized:
     """The codes of `weight` [out, in] float32 that are nearest, with these scales and zero points [out, groups]."""
     scale, zero = grid
     grouped = weight.unflatten(1, (scale.shape[1], -1))              # [out, groups, width]
-    codes = encode(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), spec).flatten(1)
-    return Quantized(as_codes(codes, spec.bits), scale, spec.bits, spec.group_size, zero)
+    numbers = encode(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), spec).flatten(1)
+    return quantized(numbers, scale, zero, spec)
 
 
 def off(weight: Tensor, grid: Grid, spec: Spec, error: Error) -> Tensor:
     """What counts of the error that rounding `weight` to this grid makes. The shapes broadcast."""
-    value = decode(encode(weight, *grid, spec), *grid, spec.dtype)
-    return error(value.float().sub_(weight))
+    return error(value(encode(weight, *grid, spec), *grid, spec).sub_(weight))
 
 
 def _span(low: Tensor, high: Tensor, spec: Spec) -> Grid:
@@ -151,4 +166,4 @@ def _span(low: Tensor, high: Tensor, spec: Spec) -> Grid:
     if spec.symmetric:
         return scale, None
     zero = (-low / scale.to(spec.dtype).float()).round() + spec.low
-    return scale, as_codes(zero.clamp(spec.low, spec.high), spec.bits)
+    return scale, zero.clamp(spec.low, spec.high).to(torch.int8)

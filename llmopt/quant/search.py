@@ -8,7 +8,6 @@ The steps are those of GPTQ's code (Frantar et al., arXiv:2210.17323), which cou
 """
 from torch import Tensor, cat, stack, where
 
-from llmopt.model.codes import decode
 from llmopt.quant.grid import CHUNK, Error, Grid, Spec, encode, fit_at_once, off
 
 WIDE = 256
@@ -44,7 +43,7 @@ def fit_outputs(weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
         return weighed(apart).mul_(apart).sum(-1, keepdim=True)
 
     grid = fit_at_once(weight, spec, error)
-    if not spec.clip:
+    if not spec.clip or spec.form.is_float:
         return grid
     trial = _least_squares(weight, weighed, grid, spec), grid[1]
     better = off(weight, trial, spec, error) < off(weight, grid, spec, error)
@@ -53,7 +52,7 @@ def fit_outputs(weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
 
 def _least_squares(weight: Tensor, weighed: Error, grid: Grid, spec: Spec) -> Tensor:
     """The scale that suits the codes of this grid best, of the sign it had; the old one where there is none."""
-    steps = decode(encode(weight, *grid, spec), weight.new_ones(()), grid[1], weight.dtype)
+    steps = encode(weight, *grid, spec) if grid[1] is None else encode(weight, *grid, spec) - grid[1]
     across = weighed(steps)
     energy = (across * steps).sum(-1, keepdim=True)
     return usable((across * weight).sum(-1, keepdim=True) / energy, grid[0], spec)

@@ -39,7 +39,7 @@ class FirstTokens(TokenWeights):
 
     count: int = Field(8, ge=1)
 
-    def weights(self, visit):
+    def weights(self, visit, run):
         place = [mask.cumsum(1)[mask] for mask in visit.masks]
         return [(p <= self.count).float() for p in place]
 
