@@ -88,14 +88,14 @@ class Inputs:
 
     kind: "none"; "peak"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves,
     of all processes, [N, in] for each batch. size: mean |x| beside the moments; peak: the largest one. token_weights:
-    how much each real token of each batch counts in the moments ([N] per batch), given a visit of this process's rows;
-    None: all alike.
+    how much each real token of each batch counts in the moments ([N] per batch), given a visit of this process's rows
+    and the run; None: all alike.
     """
 
     kind: Literal["none", "peak", "moments", "rows"] = "none"
     size: bool = False
     peak: bool = False
-    token_weights: Callable[[Visit], list[Tensor] | None] | None = None
+    token_weights: Callable[[Visit, Run], list[Tensor] | None] | None = None
 
 
 Seen = Moments | Peak | list[Tensor] | None
@@ -113,7 +113,7 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
             yield from ((p, None) for p in block.projections() if p.name in names)
         return
     for visit in visits(model, run, label, edits, shared=True):
-        weights = inputs.token_weights(visit) if inputs.token_weights else None
+        weights = inputs.token_weights(visit, run) if inputs.token_weights else None
         for group in visit.block.groups():
             if chosen := [p for p in group if p.name in names]:
                 seen = _rows(visit, group[0], run) if inputs.kind == "rows" else \

@@ -1,5 +1,5 @@
 """The quantization step: which weights, at how many bits, the walk over blocks, the figures. A solver does the rest."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -24,9 +24,9 @@ from llmopt.model.finite import all_finite
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.parts import Several
-from llmopt.quant import kinds, scores
+from llmopt.quant import floats, kinds, scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
-from llmopt.quant.grid import Spec
+from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 from llmopt.quant.solver import Solver
 from llmopt.scale.gauge import give_back_freed
@@ -111,7 +111,7 @@ class Quantizer(Method):
         form = kinds.of(self.scheme)[1]
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
                     DTYPES[self.scale_dtype] if self.scale_dtype else None, form,
-                    wholes[target.name] if form.scales == "e4m3" else 1.0)
+                    wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
@@ -139,6 +139,15 @@ class Quantizer(Method):
     def _two_level(self, share: Share, importance: list[float]) -> dict[str, int]:
         bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
         return dict(zip(share.units, bits, strict=True))
+
+    def rounders(self, model: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """At the average of its bits where only data will decide."""
+        def to_grid(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
+            whole = floats.whole(float(weight.abs().max())) if spec.form.scales == "e4m3" else 1.0
+            return round_to_nearest(weight.float(), replace(spec, clip=False, whole=whole)).dequantize(spec.dtype)
+
+        return {t.name: partial(to_grid, spec=self.spec(replace(t, bits=round(t.bits)), model.dtype))
+                for t in self._planned(model) if t.bits != DENSE}
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Hangs codes without values on the weights, at fractions of bits where only data will decide."""
