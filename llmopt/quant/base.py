@@ -123,7 +123,7 @@ class Quantizer(Method):
     def rounders(self, model: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """At the average of its bits where only data will decide."""
         def to_grid(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
-            return round_to_nearest(weight.float(), replace(spec, clip=False)).dequantize(spec.dtype)
+            return round_to_nearest(weight.float(), spec).dequantize(spec.dtype)
 
         return {t.name: partial(to_grid, spec=self.spec(replace(t, bits=round(t.bits)), model.dtype))
                 for t in self._planned(model) if t.bits != DENSE}
