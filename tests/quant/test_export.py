@@ -11,7 +11,7 @@ from llmopt.checkpoint.compressed_tensors import export
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.model.stored import packed
+from llmopt.model.packing import packed
 from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
@@ -145,8 +145,8 @@ def test_a_later_edit_is_refused():
 
 def test_what_cannot_be_stored_is_refused():
     model = make("llama")
-    RTN(group_size=16, symmetric=False).apply(model, Run())
-    with pytest.raises(LlmoptError, match="format: dense"):
+    RTN(group_size=16, symmetric=False, overrides={"mlp": {"bits": 3}}).apply(model, Run())
+    with pytest.raises(LlmoptError, match="alike in bits and groups.*format: dense"):
         export(model)
     model = make("gpt2")
     RTN(group_size=16).apply(model, Run())
