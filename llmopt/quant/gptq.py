@@ -4,7 +4,8 @@
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
     loss = tr((W - Q) H (W - Q)^T) / 2                      (of the undamped H; without damping it is sum_i |e_i|^2 / 2)
 
-Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py).
+Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py). After
+the sweep scales and codes are improved in turns (alternate.py).
 
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
@@ -29,6 +30,7 @@ from llmopt.method import Run
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
+from llmopt.quant.alternate import alternate
 from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
 from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
@@ -60,13 +62,14 @@ class ColumnSweep(Solver):
 
     act_order: bool = Field(True, description="columns with the largest inputs first")
     static_groups: bool = Field(True, description="scales of the original column groups, fixed before the sweep")
-    damping: float = Field(0.01, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
+    damping: float = Field(0.03, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
     block: int = Field(128, ge=1, description="columns whose updates are applied together; the result is the same")
     tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts in H")
     signed: bool = Field(True, description="symmetric scales may be negative: the one code that a side has more is "
                                            "put where the large weights are")
     search: Literal["outputs", "weights"] = Field("outputs", description="whose errors the scales are searched for: of "
                                                   "the group's outputs, or of its weights (norm 2.4); see clip")
+    sweeps: int = Field(2, ge=0, le=100, description="turns afterwards: scales by least squares, then codes one by one")
 
     def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
         return self.tokens.weights(visit, run)
@@ -84,7 +87,8 @@ class ColumnSweep(Solver):
         fixed = self.static_groups or spec.group_size == -1
         result = sweep.run(self.block, None if fixed else self._refit(made, moments.hessian, spec))
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
-        return best_rows(result, rounded, weight, moments.hessian, spec)
+        result = best_rows(result, rounded, weight, moments.hessian, spec)
+        return alternate(result, weight, moments.hessian, spec, self.sweeps) if self.sweeps else result
 
     def scales(self, weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
         """Scales and zero points [out, groups] of the column groups of `weight` [out, in]."""

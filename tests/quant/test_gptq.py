@@ -11,7 +11,7 @@ from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
 
-PLAIN = {"signed": False, "search": "weights"}          # as Frantar et al. have it
+PLAIN = {"signed": False, "search": "weights", "sweeps": 0}          # as Frantar et al. have it
 
 
 def known(hessian, tokens):
