@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.errors import FieldError
+from llmopt.kv.centres import runs_of
 from llmopt.kv.codes import Codes, Form
 from llmopt.kv.mixed import Mixed
 from llmopt.method import Record, Run
@@ -82,7 +83,7 @@ class Quant(StoreMethod):
         before = packing.before
         group, channel = self._group(entries.keys.shape[-1]), self.keys == "channel"
         lloyd = self.codebook == "lloyd"
-        keys = Form(self.key_bits or self.bits, group, self.rotate and not channel, lloyd, channel)
+        keys = Form(self.key_bits or self.bits, group, self.rotate and not channel, lloyd, channel, not channel)
         values = Form(self.value_bits or self.bits, self._group(entries.values.shape[-1]), self.rotate, lloyd)
         return replace(entries, keys=packed(entries.keys, old, source, before and before.keys, keys),
                        values=packed(entries.values, old, source, before and before.values, values))
@@ -101,9 +102,13 @@ def packed(x: Tensor, old: Tensor, source: Tensor, before: Tensor | Packed | Non
     fresh = old & ~known
     if form.channel:
         fresh &= fresh.cumsum(1) <= fresh.sum(1, keepdim=True) // form.group * form.group
-    codes = Codes.of(x[fresh], form)
-    if bool(known.any()):
-        codes = Codes.cat([before.codes[before.places[source[known]]], codes])
+    again = before.codes[before.places[source[known]]] if bool(known.any()) else None
+    runs = runs_of(x, known, fresh, again) if form.centre else None
+    new = x[fresh].float()
+    codes = Codes.of(new if runs is None else new - runs.centres[runs.of[fresh]].float(), form)
+    if again is not None:
         places = torch.cat([mask.flatten().nonzero().flatten() for mask in (known, fresh)])
-        codes = codes[places.argsort()]
+        codes = Codes.cat([again.bare(), codes])[places.argsort()]
+    if runs is not None:
+        codes = codes.around(runs.of[known | fresh], runs.centres)
     return Mixed.of(known | fresh, codes, x[~(known | fresh)])
