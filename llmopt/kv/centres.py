@@ -31,9 +31,11 @@ def runs_of(x: Tensor, known: Tensor, fresh: Tensor, codes: Codes | None) -> Run
     if codes is not None:
         of[known] = codes.run
         of, centres = _filled(of, fresh), [*codes.centres]
-    for head, new in enumerate(fresh & (of < 0)):
-        if bool(new.any()):
-            _extend(x[head], of[head], new, centres)
+    for head, new in enumerate(fresh):
+        if bool(new[0]):
+            of[head, 0] = len(centres)
+            centres.append(x[head, 0].bfloat16())
+        _extend(x[head], of[head], new & (of[head] < 0), centres)
     return Runs(of, torch.stack(centres) if centres else x.new_empty(0, x.shape[2], dtype=torch.bfloat16))
 
 
@@ -50,17 +52,14 @@ def _extend(x: Tensor, of: Tensor, new: Tensor, centres: list[Tensor]) -> None:
 
     The mean of a short run is that of so many entries up to its end as make half a run.
     """
-    known = of[of >= 0]
-    start, stop = (int(end) for end in new.nonzero()[[0, -1], 0] + new.new_tensor([0, 1], dtype=torch.long))
-    if len(known) == 0:
-        of[start] = len(centres)
-        centres.append(x[start].bfloat16())
-        start += 1
-    elif stop - start < RUN // 2 and 1 < int((known == known[-1]).sum()) < RUN:
-        of[new] = known[-1]
+    count = int(new.sum())
+    if count == 0:
         return
-    parts = (stop - start + RUN // 2) // RUN or 1
-    for part in torch.arange(start, stop).tensor_split(parts) if start < stop else ():
+    last = of[of >= 0][-1]
+    if count < RUN // 2 and 1 < int((of == last).sum()) < RUN:
+        of[new] = last
+        return
+    for part in new.nonzero().flatten().tensor_split((count + RUN // 2) // RUN or 1):
         first, end = int(part[0]), int(part[-1]) + 1
         of[first:end] = len(centres)
         centres.append(x[max(1, min(first, end - RUN // 2)):end].float().mean(0).bfloat16())
