@@ -31,11 +31,12 @@ def runs_of(x: Tensor, known: Tensor, fresh: Tensor, codes: Codes | None) -> Run
     if codes is not None:
         of[known] = codes.run
         of, centres = _filled(of, fresh), [*codes.centres]
-    for head, new in enumerate(fresh):
-        if bool(new[0]):
-            of[head, 0] = len(centres)
-            centres.append(x[head, 0].bfloat16())
-        _extend(x[head], of[head], new & (of[head] < 0), centres)
+    for head, coded in enumerate(known | fresh):
+        places = coded.nonzero().flatten()
+        if bool(fresh[head, places[:1]].any()):
+            of[head, places[0]] = len(centres)
+            centres.append(x[head, places[0]].bfloat16())
+        _extend(x[head], of[head], places, centres)
     return Runs(of, torch.stack(centres) if centres else x.new_empty(0, x.shape[2], dtype=torch.bfloat16))
 
 
@@ -47,19 +48,20 @@ def _filled(of: Tensor, fresh: Tensor) -> Tensor:
     return torch.where(fresh & (place < before[:, -1:]), near, of)
 
 
-def _extend(x: Tensor, of: Tensor, new: Tensor, centres: list[Tensor]) -> None:
-    """Runs for the last entries of a head, those in `new` [T]: few of them join the run before, unless it is full.
-
-    The mean of a short run is that of so many entries up to its end as make half a run.
+def _extend(x: Tensor, of: Tensor, places: Tensor, centres: list[Tensor]) -> None:
+    """Runs for the last of a head's entries in codes, at `places`, which have none: new ones, or the last if they are
+    few and it is not full. The mean of a short run is that of so many entries up to its end as make half a run.
     """
-    count = int(new.sum())
+    runs = of[places]
+    first = int((runs >= 0).sum())
+    count = len(places) - first
     if count == 0:
         return
-    last = of[of >= 0][-1]
-    if count < RUN // 2 and 1 < int((of == last).sum()) < RUN:
-        of[new] = last
+    if count < RUN // 2 and 1 < int((runs == runs[first - 1]).sum()) < RUN:
+        of[places[first:]] = runs[first - 1]
         return
-    for part in new.nonzero().flatten().tensor_split((count + RUN // 2) // RUN or 1):
-        first, end = int(part[0]), int(part[-1]) + 1
-        of[first:end] = len(centres)
-        centres.append(x[max(1, min(first, end - RUN // 2)):end].float().mean(0).bfloat16())
+    parts = places[first:].tensor_split((count + RUN // 2) // RUN or 1)
+    near = [places[max(1, len(places) - RUN // 2):]] if count < RUN // 2 else parts
+    for part, some in zip(parts, near, strict=True):
+        of[part] = len(centres)
+        centres.append(x[some].float().mean(0).bfloat16())

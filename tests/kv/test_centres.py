@@ -48,6 +48,15 @@ def test_the_first_entry_is_alone_and_runs_behind_it_are_of_about_equal_length()
     assert pack(x[:, :1]).codes.runs.tolist() == [1, 1] and len(pack(x, dense=400).codes.centres) == 0
 
 
+def test_what_was_dropped_has_no_part_in_it():
+    """Holes anywhere, as an evictor leaves them."""
+    x, old = noise(1, 60, 16), torch.arange(60)[None] % 3 == 1
+    x[~old] = torch.inf
+    codes = packed(x, old, torch.full(old.shape, -1), None, FORM).codes
+    assert codes.runs.tolist() == [1, 19]
+    assert_close(codes.centres[1].float(), x[0, 4::3].mean(0), atol=0.01, rtol=0)
+
+
 def test_few_more_join_the_last_run_until_it_is_full_and_a_short_one_has_the_mean_of_half_a_run():
     x = noise(1, 400, 16) + 5
     assert grown(x, [100, 28, 20, 64, 10])[0] == [1, 147, 74]
