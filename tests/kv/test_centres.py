@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from llmopt import kv, runtime
-from llmopt.kv.centres import RUN, runs_of
+from llmopt.kv.centres import RUN
 from llmopt.kv.codes import Codes, Form
 from llmopt.kv.mixed import Mixed
 from llmopt.kv.quant import packed
@@ -60,7 +60,7 @@ def test_what_was_dropped_has_no_part_in_it():
 def test_few_more_join_the_last_run_until_it_is_full_and_a_short_one_has_the_mean_of_half_a_run():
     x = noise(1, 400, 16) + 5
     assert grown(x, [100, 28, 20, 64, 10])[0] == [1, 147, 74]
-    assert grown(x, [1, 1, 3, 5])[0] == [1, 1, 8]                                        # nobody joins one that is alone
+    assert grown(x, [1, 1, 3, 5])[0] == [1, 1, 8]                       # nobody joins one that is alone
     runs, centres = grown(x, [RUN + 1, 2])
     assert runs == [1, RUN, 2]
     assert_close(centres[2], x[0, RUN + 3 - RUN // 2:RUN + 3].mean(0), atol=0.2, rtol=0)
@@ -126,11 +126,11 @@ def test_beams_of_one_head_and_a_fork_keep_their_centres():
 def test_a_long_answer_in_small_steps_holds_few_centres():
     """Entries packed one by one, the oldest dropped: as many runs as half of them would fill, and their bytes told."""
     model, tokens = make("llama"), ids(1, 260)
-    with runtime.attached(model, kv.Streaming(budget=100, sinks=4, every=1), kv.Quant(residual=0, every=1)):
-        with torch.no_grad():
-            cache = model(tokens[:, :60], use_cache=True).past_key_values
-            for at in range(60, 260):
-                model(tokens[:, at:at + 1], past_key_values=cache)
+    methods = kv.Streaming(budget=100, sinks=4, every=1), kv.Quant(residual=0, every=1)
+    with runtime.attached(model, *methods), torch.no_grad():
+        cache = model(tokens[:, :60], use_cache=True).past_key_values
+        for at in range(60, 260):
+            model(tokens[:, at:at + 1], past_key_values=cache)
     codes = cache.layers[0].kept.keys.codes
     assert len(codes.runs) <= 2 * 4 and int(codes.runs.sum()) == len(codes)
     assert any(t is codes.centres for t in cache.layers[0].entries())
