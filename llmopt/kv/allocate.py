@@ -79,16 +79,15 @@ def ada(scores: Tensor, even: Tensor, floor: Tensor, cap: Tensor, alpha: float =
                       for s, f, c, e in zip(scores, safe, cap, even, strict=True)])
 
 
-def pyramid(even: Tensor, protected: int, floor: Tensor, cap: Tensor, beta: float = BETA) -> Tensor:
+def pyramid(even: Tensor, protected: Tensor, floor: Tensor, cap: Tensor, beta: float = BETA) -> Tensor:
     """PyramidKV: a budget that falls linearly with depth (Cai et al., 2024, arXiv:2406.02069)."""
     layers, share = cap.shape[0], int(even.max())
-    free = max(share - protected, 0)
+    free = max(share - int(protected.max()), 0)
     last = free / beta
     first = 2 * free - last
     steps = torch.arange(layers) / max(layers - 1, 1)
-    profile = first - steps * (first - last) + protected
-    return water_fill((profile if layers > 1 else profile * 0 + share)[:, None].expand(cap.shape), total_of(cap, even),
-                      floor, cap)
+    profile = (first - steps * (first - last))[:, None] + protected
+    return water_fill(profile if layers > 1 else torch.full_like(profile, share), total_of(cap, even), floor, cap)
 
 
 def prefix(scores: Tensor, total: int, floor: Tensor, cap: Tensor) -> Tensor:

@@ -49,16 +49,17 @@ class Demand:
     """The budget that an allocator shares out in one row of the batch.
 
     share: mean entries per KV head; cap: int64 [L, G], the entries there are; even: int64 [L, G], the share, or all of
-    the row's tokens that the layer can see, where these are fewer; least: the method's floor of any one head;
-    protected: sinks + window; scored: the L layers it looks at; guard: bool [G, T] of a layer, the entries that stay in
-    any case; weights: [L, G], how much head scores make of each KV head.
+    the row's tokens that the layer can see, where these are fewer; least: the method's floor of any one head, int64 []
+    or [L, G]; protected: int64 [L, G], sinks and window as far as a layer sees them; scored: the L layers it looks at;
+    guard: bool [G, T] of a layer, the entries that stay in any case; weights: [L, G], how much head scores make of each
+    KV head.
     """
 
     share: int
     cap: Tensor
     even: Tensor
-    least: int
-    protected: int
+    least: Tensor
+    protected: Tensor
     scored: list[Scored] = dataclasses.field(default_factory=list)
     guard: Callable[[Scored], Tensor] | None = None
     weights: Tensor | None = None
@@ -68,9 +69,9 @@ class Demand:
         """Entries to keep over all heads."""
         return allocate.total_of(self.cap, self.even)
 
-    def floor(self, least: int | None = None) -> Tensor:
+    def floor(self, least: int | Tensor | None = None) -> Tensor:
         """int64 [L, G]: entries that every head keeps at least, `least` or what the method says, as far as they go."""
-        return self.cap.clamp(max=min(self.share, self.least if least is None else least))
+        return self.cap.clamp(max=self.share).minimum(torch.as_tensor(self.least if least is None else least))
 
     @property
     def scores(self) -> Tensor:

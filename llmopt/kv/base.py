@@ -294,18 +294,24 @@ class Scorer(CacheMethod):
             counts = self._once(turn, "counts", lambda: self._from_lengths(turn, share))
             return counts[[turn.cache.attending().index(i) for i in layers]]
         cap, mean = stack([layer.counts for layer in scored], 0).cpu(), torch.tensor(share)
-        even, least = self._in_sight(turn, layers).clamp(max=share), max(self.minimum, self.first + self.window)
-        return self.allocate.counts(Demand(share, cap, even, least, self.first + self.window, scored,
-                                           lambda layer: self._protected(layer, mean, turn.length)))
+        sight = self._in_sight(turn, layers)
+        sure = self._sure(turn, sight)
+        demand = Demand(share, cap, sight.clamp(max=share), sure.clamp(min=self.minimum), sure, scored,
+                        lambda layer: self._protected(layer, mean, turn.length))
+        return self.allocate.counts(demand)
 
     def _from_lengths(self, turn: Turn, share: int) -> Tensor:
         """[attending layers, G]: budgets that no score of this prompt changes, from the lengths of all layers."""
         caps, sight = self._coming(turn), self._in_sight(turn, turn.cache.attending())
-        even, slid = sight.clamp(max=share), turn.length - sight
-        sure = torch.minimum((self.first - slid).clamp(min=0) + self.window, sight)
+        even, sure = sight.clamp(max=share), self._sure(turn, sight)
         weights = self.allocate.weights(turn.record.meta, [*caps], Room(sight - sure, sure, int(even.sum())))
-        return self.allocate.counts(Demand(share, stack(list(caps.values()), 0), even, self.minimum,
-                                           self.first + self.window, weights=weights))
+        least = torch.tensor(self.minimum)
+        return self.allocate.counts(Demand(share, stack([*caps.values()], 0), even, least, sure, weights=weights))
+
+    def _sure(self, turn: Turn, sight: Tensor) -> Tensor:
+        """[layers, G]: of the tokens in sight, the first and last, which stay in any case; sinks slide out of it."""
+        slid = turn.length - sight
+        return torch.minimum((self.first - slid).clamp(min=0) + self.window, sight)
 
     @staticmethod
     def _in_sight(turn: Turn, layers: list[int]) -> Tensor:
@@ -331,15 +337,19 @@ class Scorer(CacheMethod):
         return part, part
 
     def _protected(self, layer: Scored, counts: Tensor, length: int) -> Tensor:
-        """bool [G, T]: first and last tokens. In a head of few entries sinks take half, the window the rest."""
-        counts = counts.to(layer.positions.device)
+        """bool [G, T]: first and last tokens. In a head of few entries sinks take half, the window the rest.
+
+        First tokens that are not there, having slid out of the layer's window, take nothing.
+        """
+        counts, there = counts.to(layer.positions.device), layer.positions >= 0
         first, last = self.ends(counts)
         sinks, window = first.clamp(min=self.first), last.clamp(min=self.window)
-        sinks = torch.where(counts < sinks + window, torch.minimum(sinks, (counts + 1) // 2), sinks)
-        window = torch.minimum(window, counts - sinks)
-        first = layer.positions < sinks.unsqueeze(-1)
+        held = (there & (layer.positions < sinks.unsqueeze(-1))).sum(-1)
+        some = torch.where(counts < held + window, torch.minimum(held, (counts + 1) // 2), held)
+        window = torch.minimum(window, counts - some)
+        first = layer.positions < (sinks - held + some).unsqueeze(-1)
         last = layer.positions >= length - window.unsqueeze(-1)
-        return (first | last) & (layer.positions >= 0)
+        return (first | last) & there
 
 
 def view_of(turn: Turn, index: int, entries: Entries) -> LayerKV:

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from llmopt_evals import pieces
+from llmopt_evals import padding, pieces
 from llmopt_evals.continuations import costs, main, texts_of
 from torch.nn.functional import cross_entropy
 
@@ -86,5 +86,24 @@ def test_pieces_of_texts_are_what_continuations_reads(made):
     starts = [0, len(ids) // 3, 2 * (len(ids) // 3)]
     assert [row["context"] for row in rows] == [tokenizer.decode(ids[start:start + 20]) for start in starts]
     assert [row["answer"] for row in rows] == [tokenizer.decode(ids[start + 20:start + 25]) for start in starts]
+    assert CliRunner().invoke(pieces.main, [*given, "--answer", "0"]).exit_code == 0
+    assert [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()] == [
+        {"text": row["context"]} for row in rows]
     refused = CliRunner().invoke(pieces.main, [*given, "--answer", "5000"])
     assert refused.exit_code == 2 and "long.txt" in refused.output and "3 x 5,020 are wanted" in refused.output
+
+
+def test_a_padded_row_goes_on_as_alone_and_is_told_where_it_does_not(made, monkeypatch):
+    folder = made[0]
+    (folder / "t.txt").write_text(" ".join(LINES * 30))
+    given = [str(folder / "m"), str(folder / "t.txt"), "kv.keydiff", "kv.snapkv: {ratio: 0.7, window: 8}"]
+    shown = CliRunner().invoke(padding.main, given)
+    assert shown.exit_code == 0, shown.output
+    assert [(line[:4], line.rpartition(": ")[2]) for line in shown.stdout.splitlines()[:2]] == [
+        ("1.00", "dense"), ("1.00", "kv.keydiff, ratio 0.5")] and shown.stdout.splitlines()[2].startswith("1.00")
+    other = torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9]])
+    monkeypatch.setattr(padding, "following", lambda model, ids, *_: other[:1] * 0 + 1 if len(ids) == 1 else other)
+    assert padding.alike(None, torch.zeros(1, 440, dtype=torch.long), None) == 0.25
+    (folder / "t.txt").write_text("too short")
+    refused = CliRunner().invoke(padding.main, given)
+    assert refused.exit_code == 2 and "440 are wanted" in refused.output

@@ -37,7 +37,7 @@ def test_every_allocation_is_exact_and_within_bounds(seed):
     found = {
         "global": allocate.by_threshold(scores, total, floor),
         "ada": allocate.ada(scores, even, floor, cap),
-        "pyramid": allocate.pyramid(even, 2, floor, cap),
+        "pyramid": allocate.pyramid(even, torch.full_like(cap, 2), floor, cap),
         "prefix": allocate.prefix(scores, total, floor, cap),
         "heads": allocate.water_fill(weights, total, floor, cap),
     }
@@ -68,7 +68,7 @@ def test_ada_equal_heads_are_uniform_and_unequal_ones_are_not():
 
 def test_pyramid_falls_linearly():
     cap, floor = torch.full((5, 2), 100), torch.full((5, 2), 1)
-    counts = allocate.pyramid(torch.full_like(cap, 30), protected=10, floor=floor, cap=cap)
+    counts = allocate.pyramid(torch.full_like(cap, 30), torch.full_like(cap, 10), floor, cap)
     assert counts[:, 0].tolist() == [49, 40, 30, 20, 11]                  # 2*20 - 20/20 + 10 down to 20/20 + 10
     assert int(counts.sum()) == 5 * 2 * 30
 

@@ -55,6 +55,20 @@ def test_heads_that_scores_leave_next_to_nothing_keep_the_first_tokens(allocate,
     assert sum(int(c.sum()) for c in cache.kept()) == 6 * 12 and cache.kept()[1].min() >= 14
 
 
+@pytest.mark.parametrize(("allocate", "counts"), [("global", [6, 6]), ("ada", [18, 6])])
+def test_first_tokens_that_slid_away_take_nothing(allocate, counts, monkeypatch):
+    """The middle layer sees the last 20 tokens, all worth nothing: a head that others outbid keeps its window of 6."""
+    monkeypatch.setattr(kv.Random, "score", lambda self, seen: (seen.positions + 1.0) * (seen.layer != 1))
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = make("gemma3_text", sliding_window=21, layer_types=kinds)
+    cache = prefill(model, kv.Random(budget=12, sinks=4, window=6, minimum=1, allocate=allocate), ids(1, 60))
+    held = kept_positions(cache, 1)
+    assert all(places[-6:] == [*range(54, 60)] for places in held)
+    assert [len(places) for places in held] == counts
+    assert sum(int(c.sum()) for c in cache.kept()) == 6 * 12
+    few = prefill(model, kv.Streaming(budget=8, sinks=4, minimum=1), ids(1, 60))
+    assert kept_positions(few, 1) == [[*range(52, 60)]] * 2
+
 
 def test_each_row_has_its_own_budget():
     tokens, mask = ids(2, 40), torch.ones(2, 40, dtype=torch.long)
