@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 
 FP16 = torch.finfo(torch.float16)
-SHARES = 1.0, 0.9, 0.8, 0.65        # of a group's range that codes may cover; what lies outside becomes its nearest end
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,9 @@ class Codes:
             edges = midpoints(normal_levels(form.bits)).to(x.device)
             codes = torch.bucketize(parts / _divisor(scales), edges)
         else:
-            codes, scales, lows = _rounded(parts, along, form.bits)
+            lows, highs = (_half(end) for end in parts.aminmax(dim=along, keepdim=True))
+            scales = _half((highs.float() - lows.float()) / (2 ** form.bits - 1))
+            codes = ((parts - lows.float()) / _divisor(scales)).round().clamp(0, 2 ** form.bits - 1)
             lows = lows.squeeze(along)
         runs = torch.full((len(parts),), form.group, dtype=torch.int32, device=x.device) if form.channel else None
         return cls(squeeze(codes.to(torch.uint8).view(x.shape), form.bits), scales.squeeze(along), lows, runs, form,
@@ -154,19 +155,6 @@ class Codes:
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.words, self.scales, self.lows, self.runs, self.centres) if t is not None]
-
-
-def _rounded(parts: Tensor, along: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and lows of groups [..., group, ...], of all shares of their range those that round them best."""
-    low, high = (end.float() for end in map(_half, parts.aminmax(dim=along, keepdim=True)))
-    found = []
-    for share in SHARES if bits < 8 else SHARES[:1]:
-        scales, lows = _half((high - low) * share / (2 ** bits - 1)), _half(low + (high - low) * (1 - share) / 2)
-        codes = ((parts - lows.float()) / _divisor(scales)).round().clamp(0, 2 ** bits - 1)
-        lost = torch.addcmul(lows.float(), codes, scales.float()).sub_(parts).square_().sum(along, keepdim=True)
-        found = [torch.where(lost < found[-1], new, old) for new, old in
-                 zip((codes, scales, lows, lost), found, strict=True)] if found else [codes, scales, lows, lost]
-    return tuple(found[:3])
 
 
 def _half(x: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 """Quantized cache: entries become codes of a few bits, all but the newest; it stands beside any method that drops some.
 
     rotate:  x' = x R, R a randomized Hadamard transform; what a query makes of k' and v', turned back, is unchanged
-    uniform: x' ~ low + scale * code, low and scale of each `group_size` neighbours along D, that share of their range
-             within which they lose least
+    uniform: x' ~ low + scale * code, low and scale of each `group_size` neighbours along D
     lloyd:   x' ~ scale * level[code], scale = root mean square, levels of least error for the normal distribution
     keys: channel: no rotation; low and scale of each channel over runs of `group_size` entries
-    keys: token: what is coded of a key is what it has beside the mean of its run (centres.py)
 
 After QuaRot (arXiv:2404.00456), TurboQuant (arXiv:2504.19874) and, for channels, KIVI (arXiv:2402.02750). Scales and
 lows are fp16. Codes are kept as they are when entries are dropped or added. A decoding step multiplies them as they
