@@ -74,14 +74,13 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
 
 
 def _common(codes: Codes, rows: Tensor) -> Tensor:
-    """rows [L, R, D] times the centre of each entry of their lane, [L, R, n], once for all of a run within a lane."""
-    lanes, length = len(rows), len(codes) // len(rows)
-    ends = codes.runs.cumsum(0)
-    stops = torch.cat([ends, length * torch.arange(1, lanes + 1, device=ends.device)]).unique()
-    centres = codes.centres[torch.searchsorted(ends, stops)].float()                 # [pieces, D]
-    found = torch.bmm(rows[(stops - 1) // length], centres.unsqueeze(2)).squeeze(2)  # [pieces, R]
-    found = found.repeat_interleave(stops.diff(prepend=stops.new_zeros(1)), 0, output_size=len(codes))
-    return found.unflatten(0, (lanes, length)).transpose(1, 2)
+    """rows [L, R, D] times the centre of each entry of their lane, [L, R, n], once for all of a run."""
+    run = codes.run.view(len(rows), -1)                                              # [L, n], ascending
+    first = run[:, :1]
+    most = int((run[:, -1:] - first).max()) + 1
+    which = (first + torch.arange(most, device=run.device)).clamp(max=len(codes.centres) - 1)
+    met = torch.bmm(rows, codes.centres[which].float().transpose(1, 2))              # [L, R, runs of a lane]
+    return met.gather(2, (run - first).unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
 def weighted(codes: Codes, weights: Tensor) -> Tensor:

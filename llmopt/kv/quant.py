@@ -4,12 +4,14 @@
     uniform: x' ~ low + scale * code, low and scale of each `group_size` neighbours along D
     lloyd:   x' ~ scale * level[code], scale = root mean square, levels of least error for the normal distribution
     keys: channel: no rotation; low and scale of each channel over runs of `group_size` entries
+    keys: token: what is coded of a key is what it has beside the mean of its run (centres.py)
 
 After QuaRot (arXiv:2404.00456), TurboQuant (arXiv:2504.19874) and, for channels, KIVI (arXiv:2402.02750). Scales and
 lows are fp16. Codes are kept as they are when entries are dropped or added. A decoding step multiplies them as they
-are: the query is rotated once, scales and lows meet the products, the output is turned back once; longer turns and
-`keys: channel` make them dense again. Left out: TurboQuant's extra bit for unbiased products and its norm of a whole
-vector (each group has its own); a compiled kernel.
+are: the query is rotated once, scales, lows and means meet the products, the output is turned back once; longer turns
+and `keys: channel` make them dense again. Left out: TurboQuant's extra bit for unbiased products and its norm of a
+whole vector (each group has its own); means of values, which would make that of attention's sink, a small one, larger;
+steps of least squared error in place of the whole range (two of 33 answers fewer); a compiled kernel.
 """
 from dataclasses import replace
 from typing import Literal
