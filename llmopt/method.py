@@ -5,6 +5,7 @@ returns a `Record`; `restore` redoes the edit on a model that was loaded from di
 """
 import typing
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -159,6 +160,13 @@ class Method(Part, ABC):
     def multiple(self) -> int:
         """Columns that must go evenly into every width it finds; steps before it keep to that."""
         return 1
+
+    def rounders(self, model) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By the name of each weight that it will round: what maps [out, in] to the nearest points of its grid.
+
+        For steps before it, which prepare the weights.
+        """
+        return {}
 
     def backward(self, rows: int, length: int) -> int:
         """Tokens at least through whose blocks it takes gradients at once, in batches of rows x length; 0: none."""

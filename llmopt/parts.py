@@ -293,6 +293,7 @@ def _first_fact(cls: type[Checked], error: ValidationError) -> LlmoptError:
 def _hint(given: str, hint: Any) -> str:
     """A tail for text where something else is expected: the word that was meant, or the number."""
     inside = typing.get_args(hint)
+    inside = (*inside, *(word for part in inside for word in typing.get_args(part)))
     if re.fullmatch(r"-?\d+(\.\d+)?", given) and {int, float} & {hint, *inside}:
         return f"; without quotes: {given}"
     return closest(given, inside)

@@ -41,6 +41,8 @@ CELLS = {
     **{unit: ("prune.magnitude", {"ratio": 0.5 if unit in UNITS[:3] else 0.4, "units": [unit]}) for unit in UNITS},
     "widths by layer": ("prune.magnitude", GLOBAL | {"units": ["ffn"]}),
     "transform.fold_norms": ("transform.fold_norms", {}),
+    "transform.rotate": ("transform.rotate", {}),
+    "transform.smoothquant": ("transform.smoothquant", {}),
     "heads by layer": ("prune.magnitude", GLOBAL | {"units": ["kv_groups"]}),
 }
 
@@ -66,7 +68,7 @@ def test_the_table_names_every_architecture_and_every_part():
 @pytest.mark.parametrize("column", CELLS)
 @pytest.mark.parametrize("family", SPECS)
 def test_a_cell_of_the_table_is_what_happens(family, column):
-    model = tiny.make(family, norms=column == "transform.fold_norms")
+    model = tiny.make(family, norms=column.startswith("transform."))
     for projection in blocks(model)[0].projections():
         projection.write(projection.weight * 0.3)           # global scope then takes more from this layer
     before, reason = behaviour(model), TABLE[family, column]
@@ -78,7 +80,7 @@ def test_a_cell_of_the_table_is_what_happens(family, column):
         return
     record = step(*CELLS[column], model)
     _, config, _ = contents(model, "portable")
-    if column == "transform.fold_norms":
+    if column.startswith("transform."):
         torch.testing.assert_close(behaviour(model), before, rtol=0, atol=1e-4)
     else:
         assert torch.equal(behaviour(model), before) == (column == "heads.*")

@@ -104,7 +104,7 @@ REFUSED = {         # the guess -> what the one line must say
     "quantization_config=": (lambda: compress(quantization_config=RTN()), "(did you mean 'steps'?)"),
     "a misspelt recipe": (lambda: compress("quikstart"), "(did you mean 'quickstart'?)"),
     "a field in a mapping": (lambda: compress({"quant.rtn": {"wbits": 4}}), "(did you mean 'bits'?)"),
-    "a scheme of others": (lambda: compress("NF4"), "known elsewhere, not written by llmopt yet. Schemes: W2A16"),
+    "a scheme of others": (lambda: compress("NF4"), "known elsewhere, not written by llmopt. Schemes: W2A16"),
     "no steps": (lambda: compress(), "methods such as llmopt.quant.RTN() expected"),
     "steps and a scheme": (lambda: compress(RTN(), scheme="W4A16"), "both say what to do"),
     "a model that is not there": (lambda: llmopt.compress("./no/model", RTN()), "not a model folder"),

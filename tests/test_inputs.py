@@ -45,7 +45,7 @@ def test_tokens_of_weight_zero_are_as_if_dropped():
     """The weights of a visit reach the moments batch by batch, token by token."""
     model, data = tiny.make("llama"), batches()
     kept = [torch.arange(int(b["attention_mask"].sum())) % 3 == 0 for b in data]
-    inputs = Inputs("moments", token_weights=lambda visit: [k.float() for k in kept])
+    inputs = Inputs("moments", token_weights=lambda visit, run: [k.float() for k in kept])
     for p, seen in each_weight(model, Run(data), names(model)[:7], "x", inputs, False):
         rows = next(r for q, r in each_weight(model, Run(data), [p.name], "x", Inputs("rows"), False))
         x = torch.cat([r[k] for r, k in zip(rows, kept, strict=True)])

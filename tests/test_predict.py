@@ -78,7 +78,10 @@ def test_a_plan_that_was_made_to_foretell_the_size_is_the_one_that_is_carried_ou
 
 
 @pytest.mark.parametrize(("family", "step", "says"), [
-    ("llama", RTN(group_size=16, symmetric=False), "asymmetric"), ("gpt2", RTN(group_size=16), "Conv1D")])
+    ("llama", RTN(group_size=16, symmetric=False, bits=3.5, allocate="zd"), "alike in bits"),
+    ("llama", RTN(scheme="FP8_BLOCK"), "q_proj: its 64 input features are no multiple of 128, as scheme FP8_BLOCK"),
+    ("llama", RTN(scheme="NVFP4"), "nvfp4 as bfloat16, and the model is float32: give dtype: bfloat16"),
+    ("gpt2", RTN(group_size=16), "Conv1D")])
 def test_what_the_format_cannot_hold_is_refused_before_the_work(family, step, says):
     with pytest.raises(LlmoptError, match=says):
         predict(tiny.make(family), [step])

@@ -57,7 +57,7 @@ def test_what_needs_no_model_needs_no_library(words, code, text):
     assert run.stderr.splitlines()[-1] == "slow:"
 
 
-@pytest.mark.parametrize("words", [["--scheme", "FP8"], ["--bits", "1"], [], ["--scheme", "W4A16", "--bits", "3"],
+@pytest.mark.parametrize("words", [["--scheme", "NF4"], ["--bits", "1"], [], ["--scheme", "W4A16", "--bits", "3"],
                                    ["--scheme", "W4A16", "--data", "none.txt"],
                                    ["--scheme", "W4A16", "--recipe", "rtn"]])
 def test_words_that_cannot_be_meant_are_refused_before_torch_is_there(words):

@@ -91,7 +91,7 @@ def test_tokens_may_be_weighed_by_the_attention_they_get():
     """Test c of the redesign: rows inside the token weights of a quantizer, on padded data, with edits on the way."""
     model, data, weighed = tiny.make("llama"), batches(), []
 
-    def received(visit):
+    def received(visit, run):
         columns = [torch.zeros(mask.shape) for mask in visit.masks]
 
         def see(index, rows):

@@ -13,16 +13,35 @@ from llmopt.model.blocks import Projection
 from llmopt.scale.processes import Ranks
 
 
+class Peak:
+    """The largest size among a projection's inputs, over the tokens of all processes."""
+
+    def __init__(self, ranks: Ranks = Ranks()):             # noqa: B008  frozen
+        self.peak, self.ranks = 0.0, ranks
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in `x` [N, in]; weights are no part of it."""
+        if len(x):
+            found = float(torch.stack(x.aminmax()).abs().max())             # NaN comes through
+            self.peak = found if not found <= self.peak else self.peak
+
+    def join(self, like: Tensor) -> None:
+        """Take in what the other ranks have seen."""
+        found = self.ranks.gather(self.peak)
+        self.peak = next((peak for peak in found if peak != peak), max(found))
+
+
 class Moments(Gram):
     """Second moments of a projection's input, hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
-    size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in].
+    size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in]. largest: the peak of the inputs, where it was asked for.
     """
 
     def __init__(self, ranks: Ranks = Ranks(), size: bool = False):         # noqa: B008  frozen
         super().__init__(ranks)
         self.made: dict[Hashable, Any] = {}
         self.wants_size, self.sizes = size, None            # the sum behind `size`, float64
+        self.largest: Peak | None = None
 
     @property
     def hessian(self) -> Tensor | None:
@@ -67,17 +86,19 @@ class Moments(Gram):
 class Inputs:
     """The statistics to collect of the inputs of each weight.
 
-    kind: "none"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves, of all
-    processes, [N, in] for each batch. size: mean |x| beside the moments. token_weights: how much each real token of
-    each batch counts in the moments ([N] per batch), given a visit of this process's rows; None: all alike.
+    kind: "none"; "peak"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves,
+    of all processes, [N, in] for each batch. size: mean |x| beside the moments; peak: the largest one. token_weights:
+    how much each real token of each batch counts in the moments ([N] per batch), given a visit of this process's rows
+    and the run; None: all alike.
     """
 
-    kind: Literal["none", "moments", "rows"] = "none"
+    kind: Literal["none", "peak", "moments", "rows"] = "none"
     size: bool = False
-    token_weights: Callable[[Visit], list[Tensor] | None] | None = None
+    peak: bool = False
+    token_weights: Callable[[Visit, Run], list[Tensor] | None] | None = None
 
 
-Seen = Moments | list[Tensor] | None
+Seen = Moments | Peak | list[Tensor] | None
 
 
 def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, inputs: Inputs = Inputs(),    # noqa: B008
@@ -92,7 +113,7 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
             yield from ((p, None) for p in block.projections() if p.name in names)
         return
     for visit in visits(model, run, label, edits, shared=True):
-        weights = inputs.token_weights(visit) if inputs.token_weights else None
+        weights = inputs.token_weights(visit, run) if inputs.token_weights else None
         for group in visit.block.groups():
             if chosen := [p for p in group if p.name in names]:
                 seen = _rows(visit, group[0], run) if inputs.kind == "rows" else \
@@ -100,10 +121,22 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
                 yield from ((p, seen) for p in chosen)
 
 
-def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None, run: Run) -> Moments:
-    found, shares = Moments(run.ranks, inputs.size), iter(weights or ())
-    visit.observe({reader.name: lambda x: found.add(x, next(shares, None))})
-    found.join(reader.weight)
+def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,
+             run: Run) -> Moments | Peak:
+    found = Peak(run.ranks) if inputs.kind == "peak" else Moments(run.ranks, inputs.size)
+    shares, seen = iter(weights or ()), [found]
+    if inputs.peak and inputs.kind == "moments":
+        found.largest = Peak(run.ranks)
+        seen.append(found.largest)
+
+    def see(x: Tensor) -> None:
+        weight = next(shares, None)
+        for one in seen:
+            one.add(x, weight)
+
+    visit.observe({reader.name: see})
+    for one in seen:
+        one.join(reader.weight)
     return found
 
 

@@ -1,11 +1,14 @@
-"""Quantized modules as compressed-tensors `pack-quantized` tensors and their quantization_config.
+"""Quantized modules as compressed-tensors holds them (model/packing.py), and their quantization_config.
 
-What is written loads in stock transformers, bit-exact: symmetric grids, 2 to 8 bits, mixed, in groups or per channel,
-with the exact name of every module as a target.
+What is written loads in stock transformers, bit-exact, with the exact name of every module as a target. What its lazy
+loading cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
+transformers unpacks all weights when it loads them; that takes one setting for all of them.
 """
 from torch import Tensor, nn
 
-from llmopt.model.stored import packed, refuse_unportable
+from llmopt.model.codes import Quantized
+from llmopt.model.packing import format_of, packed
+from llmopt.model.stored import dequantizes, refuse_unportable
 from llmopt.model.weights import check_consistent, coded
 
 Exported = tuple[dict[str, dict[str, Tensor]], dict]
@@ -30,21 +33,46 @@ def widths(config: dict) -> dict[str, int]:
             for name in group["targets"]}
 
 
+def rounded_inputs(config: dict) -> list[str]:
+    """How what the weights read is rounded while the model runs, in words; a config of anybody's."""
+    groups = config.get("config_groups")
+    found = [group.get("input_activations") for group in groups.values()] if isinstance(groups, dict) else []
+    told = [f"{given.get('num_bits')} bits, {'range fixed' if given.get('dynamic') is False else 'range by its values'}"
+            for given in found if isinstance(given, dict)]
+    return list(dict.fromkeys(told))
+
+
 def quantization_config(model: nn.Module) -> dict:
-    """The quantization_config of config.json: one group for each (bits, group size), exact names as targets."""
+    """The quantization_config of config.json: one group for each setting, exact names as targets."""
     found = coded(model)
-    schemes: dict[tuple[int, int], list[str]] = {}
+    settings: dict[tuple, list] = {}
     for weight in found:
-        schemes.setdefault((weight.codes.bits, weight.codes.group_size), []).append(weight.path)
-    packed = {weight.path for weight in found}
-    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed and n != "lm_head"]
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        settings.setdefault((weight.codes.bits, weight.codes.group_size, weight.codes.form.name), []).append(weight)
+    named = {weight.path for weight in found}
+    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in named and n != "lm_head"]
+    groups = [settings[key] for key in sorted(settings)]
+    formats = {format_of(weights[0].codes) for weights in groups}
+    return {"quant_method": "compressed-tensors", "format": min(formats) if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed", **({"dequantize": True} if dequantizes(model) else {}),
             "ignore": ["lm_head", *dense],
-            "config_groups": {f"group_{i}": _scheme(bits, size, names)
-                              for i, ((bits, size), names) in enumerate(sorted(schemes.items()))}}
+            "config_groups": {f"group_{i}": _scheme(weights[0].codes, [weight.path for weight in weights])
+                              for i, weights in enumerate(groups)}}
 
 
-def _scheme(bits: int, group_size: int, names: list[str]) -> dict:
-    grouping = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    return {"targets": names, "input_activations": None, "output_activations": None,
-            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouping}}
+def _scheme(codes: Quantized, names: list[str]) -> dict:
+    kind, told = format_of(codes), {}
+    if kind != "pack-quantized":
+        told = {"format": kind}
+    return {"targets": names, "input_activations": codes.inputs, "output_activations": None, **told,
+            "weights": {"num_bits": codes.bits, "type": "float" if codes.form.is_float else "int",
+                        "symmetric": codes.zeros is None, "dynamic": False, **_grouping(codes)}}
+
+
+def _grouping(codes: Quantized) -> dict:
+    form, size = codes.form, codes.group_size
+    if form.scales != "model":
+        kind, stored = ("tensor_group", "float8_e4m3fn") if form.scales == "e4m3" else ("group", "uint8")
+        return {"strategy": kind, "group_size": size, "scale_dtype": f"torch.{stored}"}
+    if form.rows != 1:
+        return {"strategy": "block", "block_structure": [form.rows, size]} if form.rows else {"strategy": "tensor"}
+    return {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}

@@ -29,7 +29,7 @@ from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
-from llmopt.model.stored import packed_in_place
+from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
 from llmopt.specs import ModelSpec
@@ -109,6 +109,7 @@ def state(model: nn.Module, format: str) -> dict[str, Tensor]:
     tensors = plain_state(model, renamed=not packing)
     if format == "dense":
         check_consistent(model)
+        refuse_rounded_inputs(model)
     return packed_in_place(tensors, export(model)[0]) if packing else tensors
 
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import staged
@@ -38,7 +38,7 @@ class StreamedWeights(checkpoint.Weights):
                 raise VerificationError(f"{stage.name}: {min(absent)} was not written")
             back = tensors.read({name: written[name] for name in group})
             for name, tensor in group.items():
-                if not torch.equal(back[name], tensor.cpu()) or not all_finite(tensor):
+                if not _equal(back[name], tensor.cpu()) or not all_finite(tensor):
                     raise VerificationError(f"{stage.name}: {name} does not read back as it was written")
             expected |= group.keys()
         if foreign := written.keys() - expected:
@@ -54,13 +54,27 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
     fresh = skeleton.skeleton(config, config.dtype)
     fresh._weight_conversions = model._weight_conversions
     for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
-        told = f"{name}_shape"
-        if name not in written and told not in written:
+        shape = _shape(name, written)
+        if shape is None:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")
-        known = tensors.read({"it": written.get(name) or written[told]})["it"]
-        shape = list(known.shape) if name in written else known.tolist()
         if shape != list(like.shape):
             raise VerificationError(f"{stage.name}: {name} is {shape}, the config wants {list(like.shape)}")
+
+
+def _shape(name: str, written: tensors.Places) -> list[int] | None:
+    """The shape of a weight that was written as it is, or packed; None for one that was not written."""
+    place = next((written[key] for key in (name, f"{name}_shape", f"{name}_packed") if key in written), None)
+    if place is None:
+        return None
+    known = tensors.read({"it": place})["it"]
+    if f"{name}_shape" in written:
+        return known.tolist()
+    return list(known.shape) if name in written else [len(known), 2 * known.shape[1]]       # two numbers in a byte
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """torch.equal, which does not know small floats."""
+    return torch.equal(*(t.view(torch.uint8) if t.itemsize == 1 else t for t in (one, other)))
 
 
 def save_partial(weights: StreamedWeights, output: Path, max_shard_size: str,

@@ -16,7 +16,8 @@ from llmopt.errors import LlmoptError
 METADATA = {"format": "pt"}
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DTYPES = {"torch.int64": "I64", "torch.float64": "F64", "torch.float32": "F32", "torch.int32": "I32",
-          "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int16": "I16", "torch.int8": "I8",
+          "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int16": "I16",
+          "torch.float8_e4m3fn": "F8_E4M3", "torch.int8": "I8",
           "torch.uint8": "U8", "torch.bool": "BOOL"}      # in the order in which the library lays tensors down
 PLACE = {dtype: place for place, dtype in enumerate(DTYPES)}
 

@@ -15,9 +15,10 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
 from llmopt.method import UNCHANGED, Method, Run
+from llmopt.model.packing import packed
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs, plain_state
-from llmopt.model.stored import packed, packed_in_place, refuse_unportable
+from llmopt.model.stored import packed_in_place, refuse_rounded_inputs, refuse_unportable
 from llmopt.model.weights import coded
 
 
@@ -85,6 +86,7 @@ def _tensors(skeleton: nn.Module, format: str) -> dict[str, Tensor]:
     packing = packs(skeleton, format)
     tensors = plain_state(skeleton, renamed=not packing)
     if not packing:
+        refuse_rounded_inputs(skeleton)
         return tensors
     refuse_unportable(skeleton)
     return packed_in_place(tensors, {weight.key: packed(weight) for weight in coded(skeleton)})

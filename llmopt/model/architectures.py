@@ -20,6 +20,10 @@ UNLIKE = {                                    # well-known architectures whose a
 NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them
     "branch_post": "its norms stand behind the writers",
     "residual_post": "its norms normalise the residual stream itself"}
+UNTURNED: dict[Form, str] = {                 # forms whose residual stream cannot be rotated, and why
+    "sandwich": "norms with gains stand between its writers and the residual stream",
+    "branch_post": "norms with gains stand between its writers and the residual stream",
+    "residual_post": NORMS_KEPT["residual_post"]}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Spec:
     norm_offset: float = 0.0                      # 1.0 where the norm multiplies by (1 + weight)
     form: Form = "pre"
     sliding: Literal["", "all", "typed"] = ""     # layers that sliding_window holds for; typed: see layer_types
+    positions: str | None = None                  # table of learned positions
     rotary: str | None = "model.rotary_emb"       # module that makes the tables of cosines and sines
     old_theta: str = "rope_theta"                 # what transformers 4 calls the base of its rotary frequencies,
     old_share: str | None = None                  # and the share of dimensions that is rotated
@@ -74,10 +79,12 @@ SPECS: dict[str, Spec] = {
                      form="parallel", rotary="gpt_neox.rotary_emb", refuse=_NO_HEADS),
     "gpt2": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
                  out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
-                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), rotary=None, refuse=_NO_HEADS | {"packed": CONV1D}),
+                 norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), positions="transformer.wpe", rotary=None,
+                 refuse=_NO_HEADS | {"packed": CONV1D}),
     "opt": Spec(layers="model.decoder.layers", final_norm="model.decoder.final_layer_norm", ffn=None,
                 out="out_proj", ffn_in=("fc1",), ffn_gated=False, ffn_out="fc2",
-                norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")), rotary=None,
+                norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")),
+                positions="model.decoder.embed_positions", rotary=None,
                 refuse=_NO_HEADS | {"mlp": "its feed-forward is not a module of its own"}),
     "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
     "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=EXPERTS, refuse=_NO_EXPERTS),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, Form, Spec, unsupported
+from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, UNTURNED, Form, Spec, unsupported
 from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
 from llmopt.model.weights import Projection
@@ -38,6 +38,14 @@ def refuse_folding(model: nn.Module) -> None:
     reason = NORMS_KEPT.get(blocks(model)[0].form)
     if reason:
         raise LlmoptError(f"{model.config.model_type}: norms cannot be folded: {reason}")
+
+
+def refuse_turning(model: nn.Module) -> None:
+    """Raise LlmoptError if the residual stream of this model cannot be rotated."""
+    reason = UNTURNED.get(blocks(model)[0].form, spec_of(model).refuse.get("ffn"))
+    if reason:
+        raise LlmoptError(f"{model.config.model_type}: its residual stream cannot be rotated: {reason}. "
+                          "stream: false rotates the value heads alone")
 
 
 @dataclass

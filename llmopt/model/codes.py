@@ -1,6 +1,7 @@
 """Weights as codes: what they stand for, and how integers are packed."""
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ class Quantized:
     """A weight [out, in] as codes; the value is scales * (codes - zeros), computed in the model's type.
 
     whole: what e4m3 scales are multiplied by where they are stored. Such scales, and powers of two, are kept here as
-    the float32 numbers that they stand for.
+    the float32 numbers that they stand for. inputs: how what the weight reads is rounded while the model runs, in the
+    words of compressed-tensors; peak: the largest of it that calibration has seen, where that is asked for.
     """
 
     codes: Tensor                       # [out, in] int8 (int32 beyond 8 bits)
@@ -27,6 +29,8 @@ class Quantized:
     figures: dict = field(default_factory=dict)
     form: Form = INTEGERS
     whole: float = 1.0
+    inputs: dict[str, Any] | None = None
+    peak: float | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] exactly as a loader computes it for a model of type `dtype`."""
@@ -47,20 +51,25 @@ def decode(numbers: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dty
     return steps.to(dtype) * scale.to(dtype)
 
 
-def pack(codes: Tensor, bits: int | float) -> Tensor:
-    """Codes [out, in] side by side in int32 words; of codes without values the shape, for fractions of bits too."""
+def pack(codes: Tensor, bits: int | float, along: int = 1) -> Tensor:
+    """Integers side by side in int32 words, along rows or, as zero points are, columns (0).
+
+    Of codes without values the shape, for fractions of bits too.
+    """
     if codes.is_meta:
-        return torch.empty(len(codes), -int(-codes.shape[1] * bits // 32), dtype=torch.int32, device="meta")
+        shape = list(codes.shape)
+        shape[along] = -int(-shape[along] * bits // 32)
+        return torch.empty(shape, dtype=torch.int32, device="meta")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # takes two seconds to import
 
-    return pack_to_int32(codes.cpu(), bits)
+    return pack_to_int32(codes.cpu(), bits, along).contiguous()
 
 
-def unpack(words: Tensor, bits: int, shape: Iterable[int]) -> Tensor:
-    """The codes [out, in] that `pack` put into these words."""
+def unpack(words: Tensor, bits: int, shape: Iterable[int], along: int = 1) -> Tensor:
+    """The codes of this shape that `pack` put into these words."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    return unpack_from_int32(words, bits, torch.Size(shape))
+    return unpack_from_int32(words, bits, torch.Size(shape), along)
 
 
 def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:

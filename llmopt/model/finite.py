@@ -9,6 +9,8 @@ def all_finite(tensor: Tensor) -> bool:
     """True if no value is NaN or Inf."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
+    if tensor.itemsize == 1:                        # which aminmax does not know
+        tensor = tensor.float()
     ends = torch.stack(tensor.aminmax())            # NaN comes through; much faster than isfinite, and takes no copy
     return bool(ends.isfinite().all())
 

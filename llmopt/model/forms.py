@@ -63,3 +63,8 @@ INTEGERS = Form("int")
 FORMS = {form.name: form for form in (
     INTEGERS, Form("fp8", 448), Form("fp8 tensor", 448, rows=0), Form("fp8 block", 448, rows=128),
     Form("nvfp4", 6, "e4m3"), Form("mxfp4", 6, "e8m0"), Form("mxfp8", 448, "e8m0"))}
+
+
+def over(numbers: Tensor, whole: float) -> Tensor:
+    """e4m3 scales as what they stand for, rounded as loaders round it: numbers / whole in float32."""
+    return numbers.float() / torch.full((1,), whole, device=numbers.device)

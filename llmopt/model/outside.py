@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import final_norm, spec_of
+from llmopt.model.blocks import at, final_norm, spec_of
 from llmopt.model.links import Link, Norm
 from llmopt.model.state import tied_names
 from llmopt.model.weights import Projection
@@ -20,6 +20,12 @@ class Outside:
     def embeddings(self) -> nn.Embedding:
         """The table [V, E] of the input tokens."""
         return self.model.get_input_embeddings()
+
+    @property
+    def tables(self) -> list[nn.Embedding]:
+        """All that is added up into the stream in front of the first block: tokens [V, E], learned positions [T, E]."""
+        positions = spec_of(self.model).positions
+        return [self.embeddings] + ([at(self.model, positions)] if positions else [])
 
     @property
     def final_norm(self) -> Norm:

@@ -5,16 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.model.codes import Quantized, pack, unpack
+from llmopt.model.codes import Quantized
+from llmopt.model.packing import kept, packed, unpacked
 from llmopt.model.weights import Weight, check_consistent, coded
-
-
-def packed(weight: Weight) -> dict[str, Tensor]:
-    """The tensors of one weight with codes under their checkpoint names."""
-    codes, stem = weight.codes, weight.stem
-    return {f"{stem}_packed": pack(codes.codes, codes.bits),                              # [out, ceil(in bits / 32)]
-            f"{stem}_scale": codes.scales if codes.scales.is_meta else codes.scales.cpu().contiguous(),  # [out, groups]
-            f"{stem}_shape": torch.tensor(codes.codes.shape)}                             # [2] int64
 
 
 def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -25,21 +18,21 @@ def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tens
 def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, record) of a decoder layer, its quantized weights as codes alone: what `rebuilt` makes it from again.
 
-    Holds asymmetric and scattered grids too; of a stack of experts, none yet. Raises LlmoptError where codes and
+    Holds scattered grids too; of a stack of experts, none yet. Raises LlmoptError where codes and
     weights disagree.
     """
     check_consistent(layer)
     parts: dict[str, dict[str, Tensor]] = {}
     for weight in coded(layer):
-        more = {f"{weight.stem}_zeros": weight.codes.zeros, f"{weight.stem}_groups": weight.codes.groups}
-        parts.setdefault(weight.key, {}).update(packed(weight) | {key: t for key, t in more.items() if t is not None})
+        more = {} if weight.codes.groups is None else {f"{weight.stem}_groups": weight.codes.groups}
+        parts.setdefault(weight.key, {}).update(packed(weight) | more)
     return packed_in_place(layer.state_dict(), parts), described(layer)
 
 
 def described(layer: nn.Module) -> dict[str, Any]:
     """The facts about a layer's quantized weights beside their tensors: plain JSON data by the weights' names."""
-    return {w.name: {"place": [w.path, w.parameter, w.expert], "bits": w.codes.bits, "group_size": w.codes.group_size,
-                     "figures": w.codes.figures} for w in coded(layer)}
+    return {w.name: {"place": [w.path, w.parameter, w.expert], "figures": w.codes.figures, **kept(w.codes)}
+            for w in coded(layer)}
 
 
 def rebuilt(layer: nn.Module, tensors: dict[str, Tensor],
@@ -62,12 +55,12 @@ def rebuilt(layer: nn.Module, tensors: dict[str, Tensor],
 
 
 def _unpacked(layer: nn.Module, tensors: dict[str, Tensor], known: dict[str, Any]) -> tuple[Weight, Quantized]:
-    path, parameter, expert = known["place"]
+    facts = dict(known)
+    path, parameter, expert = facts.pop("place")
     weight = Weight(path, layer.get_submodule(path), parameter, expert)
-    words, scale, shape = (tensors[f"{weight.stem}_{part}"] for part in ("packed", "scale", "shape"))
-    return weight, Quantized(unpack(words, known["bits"], shape.tolist()), scale, known["bits"], known["group_size"],
-                             tensors.get(f"{weight.stem}_zeros"), tensors.get(f"{weight.stem}_groups"),
-                             known["figures"])
+    codes = unpacked(tensors, weight.stem, facts)
+    codes.groups = tensors.get(f"{weight.stem}_groups")
+    return weight, codes
 
 
 def refuse_unportable(model: nn.Module) -> None:
@@ -76,9 +69,36 @@ def refuse_unportable(model: nn.Module) -> None:
         if not isinstance(weight.module, nn.Linear) or weight.name != weight.path:
             raise LlmoptError(f"{weight.name} is a {type(weight.module).__name__}, which compressed-tensors cannot "
                               "hold: format: dense (--set format=dense) rounds it, no file shrinks")
-        if weight.codes.zeros is not None:
-            raise LlmoptError(f"{weight.name} has an asymmetric grid, which stock transformers cannot load from "
-                              "compressed-tensors: use symmetric: true, or format: dense")
         if weight.codes.groups is not None:
             raise FieldError("static_groups", False, "true together with act_order (groups of scattered columns cannot "
                              "be stored portably), or format: dense")
+    _refuse_types(coded(model))
+    if dequantizes(model) and len({(w.codes.bits, w.codes.group_size, w.codes.form.name) for w in coded(model)}) > 1:
+        raise LlmoptError("weights with zero points, or small floats of a model that is not bfloat16, must be alike in "
+                          "bits and groups for plain transformers to load them: use symmetric: true, or format: dense")
+
+
+def _refuse_types(weights: list[Weight]) -> None:
+    """Raise LlmoptError for rounded inputs of another type than the one that transformers unpacks the weights to."""
+    for weight in weights:
+        dtype, codes = str(weight.weight.dtype).removeprefix("torch."), weight.codes
+        if codes.inputs and codes.form.through_bfloat16 and dtype != "bfloat16":
+            raise LlmoptError(f"{weight.name}: transformers unpacks {codes.form.name} as bfloat16, and the model is "
+                              f"{dtype}: give dtype: bfloat16 under model (--dtype bf16)")
+
+
+def dequantizes(model: nn.Module) -> bool:
+    """True where plain transformers loads the weights only unpacked at once, by a word in their config.
+
+    It makes room for zero points that are not packed, and its packed small floats become bfloat16 weights.
+    """
+    return any(w.codes.zeros is not None or
+               w.codes.form.through_bfloat16 and w.weight.dtype != torch.bfloat16 for w in coded(model))
+
+
+def refuse_rounded_inputs(model: nn.Module) -> None:
+    """Raise LlmoptError for weights whose inputs are to be rounded, which a dense checkpoint cannot tell."""
+    for weight in coded(model):
+        if weight.codes.inputs:
+            raise LlmoptError(f"{weight.name}: format: dense cannot say that what it reads is rounded, too: use "
+                              "format: portable, or a scheme for weights alone such as W8A16")

@@ -1,4 +1,5 @@
 """One weight matrix of a model: where it lies, how it is seen as [out, in], and its integer codes once it has some."""
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from llmopt.model.codes import Quantized
 CODES = "_llmopt_codes"     # where a module keeps the codes of its weights, by (parameter, expert)
 
 ROWS = 1024                 # that are worked on at once
+Turn = Callable[[Tensor], Tensor]           # x -> x Q along the last dimension, Q orthogonal; float64
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Weight:
         for rows in self.weight.split(ROWS):
             rows.copy_(rows.float() * factor)
 
+    def turn_columns_(self, turn: Turn, gain: Tensor | float = 1.0) -> None:
+        """W <- W diag(gain) Q, in float64, some rows at a time: for a reader of a stream that has become x Q."""
+        for rows in self.weight.split(ROWS):
+            rows.copy_(turn(rows.double() * gain))
+
 
 @dataclass
 class Projection(Weight):
@@ -93,6 +100,13 @@ class Projection(Weight):
     def bias(self) -> Tensor | None:
         bias = None if self.expert is not None else self.module.bias
         return None if bias is None else bias.data
+
+    def turn_rows_(self, turn: Turn) -> None:
+        """W <- Q^T W and bias <- bias Q, in float64, some columns at a time: what it writes becomes y Q."""
+        for columns in self.weight.T.split(ROWS):
+            columns.copy_(turn(columns))
+        if self.bias is not None:
+            self.bias.copy_(turn(self.bias))
 
     def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Cut the weight of a module of its own down to the given output rows and input columns (index tensors)."""

@@ -1,17 +1,17 @@
 """The quantization step: which weights, at how many bits, the walk over blocks, the figures. A solver does the rest."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from llmopt.calibration.inputs import Inputs, Moments, Seen, each_weight
+from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight
 from llmopt.calibration.second_moments import energy
 from llmopt.calibration.trial import Change, Trial, sample
 from llmopt.calibration.walk import visits
@@ -21,11 +21,12 @@ from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.finite import all_finite
+from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.parts import Several
-from llmopt.quant import scores
+from llmopt.quant import floats, kinds, scores
 from llmopt.quant.allocate import around, at_most, exact, two_level
-from llmopt.quant.grid import Spec
+from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.plan import DENSE, Share, Target, average_bits, effective_bits, targets, undecided
 from llmopt.quant.solver import Solver
 from llmopt.scale.gauge import give_back_freed
@@ -46,7 +47,7 @@ class Override(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Quantizer(Method):
-    """Weights of the decoder blocks on integer grids; embeddings and the output head stay as they are."""
+    """Weights of the decoder blocks on grids of few numbers; embeddings and the output head stay as they are."""
 
     stage: ClassVar = "quant"
     place: ClassVar = "quantization step"
@@ -56,6 +57,7 @@ class Quantizer(Method):
                               json_schema_extra={"minimum": 2, "maximum": DENSE})       # check() tells more
     group_size: GroupSize = Field(128, description="input columns that share a scale; -1: one scale per output channel")
     symmetric: bool = Field(True, description="no zero points")
+    scheme: kinds.Name | None = Field(None, description="these three by a name, or small floats, rounded inputs")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
     scale_dtype: Dtype | None = Field(None, description="null: the model's")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
@@ -64,7 +66,13 @@ class Quantizer(Method):
     widths: Several[Width] = Field((2, 3, 4, 8), description="bits to choose from; lim and zd take two around `bits`")
     seed: int = Field(0, description="picks the calibration rows on which `sensitivity` is measured")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_scheme(cls, given: Any) -> Any:
+        return kinds.spelt_out(given)
+
     def check(self) -> None:
+        kinds.check_fields(self)
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))
         if self.allocate == "uniform":
@@ -77,11 +85,17 @@ class Quantizer(Method):
 
     @property
     def needs_data(self) -> bool:
-        return self.solver.inputs != "none" or self.allocate in ("lim", "sensitivity")
+        return self.solver.inputs != "none" or self.allocate in ("lim", "sensitivity") or self._static
 
     @property
     def multiple(self) -> int:
-        return max(1, self.group_size)
+        scheme = kinds.of(self.scheme)[0]
+        return max(1 if scheme is None or scheme.plain else kinds.KERNEL, self.group_size)
+
+    @property
+    def _static(self) -> bool:
+        scheme = kinds.of(self.scheme)[0]
+        return scheme is not None and scheme.static
 
     @property
     def needs_whole(self) -> bool:
@@ -92,14 +106,20 @@ class Quantizer(Method):
         """The solver that chooses the codes. A step named after its solver has the solver's fields among its own."""
         return self
 
-    def spec(self, target: Target, dtype: torch.dtype) -> Spec:
-        """The grid for one weight of type `dtype`."""
+    def spec(self, target: Target, dtype: torch.dtype, wholes: kinds.Wholes | None = None) -> Spec:
+        """The grid for one weight of type `dtype`. wholes: of the model, for scales that are e4m3 numbers."""
+        form = kinds.of(self.scheme)[1]
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
-                    DTYPES[self.scale_dtype] if self.scale_dtype else None)
+                    DTYPES[self.scale_dtype] if self.scale_dtype else None, form,
+                    wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
-        found = targets(model, self.ignore, self.overrides, self.group_size)
+        fixed = self.scheme if self.scheme and not kinds.of(self.scheme)[0].plain else None
+        found = targets(model, self.ignore, self.overrides, -1 if fixed else self.group_size)
+        if fixed:
+            kinds.check_widths(found, fixed)
+            found = [replace(target, group_size=self.group_size) for target in found]
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
 
     def _planned(self, model: nn.Module) -> list[Target]:
@@ -120,19 +140,31 @@ class Quantizer(Method):
         bits = two_level(importance, share.params, *around(self.widths, share.target), share.target)
         return dict(zip(share.units, bits, strict=True))
 
+    def rounders(self, model: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """At the average of its bits where only data will decide."""
+        def to_grid(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
+            whole = floats.whole(float(weight.abs().max())) if spec.form.scales == "e4m3" else 1.0
+            return round_to_nearest(weight.float(), replace(spec, whole=whole)).dequantize(spec.dtype)
+
+        return {t.name: partial(to_grid, spec=self.spec(replace(t, bits=round(t.bits)), model.dtype))
+                for t in self._planned(model) if t.bits != DENSE}
+
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Hangs codes without values on the weights, at fractions of bits where only data will decide."""
         found, weights = self._planned(skeleton), {p.name: p for block in blocks(skeleton) for p in block.projections()}
         if not found:
             raise LlmoptError("nothing is left to quantize")
-        scale = DTYPES[self.scale_dtype] if self.scale_dtype else skeleton.dtype
+        scheme, form = kinds.of(self.scheme)
+        scale = torch.float32 if form.through_bfloat16 else DTYPES.get(self.scale_dtype, skeleton.dtype)
         for t in found:
             if t.bits != DENSE:
                 empty = partial(torch.empty, t.out, device="meta")
                 scales = empty(t.groups, dtype=scale)
                 weights[t.name].codes = Quantized(empty(t.columns, dtype=torch.int8), scales, t.bits, t.group_size,
-                                                  None if self.symmetric else torch.empty_like(scales))
-        return (f"{len(found)} weights at {self.bits:g} bits, "
+                                                  None if self.symmetric else torch.empty_like(scales), form=form,
+                                                  inputs=scheme and scheme.inputs, peak=1.0 if self._static else None)
+        kind = f" ({self.scheme})" if self.scheme else ""
+        return (f"{len(found)} weights at {self.bits:g} bits{kind}, "
                 + ("one scale per channel" if self.group_size == -1 else f"groups of {self.group_size}")
                 + (f", bits by {self.allocate}" if self.allocate != "uniform" else "")
                 + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
@@ -142,14 +174,17 @@ class Quantizer(Method):
             raise LlmoptError("this step needs calibration data and there is none")
         decided, allocation = self._decide(model, run, self.targets(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
+        wholes = kinds.Wholes(model, todo)
         if self.solver.inputs == "block":
-            for projection, made in self._from_blocks(model, run, todo, edits=True):
+            for projection, made in self._from_blocks(model, run, todo, wholes):
                 self._write(projection, None, made, Ranks())
         else:
             for projection, stats in each_weight(model, run, todo, self.name, self._collected()):
                 team = self._team(projection, run)
-                self._write(projection, stats, self._solve(projection, stats, todo[projection.name], team), team)
+                spec = self.spec(todo[projection.name], projection.weight.dtype, wholes)
+                self._write(projection, stats, self._solve(projection, stats, spec, team), team)
                 give_back_freed()
+        round_inputs(model)
         return Record(meta=self._meta(model, decided) | allocation)
 
     def _decide(self, model: nn.Module, run: Run, found: list[Target]) -> tuple[list[Target], dict]:
@@ -201,40 +236,45 @@ class Quantizer(Method):
         if self.solver.inputs == "block":
             for width in widths:
                 todo = {name: target.at(width) for name, target in free.items()}
-                yield from ((p, width, made) for p, made in self._from_blocks(model, run, todo, edits=False))
+                yield from ((p, width, made) for p, made in self._from_blocks(model, run, todo))
             return
         label = f"{self.name} at {len(self.widths)} widths"
         for p, stats in each_weight(model, run, free, label, self._collected(), edits=False):
             team = self._team(p, run)
-            yield from ((p, w, _whole(self._solve(p, stats, free[p.name].at(w), team), p, team)) for w in widths)
+            yield from ((p, w, _whole(self._solve(p, stats, self.spec(free[p.name].at(w), p.weight.dtype), team), p,
+                                      team)) for w in widths)
 
     def _from_blocks(self, model: nn.Module, run: Run, todo: dict[str, Target],
-                     edits: bool) -> Iterator[tuple[Projection, Quantized]]:
-        """Codes from a solver of whole blocks, one block after the other; every process sees all rows."""
-        for visit in visits(model, run, self.name, edits):
+                     wholes: kinds.Wholes | None = None) -> Iterator[tuple[Projection, Quantized]]:
+        """Codes from a solver of whole blocks, one block after the other; every process sees all rows.
+
+        wholes: where the caller writes them into the block.
+        """
+        for visit in visits(model, run, self.name, edits=wholes is not None):
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
                 _check_finite(p)
             with naming(visit.block.name):
                 yield from self.solver.quantize_block(
-                    visit, {p.name: self.spec(todo[p.name], p.weight.dtype) for p in chosen})
+                    visit, {p.name: self.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen})
 
     def _collected(self) -> Inputs:
         """The statistics to collect of the inputs of each weight."""
-        return Inputs(self.solver.inputs, token_weights=self.solver.token_weights)
+        kind = "peak" if self._static and self.solver.inputs == "none" else self.solver.inputs
+        return Inputs(kind, peak=self._static, token_weights=self.solver.token_weights)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
         """The processes that share the rows of this weight: all of them, or each by itself."""
-        return run.ranks if self.solver.rowwise and projection.out_features >= run.ranks.size else Ranks()
+        apart = self.solver.rowwise and kinds.of(self.scheme)[1].rows == 1
+        return run.ranks if apart and projection.out_features >= run.ranks.size else Ranks()
 
     @torch.no_grad()
-    def _solve(self, projection: Projection, stats: Seen, target: Target, team: Ranks) -> Quantized:
+    def _solve(self, projection: Projection, stats: Seen, spec: Spec, team: Ranks) -> Quantized:
         """This process's rows of a weight, quantized."""
-        weight = projection.weight
         _check_finite(projection)
         with naming(projection.name):
-            own = team.share(weight).to(torch.float32, copy=True)
-            return self.solver.quantize(own, stats, self.spec(target, weight.dtype))
+            own = team.share(projection.weight).to(torch.float32, copy=True)
+            return self.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
 
     @torch.no_grad()
     def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
@@ -252,21 +292,35 @@ class Quantizer(Method):
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
+        scheme = kinds.of(self.scheme)[0]
+        whole.inputs, whole.peak = scheme and scheme.inputs, _peak(stats, projection) if self._static else None
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole
 
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}
-        scale = torch.finfo(DTYPES[self.scale_dtype] if self.scale_dtype else model.dtype).bits
+        form = kinds.of(self.scheme)[1]
+        scale = 8 if form.through_bfloat16 else torch.finfo(DTYPES.get(self.scale_dtype, model.dtype)).bits
         modules = {t.name: {"bits": t.bits, "group_size": t.group_size,
                             **({} if t.bits == DENSE else figures[t.name])} for t in decided}
-        return {"bits": average_bits(decided), "effective_bits": effective_bits(decided, scale, self.symmetric),
+        return {"bits": average_bits(decided),
+                "effective_bits": effective_bits(decided, scale, self.symmetric, form.rows),
                 "weights": sum(t.size for t in decided), "modules": modules}
 
 
 def _check_finite(projection: Projection) -> None:
     if not all_finite(projection.weight):
         raise LlmoptError(f"{projection.name}: the weight holds NaN or infinite values")
+
+
+def _peak(stats: Seen, projection: Projection) -> float:
+    """The largest input that was seen; raises LlmoptError where that is no number to make a range of."""
+    seen = stats.largest if isinstance(stats, Moments) else stats
+    peak = max((float(x.abs().max()) for x in seen if len(x)), default=0.0) if isinstance(seen, list) else seen.peak
+    if not 0 < peak < float("inf"):
+        raise LlmoptError(f"{projection.name}: the largest of its calibration inputs is {peak}, of which no range can "
+                          "be made: more calibration data, or a scheme without a fixed range such as FP8_DYNAMIC")
+    return peak
 
 
 def _texts(table: dict) -> dict:

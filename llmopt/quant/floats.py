@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmopt.model.forms import E4M3, Form
+from llmopt.model.forms import E4M3, Form, over
 
 if TYPE_CHECKING:
     from llmopt.quant.grid import Spec
@@ -64,7 +64,7 @@ def _nvfp4(peak: Tensor, spec: "Spec") -> tuple[Tensor, Callable[[Tensor], Tenso
     bits = (peak / 6 * spec.whole).clamp(max=448).to(E4M3).view(torch.uint8).int()
 
     def scale_of(number: Tensor) -> Tensor:
-        return number.clamp(LEAST, MOST).to(torch.uint8).view(E4M3).float() / spec.whole
+        return over(number.clamp(LEAST, MOST).to(torch.uint8).view(E4M3), spec.whole)
 
     return bits, scale_of, (DOWN, UP)
 

@@ -4,6 +4,9 @@
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
     loss = tr((W - Q) H (W - Q)^T) / 2                      (of the undamped H; without damping it is sum_i |e_i|^2 / 2)
 
+Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py). After
+the sweep scales and codes are improved in turns (alternate.py).
+
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
 when the sweep reaches it. Columns whose input is always 0 are set to 0. Rounded to nearest instead, and counted in
@@ -11,7 +14,8 @@ when the sweep reaches it. Columns whose input is always 0 are set to 0. Rounded
 Frantar et al., 2022 (arXiv:2210.17323).
 """
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,14 +26,19 @@ from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
+from llmopt.method import Run
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.parts import register
+from llmopt.quant.alternate import alternate
 from llmopt.quant.base import Quantizer
 from llmopt.quant.factor import MAX_DAMPING, inverse_factor
-from llmopt.quant.grid import Spec, encode, fit, quantized, round_to_nearest, value
+from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
+from llmopt.quant.search import fit_groups_to, fit_outputs
 from llmopt.quant.solver import Solver
 from llmopt.quant.tokens import Alike, TokenWeights
+
+Refit = Callable[[int, Tensor], Grid]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +62,48 @@ class ColumnSweep(Solver):
 
     act_order: bool = Field(True, description="columns with the largest inputs first")
     static_groups: bool = Field(True, description="scales of the original column groups, fixed before the sweep")
-    damping: float = Field(0.01, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
+    damping: float = Field(0.03, ge=0, le=MAX_DAMPING, description="share of the mean diagonal added to the Hessian")
     block: int = Field(128, ge=1, description="columns whose updates are applied together; the result is the same")
     tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts in H")
+    signed: bool = Field(True, description="symmetric scales may be negative: the one code that a side has more is "
+                                           "put where the large weights are")
+    search: Literal["outputs", "weights"] = Field("outputs", description="whose errors the scales are searched for: of "
+                                                  "the group's outputs, or of its weights (norm 2.4); see clip")
+    sweeps: int = Field(2, ge=0, le=100, description="turns afterwards: scales by least squares, then codes one by one")
 
-    def token_weights(self, visit: Visit) -> list[Tensor] | None:
-        return self.tokens.weights(visit)
+    def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
+        return self.tokens.weights(visit, run)
 
     def quantize(self, weight: Tensor, moments: Moments, spec: Spec) -> Quantized:
         made = moments.cached((self.act_order, self.damping), lambda: self.prepare(moments))
         weight[:, made.dead] = 0
-        rounded = round_to_nearest(weight, spec)
         if made.factor is None:
+            rounded = round_to_nearest(weight, spec)
             rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
             return rounded
+        spec = dataclasses.replace(spec, signed=self.signed)
+        rounded = nearest(weight, self.scales(weight, moments.hessian, spec), spec)
         sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
-        result = sweep.run(self.block, self.static_groups or spec.group_size == -1)
+        fixed = self.static_groups or spec.group_size == -1
+        result = sweep.run(self.block, None if fixed else self._refit(made, moments.hessian, spec))
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
-        return best_rows(result, rounded, weight, moments.hessian, spec)
+        result = best_rows(result, rounded, weight, moments.hessian, spec)
+        return alternate(result, weight, moments.hessian, spec, self.sweeps) if self.sweeps else result
+
+    def scales(self, weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
+        """Scales and zero points [out, groups] of the column groups of `weight` [out, in]."""
+        apart = self.search == "outputs" and spec.form.rows == 1           # else some rows share their scales
+        return fit_groups_to(weight, hessian, spec) if apart else fit_groups(weight, spec)
+
+    def _refit(self, made: Prepared, hessian: Tensor, spec: Spec) -> Refit:
+        """What gives columns [out, width] of the sweep, from a place on, scales of their own."""
+        def refit(start: int, columns: Tensor) -> Grid:
+            if self.search == "weights" or spec.form.rows != 1:
+                return fit(columns, spec)
+            of = made.order[start:start + columns.shape[1]]
+            return fit_outputs(columns, hessian[of][:, of], spec)
+
+        return refit
 
     def prepare(self, stats: Moments) -> Prepared:
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
@@ -122,37 +155,36 @@ class Sweep:
         self.scales = start.scales.T.contiguous()                                    # [groups, out]
         self.zeros = None if start.zeros is None else start.zeros.T.contiguous()
 
-    def run(self, block: int, fixed: bool) -> Quantized:
-        """Solve; fixed: keep the scales of the original column groups, else fit them on the way."""
+    def run(self, block: int, refit: Refit | None) -> Quantized:
+        """Solve; refit: for scales that are fitted on the way. None: those of the original column groups stay."""
         place = torch.arange(len(self.order), device=self.order.device)
-        groups = (self.order if fixed else place) // self.width      # of each column in the order of the sweep
-        if not fixed:                                                # a group must not straddle two blocks
+        groups = (place if refit else self.order) // self.width      # of each column in the order of the sweep
+        if refit:                                                # a group must not straddle two blocks
             block = max(1, block // self.width) * self.width
         for start in range(0, len(place), block):
             stop = min(start + block, len(place))
-            errors = self._columns(start, groups[start:stop].tolist(), fixed)
+            errors = self._columns(start, groups[start:stop].tolist(), refit)
             self.weight[stop:].addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
         back = self.order.argsort()
         zeros = None if self.zeros is None else self.zeros.T.contiguous()
         return quantized(self.codes[back].T.contiguous(), self.scales.T.contiguous(), zeros, self.spec,
                          None if torch.equal(groups[back], place // self.width) else groups[back])
 
-    def _columns(self, start: int, groups: list[int], fixed: bool) -> Tensor:
+    def _columns(self, start: int, groups: list[int], refit: Refit | None) -> Tensor:
         """Round the columns of one block; their errors [block, out], each over its diagonal entry of U."""
         stop = start + len(groups)
         now, factor = self.weight[start:stop], self.factor[start:stop, start:stop]
         errors, diagonal = torch.empty_like(now), factor.diagonal().tolist()
         for i, group in enumerate(groups):
-            if not fixed and (start + i) % self.width == 0:
-                self._refit(group, now[i:i + self.width])
+            if refit and (start + i) % self.width == 0:
+                self._take(group, *refit(start + i, now[i:i + self.width].T))
             scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
             code = self.codes[start + i] = encode(now[i], scale, zero, self.spec)
             errors[i] = (now[i] - value(code, scale, zero, self.spec)) / diagonal[i]
             now[i + 1:].addcmul_(factor[i, i + 1:, None], errors[i], value=-1)
         return errors
 
-    def _refit(self, group: int, columns: Tensor) -> None:
-        scale, zero = fit(columns.T, self.spec)
+    def _take(self, group: int, scale: Tensor, zero: Tensor | None) -> None:
         self.scales[group] = scale[:, 0]
         if zero is not None:
             self.zeros[group] = zero[:, 0]

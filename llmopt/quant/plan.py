@@ -105,11 +105,12 @@ def average_bits(decided: list[Target]) -> float:
     return sum(t.size * t.bits for t in decided) / max(1, sum(t.size for t in decided))
 
 
-def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool) -> float:
-    """Mean bits per weight with scales and zero points."""
+def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool, rows: int = 1) -> float:
+    """Mean bits per weight with scales and zero points; rows: that share a scale, 0: all."""
     total = 0
     for t in decided:
-        extra = 0 if t.bits == DENSE else t.out * t.groups * (scale_bits + (0 if symmetric else t.bits))
+        lines = -(-t.out // rows) if rows else 1
+        extra = 0 if t.bits == DENSE else lines * t.groups * (scale_bits + (0 if symmetric else t.bits))
         total += t.size * t.bits + extra
     return total / max(1, sum(t.size for t in decided))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmopt.calibration.inputs import Seen
 from llmopt.calibration.walk import Visit
+from llmopt.method import Run
 from llmopt.model.blocks import Projection
 from llmopt.model.codes import Quantized
 from llmopt.parts import Part
@@ -43,6 +44,6 @@ class Solver(Part, ABC):
     def quantize_block(self, visit: Visit, specs: Mapping[str, Spec]) -> Iterator[tuple[Projection, Quantized]]:
         """The projections of a block that `specs` names; each is written before the next one is asked for."""
 
-    def token_weights(self, visit: Visit) -> list[Tensor] | None:
+    def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
         """The weight of each real token of each batch in the moments ([N] per batch); None: all alike."""
         return None

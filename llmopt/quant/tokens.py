@@ -5,6 +5,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.calibration.walk import Visit
+from llmopt.method import Run
 from llmopt.parts import Part, register
 
 
@@ -14,10 +15,11 @@ class TokenWeights(Part, ABC):
     kind = "token weight"
 
     @abstractmethod
-    def weights(self, visit: Visit) -> list[Tensor] | None:
+    def weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
         """[N] for the real tokens of each batch, >= 0; None: all alike.
 
-        The visit shows this process's rows alone; the weights of a row may depend on nothing but that row.
+        The visit shows this process's rows, run.own_batches, alone; the weights of a row may depend on nothing but that
+        row and what all processes have, such as run.batches.
         """
 
 
@@ -26,5 +28,5 @@ class TokenWeights(Part, ABC):
 class Alike(TokenWeights):
     """Every token counts as much as the others."""
 
-    def weights(self, visit: Visit) -> list[Tensor] | None:
+    def weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
         return None

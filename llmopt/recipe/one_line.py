@@ -19,7 +19,7 @@ from llmopt.model.skeleton import skeleton
 from llmopt.parts import get, names
 from llmopt.recipe.assign import assign
 from llmopt.recipe.reader import Recipe, from_data
-from llmopt.recipe.schemes import GROUP, scheme_fields
+from llmopt.recipe.schemes import GROUP, SCHEMES, scheme_fields
 from llmopt.recipe.words import Words
 from llmopt.specs import ModelSpec
 
@@ -41,6 +41,7 @@ def one_line(model: str, sets: tuple[str, ...] = (), trust_remote_code: bool = F
         assign(data, given)
     made = from_data(data, trust_remote_code)           # all errors but those of the model
     check_dense(made.model)
+    _choose_type(data, made)
     _fit(data, made.steps, partial(_skeleton, made.model))
     return from_data(data, trust_remote_code)
 
@@ -81,8 +82,10 @@ def _fields(name: str, asked: Words) -> dict[str, Any]:
     """The fields of one step that the words decide."""
     if get(name).stage != "quant":
         return {}
-    bits = scheme_fields(asked.scheme)["bits"] if asked.scheme else 4 if asked.bits is None else asked.bits
+    bits = 4 if asked.bits is None else asked.bits
     fields = {"bits": int(bits)} if bits == int(bits) else {"bits": bits, "allocate": ALLOCATION}
+    if asked.scheme:
+        fields = {key: value for key, value in scheme_fields(asked.scheme).items() if key != "group_size"}
     return fields | ({} if asked.group_size is None else {"group_size": asked.group_size})
 
 
@@ -91,10 +94,22 @@ def _given(entry: Any, field: str) -> Any:
     return (next(iter(entry.values())) or {}).get(field) if isinstance(entry, dict) else None
 
 
+def _choose_type(data: dict[str, Any], made: Recipe) -> None:
+    """Load the model as bfloat16 where no type was given and a scheme wants this one (see Scheme.in_bfloat16)."""
+    scheme = next((name for step in made.steps if (name := getattr(step, "scheme", None))), None)
+    if scheme is None or not SCHEMES[scheme].in_bfloat16 or made.model.dtype is not None:
+        return
+    stored = read_config(made.model)[1].dtype
+    if stored != torch.bfloat16:
+        LOG.info("dtype: bfloat16, as scheme %s is computed in it (the model is %s)", scheme,
+                 str(stored).removeprefix("torch."))
+        assign(data, "model.dtype=bfloat16")
+
+
 def _fit(data: dict[str, Any], steps: tuple[Method, ...], model: Callable[[], nn.Module]) -> None:
     """Choose the group size where none was given, and check one that was."""
     for i, step in enumerate(steps):
-        if step.stage == "quant":
+        if step.stage == "quant" and (step.scheme is None or SCHEMES[step.scheme].plain):
             size = _group_size(_given(data["steps"][i], "group_size"), step, model)
             assign(data, f"steps.{i}.group_size={size}")
 

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.parts import Checked, in_our_words
-from llmopt.recipe.schemes import scheme_fields
+from llmopt.recipe.schemes import scheme_name
 from llmopt.recipe.sources import source
 from llmopt.specs import MAX_SAMPLES, MAX_SEED, Dtype
 
@@ -39,7 +39,7 @@ class Words(Checked):
         if self.scheme is not None and self.bits is not None:
             raise LlmoptError(f"scheme {self.scheme} says how many bits; give it or bits {self.bits:g}, not both")
         if self.scheme is not None:
-            scheme_fields(self.scheme)
+            scheme_name(self.scheme)
         if self.data is not None:
             source(self.data)
 

@@ -170,7 +170,8 @@ class Streamed(Resumable):
             read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
-            made = {name: cast(t, group[name].dtype, name) if name in group else t for name, t in found.items()}
+            made = {name: cast(t, group[name].dtype, name) if name in group and t.itemsize > 1 else t
+                    for name, t in found.items()}
             self._check(made, {prefix + name: place for name, place in places.items()})
             yield made | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()

@@ -3,9 +3,9 @@ import pytest
 
 from llmopt.cli.plans import one_model, plan_of
 from llmopt.errors import LlmoptError
-from llmopt.quant.base import Quantizer
+from llmopt.quant import RTN
 from llmopt.recipe.one_line import one_line
-from llmopt.recipe.schemes import SCHEMES
+from llmopt.recipe.schemes import SCHEMES, scheme_fields
 from llmopt.recipe.sources import source
 from llmopt.recipe.words import Words
 from tests import tiny
@@ -33,8 +33,10 @@ def steps(folder, *sets, **words) -> list[str]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_is_fields_of_a_quantizer(scheme):
-    assert Quantizer.__pydantic_fields__.keys() >= SCHEMES[scheme].keys()
-    assert f"W{SCHEMES[scheme]['bits']}A16" == scheme
+    step = RTN(**scheme_fields(scheme.lower()))
+    said = SCHEMES[scheme]
+    assert (step.bits, step.group_size, step.symmetric) == (said.bits, said.group_size, said.symmetric)
+    assert step.scheme in (scheme, None) and (step.scheme or scheme == f"W{step.bits}A16")
 
 
 def test_words_become_steps_with_a_group_size_that_fits(folder, caplog):
@@ -96,8 +98,11 @@ def test_other_data_is_a_source_or_a_dataset():
 
 @pytest.mark.parametrize(("words", "expected"), [
     ({}, "a scheme, bits or a method is needed"),
-    ({"scheme": "W4A61"}, "did you mean 'W4A16'?"), ({"scheme": "FP8"}, "known elsewhere, not written by llmopt yet"),
+    ({"scheme": "W4A61"}, "did you mean 'W4A16'?"),
+    ({"scheme": "NF4"}, "known elsewhere, not written by llmopt. Schemes: W2A16"),
     ({"scheme": "W4A16", "bits": 4}, "not both"), ({"scheme": "FP8", "bits": 4}, "not both"),
+    ({"scheme": "NVPF4"}, "did you mean 'NVFP4'?"),
+    ({"scheme": "NVFP4", "group_size": 32}, "group_size: 32 given, 16, as scheme NVFP4 says (or no scheme), expected"),
     ({"bits": 1}, "bits: 1 given, a number from 2 to 8"), ({"bits": 17}, "bits: 17 given"),
     ({"bits": float("nan")}, "a finite number"), ({"bits": "4"}, "bits: '4' given, a number"),
     ({"group_size": 64}, "group_size belongs to quantization"),

@@ -11,7 +11,7 @@ from llmopt.checkpoint.compressed_tensors import export
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.model.stored import packed
+from llmopt.model.packing import packed
 from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
@@ -64,7 +64,7 @@ def every_setting(model, turn: int) -> dict:
 
 @pytest.mark.parametrize("shifts", [(0,), pytest.param((0, 1, 2), marks=pytest.mark.full)])
 def test_every_width_and_group_loads_in_plain_transformers(shifts, tmp_path):
-    """Five layouts (split, fused, interleaved with bias, bias on q k v, post-norm) and three types, one subprocess."""
+    """Five layouts (split, fused, interleaved with bias, bias on q k v, post-norm), three types, negative scales."""
     saved, dtypes = {}, (torch.float32, torch.bfloat16, torch.float16)
     kinds = ("llama", "phi3", "gpt_neox", "qwen2", "olmo2")
     for turn, kind, shift in ((t, k, s) for s in shifts for t, k in enumerate(kinds)):
@@ -73,6 +73,12 @@ def test_every_width_and_group_loads_in_plain_transformers(shifts, tmp_path):
         RTN(group_size=-1, overrides=every_setting(model, turn + 2 * shift)).apply(model, Run())
         write(model, folder)
         saved[str(folder)] = model
+    signed, folder = make("llama", torch.float16), tmp_path / "signed"
+    GPTQ(bits=2, group_size=16).apply(signed, Run(batches(2, 12)))
+    assert all((weight.codes.scales < 0).any() for weight in coded(signed))
+    folder.mkdir()
+    write(signed, folder)
+    saved[str(folder)] = signed
     done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
     assert done.returncode == 0, done.stderr
     for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
@@ -139,8 +145,8 @@ def test_a_later_edit_is_refused():
 
 def test_what_cannot_be_stored_is_refused():
     model = make("llama")
-    RTN(group_size=16, symmetric=False).apply(model, Run())
-    with pytest.raises(LlmoptError, match="format: dense"):
+    RTN(group_size=16, symmetric=False, overrides={"mlp": {"bits": 3}}).apply(model, Run())
+    with pytest.raises(LlmoptError, match="alike in bits and groups.*format: dense"):
         export(model)
     model = make("gpt2")
     RTN(group_size=16).apply(model, Run())

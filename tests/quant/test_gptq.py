@@ -11,6 +11,8 @@ from llmopt.quant.grid import Spec, fit_groups, round_to_nearest
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
 
+PLAIN = {"signed": False, "search": "weights", "sweeps": 0}          # as Frantar et al. have it
+
 
 def known(hessian, tokens):
     """Moments that have come to this Hessian."""
@@ -49,7 +51,7 @@ def brute_force(weight, hessian, scale, bits):
 def test_white_inputs_give_round_to_nearest_bit_for_bit(group_size, symmetric):
     weight, _, _ = correlated()
     spec = Spec(3, group_size, symmetric, clip=True)
-    result = solve(weight, known(2.5 * torch.eye(24), 100), spec, act_order=False)
+    result = solve(weight, known(2.5 * torch.eye(24), 100), spec, act_order=False, **PLAIN)
     assert torch.equal(result.codes, round_to_nearest(weight, spec).codes)
     assert torch.equal(result.dequantize(torch.float32), round_to_nearest(weight, spec).dequantize(torch.float32))
 
@@ -60,7 +62,7 @@ def test_equals_brute_force():
     solved = brute_force(weight, stats.hessian, fit_groups(weight, spec)[0][:, 0].double(), 3).float()
     rounded = round_to_nearest(weight, spec).dequantize(torch.float32)
     worse = row_errors(rounded - weight, stats.hessian) < row_errors(solved - weight, stats.hessian)
-    result = solve(weight, stats, spec, act_order=False, damping=0.0)
+    result = solve(weight, stats, spec, act_order=False, damping=0.0, **PLAIN)
     assert result.figures["rounded_rows"] == worse.sum() == 1
     assert torch.allclose(result.dequantize(torch.float32), torch.where(worse[:, None], rounded, solved), atol=1e-6)
 
@@ -74,7 +76,7 @@ def test_block_size_does_not_change_the_result(fields):
 
 def test_block_size_does_not_change_dynamic_groups():
     weight, stats, _ = correlated()
-    first, *others = (solve(weight, stats, Spec(4, 8), act_order=False, static_groups=False, block=block)
+    first, *others = (solve(weight, stats, Spec(4, 8), act_order=False, static_groups=False, block=block, **PLAIN)
                       for block in (1, 16, 128))
     for other in others:                  # a scale's last bit may turn the tie that the largest weight always is
         assert torch.allclose(first.scales, other.scales, rtol=1e-5)
@@ -84,7 +86,7 @@ def test_block_size_does_not_change_dynamic_groups():
 
 def test_dynamic_groups_are_fitted_to_current_values():
     weight, stats, _ = correlated()
-    result = solve(weight, stats, Spec(3, 8), act_order=False, static_groups=False)
+    result = solve(weight, stats, Spec(3, 8), act_order=False, static_groups=False, **PLAIN)
     stale, _ = fit_groups(weight, Spec(3, 8))
     assert torch.equal(result.scales[:, 0], stale[:, 0])             # nothing has moved yet
     assert not torch.allclose(result.scales[:, 1], stale[:, 1])      # though it lies in the same block of 128
@@ -129,7 +131,8 @@ def test_no_row_is_worse_than_round_to_nearest(kind, dtype, group_size):
         stats, spec = Moments(), Spec(2 + seed, group_size, symmetric, clip=True, dtype=dtype)
         stats.add(x)
         weight *= stats.hessian.diagonal() > 0                        # neither may fit its scales to unused columns
-        values = [q.dequantize(dtype).float() for q in (solve(weight, stats, spec), round_to_nearest(weight, spec))]
+        made = solve(weight, stats, spec, **PLAIN), round_to_nearest(weight, spec)
+        values = [codes.dequantize(dtype).float() for codes in made]
         solved, rounded = (row_errors(value - weight, stats.hessian) for value in values)
         assert values[0].isfinite().all() and (solved <= rounded * (1 + 1e-3)).all()
 

@@ -39,7 +39,7 @@ class FirstTokens(TokenWeights):
 
     count: int = Field(8, ge=1)
 
-    def weights(self, visit):
+    def weights(self, visit, run):
         place = [mask.cumsum(1)[mask] for mask in visit.masks]
         return [(p <= self.count).float() for p in place]
 
@@ -104,7 +104,7 @@ def test_token_weights_decide_what_the_moments_are_made_of():
     models = [make("llama", num_hidden_layers=1) for _ in range(3)]
     for model, data, tokens in zip(models, (batches(), short, batches()), ({"first": {"count": 8}}, "alike", "alike"),
                                    strict=True):
-        GPTQ(tokens=tokens, act_order=False, **GIVEN).apply(model, Run(data))
+        GPTQ(tokens=tokens, act_order=False, search="weights", sweeps=0, **GIVEN).apply(model, Run(data))
     weights = [model.model.layers[0].self_attn.q_proj.weight for model in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 

@@ -1,0 +1,80 @@
+"""What a scheme by name (recipe/schemes.py) says of a quantization step, and what it must find in a model."""
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
+
+from pydantic_core import ArgsKwargs
+from torch import nn
+
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.model.blocks import Projection, blocks
+from llmopt.model.forms import FORMS, Form
+from llmopt.quant import floats
+from llmopt.quant.plan import DENSE, Target
+from llmopt.recipe.schemes import SCHEMES, Scheme
+
+Name = Literal[tuple(SCHEMES)]
+KERNEL = 16         # input columns must be a multiple of it where numbers of 8 bits meet rounded inputs
+
+
+def spelt_out(given: ArgsKwargs) -> ArgsKwargs:
+    """The fields of a step with those that its scheme stands for; raises FieldError for one that contradicts it."""
+    fields = dict(given.kwargs or {})
+    name = fields.get("scheme")
+    scheme = SCHEMES.get(name) if isinstance(name, str) else None
+    for key in ("bits", "group_size", "symmetric") if scheme else ():
+        value, free = getattr(scheme, key), key == "group_size" and scheme.plain
+        if fields.setdefault(key, value) != value and not free:
+            raise FieldError(key, fields[key], f"{value}, as scheme {name} says (or no scheme),")
+    return ArgsKwargs(given.args, fields)
+
+
+def check_fields(step: Any) -> None:
+    """Raise FieldError for fields of a step that have no meaning under its scheme."""
+    scheme = SCHEMES.get(step.scheme)
+    if scheme is None or scheme.plain:
+        return
+    if step.allocate != "uniform":
+        raise FieldError("allocate", step.allocate, f"uniform, as scheme {step.scheme} is one kind of numbers,")
+    if step.scale_dtype and FORMS[scheme.form].scales != "model":
+        raise FieldError("scale_dtype", step.scale_dtype, f"null, as scheme {step.scheme} has scales of its own,")
+    for name, given in step.overrides.items():
+        if given != {"bits": DENSE}:
+            raise FieldError(f"overrides.{name}", given, f"bits: {DENSE} (as it is) alone under scheme {step.scheme}")
+    if scheme.static and step.solver.inputs == "block":
+        raise FieldError("scheme", step.scheme, "one that needs no range of inputs, which this solver does not see,")
+
+
+def check_widths(found: Iterable[Target], name: str) -> None:
+    """Raise LlmoptError for weights whose columns a scheme's groups, or kernels for it, do not divide."""
+    scheme = SCHEMES[name]
+    size = scheme.group_size if scheme.group_size > 0 else KERNEL if not scheme.plain else 1
+    for target in () if scheme.plain else found:
+        if target.bits != DENSE and target.columns % size:
+            raise LlmoptError(f"{target.name}: its {target.columns} input features are no multiple of {size}, as "
+                              f"scheme {name} needs; leave it out (ignore: [{target.name.rpartition('.')[2]}]), or use "
+                              "a scheme such as W4A16 with a group_size that divides them")
+
+
+def of(name: str | None) -> tuple[Scheme | None, Form]:
+    """(scheme, form of its numbers); integers where no scheme is named."""
+    scheme = SCHEMES[name] if name else None
+    return scheme, FORMS[scheme.form if scheme else "int"]
+
+
+class Wholes:
+    """The number that the e4m3 scales of a weight are stored times: one for all weights that read one input."""
+
+    def __init__(self, model: nn.Module, names: Collection[str]):
+        self.groups: dict[str, list[Projection]] = {}
+        self.known: dict[str, float] = {}
+        for group in (group for block in blocks(model) for group in block.groups()):
+            for projection in (members := [p for p in group if p.name in names]):
+                self.groups[projection.name] = members
+
+    def __getitem__(self, name: str) -> float:
+        """Asked of the first of a group while all of them are still dense."""
+        if name not in self.known:
+            members = self.groups[name]
+            found = floats.whole(max(float(p.weight.abs().max()) for p in members))
+            self.known |= {p.name: found for p in members}
+        return self.known[name]

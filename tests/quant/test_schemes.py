@@ -1,0 +1,87 @@
+"""Every scheme by name: what is written is foretold to the byte, and plain transformers runs it as it was in memory."""
+import pytest
+import torch
+
+from llmopt.checkpoint.facts import read_facts
+from llmopt.checkpoint.look import checkpoint_facts
+from llmopt.checkpoint.save import save
+from llmopt.errors import LlmoptError
+from llmopt.files.shards import written_bytes
+from llmopt.forecast.size import predict
+from llmopt.method import Run
+from llmopt.model.weights import coded
+from llmopt.quant import GPTQ, RTN
+from llmopt.recipe.schemes import SCHEMES
+from tests import warm
+from tests.command import ROOT, command
+from tests.quant.quant_data import batches, logits
+from tests.tiny import ids, make
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 32}
+NAMES = [name for name in SCHEMES if name[0] != "W" or name in ("W3A16", "W4A16_ASYM", "W8A8")]
+WEIGHTS_ALONE = {torch.float32: "NVFP4A16", torch.float16: "MXFP8A16"}      # of models that are not bfloat16
+
+
+def compressed(name: str, dtype: torch.dtype, folder):
+    """A model after a step with the scheme, saved into a folder of the size that was foretold."""
+    model = make("llama", dtype, **WIDE)
+    solver = GPTQ if name in ("NVFP4", "FP8", "W4A16_ASYM") else RTN
+    step = solver(scheme=name, **({} if SCHEMES[name].group_size != 128 or name == "FP8_BLOCK" else {"group_size": 32}))
+    foretold = predict(model, [step]).bytes
+    before = logits(model)
+    step.apply(model, Run(batches()))
+    save(model, folder)
+    assert written_bytes(folder) == foretold and not torch.equal(logits(model), before)
+    return model
+
+
+def test_every_scheme_runs_in_plain_transformers(tmp_path):
+    saved = {str(tmp_path / name): compressed(name, torch.bfloat16, tmp_path / name) for name in NAMES}
+    saved |= {str(tmp_path / f"{name}-other"): compressed(name, dtype, tmp_path / f"{name}-other")
+              for dtype, name in WEIGHTS_ALONE.items()}
+    told = {name: (tmp_path / name / "README.md").read_text() for name in NAMES}
+    assert "What the weights read is rounded, too (4 bits, range by its values)" in told["NVFP4"]
+    assert "(8 bits, range fixed)" in told["FP8"] and "rounded, too" not in told["MXFP4A16"] + told["W3A16"]
+    assert "unpacks the weights while it loads them" in told["W4A16_ASYM"] and "while" not in told["NVFP4"]
+    facts = checkpoint_facts(tmp_path / "W8A8", read_facts(tmp_path / "W8A8"))
+    assert facts["packing"] == "int-quantized; inputs rounded: 8 bits, range by its values"
+    done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
+    assert done.returncode == 0, done.stderr
+    for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
+        assert "error" not in seen, (folder, seen)
+        with torch.no_grad():
+            expected = saved[folder](ids(2, 40)).logits
+        assert (seen["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"scheme": "NVFP4", "bits": 3}, "bits: 3 given, 4, as scheme NVFP4 says"),
+    ({"scheme": "W4A16", "symmetric": False}, "symmetric: False given, True"),
+    ({"scheme": "FP8", "allocate": "lim"}, "allocate: 'lim' given, uniform"),
+    ({"scheme": "MXFP4", "scale_dtype": "float16"}, "scale_dtype: 'float16' given, null"),
+    ({"scheme": "FP8", "overrides": {"down_proj": {"bits": 4}}}, "overrides.down_proj.*bits: 16"),
+    ({"scheme": "NVPF4"}, r"scheme: 'NVPF4' given, one of .*\(did you mean 'NVFP4'\?\)")])
+def test_fields_that_contradict_a_scheme_are_refused_by_name(fields, says):
+    with pytest.raises(LlmoptError, match=says):
+        RTN(**fields)
+
+
+def test_a_dense_file_cannot_say_that_inputs_are_rounded(tmp_path):
+    model = make("llama", **WIDE)
+    RTN(scheme="W8A8").apply(model, Run())
+    with pytest.raises(LlmoptError, match="q_proj: format: dense cannot say that what it reads is rounded"):
+        save(model, tmp_path / "out", format="dense")
+    with pytest.raises(LlmoptError, match="format: dense cannot say"):
+        predict(make("llama", **WIDE), [RTN(scheme="W8A8")], "dense")
+
+
+def test_weights_that_read_one_input_share_a_number_and_a_range_must_be_finite():
+    model = make("llama", torch.bfloat16, **WIDE)
+    RTN(scheme="NVFP4").apply(model, Run(batches()))
+    codes = {weight.path.rpartition(".")[2]: weight.codes for weight in coded(model)}
+    assert codes["q_proj"].whole == codes["k_proj"].whole == codes["v_proj"].whole != codes["o_proj"].whole
+    assert codes["gate_proj"].whole == codes["up_proj"].whole and codes["gate_proj"].peak == codes["up_proj"].peak > 0
+    model = make("llama", torch.bfloat16, **WIDE)
+    model.model.layers[0].input_layernorm.weight.data.fill_(torch.inf)
+    with pytest.raises(LlmoptError, match="q_proj: the largest of its calibration inputs is (inf|nan).*FP8_DYNAMIC"):
+        RTN(scheme="FP8").apply(model, Run(batches()))
