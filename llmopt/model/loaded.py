@@ -77,9 +77,11 @@ def _codes(name: str, module: nn.Module) -> Quantized:
     if scales is None or not _is_written(scheme):
         raise LlmoptError(f"{name}: quantized in a form that llmopt does not write ({scheme.type}, {scheme.strategy}, "
                           f"symmetric: {scheme.symmetric}); save the model with the tool that made it")
+    short = scales.data.half()              # the type they had in the file, if it was shorter than the model's
+    scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales.data
     steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
     codes = steps.nan_to_num(0, 0, 0).round().flatten(1).to(torch.int8)                # a scale of 0 stands for zeros
-    return Quantized(codes, scales.data, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size)
+    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size)
 
 
 def _refuse_foreign(model: nn.Module) -> None:
