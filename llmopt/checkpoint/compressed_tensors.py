@@ -76,7 +76,8 @@ def _facts(weights: dict) -> dict:
 def rounded_inputs(config: dict) -> list[str]:
     """How what the weights read is rounded while the model runs, in words; a config of anybody's."""
     groups = config.get("config_groups")
-    found = [group.get("input_activations") for group in groups.values()] if isinstance(groups, dict) else []
+    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    found = [group.get("input_activations") for group in known]
     told = [f"{given.get('num_bits')} bits, {'range fixed' if given.get('dynamic') is False else 'range by its values'}"
             for given in found if isinstance(given, dict)]
     return list(dict.fromkeys(told))
