@@ -4,6 +4,7 @@ The model is a skeleton whose weights are on the meta device, so that everything
 ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class Streamed(Resumable):
         self.merging = skeleton.converters(model)
         self.work, self.format, self.room = journal.folder, format, room
         self.device = torch.device(device)
+        self.lists = 3                      # held at once: a block's inputs, its outputs, and the masks of all blocks
 
     @contextmanager
     def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
@@ -102,8 +104,13 @@ class Streamed(Resumable):
             _empty(layer)
             give_back_freed()
 
+    def holding(self, lists: int) -> "Streamed":
+        twin = copy.copy(self)
+        twin.lists = lists
+        return twin
+
     def keeper(self) -> Callable[[Tensor], Tensor]:
-        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
+        room = self.room // self.lists
 
         def held(tensor: Tensor) -> Tensor:
             nonlocal room

@@ -57,7 +57,7 @@ def test_plain_load_gives_equal_logits(kind, dtype, tmp_path):
 
 def every_setting(model, turn: int) -> dict:
     """Overrides that run through bits 2..8 and, out of step, four kinds of groups, odd ones included."""
-    found = RTN(group_size=-1).targets(model)
+    found = RTN(group_size=-1).chosen(model)
     return {t.name: {"bits": 2 + (i + turn) % 7, "group_size": (-1, 16, 32, 3 if t.columns % 3 == 0 else 1)[i % 4]}
             for i, t in enumerate(found)}
 
