@@ -38,6 +38,8 @@ class Streamed(Resumable):
     on. room: bytes of calibration activations held in memory.
     """
 
+    lists = 3           # of activations held at once: a block's inputs, its outputs, and the masks of all blocks
+
     def __init__(self, journal: Journal, places: tensors.Places, model: nn.Module, format: str, device: str,
                  room: int):
         super().__init__(journal)
@@ -45,7 +47,6 @@ class Streamed(Resumable):
         self.merging = skeleton.converters(model)
         self.work, self.format, self.room = journal.folder, format, room
         self.device = torch.device(device)
-        self.lists = 3                      # held at once: a block's inputs, its outputs, and the masks of all blocks
 
     @contextmanager
     def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
