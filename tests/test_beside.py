@@ -1,4 +1,4 @@
-"""Two streams through the blocks: what the unedited model reads beside what the edited one does, and what is missing."""
+"""Two streams through the blocks: what the unedited model reads, what the edited one does, and what is missing."""
 import pytest
 import torch
 
@@ -62,7 +62,7 @@ def test_what_is_missing_is_the_difference_of_the_streams(weighed):
             if seen.missing.of_outputs:
                 stream = "o" if index == 10 else "down"
                 lack = lack @ p.weight.T + then[stream] - now[stream]
-            torch.testing.assert_close(seen.missing.matrix(seen.tokens), 2 / 89 * (r * lack).T @ now["x"],
+            torch.testing.assert_close(seen.missing.matrix, 2 / 89 * (r * lack).T @ now["x"],
                                        rtol=1e-3, atol=1e-4)
             made = GPTQ(damping=1e-6).prepare(seen)
             lack = lack if seen.missing.of_outputs else lack @ p.weight.T

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from llmopt.calibration.walk import Places, Visit, record_calls
+from llmopt.calibration.calls import record_calls
+from llmopt.calibration.walk import Places, Visit
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list

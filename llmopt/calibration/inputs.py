@@ -118,9 +118,10 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
         for block in each(model, run, label, edits):
             yield from ((p, None) for p in block.projections() if p.name in names)
         return
-    stops = visits(model, run, label, edits, shared=True)
     if inputs.dense != "none" and edits:                # else both streams are one
         stops = visits_beside(model, run, label, lambda b: places(b, names, inputs.dense == "residual"))
+    else:
+        stops = visits(model, run, label, edits, shared=True)
     for visit in stops:
         weights = inputs.token_weights(visit, run) if inputs.token_weights else None
         for group in visit.block.groups():

@@ -36,7 +36,10 @@ def _stream(block: Block, writer: Projection, residual: bool) -> Places:
 
 
 class Missing:
-    """M [in or out, in] of one projection, summed over the tokens of all processes; float64, as Gram's sums."""
+    """M of one projection, over the tokens of all processes; summed up in float64, as Gram's sums are.
+
+    matrix: M [in or out, in] float32 once all have come, None where nothing is missing.
+    """
 
     def __init__(self, visit: Visit, reader: Projection, residual: bool, ranks: Ranks):
         writers = [p.name for p in (visit.block.attn_out, visit.block.ffn_out) if p is not None]
@@ -46,7 +49,8 @@ class Missing:
         self.streams = [iter(visit.dense.pop(name)) for name in self.stream]
         self.now: Tensor | None = None                      # the stream in the edited model, of the batch at work
         self.sums: Tensor | None = None
-        self.ranks = ranks
+        self.matrix: Tensor | None = None
+        self.tokens, self.ranks = 0, ranks
 
     @property
     def of_outputs(self) -> bool:
@@ -60,6 +64,7 @@ class Missing:
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in the inputs [N, in] of the next batch; weights [N] scale the tokens' shares."""
         x = x.float()
+        self.tokens += len(x)
         lack = next(self.inputs).to(x.device).float() - x
         if self.weight is not None:
             lack = lack @ self.weight.T
@@ -76,10 +81,10 @@ class Missing:
         self._begin(like.shape[0] if self.of_outputs else like.shape[1], like)
         for block in blocks_of(like.shape[1]):
             self.sums[:, block] = self.ranks.sum_(self.sums[:, block].contiguous())
-
-    def matrix(self, tokens: int) -> Tensor | None:
-        """M, float32; None where nothing is missing."""
-        return (self.sums * (2 / tokens)).float() if bool(self.sums.any()) else None
+        tokens = sum(self.ranks.gather(self.tokens))
+        if bool(self.sums.any()):
+            self.matrix = self.sums.float().mul_(2 / tokens)
+        self.sums = None
 
     def _begin(self, size: int, like: Tensor) -> None:
         if self.sums is None:

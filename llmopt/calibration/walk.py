@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmopt.calibration.calls import record_calls
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list
@@ -21,26 +22,6 @@ from llmopt.model.outside import Outside
 from llmopt.progress import Progress, silent
 from llmopt.runtime.attention_rows import Rows, attention_rows
 from llmopt.scale.memory import OUTSIDE, Memory
-
-
-class Shared:
-    """Stands in for each tensor of a call: the same one for the blocks of a batch, and for batches that are alike."""
-
-    def __init__(self, hold: Callable[[Tensor], Tensor]):
-        self.hold = hold
-        self.before: list[Tensor] = []                      # what the last batch held
-        self.now: dict[int, tuple[Tensor, Tensor]] = {}     # by its address: as it came, as it is held
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.now:
-            alike = (held for held in self.before if held.dtype == tensor.dtype and torch.equal(held, tensor))
-            held = next(alike, None)
-            self.now[id(tensor)] = tensor, self.hold(tensor) if held is None else held
-        return self.now[id(tensor)][1]
-
-    def next_batch(self) -> None:
-        self.before, self.now = [held for _, held in self.now.values()], {}
-
 
 Places = dict[str, nn.Module]          # parts of a block by a name
 
@@ -209,31 +190,6 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
             inputs = visit.outputs_after_edit = memory.keep(visit.outputs())
 
 
-@torch.no_grad()
-def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Memory) -> tuple[list[Tensor], list]:
-    """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
-    calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
-    first: list[Tensor] = []
-    shared = Shared(memory.keeper())
-
-    def recorder(index):
-        def forward(hidden, *args, **kwargs):
-            if index == 0:
-                first.append(hidden)
-            calls[index].append(recursively_apply(shared, (args, kwargs)))
-            return hidden
-        return forward
-
-    def inputs() -> Iterator[Tensor]:
-        for batch in batches:
-            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
-            shared.next_batch()
-            yield first.pop()
-
-    with memory.outside(model), _forwards(layer_list(model), recorder):
-        return memory.keep(inputs()), calls
-
-
 @contextmanager
 def _watching(places: Places, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show what each place reads, by its name, just before it does."""
@@ -249,18 +205,6 @@ def _watching(places: Places, see: Callable[[str, Tensor], None]) -> Iterator[No
 def _real(x: Tensor, mask: Tensor) -> Tensor:
     """The real tokens [N, F] of `x`."""
     return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
-
-
-@contextmanager
-def _forwards(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
-    """Replace the forward of each module for a while; nothing of it remains afterwards."""
-    try:
-        for index, module in enumerate(modules):
-            module.forward = make(index)
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
 
 
 def _first(result: Any) -> Tensor:

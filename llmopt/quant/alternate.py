@@ -4,9 +4,10 @@
     scales          s += d,   (N + 1e-6 mean(diag N) I) d = b,   N_gh = c_g H_gh c_h^T,   b_g = c_g (H e^T)_g
     codes           twice, column i by falling H_ii:   c_i = the code nearest to v_i + (H e^T)_i / H_ii,  v_i its value
 
-A row takes what it is given, scales rounded to the stored type, only if it loses less by it. Coordinate descent on codes: Nair and Suggala, CDQuant (arXiv:2406.17542); the scales of a whole row at once and
-the turns are ours. Left out: new zero points. Scales stay as they are where they are no plain numbers of the model's
-type (floats), and in rows of more than 1,024 groups, whose equations would cost more than all else.
+A row takes what it is given, scales rounded to the stored type, only if it loses less by it. Coordinate descent on
+codes: Nair and Suggala, CDQuant (arXiv:2406.17542); the scales of a whole row at once and the turns are ours. Left out:
+new zero points. Scales stay as they are where they are no plain numbers of the model's type (floats), and in rows of
+more than 1,024 groups, whose equations would cost more than all else.
 """
 from dataclasses import replace
 

@@ -4,8 +4,14 @@
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
     loss = tr((W - Q) H (W - Q)^T) / 2                      (of the undamped H; without damping it is sum_i |e_i|^2 / 2)
 
-Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py). After
-the sweep scales and codes are improved in turns (alternate.py).
+targets: dense aims at what the unedited model writes at this place, from its own inputs x~ and, at the two writers of a
+block, beside its own residual stream r~: by least squares over the tokens that is the weight
+
+    W + (W sum_t (x~_t - x_t) x_t^T + sum_t (r~_t - r_t) x_t^T) (H + damping mean(diag H) I)^-1         (missing.py)
+
+whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). The loss, and the figure `output_error`, are those of
+the distance to this weight. Scales are searched for what the errors of a group do to the outputs (search.py), and may
+be negative (grid.py). After the sweep scales and codes are improved in turns (alternate.py).
 
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
@@ -143,7 +149,7 @@ def pull(weight: Tensor, moments: Moments, made: Prepared) -> Tensor | float:
 
         (W M) (H + damping)^-1  for a reader,  M (H + damping)^-1  for a writer: least squares over the tokens
     """
-    lack = moments.cached("missing", lambda: moments.missing and moments.missing.matrix(moments.tokens))
+    lack = moments.missing and moments.missing.matrix
     if lack is None:
         return 0.0
     if moments.missing.of_outputs:
