@@ -164,7 +164,7 @@ class Method(Part, ABC):
     def rounders(self, model) -> dict[str, Callable[[Tensor], Tensor]]:
         """By the name of each weight that it will round: what maps [out, in] to the nearest points of its grid.
 
-        For steps before it. Quick: without a search for the scales.
+        For steps before it, which prepare the weights.
         """
         return {}
 

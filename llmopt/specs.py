@@ -69,6 +69,7 @@ class DataSpec(Checked):
     samples: int = Field(128, ge=1, le=MAX_SAMPLES, description="rows at most")
     length: int | None = Field(None, ge=2, description="tokens of a row; null: 512 (self: 256), or the model's maximum")
     batch_size: int = Field(8, ge=1, le=MAX_SAMPLES, description="rows computed together")
+    shifts: int = Field(1, ge=1, le=64, description="copies of each row, turned by equal parts of it (RSQ takes 8)")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="picks the rows")
 
     def check(self) -> None:

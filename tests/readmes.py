@@ -32,7 +32,8 @@ READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these t
         "continuations": "run by tests/evals/test_continuations.py",
         "recall llmopt/reference": "run by tests/evals/test_recall.py",
         "llmopt_evals.pieces": "run by tests/evals/test_continuations.py",
-        "kvpress_continuations.py": "an environment of kvpress's own",
+        "llmopt_evals.padding": "run by tests/evals/test_continuations.py",
+        "kvpress/bin/python": "an environment of kvpress's own",
         ".llmopt-complete": "a shell's start file", "completions": "a shell's start file",
         "--recipe magnitude": "a model of ten blocks", "--recipe everything": "run by test_end_to_end.py"}
 FULL = {"torchrun": "two cold processes", "world.check": "half a minute",

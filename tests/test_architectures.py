@@ -42,6 +42,7 @@ CELLS = {
     "widths by layer": ("prune.magnitude", GLOBAL | {"units": ["ffn"]}),
     "transform.fold_norms": ("transform.fold_norms", {}),
     "transform.rotate": ("transform.rotate", {}),
+    "transform.smoothquant": ("transform.smoothquant", {}),
     "heads by layer": ("prune.magnitude", GLOBAL | {"units": ["kv_groups"]}),
 }
 

@@ -76,6 +76,18 @@ def test_the_world_is_deterministic_and_seeded():
     assert first[0]["input_ids"].shape == (4, 64)
 
 
+def test_shifts_turn_each_row_by_equal_parts(tmp_path):
+    """Rows of other lengths in parts as equal as can be; held-out rows are not turned."""
+    file = tmp_path / "ids.jsonl"
+    file.write_text("\n".join(map(str, [list(range(3, 11)), list(range(20, 47)), list(range(3, 40))])))
+    spec = DataSpec(name="ids", path=str(file), samples=2, shifts=4)
+    found = rows_of(load(spec))
+    assert found[:4] == [[3, 4, 5, 6, 7, 8, 9, 10], [9, 10, 3, 4, 5, 6, 7, 8], [7, 8, 9, 10, 3, 4, 5, 6],
+                         [5, 6, 7, 8, 9, 10, 3, 4]]
+    assert [row[0] for row in found[4:]] == [20, 41, 34, 27] and all(sorted(row) == found[4] for row in found[4:])
+    assert rows_of(data.held_out(spec, None, tiny.make("llama"), 1, 40)) == [list(range(3, 40))]
+
+
 def test_batches_split_rows():
     batches = data.as_batches(tiny.ids(10, 8), tiny.VOCABULARY, batch_size=4)
     assert [len(b["input_ids"]) for b in batches] == [4, 4, 2]

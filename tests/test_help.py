@@ -25,7 +25,7 @@ def offered(*words: str) -> list[tuple[str, str]]:
     (["eval", "out", "--tasks", "world_ppl,arc_ea"], ["world_ppl,arc_easy"]),
     (["eval", "out", "--tasks", "fid"], ["fidelity"]),
     (["show", "llmopt/"], ["llmopt/reference"]),
-    (["compress", "m", "--scheme", "w4"], ["W4A16"]),
+    (["compress", "m", "--scheme", "w4"], ["W4A16", "W4A16_ASYM"]),
     (["compress", "--recipe", "quick"], ["quickstart"]),
 ])
 def test_names_are_completed(words, expected):

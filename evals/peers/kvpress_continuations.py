@@ -1,6 +1,8 @@
 """kvpress beside `python -m llmopt_evals.continuations`: the same FILE.jsonl, in an environment of kvpress's own.
 
     PEER/bin/python evals/peers/kvpress_continuations.py MODEL FILE.jsonl --ratio 0.9 "SnapKVPress(window_size=32)"
+
+FILE.jsonl is one of `llmopt_evals.pieces`, or of facts, asked of the finished cache (`llmopt_evals.needles --probes`).
 """
 import argparse
 import copy

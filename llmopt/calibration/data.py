@@ -39,7 +39,7 @@ def load(spec: DataSpec, config: Any, tokenizer: Any, sampler: Sampler | None = 
             rows = _sampled(spec, _length(spec, limit), sampler)
         else:
             rows = _read(spec, _length(spec, limit), tokenizer)[:spec.samples]
-        batches = as_batches(rows, config.vocab_size, spec.batch_size)
+        batches = as_batches(shifted(rows, spec.shifts), config.vocab_size, spec.batch_size)
         _check_lengths([len(row) for row in rows], limit)
         return batches
 
@@ -101,6 +101,15 @@ def _sampled(spec: DataSpec, length: int, sampler: Sampler | None) -> list[list[
         raise LlmoptError("these rows are sampled from the model itself, and none was given")
     check_amount(spec, length)
     return sampler.rows(spec, length)
+
+
+def shifted(rows: list, copies: int) -> list:
+    """Each row, then turned to the right by 1, 2, ... of `copies` equal parts: every token stands in several places."""
+    if copies == 1:
+        return rows
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    cuts = [[len(row) - step * len(row) // copies for step in range(copies)] for row in rows]
+    return [row[cut:] + row[:cut] for row, places in zip(rows, cuts, strict=True) for cut in places]
 
 
 def _check_lengths(lengths: list[int], limit: int) -> None:

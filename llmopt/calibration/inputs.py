@@ -64,6 +64,7 @@ class Moments(Gram):
         """Take in `x` [N, in]; weights [N] scale the tokens' shares (None: all one)."""
         if not len(x):
             return
+        weights = None if weights is None else weights.to(x.device)
         super().add(x if weights is None else x.float() * weights.sqrt().unsqueeze(1))
         if self.wants_size:
             sizes = x.abs().double() if weights is None else x.abs().double() * weights.unsqueeze(1)

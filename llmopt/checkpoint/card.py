@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
+from llmopt.checkpoint.compressed_tensors import rounded_inputs
 from llmopt.checkpoint.facts import FILE, read_facts, read_layers
 from llmopt.errors import one_line
 from llmopt.files.json_shapes import finite
@@ -175,8 +176,12 @@ def _loading(facts: dict[str, Any], config: dict[str, Any]) -> list[str]:
     if not told:
         told += ["Plain transformers loads it, exactly as it was measured."]
     if "quantization_config" in config:
+        packed = config["quantization_config"] if isinstance(config["quantization_config"], dict) else {}
+        moment = "while it loads them" if packed.get("dequantize") else "at the first forward"
         told += ["Loading needs the package `compressed-tensors`. The file is small; transformers unpacks the weights "
-                 "at the first forward, so in memory they take as much as before."]
+                 f"{moment}, so in memory they take as much as before."]
+        told += [f"What the weights read is rounded, too ({how}), by transformers as by kernels for such numbers; the "
+                 "scores are of that." for how in rounded_inputs(packed)]
     return told
 
 

@@ -33,6 +33,15 @@ def widths(config: dict) -> dict[str, int]:
             for name in group["targets"]}
 
 
+def rounded_inputs(config: dict) -> list[str]:
+    """How what the weights read is rounded while the model runs, in words; a config of anybody's."""
+    groups = config.get("config_groups")
+    found = [group.get("input_activations") for group in groups.values()] if isinstance(groups, dict) else []
+    told = [f"{given.get('num_bits')} bits, {'range fixed' if given.get('dynamic') is False else 'range by its values'}"
+            for given in found if isinstance(given, dict)]
+    return list(dict.fromkeys(told))
+
+
 def quantization_config(model: nn.Module) -> dict:
     """The quantization_config of config.json: one group for each setting, exact names as targets."""
     found = coded(model)

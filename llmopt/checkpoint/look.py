@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmopt.checkpoint.compressed_tensors import widths
+from llmopt.checkpoint.compressed_tensors import rounded_inputs, widths
 from llmopt.checkpoint.facts import FILE, read_layers
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals, weight_files
@@ -114,9 +114,17 @@ def weight_bits(facts: dict[str, Any], config: dict[str, Any], where: str) -> di
     return {str(8 * stored.itemsize): 0} if isinstance(stored, torch.dtype) else {}
 
 
+def _packing(packed: Any) -> str | None:
+    """How a file holds the weights, by compressed-tensors' name, and whether their inputs are rounded."""
+    if not isinstance(packed, dict):
+        return None
+    return "; ".join([str(packed.get("format")), *(f"inputs rounded: {how}" for how in rounded_inputs(packed))])
+
+
 def checkpoint_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """llmopt.json, and what config.json tells beside it: layers, bits, shapes by layer."""
     config = read_layers(folder)
     return facts | {"layers": config.get("num_hidden_layers", config.get("n_layer")),
+                    "packing": _packing(config.get("quantization_config")),
                     "bits": weight_bits(facts, config, str(folder / "config.json")),
                     "per_layer_config": config.get("per_layer_config", {})}

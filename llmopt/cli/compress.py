@@ -28,7 +28,7 @@ GROUPS = {"What to do": ("scheme", "bits", "method", "group_size", "recipe_name"
 @log.verbosity
 @click.argument("models", metavar="[MODEL]", nargs=-1, shell_complete=completion.models)
 @click.option("--scheme", shell_complete=completion.schemes,
-              help="W2A16 ... W8A16: weights of so many bits, activations as they are.")
+              help="W2A16 ... W8A16, W8A8, FP8, NVFP4, MXFP4, ...: `llmopt methods quant.gptq` lists them.")
 @click.option("--bits", type=float, help="2 to 8; a fraction such as 3.5 is an average over the blocks.")
 @click.option("--method", multiple=True, shell_complete=completion.methods,
               help="quant.rtn, kv.snapkv, ..., or the last word of it; repeatable.  [default: quant.gptq]")

@@ -37,7 +37,8 @@ def show_checkpoint(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
-            ("format", facts["format"]), ("layers", facts["layers"]), ("bits", _bits(facts["bits"]))]
+            ("format", ", ".join(filter(None, (facts["format"], facts["packing"])))), ("layers", facts["layers"]),
+            ("bits", _bits(facts["bits"]))]
     if told := facts.get("calibration"):
         rows.append(("calibration", ", ".join(f"{told[key]:,} {word}" for key, word in
                                               (("samples", "rows"), ("tokens", "tokens")) if key in told)))

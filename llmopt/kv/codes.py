@@ -13,7 +13,8 @@ FP16 = torch.finfo(torch.float16)
 @dataclass(frozen=True)
 class Form:
     """How numbers become codes of `bits`: `group` neighbours along D share a scale; `channel`: one channel of a run of
-    `group` entries. lloyd: levels of the normal distribution in place of equal steps.
+    `group` entries. lloyd: levels of the normal distribution in place of equal steps. centre: entries are coded around
+    the mean of their run (centres.py).
     """
 
     bits: int
@@ -21,6 +22,7 @@ class Form:
     rotate: bool = True
     lloyd: bool = False
     channel: bool = False
+    centre: bool = False
 
 
 def squeeze(codes: Tensor, bits: int) -> Tensor:
@@ -47,14 +49,19 @@ def spread(words: Tensor, bits: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Codes:
-    """Entries [N, D] in codes. Each stands for low + code * scale, or for its level * scale, turned back."""
+    """Entries [N, D] in codes. Each stands for low + code * scale, or for its level * scale, turned back, and the
+    centre of its run if there is one.
+
+    A run is of neighbours that share a centre, or scales of channels.
+    """
 
     words: Tensor                # [N, W] uint8
     scales: Tensor               # [N, D / group], of channels [R, D]; fp16
     lows: Tensor | None          # as the scales, fp16; None: levels of the normal distribution
-    runs: Tensor | None          # of channels: how many entries of each run are left, in order, int32 [R]
+    runs: Tensor | None          # how many entries of each run are left, in order, int32 [R]
     form: Form
     dim: int
+    centres: Tensor | None = None            # [R, D] bf16, not turned
 
     @classmethod
     def of(cls, x: Tensor, form: Form) -> "Codes":
@@ -76,26 +83,48 @@ class Codes:
 
     def __getitem__(self, index: Tensor | slice) -> "Codes":
         """The entries that a slice or int64 indices select."""
-        if self.runs is None:
-            lows = None if self.lows is None else self.lows[index]
-            return replace(self, words=self.words[index], scales=self.scales[index], lows=lows)
-        run, runs = torch.unique_consecutive(self._run[index], return_counts=True)
-        return replace(self, words=self.words[index], scales=self.scales[run], lows=self.lows[run], runs=runs.int())
+        run, runs = (None, None) if self.runs is None else self._left(index)
+        by = run if self.form.channel else index
+        return replace(self, words=self.words[index], scales=self.scales[by], runs=runs,
+                       lows=None if self.lows is None else self.lows[by],
+                       centres=None if self.centres is None else self.centres[run])
+
+    def _left(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Which runs a selection has, and how many of each. Entries that come again begin runs of their own."""
+        if isinstance(index, slice):
+            ends, (start, stop, _) = self.runs.cumsum(0), index.indices(len(self))
+            left = ends.clamp(start, stop) - (ends - self.runs).clamp(start, stop)
+            return left.nonzero().flatten(), left[left > 0].int()
+        run = self.run[index]
+        begins = torch.ones_like(run, dtype=torch.bool)
+        begins[1:] = (run[1:] != run[:-1]) | (index[1:] <= index[:-1])
+        starts = begins.nonzero().flatten()
+        return run[starts], torch.cat([starts, starts.new_tensor([len(run)])]).diff().int()
 
     def __len__(self) -> int:
         return len(self.words)
 
     @property
-    def _run(self) -> Tensor:
-        """[N]: the run of every entry."""
+    def run(self) -> Tensor:
+        """int64 [N]: the run of every entry."""
         return torch.arange(len(self.runs), device=self.runs.device).repeat_interleave(self.runs)
 
     def dense(self) -> Tensor:
         """[N, D], fp32."""
-        return self.turned_back(self.numbers())
+        x = self.turned_back(self.numbers())
+        return x if self.centres is None else x + self.centres.float()[self.run]
+
+    def bare(self) -> "Codes":
+        """Codes without their centres, to be put around them again."""
+        return self if self.centres is None else replace(self, runs=None, centres=None)
+
+    def around(self, run: Tensor, centres: Tensor) -> "Codes":
+        """Codes of what was left when the centre of its `run` [N] had been taken from each entry."""
+        run, runs = run.unique_consecutive(return_counts=True)
+        return replace(self, runs=runs.int(), centres=centres[run])
 
     def numbers(self) -> Tensor:
-        """[N, D], fp32, as they were rounded: after the rotation."""
+        """[N, D], fp32, as they were rounded: after the rotation, without centres."""
         if self.lows is None:
             return self.levels(self.words) * self._wide(self.scales)
         codes = spread(self.words, self.form.bits, self.dim)
@@ -113,7 +142,7 @@ class Codes:
 
     def _wide(self, table: Tensor) -> Tensor:
         """Scales or lows for each number: [N, D], fp32."""
-        return table.float()[self._run] if self.form.channel else table.float().repeat_interleave(self.form.group, 1)
+        return table.float()[self.run] if self.form.channel else table.float().repeat_interleave(self.form.group, 1)
 
     @classmethod
     def cat(cls, parts: list["Codes"]) -> "Codes":
@@ -122,10 +151,10 @@ class Codes:
             pieces = [getattr(part, name) for part in parts]
             return None if pieces[0] is None else torch.cat(pieces)
 
-        return replace(parts[0], **{name: joined(name) for name in ("words", "scales", "lows", "runs")})
+        return replace(parts[0], **{name: joined(name) for name in ("words", "scales", "lows", "runs", "centres")})
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.words, self.scales, self.lows, self.runs) if t is not None]
+        return [t for t in (self.words, self.scales, self.lows, self.runs, self.centres) if t is not None]
 
 
 def _half(x: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 
 One half of Compactor (Chari and Van Durme, 2025, arXiv:2507.08143). Logits are not scaled, as in the authors' press in
 kvpress: each query speaks for the few keys that it is most like. Compactor takes the layer's own scale. An entry keeps
-in later turns what its own chunk gave it. Left out: the score's mean and spread are not taken out of it, which changes
-no choice inside a layer.
+in later turns what its own chunk gave it. Differs: the last tokens stay, which what comes next reads most (in the press
+the padding behind a last chunk that is not full votes for that chunk's tokens, which favours them, too). Left out: the
+score's mean and spread are not taken out of it, which changes no choice inside a layer.
 """
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ CHUNK = 256
 class NonCausal(Scorer):
     """Attention inside chunks, without regard to order: no query is asked about the far past."""
 
+    window: int = Field(4, ge=0, description="last tokens, always kept")
     chunk: int = Field(CHUNK, ge=2, description="tokens that look at each other")
 
     def queries(self) -> None:

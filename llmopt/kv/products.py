@@ -1,6 +1,6 @@
 """Products with entries in codes as they are: rows with keys, weights with values; no entry becomes dense.
 
-    q (low + scale code) = scale (q code) + low sum(q), group by group
+    q (low + scale code + centre) = scale (q code) + low sum(q), group by group, + q centre, run by run
 
 The entries belong to L lanes of equal length, each with rows of its own. A byte holds codes of several dimensions:
 `byte & mask` leaves one of them, 2^shift times, and is a number that its dimension of a row meets. Bytes become such
@@ -53,6 +53,7 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
     """rows [L, R, D], fp32, times each entry of their lane: [L, R, n]. Rows are rotated, entries not turned back."""
     if len(codes) == 0:
         return rows.new_zeros(*rows.shape[:2], 0)
+    common = None if codes.centres is None else _common(codes, rows)
     rows = rows @ rotation(codes.dim).to(rows.device) if codes.form.rotate else rows
     if codes.form.channel:
         return rows @ codes.numbers().unflatten(0, (len(rows), -1)).transpose(1, 2)
@@ -69,7 +70,17 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
     if codes.lows is not None:
         sums = rows.unflatten(2, (-1, codes.form.group)).sum(3)                      # [L, R, groups]
         found.baddbmm_(sums, codes.lows.unflatten(0, (len(rows), -1)).transpose(1, 2).float())
-    return found
+    return found if common is None else found.add_(common)
+
+
+def _common(codes: Codes, rows: Tensor) -> Tensor:
+    """rows [L, R, D] times the centre of each entry of their lane, [L, R, n], once for all of a run."""
+    run = codes.run.view(len(rows), -1)                                              # [L, n], ascending
+    first = run[:, :1]
+    most = int((run[:, -1:] - first).max()) + 1
+    which = (first + torch.arange(most, device=run.device)).clamp(max=len(codes.centres) - 1)
+    met = torch.bmm(rows, codes.centres[which].float().transpose(1, 2))              # [L, R, runs of a lane]
+    return met.gather(2, (run - first).unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
 def weighted(codes: Codes, weights: Tensor) -> Tensor:

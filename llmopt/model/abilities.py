@@ -11,6 +11,7 @@ def abilities(kind: str) -> dict[str, str | None]:
     no = spec.refuse
     return {"heads.*": None, "kv.*": None, "attention.*": None, "quant.*": no.get("packed"),
             "transform.fold_norms": NORMS_KEPT.get(spec.form),
+            "transform.smoothquant": NORMS_KEPT.get(spec.form),
             "transform.rotate": UNTURNED.get(spec.form, no.get("ffn")), **{unit: no.get(unit) for unit in UNITS},
             "widths by layer": no.get("ffn", no.get("per_layer_shapes")),
             "heads by layer": no.get("kv_groups", no.get("per_layer_heads", no.get("per_layer_shapes")))}

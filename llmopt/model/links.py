@@ -88,6 +88,18 @@ class Link:
     readers: Sequence[Projection]
     columns: Tensor | None = None
 
+    @property
+    def scalable(self) -> bool:
+        """False behind a norm without a gain."""
+        return isinstance(self.producer, Rows) or self.producer.module.weight is not None
+
+    def by_channel(self, values: Tensor) -> Tensor:                 # [in] -> [C]
+        """Numbers of the readers' input columns, of those that read one channel their mean."""
+        if self.columns is None:
+            return values
+        columns = self.columns.to(values.device)
+        return values.new_zeros(int(columns.max()) + 1).index_add_(0, columns, values) / columns.bincount()
+
     def scale_(self, factor: Tensor) -> None:
         """Multiply the producer's channels by `factor` [C], and divide it out of what reads them."""
         self.producer.scale_(factor)

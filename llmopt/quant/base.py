@@ -144,7 +144,7 @@ class Quantizer(Method):
         """At the average of its bits where only data will decide."""
         def to_grid(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
             whole = floats.whole(float(weight.abs().max())) if spec.form.scales == "e4m3" else 1.0
-            return round_to_nearest(weight.float(), replace(spec, clip=False, whole=whole)).dequantize(spec.dtype)
+            return round_to_nearest(weight.float(), replace(spec, whole=whole)).dequantize(spec.dtype)
 
         return {t.name: partial(to_grid, spec=self.spec(replace(t, bits=round(t.bits)), model.dtype))
                 for t in self._planned(model) if t.bits != DENSE}

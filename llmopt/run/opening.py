@@ -95,7 +95,7 @@ def cut_short(model: nn.Module, count: int) -> None:
 def refuse_whole(model: nn.Module, steps: Sequence[Method], spec: DataSpec, room: int) -> None:
     """Raise LlmoptError for a step that works on the whole model and takes more than `room` bytes; none if streamed."""
     size = shards.tensor_bytes(dict(model.named_parameters()))
-    batch = min(spec.batch_size, spec.samples), spec.length or data.DEFAULT_LENGTH
+    batch = min(spec.batch_size, spec.samples * spec.shifts), spec.length or data.DEFAULT_LENGTH
     for i, step in enumerate(steps):
         needed = size + whole_bytes(step, model, *batch) if step.needs_whole else 0
         if needed > room:

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from llmopt.checkpoint.facts import read_facts
+from llmopt.checkpoint.look import checkpoint_facts
 from llmopt.checkpoint.save import save
 from llmopt.errors import LlmoptError
 from llmopt.files.shards import written_bytes
@@ -37,6 +39,12 @@ def test_every_scheme_runs_in_plain_transformers(tmp_path):
     saved = {str(tmp_path / name): compressed(name, torch.bfloat16, tmp_path / name) for name in NAMES}
     saved |= {str(tmp_path / f"{name}-other"): compressed(name, dtype, tmp_path / f"{name}-other")
               for dtype, name in WEIGHTS_ALONE.items()}
+    told = {name: (tmp_path / name / "README.md").read_text() for name in NAMES}
+    assert "What the weights read is rounded, too (4 bits, range by its values)" in told["NVFP4"]
+    assert "(8 bits, range fixed)" in told["FP8"] and "rounded, too" not in told["MXFP4A16"] + told["W3A16"]
+    assert "unpacks the weights while it loads them" in told["W4A16_ASYM"] and "while" not in told["NVFP4"]
+    facts = checkpoint_facts(tmp_path / "W8A8", read_facts(tmp_path / "W8A8"))
+    assert facts["packing"] == "int-quantized; inputs rounded: 8 bits, range by its values"
     done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
     assert done.returncode == 0, done.stderr
     for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
