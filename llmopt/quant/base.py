@@ -275,6 +275,7 @@ class Quantizer(Method):
         _check_finite(projection)
         with naming(projection.name):
             own = team.share(projection.weight).to(torch.float32, copy=True)
+            own = own.contiguous()              # so that a row's last bits do not depend on how many others there are
             return self.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
 
     @torch.no_grad()
