@@ -49,7 +49,7 @@ def test_bits_are_shown_whatever_they_are(said, tmp_path):
     plain, even, mixed = (tiny.make("llama") for _ in range(3))
     llmopt.compress(plain, [llmopt.kv.SnapKV(ratio=0.5)])
     llmopt.compress(even, [llmopt.quant.RTN(bits=3, group_size=32)])
-    step = llmopt.quant.RTN(group_size=32, overrides={"model.layers.0.mlp.up_proj": {"bits": 2}})
+    step = llmopt.quant.RTN(group_size=32, overrides={"model.layers.0.mlp.down_proj": {"bits": 2}})
     report = llmopt.compress(mixed, [step])
     for name, model, told in (("plain", plain, None), ("even", even, None), ("mixed", mixed, report)):
         llmopt.save(model, tmp_path / name, report=told)

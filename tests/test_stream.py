@@ -47,6 +47,9 @@ STEPS = {
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
     "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups], refit: true}]",
     "kv": "[kv.streaming: {budget: 16}]",
+    "nvfp4": "[quant.gptq: {scheme: NVFP4A16}]",
+    "fp8": "[quant.rtn: {scheme: FP8}]",
+    "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
     "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
 }
 CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),

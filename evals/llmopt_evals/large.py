@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import nn
 
-from llmopt.checkpoint.compressed_tensors import widths
+from llmopt.checkpoint.compressed_tensors import facts, rounded_inputs
 from llmopt.checkpoint.facts import FILE
 from llmopt.errors import LlmoptError
 from llmopt.files import shards, tensors
@@ -29,14 +29,13 @@ from llmopt.files.checks import check_folder, read_json
 from llmopt.files.hub import fetch
 from llmopt.model import skeleton
 from llmopt.model.architectures import SPECS
-from llmopt.model.codes import unpacked
 from llmopt.model.computing import choose, convert
 from llmopt.model.loading import load_model, read_config, resolve
+from llmopt.model.packing import unpacked
 from llmopt.scale.available import available
 from llmopt.specs import ModelSpec
 
 SHARD = "500MB"         # of what is inflated: so much is held at a time
-PARTS = ("packed", "scale", "shape")
 
 
 @contextmanager
@@ -111,8 +110,11 @@ def memory_bytes(folder: Path, dtype: str | None) -> int:
     """Bytes that a folder's weights take while they are computed with, as `dtype` or in the types of the files."""
     check_folder(folder)
     places, size = tensors.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
-    shapes = tensors.read({name: places[f"{name}_shape"] for name in _packed_weights(places)})
-    return tensors.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
+    shapes = tensors.read({name: place for name, place in places.items() if name.endswith(".weight_shape")})
+    pairs = tensors.read({name: place for name, place in places.items() if name.endswith(".weight_packed")
+                          and name.replace("_packed", "_shape") not in places})             # two numbers in a byte
+    return (tensors.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
+            + sum(2 * size * packed.numel() for packed in pairs.values()))
 
 
 def _too_full(folder: Path, size: int) -> str | None:
@@ -134,12 +136,6 @@ def _has_experts(folder: Path) -> bool:
     return known is not None and not known.ffn_out
 
 
-def _packed_weights(places: tensors.Places) -> list[str]:
-    """The weights that are stored as codes of our kind: packed, with scale and shape."""
-    names = (name.removesuffix("_packed") for name in places if name.endswith("_packed"))
-    return [name for name in names if all(f"{name}_{part}" in places for part in PARTS)]
-
-
 def _is_packed(folder: Path) -> bool:
     return "quantization_config" in read_json(folder / "config.json")
 
@@ -157,16 +153,21 @@ def inflate(folder: Path, into: Path) -> Path:
     if not (folder / FILE).is_file():
         raise LlmoptError(f"{folder}: does not fit into memory, and its weights, quantized by another tool, cannot be "
                           "read from disk one by one; score it on a machine with more memory")
+    packed = config.pop("quantization_config")
+    if rounded_inputs(packed):
+        raise LlmoptError(f"{folder}: does not fit into memory, and what its weights read can be rounded only there; "
+                          "score it on a machine with more memory")
     into.mkdir()
-    bits, dtype = widths(config.pop("quantization_config")), getattr(torch, _dtype(folder))
-    places, writer = tensors.places(folder), shards.Writer(into, SHARD)
-    weights = _packed_weights(places)
-    inner = {f"{name}_{part}" for name in weights for part in PARTS}
-    for name in (name for name in places if name not in inner):
+    dtype, places, writer = getattr(torch, _dtype(folder)), tensors.places(folder), shards.Writer(into, SHARD)
+    for name, known in facts(packed).items():
+        stem = f"{name}.weight"
+        parts = {part: places.pop(part) for part in [p for p in places if p == stem or p.startswith(f"{stem}_")]}
+        read = tensors.read(parts)
+        if f"{stem}_global_scale" in read:
+            known["whole"] = read[f"{stem}_global_scale"].item()
+        writer.add({stem: unpacked(read, stem, known).dequantize(dtype)})
+    for name in places:
         writer.add(tensors.read({name: places[name]}))
-    for name in weights:
-        codes, scale, shape = tensors.read({part: places[f"{name}_{part}"] for part in PARTS}).values()
-        writer.add({name: unpacked(codes, scale, shape.tolist(), bits[name.removesuffix(".weight")], dtype)})
     writer.close()
     for file in folder.iterdir():
         if file.is_file() and ".safetensors" not in file.name:

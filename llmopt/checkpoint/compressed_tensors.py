@@ -6,6 +6,8 @@ transformers unpacks all weights when it loads them; that takes one setting for 
 """
 from torch import Tensor, nn
 
+from llmopt.errors import LlmoptError
+from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.packing import format_of, packed
 from llmopt.model.stored import dequantizes, refuse_unportable
@@ -23,14 +25,52 @@ def export(model: nn.Module) -> Exported | None:
     if not found:
         return None
     refuse_unportable(model)
+    refuse_unequal(model)
     check_consistent(model)
     return {weight.key: packed(weight) for weight in found}, quantization_config(model)
+
+
+def refuse_unequal(model: nn.Module) -> None:
+    """Raise LlmoptError where weights that kernels run as one (q k v, gate up) would not be written alike.
+
+    vLLM reads such a set by its first part. Weights of a model that was loaded from a file stay as they were there.
+    """
+    if any("quantization_scheme" in vars(module) for module in model.modules()):
+        return
+    known = {weight.name: _setting(weight.codes) for weight in coded(model)}
+    for members in (members for block in blocks(model) for members in (block.attn_in, block.ffn_in)):
+        first = members[0].name if members else ""
+        for other in (p.name for p in members if known.get(p.name) != known.get(first)):
+            raise LlmoptError(f"{first} would be written {known.get(first, 'dense')}, {other} "
+                              f"{known.get(other, 'dense')}, and kernels run the two as one weight: give both the same "
+                              "in overrides and ignore, or use format: dense")
+
+
+def _setting(codes: Quantized) -> str:
+    """What kernels must know of a weight."""
+    groups = f"groups of {codes.group_size}" if codes.group_size > 0 else "one scale per channel"
+    return f"at {codes.bits:g} bits ({codes.form.name}, {groups})"
 
 
 def widths(config: dict) -> dict[str, int]:
     """The bits of every module that a quantization_config of ours names."""
     return {name: group["weights"]["num_bits"] for group in config["config_groups"].values()
             for name in group["targets"]}
+
+
+def facts(config: dict) -> dict[str, dict]:
+    """What model.packing.unpacked wants to know of each module that a quantization_config of ours names."""
+    return {name: _facts(group["weights"]) for group in config["config_groups"].values() for name in group["targets"]}
+
+
+def _facts(weights: dict) -> dict:
+    kind, bits = weights["strategy"], weights["num_bits"]
+    form = "int"
+    if weights["type"] == "float":
+        form = {"channel": "fp8", "tensor": "fp8 tensor", "block": "fp8 block", "tensor_group": "nvfp4",
+                "group": f"mxfp{bits}"}[kind]
+    size = weights["block_structure"][1] if kind == "block" else weights.get("group_size", -1)
+    return {"bits": bits, "group_size": size, "form": form}
 
 
 def rounded_inputs(config: dict) -> list[str]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmopt.checkpoint.compressed_tensors import refuse_unequal
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
@@ -89,4 +90,5 @@ def _tensors(skeleton: nn.Module, format: str) -> dict[str, Tensor]:
         refuse_rounded_inputs(skeleton)
         return tensors
     refuse_unportable(skeleton)
+    refuse_unequal(skeleton)
     return packed_in_place(tensors, {weight.key: packed(weight) for weight in coded(skeleton)})

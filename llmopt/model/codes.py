@@ -70,8 +70,3 @@ def unpack(words: Tensor, bits: int, shape: Iterable[int], along: int = 1) -> Te
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     return unpack_from_int32(words, bits, torch.Size(shape), along)
-
-
-def unpacked(codes: Tensor, scale: Tensor, shape: list[int], bits: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] of a model of type `dtype` that these tensors of `packed` stand for."""
-    return Quantized(unpack(codes, bits, shape), scale, bits, shape[1] // scale.shape[1]).dequantize(dtype)

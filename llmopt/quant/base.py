@@ -59,7 +59,7 @@ class Quantizer(Method):
     symmetric: bool = Field(True, description="no zero points")
     scheme: kinds.Name | None = Field(None, description="these three by a name, or small floats, rounded inputs")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
-    scale_dtype: Dtype | None = Field(None, description="null: the model's")
+    scale_dtype: Dtype | None = Field(None, description="null: float16 in a float32 model, else the model's")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
     allocate: Allocation = Field("uniform", description="who decides the bits of each block")
@@ -110,8 +110,14 @@ class Quantizer(Method):
         """The grid for one weight of type `dtype`. wholes: of the model, for scales that are e4m3 numbers."""
         form = kinds.of(self.scheme)[1]
         return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
-                    DTYPES[self.scale_dtype] if self.scale_dtype else None, form,
+                    self._scale_type(dtype), form,
                     wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
+
+    def _scale_type(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`."""
+        if self.scale_dtype:
+            return DTYPES[self.scale_dtype]
+        return torch.float16 if dtype == torch.float32 and not kinds.of(self.scheme)[1].is_float else dtype
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
@@ -155,7 +161,7 @@ class Quantizer(Method):
         if not found:
             raise LlmoptError("nothing is left to quantize")
         scheme, form = kinds.of(self.scheme)
-        scale = torch.float32 if form.through_bfloat16 else DTYPES.get(self.scale_dtype, skeleton.dtype)
+        scale = torch.float32 if form.through_bfloat16 else self._scale_type(skeleton.dtype)
         for t in found:
             if t.bits != DENSE:
                 empty = partial(torch.empty, t.out, device="meta")
@@ -302,7 +308,7 @@ class Quantizer(Method):
     def _meta(self, model: nn.Module, decided: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}
         form = kinds.of(self.scheme)[1]
-        scale = 8 if form.through_bfloat16 else torch.finfo(DTYPES.get(self.scale_dtype, model.dtype)).bits
+        scale = 8 if form.through_bfloat16 else torch.finfo(self._scale_type(model.dtype)).bits
         modules = {t.name: {"bits": t.bits, "group_size": t.group_size,
                             **({} if t.bits == DENSE else figures[t.name])} for t in decided}
         return {"bits": average_bits(decided),

@@ -31,8 +31,7 @@ def fit(weight: Tensor, spec: "Spec", error: Callable[[Tensor], Tensor]) -> Tens
     """Scales [..., 1] of the runs of `weight` [rows, ..., columns]; error: of scales, for each run."""
     peak = _shared(weight.abs().amax(-1, keepdim=True), spec.form)
     if spec.form.scales == "model":
-        floor = max(1e-8, torch.finfo(spec.stored).tiny, torch.finfo(spec.dtype).tiny)
-        return (peak / spec.form.most).clamp(min=floor).to(spec.stored)
+        return (peak / spec.form.most).clamp(min=spec.floor).to(spec.stored)
     first, scale_of, reach = _nvfp4(peak, spec) if spec.form.scales == "e4m3" else _power(peak, spec.form)
     best = scale_of(first)
     if not spec.clip or not spec.form.halves:

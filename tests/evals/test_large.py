@@ -22,6 +22,8 @@ TASKS = ["world_ppl", "world_recall_40_agnostic"]
 ROOM = 1_000_000        # bytes: half of the reference model
 STEPS = {
     "packed": "[quant.rtn: {bits: 3, group_size: 32, overrides: {down_proj: {bits: 8}}}, kv.snapkv: {ratio: 0.5}]",
+    "zeros": "[quant.rtn: {scheme: W4A16_ASYM, group_size: 32}]",
+    "nvfp4": "[quant.rtn: {scheme: NVFP4A16}]",
     "pruned": "[prune.magnitude: {ratio: 0.2, scope: global}, quant.rtn: {bits: 4, group_size: -1}]",
 }
 
@@ -83,3 +85,10 @@ def test_what_cannot_be_scored_is_said_before_the_work(tmp_path, monkeypatch, ca
     assert line.startswith(f"not scored: {output}: takes 0.0 GB to score;")
     assert line.endswith(f"Later: llmopt eval {output} --tasks world_ppl --compare llmopt/reference")
     assert (output / "config.json").is_file() and not (output / "eval-before.json").exists()
+
+
+def test_rounded_inputs_are_scored_in_memory_alone(tmp_path, monkeypatch):
+    pipeline.run(recipe.parse("steps: [quant.rtn: {scheme: FP8_DYNAMIC}]", "t"), tmp_path / "out")
+    monkeypatch.setattr(large, "available", lambda: ROOM)
+    with pytest.raises(LlmoptError, match="what its weights read can be rounded only there"):
+        evaluate(ModelSpec(id=str(tmp_path / "out")), TASKS, limit=3)

@@ -11,7 +11,7 @@ from llmopt.transform import SmoothQuant
 from llmopt.transform.smoothquant import largest_inputs
 from tests import tiny
 from tests.test_inputs import batches
-from tests.transform.test_rotate import logits
+from tests.transform.test_rotate import logits, lost_to_int8
 
 
 def test_factors_by_hand():
@@ -41,6 +41,10 @@ def test_all_of_it_makes_the_largest_inputs_one():
     SmoothQuant(alpha=1).apply(model, Run(batches()))
     largest = largest_inputs(next(walk(model, batches())))[blocks(model)[0].attn_in[0].name]
     torch.testing.assert_close(largest, torch.ones(64), rtol=1e-4, atol=1e-4)
+
+
+def test_planted_outliers_of_activations_do_no_harm():
+    assert lost_to_int8(SmoothQuant()) < lost_to_int8() / 5
 
 
 def test_norms_behind_the_writers_are_named():
