@@ -2,7 +2,8 @@
 
     log s_j = w . f_j + level   f_j: x_j that the layer's attention reads, log(1 + j), log(n * expected attention),
                                 log(n * votes of the last queries), |v_j|, -cos(k_j, mean key), |k_j|
-    w = (F^T F + ridge diag(F^T F))^-1 F^T log max(s, 1e-8)         per KV head, s: replay scores of other texts;
+    w = (F^T F + r diag(F^T F))^-1 F^T log max(s, 1e-8)     per KV head, s: replay scores of other texts; r: `ridge` for
+                                the hidden state's features, 3e-3 for the cheap ones, which carry over better;
                                 F and log s as they differ from the mean of their text, level: mean of log s - w . f
 
 Learning replay scores from hidden states is KVzap's (Jegou and Jeblick, 2026, arXiv:2601.07891); the cheap scores
@@ -34,6 +35,7 @@ from llmopt.parts import register
 LEAST = 1e-8                            # of replay scores, which are 0 where nothing looks
 SINKS, AHEAD, VOTERS, POOL = 4, 512, 32, 5              # of the cheap scores; weights are learned for these
 CHEAP = 5                               # features of an entry that differ from head to head
+RIDGE = 3e-3                            # of the features beside the hidden state
 RANGE = -60.0, 60.0                     # of log scores, so that their exp is a positive number
 
 
@@ -48,7 +50,8 @@ class KVzap(Scorer):
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
     window: int = Field(4, ge=0, description="last tokens, always kept")
     features: Literal["all", "hidden"] = Field("all", description="hidden: without the cheap scores, a token by itself")
-    ridge: float = Field(3e-3, ge=1e-6, le=1, description="added to a feature's second moment, as a part of it")
+    ridge: float = Field(1.0, ge=1e-6, le=1000, description="added to the second moment of each of the hidden state's "
+                                                            "features, as a part of it; more with few texts")
 
     def queries(self) -> int | None:
         return None if self.features == "all" else 0
@@ -169,12 +172,17 @@ class Sums:
         self.entries = self.entries + entries.mT @ entries
 
     def solve(self, ridge: float) -> Tensor:
-        """The weights [G, S + C]; that of the constant lifts the others' mean to the texts' mean."""
+        """The weights [G, S + C]; that of the constant lifts the others' mean to the texts' mean.
+
+        ridge: of the features in front of the constant, the hidden state's.
+        """
         shared = self.tokens.expand(len(self.entries), -1, -1)
         whole = torch.cat([torch.cat([shared, self.mixed], 2), torch.cat([self.mixed.mT, self.entries], 2)], 1)
         square, target = whole[:, :-1, :-1], whole[:, :-1, -1:]
         moments = square.diagonal(dim1=1, dim2=2).clamp(min=1e-9)                        # a dead feature gets no weight
-        root = torch.linalg.cholesky(square + torch.diag_embed(ridge * moments))
+        ridges = torch.full_like(moments[0], RIDGE)
+        ridges[:self.constant] = ridge
+        root = torch.linalg.cholesky(square + torch.diag_embed(ridges * moments))
         weights = torch.cholesky_solve(target, root)[..., 0]
         weights[:, self.constant] = 0.0
         level = self.level / self.texts

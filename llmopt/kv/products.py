@@ -5,7 +5,7 @@
 The entries belong to L lanes of equal length, each with rows of its own. A byte holds codes of several dimensions:
 `byte & mask` leaves one of them, 2^shift times, and is a number that its dimension of a row meets. Bytes become such
 numbers tile by tile, in the processor's cache, and each group of dimensions in pieces that lie apart in memory: torch's
-batched product reads these faster than columns of one matrix.
+batched product reads these faster than columns of one matrix. Codes of 2 and 4 bits have a faster way (whole.py).
 """
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmopt.kv import whole
 from llmopt.kv.codebook import rotation
 from llmopt.kv.codes import Codes
 
@@ -57,6 +58,16 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
     rows = rows @ rotation(codes.dim).to(rows.device) if codes.form.rotate else rows
     if codes.form.channel:
         return rows @ codes.numbers().unflatten(0, (len(rows), -1)).transpose(1, 2)
+    long = len(codes) // len(rows) * codes.dim >= whole.LONG
+    found = whole.products(codes, rows) if long and whole.suits(codes) else _by_tiles(codes, rows)
+    if codes.lows is not None:
+        sums = rows.unflatten(2, (-1, codes.form.group)).sum(3)                      # [L, R, groups]
+        found.baddbmm_(sums, codes.lows.unflatten(0, (len(rows), -1)).transpose(1, 2).float())
+    return found if common is None else found.add_(common)
+
+
+def _by_tiles(codes: Codes, rows: Tensor) -> Tensor:
+    """Turned rows [L, R, D] times code and scale of each entry of their lane: [L, R, n]."""
     tiles = Tiles(codes, len(rows))
     pieces = [rows.unflatten(2, (-1, part.width)).permute(2, 0, 1, 3) * part.units.to(rows.device)
               for part in tiles.parts]                                               # [J, L, R, w]
@@ -66,11 +77,7 @@ def products(codes: Codes, rows: Tensor) -> Tensor:
         for part, some in zip(pieces, numbers, strict=True):
             met = torch.bmm(part[:, lanes].flatten(0, 1), some.flatten(0, 1).transpose(1, 2))
             into += met.view(len(into), -1, *into.shape[1:]).sum(1)
-    found = found.mul_(tiles.scales).sum(0)
-    if codes.lows is not None:
-        sums = rows.unflatten(2, (-1, codes.form.group)).sum(3)                      # [L, R, groups]
-        found.baddbmm_(sums, codes.lows.unflatten(0, (len(rows), -1)).transpose(1, 2).float())
-    return found if common is None else found.add_(common)
+    return found.mul_(tiles.scales).sum(0)
 
 
 def _common(codes: Codes, rows: Tensor) -> Tensor:
@@ -89,6 +96,15 @@ def weighted(codes: Codes, weights: Tensor) -> Tensor:
         return weights.new_zeros(*weights.shape[:2], codes.dim)
     if codes.form.channel:
         return codes.turned_back(weights @ codes.numbers().unflatten(0, (len(weights), -1)))
+    found = whole.weighted(codes, weights) if whole.suits(codes) else _sums_by_tiles(codes, weights)
+    if codes.lows is not None:
+        lows = codes.lows.T.unflatten(1, (len(weights), -1)).unsqueeze(2).contiguous().float()     # [groups, L, 1, n]
+        found = found + (weights * lows).sum(3).permute(1, 2, 0).repeat_interleave(codes.form.group, 2)
+    return codes.turned_back(found)
+
+
+def _sums_by_tiles(codes: Codes, weights: Tensor) -> Tensor:
+    """The sums of code times scale of the entries of each lane with its weights [L, R, n]: [L, R, D], not turned."""
     tiles = Tiles(codes, len(weights))
     scaled = weights * tiles.scales                                                  # [groups, L, R, n]
     sums = [weights.new_zeros(len(part.units), *weights.shape[:2], part.width) for part in tiles.parts]
@@ -97,12 +113,8 @@ def weighted(codes: Codes, weights: Tensor) -> Tensor:
         for total, part in zip(sums, numbers, strict=True):
             each = some.expand(-1, len(total) // len(some), -1, -1, -1).flatten(0, 2)
             total[:, lanes] += torch.bmm(each, part.flatten(0, 1)).view(len(total), -1, *total.shape[2:])
-    found = sum((total * part.units.to(total.device)).permute(1, 2, 0, 3).flatten(2)
-                for total, part in zip(sums, tiles.parts, strict=True))
-    if codes.lows is not None:
-        low = torch.bmm(weights, codes.lows.unflatten(0, (len(weights), -1)).float())
-        found = found + low.repeat_interleave(codes.form.group, 2)
-    return codes.turned_back(found)
+    return sum((total * part.units.to(total.device)).permute(1, 2, 0, 3).flatten(2)
+               for total, part in zip(sums, tiles.parts, strict=True))
 
 
 class Tiles:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
+from llmopt.model.rounded_inputs import forget_rounding
 from llmopt.model.weights import CODES, Weight
 
-LEFTOVERS = ("weight_scale", "weight_shape")        # what compressed-tensors keeps beside a weight it has unpacked
+LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale",
+             "input_global_scale")                  # what compressed-tensors keeps beside a weight it has unpacked
 
 
 @contextmanager
@@ -51,17 +53,23 @@ def with_codes(model: nn.Module) -> Iterator[None]:
 
 def unpack(model: nn.Module) -> None:
     """Inflate weights that are still packed, as the first forward would."""
-    if any("weight_packed" in module._parameters for module in model.modules()):
+    if getattr(model, "ct_decompress_hook", None) is not None:
         model.hf_quantizer.compressor.decompress_model(model)
 
 
 def is_ours(model: nn.Module) -> bool:
     """Whether transformers loaded the model from packed weights of the kind that llmopt writes, and of no other."""
     schemes = [scheme for module in model.modules() if (scheme := _scheme(module)) is not None]
-    return bool(schemes) and all(map(_is_written, schemes))
+    return bool(schemes) and all(map(_is_read, schemes)) and not any(map(_rounds, model.modules()))
 
 
-def _is_written(scheme: Any) -> bool:
+def _rounds(module: nn.Module) -> bool:
+    """True for a module whose inputs are rounded, too."""
+    return getattr(module.__dict__.get("quantization_scheme"), "input_activations", None) is not None
+
+
+def _is_read(scheme: Any) -> bool:
+    """True for weights whose codes can be read off them: plain integers."""
     return scheme.type == "int" and scheme.symmetric and not scheme.dynamic and scheme.strategy in ("group", "channel")
 
 
@@ -74,9 +82,10 @@ def _scheme(module: nn.Module) -> Any:
 def _codes(name: str, module: nn.Module) -> Quantized:
     """The codes of an unpacked weight, from the weight and its scales."""
     scheme, scales = _scheme(module), module._parameters.get("weight_scale")
-    if scales is None or not _is_written(scheme):
-        raise LlmoptError(f"{name}: quantized in a form that llmopt does not write ({scheme.type}, {scheme.strategy}, "
-                          f"symmetric: {scheme.symmetric}); save the model with the tool that made it")
+    if scales is None or not _is_read(scheme) or _rounds(module):
+        raise LlmoptError(f"{name}: loaded in a form ({scheme.type}, {scheme.strategy}, symmetric: {scheme.symmetric}"
+                          f"{', inputs rounded' if _rounds(module) else ''}) that llmopt writes only where it has just "
+                          "made it; model.save_pretrained(FOLDER) before the first forward keeps the file as it is")
     short = scales.data.half()              # the type they had in the file, if it was shorter than the model's
     scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales.data
     steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
@@ -95,8 +104,9 @@ def _refuse_foreign(model: nn.Module) -> None:
 
 def forget_codes(model: nn.Module) -> None:
     """Make a quantized model an ordinary dense one with the weights it has now, which may then be trained and saved."""
-    with with_codes(model):
-        pass                                                        # unpacks what has not been used yet
+    unpack(model)
+    _refuse_foreign(model)
+    forget_rounding(model)
     for module in model.modules():
         module.__dict__.pop(CODES, None)
         if _scheme(module) is not None:

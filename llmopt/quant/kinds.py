@@ -51,8 +51,8 @@ def check_widths(found: Iterable[Target], name: str) -> None:
     for target in () if scheme.plain else found:
         if target.bits != DENSE and target.columns % size:
             raise LlmoptError(f"{target.name}: its {target.columns} input features are no multiple of {size}, as "
-                              f"scheme {name} needs; leave it out (ignore: [{target.name.rpartition('.')[2]}]), or use "
-                              "a scheme such as W4A16 with a group_size that divides them")
+                              f"scheme {name} needs; leave such weights out (ignore), or use a scheme such as "
+                              "W4A16 with a group_size that divides them")
 
 
 def of(name: str | None) -> tuple[Scheme | None, Form]:

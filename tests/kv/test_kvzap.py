@@ -8,7 +8,7 @@ from llmopt.checkpoint.save import load, save
 from llmopt.errors import LlmoptError
 from llmopt.heads.replay import Replay
 from llmopt.kv.expected import expected_attention
-from llmopt.kv.kvzap import AHEAD, SINKS, Sums
+from llmopt.kv.kvzap import AHEAD, RIDGE, SINKS, Sums
 from llmopt.kv.listener import own_scores, watch
 from llmopt.kv.view import LayerKV
 from llmopt.method import Record, Run
@@ -36,7 +36,8 @@ def test_the_sums_give_the_regression_of_deviations_from_each_text():
     for group, found in enumerate(sums.solve(0.1)):
         rows, told = torch.cat([tokens, cheap[group]], 1).double(), logs[group].double()
         apart, off = (torch.cat([x[part] - x[part].mean(0) for part in parts]) for x in (rows, told))
-        wide = torch.cat([apart, (0.1 * apart.square().sum(0)).clamp(min=1e-9).sqrt().diag()])      # ridge: more rows
+        ridges = torch.tensor([0.1, 0.1, *[RIDGE] * 6])                         # rows more; the constant moves nothing
+        wide = torch.cat([apart, (ridges * apart.square().sum(0)).clamp(min=1e-9).sqrt().diag()])
         wanted = torch.linalg.lstsq(wide, torch.cat([off, torch.zeros(8).double()])[:, None]).solution[:, 0]
         wanted[2] = sum((told[part].mean() - rows[part].mean(0) @ wanted) for part in parts) / 2
         assert_close(found, wanted)
@@ -46,11 +47,11 @@ def test_what_sets_two_texts_apart_is_not_learned():
     """Of two texts the second has a mark in every token and low scores; marked tokens of a third are no worse."""
     mark, slope = torch.tensor([0.0, 1.0]).repeat_interleave(30), torch.randn(60)
     logs = slope - 9 * mark
-    sums = Sums(0)
+    sums = Sums(2)
     for part in (slice(0, 30), slice(30, 60)):
-        tokens = torch.stack([torch.ones(60), mark, slope], 1)[part]
+        tokens = torch.stack([mark, slope, torch.ones(60)], 1)[part]
         sums.add(tokens, torch.cat([torch.zeros(1, 30, 1), logs[None, part, None]], -1))
-    assert_close(sums.solve(1e-6)[0, :3].float(), torch.tensor([-4.5, 0.0, 1.0]), atol=1e-3, rtol=0)
+    assert_close(sums.solve(1e-6)[0, :3].float(), torch.tensor([0.0, 1.0, -4.5]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("features", ["all", "hidden"])

@@ -55,6 +55,12 @@ def test_heads_that_scores_leave_next_to_nothing_keep_the_first_tokens(allocate,
     assert sum(int(c.sum()) for c in cache.kept()) == 6 * 12 and cache.kept()[1].min() >= 14
 
 
+def test_noncausal_keeps_the_newest_whatever_looks_at_them(monkeypatch):
+    monkeypatch.setattr(kv.NonCausal, "score", lambda self, seen: -seen.positions.float())
+    cache = prefill(make("llama"), kv.NonCausal(budget=10), ids(1, 40))
+    assert kept_positions(cache) == [[*range(6), *range(36, 40)]] * 2
+
+
 @pytest.mark.parametrize(("allocate", "counts"), [("global", [6, 6]), ("ada", [18, 6])])
 def test_first_tokens_that_slid_away_take_nothing(allocate, counts, monkeypatch):
     """The middle layer sees the last 20 tokens, all worth nothing: a head that others outbid keeps its window of 6."""

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
 from llmopt.kv import products as products_file
+from llmopt.kv import whole as whole_file
 from llmopt.kv.codebook import midpoints, normal_levels, rotation
 from llmopt.kv.codes import Codes, Form, spread, squeeze
 from llmopt.kv.mixed import Mixed
@@ -103,12 +104,28 @@ def test_products_and_sums_of_codes_are_those_of_the_dense_entries(bits, dim, gr
         for old in (place % 20 < 10, place < 60, place < 0, place < 30, place % 3 != 1):
             mixed = Mixed.of(old, Codes.of(x[old], form), x[~old])
             for lanes, size in ((3, 7), (3, 25), (1, 7)):
-                monkeypatch.setattr(products_file, "TILE", size * dim)
+                for file in (products_file, whole_file):
+                    monkeypatch.setattr(file, "TILE", size * dim)
+                monkeypatch.setattr(whole_file, "LONG", 0 if size == 7 else 1 << 17)
                 whole = mixed.dense().view(3, 20, dim)[:lanes]
                 some = mixed[:lanes * 20]
                 want = rows[:lanes] @ whole.transpose(1, 2), weights[:lanes] @ whole
                 for one, other in zip((some.products(rows[:lanes]), some.weighted(weights[:lanes])), want, strict=True):
                     assert_close(one, other, atol=5e-5, rtol=1e-5)
+
+
+def test_products_in_whole_numbers_are_as_exact_as_those_in_fp32(monkeypatch):
+    """Rows whose numbers differ much, one of zeros, one that overflows; the largest number of a row is its unit."""
+    monkeypatch.setattr(whole_file, "LONG", 0)
+    generator = torch.Generator().manual_seed(0)
+    codes = Codes.of(torch.randn(90, 64, generator=generator), Form(4, 64))
+    assert whole_file.suits(codes) and not whole_file.suits(Codes.of(torch.randn(8, 64), Form(4, 16)))
+    rows = torch.randn(3, 4, 64, generator=generator) * torch.logspace(-3, 3, 64)
+    rows[1, 2], rows[2, 1, 5] = 0, torch.inf
+    want = rows.double() @ codes.dense().double().view(3, 30, 64).transpose(1, 2)
+    got, fp32 = products_file.products(codes, rows), rows @ codes.dense().view(3, 30, 64).transpose(1, 2)
+    assert float((got - want)[:2].abs().max()) < 4 * float((fp32 - want)[:2].abs().max())
+    assert not bool(got[1, 2].any()) and not bool(got[2, 1].isfinite().any())
 
 
 def test_a_gradient_goes_through_products_with_codes():

@@ -1,6 +1,7 @@
 """Every scheme by name: what is written is foretold to the byte, and plain transformers runs it as it was in memory."""
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmopt.checkpoint.facts import read_facts
 from llmopt.checkpoint.look import checkpoint_facts
@@ -9,6 +10,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files.shards import written_bytes
 from llmopt.forecast.size import predict
 from llmopt.method import Run
+from llmopt.model.loaded import forget_codes
 from llmopt.model.weights import coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.recipe.schemes import SCHEMES
@@ -85,3 +87,23 @@ def test_weights_that_read_one_input_share_a_number_and_a_range_must_be_finite()
     model.model.layers[0].input_layernorm.weight.data.fill_(torch.inf)
     with pytest.raises(LlmoptError, match="q_proj: the largest of its calibration inputs is (inf|nan).*FP8_DYNAMIC"):
         RTN(scheme="FP8").apply(model, Run(batches()))
+
+
+def test_what_was_loaded_is_saved_again_as_it_was(tmp_path):
+    """By transformers, after `import llmopt` too; llmopt.save says so."""
+    model = make("llama", torch.bfloat16, **WIDE)
+    RTN(scheme="W8A8").apply(model, Run())
+    save(model, tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    assert written_bytes(tmp_path / "one") == written_bytes(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(LlmoptError, match=r"\(int, channel, symmetric: True, inputs rounded\).*save_pretrained"):
+        save(loaded, tmp_path / "three")
+    forget_codes(loaded)
+    forget_codes(model)
+    for dense in (loaded, model):                   # the same weights, their inputs as they are
+        dense.save_pretrained(tmp_path / "dense")
+        bare = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert torch.equal(logits(bare), logits(dense)) and not torch.equal(logits(bare), logits(again))
