@@ -25,7 +25,7 @@ from tests.hostile import DENSE, MADE, TEMPLATE, template
 SECONDS, MEMORY = 10, 2**30                # of a case: CPU time, memory above what the parent has
 RECIPE = """data: {{name: text, path: {0}/d.jsonl, template: {1}, samples: 16}}
 steps:
-  - quant.gptq: {{bits: 4, group_size: 16}}
+  - quant.gptq: {{bits: 4, group_size: 16, sweeps: 0}}
 """
 MADE_RECIPE = """data: {{name: text, path: {0}/d.jsonl, samples: 16}}
 steps:

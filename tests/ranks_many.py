@@ -126,7 +126,7 @@ def solve(team: processes.Ranks) -> list[str]:
     x = torch.randn(600, 192, generator=torch.Generator().manual_seed(2))
     stats.add(x @ torch.randn(192, 192, generator=torch.Generator().manual_seed(3)))
     weight, step, wrong = torch.randn(101, 192, generator=torch.Generator().manual_seed(4)), GPTQ(bits=3, **GROUPS), []
-    spec = step.spec(step.targets(tiny.make("llama"))[0], torch.bfloat16)
+    spec = step.spec(step.chosen(tiny.make("llama"))[0], torch.bfloat16)
     alone, part = (step.quantize(rows.clone(), stats, spec) for rows in (weight, team.share(weight)))
     for name in ("codes", "scales"):
         if not torch.equal(getattr(alone, name), team.rows(getattr(part, name), 101)):

@@ -29,7 +29,7 @@ from tests.plans import contents, dense
 
 STEPS = """
   - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: true}
-  - quant.gptq: {bits: 3, group_size: 16, allocate: lim}
+  - quant.gptq: {bits: 3, group_size: 16, allocate: lim, sweeps: 0}
   - kv.snapkv: {ratio: 0.5, window: 8}
 """
 WORK = "out.llmopt-work"

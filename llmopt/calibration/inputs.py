@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmopt.calibration.beside import visits_beside
+from llmopt.calibration.missing import Missing, places
 from llmopt.calibration.second_moments import Gram, mirrored_
 from llmopt.calibration.walk import Visit, each, visits
 from llmopt.method import Run
@@ -34,7 +36,8 @@ class Peak:
 class Moments(Gram):
     """Second moments of a projection's input, hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
-    size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in]. largest: the peak of the inputs, where it was asked for.
+    size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in]. largest: the peak of the inputs, missing: what they or the
+    outputs lack (missing.py), where these were asked for.
     """
 
     def __init__(self, ranks: Ranks = Ranks(), size: bool = False):         # noqa: B008  frozen
@@ -42,6 +45,7 @@ class Moments(Gram):
         self.made: dict[Hashable, Any] = {}
         self.wants_size, self.sizes = size, None            # the sum behind `size`, float64
         self.largest: Peak | None = None
+        self.missing: Missing | None = None
 
     @property
     def hessian(self) -> Tensor | None:
@@ -90,13 +94,15 @@ class Inputs:
     kind: "none"; "peak"; "moments": Moments, summed over all tokens of all processes; "rows": the tokens themselves,
     of all processes, [N, in] for each batch. size: mean |x| beside the moments; peak: the largest one. token_weights:
     how much each real token of each batch counts in the moments ([N] per batch), given a visit of this process's rows
-    and the run; None: all alike.
+    and the run; None: all alike. dense: what is missing in the inputs beside the moments, and with "residual" in the
+    stream that the outputs are added to; of weights that are edited.
     """
 
     kind: Literal["none", "peak", "moments", "rows"] = "none"
     size: bool = False
     peak: bool = False
     token_weights: Callable[[Visit, Run], list[Tensor] | None] | None = None
+    dense: Literal["none", "inputs", "residual"] = "none"
 
 
 Seen = Moments | Peak | list[Tensor] | None
@@ -113,7 +119,11 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
         for block in each(model, run, label, edits):
             yield from ((p, None) for p in block.projections() if p.name in names)
         return
-    for visit in visits(model, run, label, edits, shared=True):
+    if inputs.dense != "none" and edits:                # else both streams are one
+        stops = visits_beside(model, run, label, lambda b: places(b, names, inputs.dense == "residual"))
+    else:
+        stops = visits(model, run, label, edits, shared=True)
+    for visit in stops:
         weights = inputs.token_weights(visit, run) if inputs.token_weights else None
         for group in visit.block.groups():
             if chosen := [p for p in group if p.name in names]:
@@ -125,17 +135,21 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
 def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,
              run: Run) -> Moments | Peak:
     found = Peak(run.ranks) if inputs.kind == "peak" else Moments(run.ranks, inputs.size)
-    shares, seen = iter(weights or ()), [found]
+    shares, seen, readers = iter(weights or ()), [found], {}
     if inputs.peak and inputs.kind == "moments":
         found.largest = Peak(run.ranks)
         seen.append(found.largest)
+    if visit.dense is not None:
+        found.missing = Missing(visit, reader, inputs.dense == "residual", run.ranks)
+        readers = dict.fromkeys(found.missing.stream, found.missing.see_stream)
+        seen.append(found.missing)
 
     def see(x: Tensor) -> None:
         weight = next(shares, None)
         for one in seen:
             one.add(x, weight)
 
-    visit.observe({reader.name: see})
+    visit.observe(readers | {reader.name: see}, found.missing.stream if readers else None)
     for one in seen:
         one.join(reader.weight)
     return found

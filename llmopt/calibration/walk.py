@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmopt.calibration.calls import record_calls
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list
@@ -22,24 +23,7 @@ from llmopt.progress import Progress, silent
 from llmopt.runtime.attention_rows import Rows, attention_rows
 from llmopt.scale.memory import OUTSIDE, Memory
 
-
-class Shared:
-    """Stands in for each tensor of a call: the same one for the blocks of a batch, and for batches that are alike."""
-
-    def __init__(self, hold: Callable[[Tensor], Tensor]):
-        self.hold = hold
-        self.before: list[Tensor] = []                      # what the last batch held
-        self.now: dict[int, tuple[Tensor, Tensor]] = {}     # by its address: as it came, as it is held
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.now:
-            alike = (held for held in self.before if held.dtype == tensor.dtype and torch.equal(held, tensor))
-            held = next(alike, None)
-            self.now[id(tensor)] = tensor, self.hold(tensor) if held is None else held
-        return self.now[id(tensor)][1]
-
-    def next_batch(self) -> None:
-        self.before, self.now = [held for _, held in self.now.values()], {}
+Places = dict[str, nn.Module]          # parts of a block by a name
 
 
 class _Enough(Exception):
@@ -56,6 +40,8 @@ class Visit:
 
     inputs: hidden states [B, T, E] per batch. outputs_after_edit: those behind the edited block, filled when the walk
     goes on. Padding never reaches an observer. A process without a row of the data has no batch.
+    dense: where the walk has a second stream, through the blocks as it found them, what this block reads in that one:
+    by the name of a place, [N, features] for each batch.
     """
 
     model: nn.Module
@@ -64,6 +50,7 @@ class Visit:
     calls: list[tuple[tuple, dict]]     # the other arguments of the block, per batch
     masks: list[Tensor]                 # [B, T] bool, True at real tokens
     outputs_after_edit: list[Tensor] = field(default_factory=list)
+    dense: dict[str, list[Tensor]] | None = None
 
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""
@@ -109,27 +96,36 @@ class Visit:
         finally:
             handle.remove()
 
-    def observe(self, readers: dict[str, Callable[[Tensor], None]]) -> None:
-        """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far."""
-        watched, waiting = [p for p in self.block.projections() if p.name in readers], set()
+    def observe(self, readers: dict[str, Callable[[Tensor], None]], others: Places | None = None) -> None:
+        """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far.
 
-        def hook(name):
-            def pre(module, args):
-                readers[name](args[0].reshape(-1, args[0].shape[-1])[mask.reshape(-1)])
-                waiting.discard(name)
-                if not waiting:
-                    raise _Enough
-            return pre
+        others: places that can be read besides the projections.
+        """
+        places = {p.name: p.module for p in self.block.projections()} | (others or {})
+        waiting: set[str] = set()
 
-        handles = [p.module.register_forward_pre_hook(hook(p.name)) for p in watched]
-        try:
-            for index, mask in enumerate(self.masks):       # noqa: B007  the hooks read the mask
-                waiting.update(p.name for p in watched)
+        def see(name: str, x: Tensor) -> None:
+            readers[name](_real(x, mask))
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        with _watching({name: places[name] for name in readers if name in places}, see):
+            for index, mask in enumerate(self.masks):       # noqa: B007  `see` reads the mask
+                waiting.update(readers.keys() & places.keys())
                 with suppress(_Enough), torch.no_grad():
                     self.forward(index)
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def record(self, places: Places, hold: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """The block's outputs, batch by batch; the inputs of the places are put into `dense`, as `hold` keeps them."""
+        self.dense = {name: [] for name in places}
+
+        def see(name: str, x: Tensor) -> None:
+            self.dense[name].append(hold(_real(x, mask)))
+
+        with _watching(places, see), torch.no_grad():
+            for index, mask in enumerate(self.masks):       # noqa: B007  `see` reads the mask
+                yield self.forward(index)
 
 
 def each(model: nn.Module, run: Run, label: str, edits: bool = True,
@@ -184,7 +180,7 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
     ahead = [index for index in range(len(layer_list(model))) if index not in done]
     if not ahead:
         return
-    inputs, calls = _record_calls(model, batches, memory)
+    inputs, calls = record_calls(model, batches, memory)
     masks = [batch["attention_mask"].bool() for batch in batches]
     for index in progress(range(ahead[-1] + 1), label):
         with (memory.reading if index in done else memory).block(model, index):
@@ -194,41 +190,21 @@ def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress 
             inputs = visit.outputs_after_edit = memory.keep(visit.outputs())
 
 
-@torch.no_grad()
-def _record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Memory) -> tuple[list[Tensor], list]:
-    """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
-    calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
-    first: list[Tensor] = []
-    shared = Shared(memory.keeper())
-
-    def recorder(index):
-        def forward(hidden, *args, **kwargs):
-            if index == 0:
-                first.append(hidden)
-            calls[index].append(recursively_apply(shared, (args, kwargs)))
-            return hidden
-        return forward
-
-    def inputs() -> Iterator[Tensor]:
-        for batch in batches:
-            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
-            shared.next_batch()
-            yield first.pop()
-
-    with memory.outside(model), _forwards(layer_list(model), recorder):
-        return memory.keep(inputs()), calls
-
-
 @contextmanager
-def _forwards(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
-    """Replace the forward of each module for a while; nothing of it remains afterwards."""
+def _watching(places: Places, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show what each place reads, by its name, just before it does."""
+    handles = [module.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0]))
+               for name, module in places.items()]
     try:
-        for index, module in enumerate(modules):
-            module.forward = make(index)
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+        for handle in handles:
+            handle.remove()
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """The real tokens [N, F] of `x`."""
+    return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
 
 
 def _first(result: Any) -> Tensor:

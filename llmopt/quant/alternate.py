@@ -4,10 +4,10 @@
     scales          s += d,   (N + 1e-6 mean(diag N) I) d = b,   N_gh = c_g H_gh c_h^T,   b_g = c_g (H e^T)_g
     codes           twice, column i by falling H_ii:   c_i = the code nearest to v_i + (H e^T)_i / H_ii,  v_i its value
 
-A row takes new scales, rounded to the stored type, only if it loses less by them; a code changes only if its row loses
-less. Coordinate descent on codes: Nair and Suggala, CDQuant (arXiv:2406.17542); the scales of a whole row at once and
-the turns are ours. Left out: new zero points. Scales stay as they are where they are no plain numbers of the model's
-type (floats), and in rows of more than 1,024 groups, whose equations would cost more than all else.
+A row takes what it is given, scales rounded to the stored type, only if it loses less by it. Coordinate descent on
+codes: Nair and Suggala, CDQuant (arXiv:2406.17542); the scales of a whole row at once and the turns are ours. Left out:
+new zero points. Scales stay as they are where they are no plain numbers of the model's type (floats), and in rows of
+more than 1,024 groups, whose equations would cost more than all else.
 """
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from llmopt.model.codes import Quantized
 from llmopt.quant.grid import Spec, encode, quantized, value
 from llmopt.quant.search import usable
 
-DESCENTS, BLOCK = 2, 128
+DESCENTS, BLOCK = 2, 64
 GROUPS, RIDGE = 1024, 1e-6
 PART = 1 << 18          # entries of rows whose equations are made together
 
@@ -98,26 +98,19 @@ class _Descent:
     def block(self, place: slice, hessian: Tensor, groups: list[int]) -> None:
         """Move the codes of some columns, and then the slopes of all."""
         slope, inner = self.slope[place].clone(), hessian[place, place]
-        changes, diagonal = torch.empty_like(slope), inner.diagonal().tolist()
+        before, diagonal = self.values[place].clone(), inner.diagonal().tolist()
         for i, group in enumerate(groups):
-            changes[i] = self._column(place.start + i, slope[i], diagonal[i], group)
-            slope[i + 1:].addcmul_(inner[i, i + 1:, None], changes[i], value=-1)
-        self.slope.addmm_(hessian[:, place], changes, alpha=-1)
+            if diagonal[i] > 0:                                      # else its input is always 0
+                made = self._column(place.start + i, slope[i] / diagonal[i], group)
+                slope[i + 1:].addcmul_(inner[i, i + 1:, None], made - before[i], value=-1)
+        self.slope.addmm_(hessian[:, place], self.values[place] - before, alpha=-1)
 
-    def _column(self, i: int, slope: Tensor, diagonal: float, group: int) -> Tensor:
-        """The change [out] of the values of one column; columns whose input is always 0 stay."""
-        now = self.values[i]
-        if diagonal <= 0:
-            return torch.zeros_like(now)
+    def _column(self, i: int, wanted: Tensor, group: int) -> Tensor:
+        """The values [out] of one column after a change that is as near as can be to the wanted one."""
         scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
-        aim = now + slope / diagonal
-        numbers = encode(aim, scale, zero, self.spec)
-        made = value(numbers, scale, zero, self.spec)
-        better = (made - aim).abs() < (now - aim).abs()
-        self.numbers[i] = torch.where(better, numbers, self.numbers[i])
-        change = torch.where(better, made - now, 0)
-        now += change
-        return change
+        numbers = self.numbers[i] = encode(wanted.add_(self.values[i]), scale, zero, self.spec)
+        made = self.values[i] = value(numbers, scale, zero, self.spec)
+        return made
 
 
 def _loss(solved: Quantized, weight: Tensor, hessian: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ class Quantizer(Method):
             return DTYPES[self.scale_dtype]
         return torch.float16 if dtype == torch.float32 and not kinds.of(self.scheme)[1].is_float else dtype
 
-    def targets(self, model: nn.Module) -> list[Target]:
+    def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
         fixed = self.scheme if self.scheme and not kinds.of(self.scheme)[0].plain else None
         found = targets(model, self.ignore, self.overrides, -1 if fixed else self.group_size)
@@ -133,7 +133,7 @@ class Quantizer(Method):
 
         lim and zd: two widths, as many blocks of each as there will be, if not the same ones.
         """
-        found = self.targets(model)
+        found = self.chosen(model)
         if self.allocate == "uniform" or all(t.fixed for t in found):
             return found
         share = undecided(found, self.bits, attrgetter("block"))
@@ -178,7 +178,7 @@ class Quantizer(Method):
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:
             raise LlmoptError("this step needs calibration data and there is none")
-        decided, allocation = self._decide(model, run, self.targets(model))
+        decided, allocation = self._decide(model, run, self.chosen(model))
         todo = {t.name: t for t in decided if t.bits != DENSE}
         wholes = kinds.Wholes(model, todo)
         if self.solver.inputs == "block":
@@ -267,7 +267,8 @@ class Quantizer(Method):
     def _collected(self) -> Inputs:
         """The statistics to collect of the inputs of each weight."""
         kind = "peak" if self._static and self.solver.inputs == "none" else self.solver.inputs
-        return Inputs(kind, peak=self._static, token_weights=self.solver.token_weights)
+        return Inputs(kind, peak=self._static, token_weights=self.solver.token_weights,
+                      dense=self.solver.dense)
 
     def _team(self, projection: Projection, run: Run) -> Ranks:
         """The processes that share the rows of this weight: all of them, or each by itself."""
@@ -280,6 +281,7 @@ class Quantizer(Method):
         _check_finite(projection)
         with naming(projection.name):
             own = team.share(projection.weight).to(torch.float32, copy=True)
+            own = own.contiguous()              # so that a row's last bits do not depend on how many others there are
             return self.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
 
     @torch.no_grad()

@@ -17,6 +17,13 @@ from llmopt.scale.processes import Ranks
 MAX_DAMPING = 1.0
 
 
+def times_inverse(rows: Tensor, factor: Tensor) -> Tensor:
+    """`rows` [n, in] (H + damping)^-1 = rows U^T U; half of both products, U being triangular."""
+    columns = blocks_of(len(factor))
+    half = torch.cat([rows[:, block.start:] @ factor[block, block.start:].T for block in columns], 1)
+    return torch.cat([half[:, :block.stop] @ factor[:block.stop, block] for block in columns], 1)
+
+
 def inverse_factor(hessian: Tensor, damping: float, ranks: Ranks = Ranks()) -> tuple[Tensor | None, float]:  # noqa: B008
     """(U, damping used) with U^T U = (H + damping mean(diag H) I)^-1; more damping until it exists, or (None, last)."""
     mean = hessian.diagonal().mean()

@@ -4,8 +4,14 @@
     for column i:  q_i = round(w_i),   e_i = (w_i - q_i) / U_ii,   w_j -= e_i U_ij  for all j > i
     loss = tr((W - Q) H (W - Q)^T) / 2                      (of the undamped H; without damping it is sum_i |e_i|^2 / 2)
 
-Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py). After
-the sweep scales and codes are improved in turns (alternate.py).
+targets: dense aims at what the unedited model writes at this place, from its own inputs x~ and, at the two writers of a
+block, beside its own residual stream r~: by least squares over the tokens that is the weight
+
+    W + (W sum_t (x~_t - x_t) x_t^T + sum_t (r~_t - r_t) x_t^T) (H + damping mean(diag H) I)^-1         (missing.py)
+
+whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). The loss, and the figure `output_error`, are those of
+the distance to this weight. Scales are searched for what the errors of a group do to the outputs (search.py), and may
+be negative (grid.py). After the sweep scales and codes are improved in turns (alternate.py).
 
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
@@ -32,7 +38,7 @@ from llmopt.model.finite import all_finite
 from llmopt.parts import register
 from llmopt.quant.alternate import alternate
 from llmopt.quant.base import Quantizer
-from llmopt.quant.factor import MAX_DAMPING, inverse_factor
+from llmopt.quant.factor import MAX_DAMPING, inverse_factor, times_inverse
 from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
 from llmopt.quant.search import fit_groups_to, fit_outputs
 from llmopt.quant.solver import Solver
@@ -71,6 +77,14 @@ class ColumnSweep(Solver):
                                                   "the group's outputs, or of its weights (norm 2.4); see clip")
     sweeps: int = Field(2, ge=0, le=100, description="turns afterwards: scales by least squares, then codes one by one")
 
+    targets: Literal["dense", "weights"] = Field("dense", description="what is to be met: what the dense model "
+                                                 "writes, or what its weights make of the inputs that there are")
+    residual: bool = Field(True, description="dense targets of o_proj and down_proj count the residual stream in")
+
+    @property
+    def dense(self) -> Literal["none", "inputs", "residual"]:
+        return "none" if self.targets == "weights" else "residual" if self.residual else "inputs"
+
     def token_weights(self, visit: Visit, run: Run) -> list[Tensor] | None:
         return self.tokens.weights(visit, run)
 
@@ -81,6 +95,7 @@ class ColumnSweep(Solver):
             rounded = round_to_nearest(weight, spec)
             rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
             return rounded
+        weight += pull(weight, moments, made)
         spec = dataclasses.replace(spec, signed=self.signed)
         rounded = nearest(weight, self.scales(weight, moments.hessian, spec), spec)
         sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
@@ -127,6 +142,27 @@ class GPTQ(ColumnSweep, Quantizer):
     """Optimal-brain quantization with a fixed column order."""
 
     kind = "method"
+
+
+def pull(weight: Tensor, moments: Moments, made: Prepared) -> Tensor | float:
+    """What to add to these rows [out, in] of a weight so that they make up for what is missing at it; 0: nothing.
+
+        (W M) (H + damping)^-1  for a reader,  M (H + damping)^-1  for a writer: least squares over the tokens
+    """
+    lack = moments.missing and moments.missing.matrix
+    if lack is None:
+        return 0.0
+    if moments.missing.of_outputs:
+        own = lack if len(lack) == len(weight) else moments.ranks.share(lack)
+        return _solved(own, made)
+    return weight @ moments.cached("pull", lambda: _solved(lack, made))
+
+
+def _solved(rows: Tensor, made: Prepared) -> Tensor:
+    """`rows` (H + damping)^-1, 0 for inputs that are always 0."""
+    found = times_inverse(rows.index_select(1, made.order), made.factor).index_select(1, made.order.argsort())
+    found[:, made.dead] = 0
+    return found
 
 
 def best_rows(solved: Quantized, rounded: Quantized, weight: Tensor, hessian: Tensor, spec: Spec) -> Quantized:

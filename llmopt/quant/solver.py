@@ -20,13 +20,18 @@ class Solver(Part, ABC):
     inputs: what it must see of the calibration data behind the edited blocks and groups: nothing; the second moments
     of what a projection reads; the rows of it; "block": the whole block and all that goes through it.
     rowwise: no row of a weight sees another, so that processes may share them.
-    sums: those of the `figures` that add up over rows; the others are alike for all.
+    sums: those of the `figures` that add up over rows; the others are alike for all. dense: whether moments tell what
+    is missing at a weight as well, see calibration.inputs.Inputs.
     """
 
     kind = "solver"
     inputs: ClassVar[Literal["none", "moments", "rows", "block"]] = "none"
     rowwise: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def dense(self) -> Literal["none", "inputs", "residual"]:
+        return "none"
 
     def __init_subclass__(cls, **kwargs) -> None:
         """Raise TypeError for a solver that does not write what its `inputs` call for; a step would call nothing."""

@@ -48,9 +48,17 @@ class Memory:
         """The tensors that `make` gives; made once in a step, even if the run is cut off and resumed."""
         return make()
 
+    def finished(self, place: int | str) -> bool:
+        """True if a run that was cut off had done this loop's work on a block; `restored` will put it in place."""
+        return False
+
     def restored(self, model, place: int | str) -> bool:
         """True if a run that was cut off had done this loop's work on a block, or OUTSIDE; it is then in place."""
         return False
+
+    def holding(self, lists: int) -> "Memory":
+        """This memory for a loop that holds so many lists of activations at once."""
+        return self
 
     @contextmanager
     def outside(self, model, edits: bool = False) -> Iterator[None]:
@@ -110,6 +118,9 @@ class Resumable(Memory):
         key = self.step, KEPT, name
         found = self.journal.found(key)
         return load_file(found[0] if found else self.journal.commit(key, make(), {}))
+
+    def finished(self, place: int | str) -> bool:
+        return self.commits and self.lasting and self.journal.found(self.key(place)) is not None
 
     def restored(self, model: nn.Module, place: int | str) -> bool:
         found = self.journal.found(self.key(place)) if self.commits and self.lasting else None

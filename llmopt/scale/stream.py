@@ -4,6 +4,7 @@ The model is a skeleton whose weights are on the meta device, so that everything
 ever. What a block became is a file of the work folder; the last walk over all of them is the one that writes the
 checkpoint. Peak memory: one block, or one shard, and the calibration activations that fit their budget.
 """
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ class Streamed(Resumable):
     journal: its folder holds what blocks become. format: of the checkpoint to come. device: where blocks are worked
     on. room: bytes of calibration activations held in memory.
     """
+
+    lists = 3           # of activations held at once: a block's inputs, its outputs, and the masks of all blocks
 
     def __init__(self, journal: Journal, places: tensors.Places, model: nn.Module, format: str, device: str,
                  room: int):
@@ -102,8 +105,13 @@ class Streamed(Resumable):
             _empty(layer)
             give_back_freed()
 
+    def holding(self, lists: int) -> "Streamed":
+        twin = copy.copy(self)
+        twin.lists = lists
+        return twin
+
     def keeper(self) -> Callable[[Tensor], Tensor]:
-        room = self.room // 3               # held at once: a block's inputs, its outputs, and the masks of all blocks
+        room = self.room // self.lists
 
         def held(tensor: Tensor) -> Tensor:
             nonlocal room

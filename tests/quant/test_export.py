@@ -58,7 +58,7 @@ def test_plain_load_gives_equal_logits(kind, dtype, tmp_path):
 
 def every_setting(model, turn: int) -> dict:
     """Overrides that run through bits 2..8 and, out of step, four kinds of groups, odd ones included."""
-    found, kinds = RTN(group_size=-1).targets(model), {}
+    found, kinds = RTN(group_size=-1).chosen(model), {}
     for t in found:                                         # what reads one input is written alike
         i = len(kinds)
         kinds.setdefault(t.group, {"bits": 2 + (i + turn) % 7,

@@ -14,7 +14,7 @@ def test_names_globs_and_parents():
     model = make("llama")
     step = RTN(group_size=16, ignore=["lm_head", "model.layers.0", "*.1.mlp.*", "k_proj"],
                overrides={"v_proj": {"bits": 8}, "model.layers.2.self_attn": {"group_size": -1}})
-    found = {t.name: t for t in step.targets(model)}
+    found = {t.name: t for t in step.chosen(model)}
     assert sorted(found) == [f"model.layers.{name}" for name in (
         "1.self_attn.o_proj", "1.self_attn.q_proj", "1.self_attn.v_proj", "2.mlp.down_proj", "2.mlp.gate_proj",
         "2.mlp.up_proj", "2.self_attn.o_proj", "2.self_attn.q_proj", "2.self_attn.v_proj")]

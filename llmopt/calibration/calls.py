@@ -1,0 +1,66 @@
+"""The calls that a forward makes of the blocks, none of which runs: hidden states in front, and all other arguments."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from llmopt.model.blocks import layer_list
+from llmopt.scale.memory import Memory
+
+
+class Shared:
+    """Stands in for each tensor of a call: the same one for the blocks of a batch, and for batches that are alike."""
+
+    def __init__(self, hold: Callable[[Tensor], Tensor]):
+        self.hold = hold
+        self.before: list[Tensor] = []                      # what the last batch held
+        self.now: dict[int, tuple[Tensor, Tensor]] = {}     # by its address: as it came, as it is held
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.now:
+            alike = (held for held in self.before if held.dtype == tensor.dtype and torch.equal(held, tensor))
+            held = next(alike, None)
+            self.now[id(tensor)] = tensor, self.hold(tensor) if held is None else held
+        return self.now[id(tensor)][1]
+
+    def next_batch(self) -> None:
+        self.before, self.now = [held for _, held in self.now.values()], {}
+
+
+@torch.no_grad()
+def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Memory) -> tuple[list[Tensor], list]:
+    """Hidden states in front of block 0, and per block the other arguments it is called with, per batch."""
+    calls: list[list[tuple[tuple, dict]]] = [[] for _ in layer_list(model)]
+    first: list[Tensor] = []
+    shared = Shared(memory.keeper())
+
+    def recorder(index):
+        def forward(hidden, *args, **kwargs):
+            if index == 0:
+                first.append(hidden)
+            calls[index].append(recursively_apply(shared, (args, kwargs)))
+            return hidden
+        return forward
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in batches:
+            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            shared.next_batch()
+            yield first.pop()
+
+    with memory.outside(model), _in_place_of(layer_list(model), recorder):
+        return memory.keep(inputs()), calls
+
+
+@contextmanager
+def _in_place_of(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
+    """Replace the forward of each module for a while; nothing of it remains afterwards."""
+    try:
+        for index, module in enumerate(modules):
+            module.forward = make(index)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
