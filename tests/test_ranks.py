@@ -112,7 +112,8 @@ def kill(process: subprocess.Popen, rank: int | None, number: signal.Signals) ->
     (1, signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.full) for case in (
         (0, signal.SIGKILL), (1, signal.SIGINT), (None, signal.SIGINT), (None, signal.SIGTERM)))])
 def test_a_process_that_dies_ends_the_run(rank, number, tmp_path):
-    file = prepare(tmp_path, STEPS.replace("heads.span: {}, ", ""), hidden_size=256, intermediate_size=1024)
+    steps = STEPS.replace("heads.span: {}, ", "").replace("quant.gptq: {", "quant.gptq: {sweeps: 0, ")
+    file = prepare(tmp_path, steps, hidden_size=256, intermediate_size=1024)
     process = launch("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out", "--stream")
     deadline = time.monotonic() + 150
     while not (tmp_path / "out.llmopt-work" / "step-0").exists():

@@ -79,9 +79,13 @@ def refuse_unportable(model: nn.Module) -> None:
 
 
 def _refuse_types(weights: list[Weight]) -> None:
-    """Raise LlmoptError for rounded inputs of another type than the one that transformers unpacks the weights to."""
+    """Raise LlmoptError for types in which transformers would compute other weights or inputs than the solver saw."""
     for weight in weights:
         dtype, codes = str(weight.weight.dtype).removeprefix("torch."), weight.codes
+        scales = str(codes.scales.dtype).removeprefix("torch.")
+        if codes.zeros is not None and scales != dtype:
+            raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, "
+                             "transformers multiplies in the type of the scales; or format: dense")
         if codes.inputs and codes.form.through_bfloat16 and dtype != "bfloat16":
             raise LlmoptError(f"{weight.name}: transformers unpacks {codes.form.name} as bfloat16, and the model is "
                               f"{dtype}: give dtype: bfloat16 under model (--dtype bf16)")

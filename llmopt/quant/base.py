@@ -59,7 +59,7 @@ class Quantizer(Method):
     symmetric: bool = Field(True, description="no zero points")
     scheme: kinds.Name | None = Field(None, description="these three by a name, or small floats, rounded inputs")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
-    scale_dtype: Dtype | None = Field(None, description="null: float16 in a float32 model, else the model's")
+    scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
     allocate: Allocation = Field("uniform", description="who decides the bits of each block")
@@ -117,7 +117,8 @@ class Quantizer(Method):
         """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`."""
         if self.scale_dtype:
             return DTYPES[self.scale_dtype]
-        return torch.float16 if dtype == torch.float32 and not kinds.of(self.scheme)[1].is_float else dtype
+        short = dtype == torch.float32 and self.symmetric and not kinds.of(self.scheme)[1].is_float
+        return torch.float16 if short else dtype                    # zero points: loaders multiply in the scales' type
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""

@@ -152,6 +152,12 @@ def test_what_cannot_be_stored_is_refused():
     RTN(group_size=16, symmetric=False, overrides={"mlp": {"bits": 3}}).apply(model, Run())
     with pytest.raises(LlmoptError, match="alike in bits and groups.*format: dense"):
         export(model)
+    step, model = RTN(group_size=16, symmetric=False, scale_dtype="float16"), make("llama")
+    with pytest.raises(FieldError, match="scale_dtype: 'float16' given, float32, the model's type"):
+        predict(model, [step])
+    step.apply(model, Run())
+    with pytest.raises(FieldError, match="scale_dtype"):
+        export(model)
     model = make("gpt2")
     RTN(group_size=16).apply(model, Run())
     with pytest.raises(LlmoptError, match="Conv1D.*format: dense"):
