@@ -35,11 +35,11 @@ from tests.test_contract import FIELDS
 STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
     "gptq": "[quant.gptq: {bits: 3, group_size: 32}]",
-    "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim}]",
+    "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim, sweeps: 0}]",
     "zd": "[quant.rtn: {bits: 3, group_size: 32, allocate: zd, overrides: {down_proj: {bits: 16}}}]",
     "local": "[prune.magnitude: {ratio: 0.3}]",
     "global": "[prune.magnitude: {ratio: 0.3, scope: global, refit: true}]",
-    "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32}]",
+    "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn]}, quant.gptq: {bits: 4, group_size: 16}, "
            "attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
