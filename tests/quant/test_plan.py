@@ -79,7 +79,8 @@ def test_record_is_json_and_counts_the_scales():
     assert json.loads(json.dumps(meta)) == meta
     assert meta["bits"] == 4 and meta["effective_bits"] == 4 + 16 / 32
     assert meta["weights"] == sum(w.codes.codes.numel() for w in coded(model))
-    assert RTN(bits=4, group_size=32, symmetric=False).apply(make("llama"), Run()).meta["effective_bits"] == \
-        4 + (16 + 4) / 32            # scales in 16 bits in a float32 model, too
+    for symmetric, scale in ((True, 16), (False, 32 + 4)):      # 16 bits in a float32 model, too, but for zero points
+        meta = RTN(bits=4, group_size=32, symmetric=symmetric).apply(make("llama"), Run()).meta
+        assert meta["effective_bits"] == 4 + scale / 32
     wide = RTN(bits=4, group_size=32, scale_dtype="float32").apply(make("llama"), Run()).meta
     assert wide["effective_bits"] == 5
