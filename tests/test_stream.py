@@ -19,7 +19,6 @@ from llmopt.kv import SnapKV
 from llmopt.method import Run
 from llmopt.model import skeleton
 from llmopt.model.blocks import blocks
-from llmopt.quant import GPTQ
 from llmopt.quant.making import Making
 from llmopt.run import opening, pipeline
 from llmopt.run.dry_run import dry_run
