@@ -16,10 +16,9 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
 from llmopt.method import UNCHANGED, Method, Run
-from llmopt.model.packing import packed
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs, plain_state
-from llmopt.model.stored import packed_in_place, refuse_rounded_inputs, refuse_unportable
+from llmopt.model.stored import packed_in_place, packed_weights, refuse_rounded_inputs, refuse_unportable
 from llmopt.model.weights import coded
 
 
@@ -91,4 +90,4 @@ def _tensors(skeleton: nn.Module, format: str) -> dict[str, Tensor]:
         return tensors
     refuse_unportable(skeleton)
     refuse_unequal(skeleton)
-    return packed_in_place(tensors, {weight.key: packed(weight) for weight in coded(skeleton)})
+    return packed_in_place(tensors, packed_weights(skeleton))

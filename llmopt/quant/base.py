@@ -13,7 +13,7 @@ from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
-from llmopt.quant import floats
+from llmopt.quant import floats, vocabulary
 from llmopt.quant.deciding import decided, planned
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
@@ -43,10 +43,13 @@ class Quantizer(Settings):
         for t in found:
             if t.bits != DENSE:
                 weights[t.name].codes = self._without_values(t, skeleton.dtype)
+        vocabulary.sketch(self, skeleton)
         kind = f" ({self.scheme})" if self.scheme else ""
         return (f"{len(found)} weights at {self.bits:g} bits{kind}, "
                 + ("one scale per channel" if self.group_size == -1 else f"groups of {self.group_size}")
                 + (f", bits by {self.allocate}" if self.allocate != "uniform" else "")
+                + "".join(f", {name} at {given['bits']} bits" for name, given in
+                          (("embedding", self.embedding), ("head", self.head)) if given)
                 + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
 
     def _without_values(self, target: Target, dtype: torch.dtype) -> Quantized:
@@ -60,9 +63,11 @@ class Quantizer(Settings):
         if self.needs_data and not run.batches:
             raise LlmoptError("this step needs calibration data and there is none")
         found, allocation = decided(self, model, run)
+        outer = vocabulary.quantize(self, model, run)
         Making(self, model, run).write_all({t.name: t for t in found if t.bits != DENSE})
         round_inputs(model)
-        return Record(meta=self._meta(model, found) | allocation)
+        meta = self._meta(model, found)
+        return Record(meta=meta | {"modules": outer | meta["modules"]} | allocation)
 
     def _meta(self, model: nn.Module, found: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}
