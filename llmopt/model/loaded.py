@@ -61,6 +61,7 @@ def _tied_again(model: nn.Module) -> nn.Module | None:
         return None
     if not torch.equal(table.weight, head.weight):
         return None
+    del head.weight                         # compressed-tensors' parameters copy what they are set to
     head.weight = table.weight
     return head
 
