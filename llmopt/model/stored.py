@@ -46,7 +46,7 @@ def rebuilt(root: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any],
             like: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[tuple[Weight, Quantized]]]:
     """(state dict, the quantized weights with their codes) from what `stored` or `as_codes` gave.
 
-    root: a layer or a model. like: the tensors wanted, whose types they get; None: all of it. Nothing is hung on it yet.
+    root: a layer or a model, on which nothing is hung yet. like: the tensors wanted, whose types they get; None: all.
     """
     results = [_unpacked(root, tensors, known) for known in record.values()]
     by_key = {weight.key: (weight, codes) for weight, codes in results}

@@ -1,9 +1,9 @@
 """The two matrices with a row for each token of the vocabulary: the input embedding, and an output head of its own.
 
 Rounded to nearest, by the search of grid.py, before the blocks, which then read what they will read later. Plain
-transformers loads an embedding in bytes, a scale for each row, beside any symmetric weights, a head tied to it included;
-at fewer bits only unpacked at once with all others, alike in bits, groups and zero points (model/stored.py). A head of
-its own is a linear map like any other. Left out: the head's errors on the calibration data (as GPTQ).
+transformers loads an embedding in bytes, a scale for each row, beside any symmetric weights, and a head tied to it; at
+fewer bits only unpacked at once with all others, alike in bits, groups and zero points (model/stored.py). A head of its
+own is a linear map like any other. Left out: a head whose codes are chosen for its errors on data, as GPTQ's are.
 """
 from dataclasses import replace
 from functools import partial
