@@ -4,3 +4,4 @@ from llmopt.quant.rtn import RTN
 from llmopt.quant.weights import Weights
 
 __all__ = ["GPTQ", "RTN", "Weights"]
+from llmopt.quant import autoround

@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
+from llmopt.calibration.beside import visits_beside
+from llmopt.calibration.missing import places
 from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight
 from llmopt.calibration.second_moments import energy
 from llmopt.calibration.trial import Change, Trial, sample
@@ -257,13 +259,18 @@ class Quantizer(Method):
 
         wholes: where the caller writes them into the block.
         """
-        for visit in visits(model, run, self.name, edits=wholes is not None):
+        run = replace(run, ranks=Ranks())
+        if wholes is not None:
+            stops = visits_beside(model, run, self.name, lambda b: places(b, todo, self.solver.dense == "residual"))
+        else:
+            stops = visits(model, run, self.name, edits=False)
+        for visit in stops:
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
                 _check_finite(p)
             with naming(visit.block.name):
                 yield from self.solver.quantize_block(
-                    visit, {p.name: self.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen})
+                    visit, {p.name: self.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}, run)
 
     def _collected(self) -> Inputs:
         """The statistics to collect of the inputs of each weight."""
