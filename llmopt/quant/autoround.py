@@ -39,6 +39,10 @@ class BlockSolver(Solver):
 
     inputs: ClassVar = "block"
 
+    def quantize_block(self, visit, specs, run):
+        starts = begin(visit, specs, run, self.begun())
+        yield from self.improve(visit, starts, run)
+
     def begun(self):
         return ColumnSweep(tokens=self.tokens) if self.start == "gptq" else Nearest()
 
@@ -55,8 +59,7 @@ class SignDescent(BlockSolver):
     start: Literal["gptq", "rtn"] = "gptq"
     tokens: TokenWeights = Field(Alike())
 
-    def quantize_block(self, visit, specs, run):
-        starts = begin(visit, specs, run, self.begun())
+    def improve(self, visit, starts, run):
         latents = [Following(s) for s in starts]
         loss = BlockLoss(visit, latents, [], self.tokens.weights(visit, run))
         rate = self.rate or 1 / max(self.iterations, 1)
@@ -80,8 +83,7 @@ class Tuning(BlockSolver):
     codes: float = 0.0
     held: int = 8
 
-    def quantize_block(self, visit, specs, run):
-        starts = begin(visit, specs, run, self.begun())
+    def improve(self, visit, starts, run):
         latents = [Held(s) for s in starts]
         gains = [Gain(n) for n in visit.block.norms.values() if n.module.weight is not None]
         loss = BlockLoss(visit, latents, gains, self.tokens.weights(visit, run))
