@@ -2,14 +2,16 @@
 
 The state is judged on the same batches each time: before the first step, and some ten times on the way.
 """
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 LOOKS = 10          # at how many places on the way the state is judged
+BETAS = (0.9, 0.99)
 
 
 @dataclass
@@ -18,18 +20,25 @@ class Knobs:
 
     numbers: list[Tensor]
     rate: float
-    reach: float = float("inf")
+    reach: float = math.inf
 
 
 @dataclass(frozen=True)
 class Course:
-    """How to go. signs: by the sign of the slope, else by Adam; shape: of the rate, from 1 to 0 along the way."""
+    """How to go. signs: by the sign of the slope, the rate falling evenly to 0; else by Adam, in half a cosine.
+
+    late: True once no further step may begin.
+    """
 
     steps: int
     signs: bool
-    shape: Callable[[float], float]
     seed: int = 0
-    until: float = float("inf")             # of the clock, time.monotonic: no step begins after it
+    late: Callable[[], bool] = lambda: False
+
+    def share(self, step: int) -> float:
+        """Of the rates, at a step."""
+        done = step / self.steps
+        return 1 - done if self.signs else (1 + math.cos(math.pi * done)) / 2
 
 
 @torch.enable_grad()
@@ -39,29 +48,20 @@ def descend(loss: Callable[[int], Tensor], learned: Sequence[int], judged: Seque
 
     loss: of a batch by its index, times its share in all of them. learned: the batches to go by.
     """
-    moved = [knob for knob in knobs if knob.rate > 0 and knob.numbers]
-    every = [number for knob in moved for number in knob.numbers]
-    steps = _Steps(moved, course.signs)
-    first = least = _judge(loss, judged)
-    best, drawn = [number.detach().clone() for number in every], torch.Generator().manual_seed(course.seed)
-    order: list[int] = []
-    look = max(1, course.steps // LOOKS)
-    for step in range(course.steps if every else 0):
-        late = time.monotonic() > course.until
-        if not late:
-            order = order or [learned[i] for i in torch.randperm(len(learned), generator=drawn)]
-            slopes = torch.autograd.grad(loss(order.pop()), every, allow_unused=True)
-            steps.go(slopes, course.shape(step / course.steps))
-        if late or (step + 1) % look == 0 or step + 1 == course.steps:
-            now = _judge(loss, judged)
-            if now < least:
-                least, best = now, [number.detach().clone() for number in every]
-        if late:
+    moved = [knob for knob in knobs if knob.rate > 0]
+    way, best = _Way(moved, course), _Best(moved, partial(_judge, loss, judged))
+    first = best.loss
+    drawn, order = torch.Generator().manual_seed(course.seed), []
+    for step in range(course.steps if way.numbers else 0):
+        if course.late():
+            best.look()
             break
-    with torch.no_grad():
-        for number, kept in zip(every, best, strict=True):
-            number.copy_(kept)
-    return first, least
+        order = order or [learned[i] for i in torch.randperm(len(learned), generator=drawn)]
+        way.go(torch.autograd.grad(loss(order.pop()), way.numbers, allow_unused=True), step)
+        if (step + 1) % max(1, course.steps // LOOKS) == 0 or step + 1 == course.steps:
+            best.look()
+    best.restore()
+    return first, best.loss
 
 
 @torch.no_grad()
@@ -69,27 +69,44 @@ def _judge(loss: Callable[[int], Tensor], judged: Sequence[int]) -> float:
     return sum(float(loss(index)) for index in judged)
 
 
-class _Steps:
+class _Best:
+    """The state of least loss so far, the first one to begin with."""
+
+    def __init__(self, knobs: list[Knobs], judge: Callable[[], float]):
+        self.numbers, self.judge = [number for knob in knobs for number in knob.numbers], judge
+        self.loss, self.kept = judge(), self._copy()
+
+    def look(self) -> None:
+        now = self.judge()
+        if now < self.loss:
+            self.loss, self.kept = now, self._copy()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for number, kept in zip(self.numbers, self.kept, strict=True):
+            number.copy_(kept)
+
+    def _copy(self) -> list[Tensor]:
+        return [number.detach().clone() for number in self.numbers]
+
+
+class _Way:
     """Moves numbers by their slopes."""
 
-    def __init__(self, knobs: list[Knobs], signs: bool):
-        self.knobs, self.signs = knobs, signs
-        for number in (number for knob in knobs for number in knob.numbers):
-            number.requires_grad_()
-        groups = [{"params": knob.numbers, "lr": knob.rate} for knob in knobs]
-        self.optimizer = torch.optim.SGD(groups) if signs else torch.optim.Adam(groups, betas=(0.9, 0.99))
+    def __init__(self, knobs: list[Knobs], course: Course):
+        self.knobs, self.course = knobs, course
+        self.numbers = [number.requires_grad_() for knob in knobs for number in knob.numbers]
+        groups = [{"params": knob.numbers, "lr": knob.rate} for knob in knobs] or [{"params": [torch.zeros(())]}]
+        self.optimizer = torch.optim.SGD(groups) if course.signs else torch.optim.Adam(groups, betas=BETAS)
 
-    def go(self, slopes: Sequence[Tensor | None], share: float) -> None:
-        """One step at this share of the rates."""
-        rest = iter(slopes)
-        for knob, group in zip(self.knobs, self.optimizer.param_groups, strict=True):
-            group["lr"] = knob.rate * share
-            for number in knob.numbers:
-                slope = next(rest)
-                number.grad = slope.sign() if self.signs and slope is not None else slope
+    @torch.no_grad()
+    def go(self, slopes: Sequence[Tensor | None], step: int) -> None:
+        for number, slope in zip(self.numbers, slopes, strict=True):
+            number.grad = slope.sign() if self.course.signs and slope is not None else slope
+        for knob, group in zip(self.knobs, self.optimizer.param_groups, strict=False):
+            group["lr"] = knob.rate * self.course.share(step)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for knob in self.knobs:
-                for number in knob.numbers if knob.reach < float("inf") else ():
-                    number.clamp_(-knob.reach, knob.reach)
+        for knob in self.knobs:
+            for number in knob.numbers:
+                number.grad = None
+                number.clamp_(-knob.reach, knob.reach)

@@ -8,14 +8,18 @@ Every value is exactly what a loader of the checkpoint will compute.
 """
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from llmopt.model.blocks import Projection
 from llmopt.model.codes import Quantized
 from llmopt.model.links import Norm
 from llmopt.quant.grid import quantized
 from llmopt.quant.start import EDGE, Start
+
+FIGURES = ("damping", "dead_columns", "note")       # of the start that are true of what comes of it
 
 
 def straight(exact: Tensor, soft: Tensor) -> Tensor:
@@ -60,10 +64,9 @@ class Latent(ABC):
     @torch.no_grad()
     def result(self) -> Quantized:
         codes, scale, zero = self.stored()
-        kind = self.codes.zeros
-        made = quantized(codes.flatten(1), scale.squeeze(-1).to(self.spec.stored),
-                         None if zero is None else zero.squeeze(-1).to(kind.dtype), self.spec)
-        figures = {key: value for key, value in self.codes.figures.items() if key in ("damping", "dead_columns", "note")}
+        zero = None if zero is None else zero.squeeze(-1).to(self.codes.zeros.dtype)
+        made = quantized(codes.flatten(1), scale.squeeze(-1).to(self.spec.stored), zero, self.spec)
+        figures = {key: value for key, value in self.codes.figures.items() if key in FIGURES}
         moved = float((made.codes != self.codes.codes).float().mean())
         return dataclasses.replace(made, figures=figures | {"moved_codes": moved})
 
@@ -107,6 +110,14 @@ class Held(Latent):
 
     def steps(self, scale: Tensor, zero: Tensor | None) -> Tensor:
         return self.middle + self.offset.view(self.shape) if self.offset.requires_grad else self.numbers
+
+
+def results(latents: list[Latent], losses: tuple[float, float]) -> Iterator[tuple[Projection, Quantized]]:
+    """What has become of the weights; losses: of their block, before and after."""
+    for latent in latents:
+        made = latent.result()
+        made.figures |= dict(zip(("block_error_before", "block_error"), losses, strict=True))
+        yield latent.projection, made
 
 
 class Gain:

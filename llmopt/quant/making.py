@@ -66,18 +66,17 @@ class Making:
 
         wholes: where the caller writes them into the block.
         """
-        alone = replace(self.run, ranks=Ranks())
-        for visit in self._stops(alone, todo, edits=wholes is not None):
+        for visit in self._stops(todo, edits=wholes is not None):
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
                 _check_finite(p)
             with naming(visit.block.name):
                 specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
-                yield from self.step.solver.quantize_block(visit, specs, alone)
+                yield from self.step.solver.quantize_block(visit, specs, self.run)
 
-    def _stops(self, run: Run, todo: Mapping[str, Target], edits: bool) -> Iterator[Visit]:
-        """The blocks, with the dense model's stream beside the edited one where the solver wants it."""
-        dense = self.step.solver.dense
+    def _stops(self, todo: Mapping[str, Target], edits: bool) -> Iterator[Visit]:
+        """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
+        run, dense = replace(self.run, ranks=Ranks()), self.step.solver.dense
         if edits and dense != "none":                       # else both streams are one
             return visits_beside(self.model, run, self.step.name, lambda b: places(b, todo, dense == "residual"))
         return visits(self.model, run, self.step.name, edits)

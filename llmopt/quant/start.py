@@ -34,6 +34,7 @@ class Start:
 
 
 @torch.no_grad()
+
 def begin(visit: Visit, specs: Mapping[str, Spec], run: Run, solver: Solver) -> list[Start]:
     """The weights of a block that `specs` names; each group is solved behind the codes of those before it.
 
