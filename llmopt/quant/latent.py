@@ -80,15 +80,15 @@ class Following(Latent):
         self.zero = None if zero is None else zero.float().unsqueeze(-1)
         middle = self.numbers + start.slack.view(self.shape)
         self.weight = (middle if zero is None else middle - self.zero) * scale
-        low, high = (end if zero is None else end - self.zero for end in (self.spec.low, self.spec.high))
-        self.low, self.high = low * scale, high * scale                         # of the range
+        self.low, self.high = (end if zero is None else end - self.zero for end in (self.spec.low, self.spec.high))
         self.alpha, self.beta = torch.ones_like(scale), torch.ones_like(scale)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
+        scale = self.codes.scales.float().unsqueeze(-1)
         if self.zero is None:
-            return self.beta * self.codes.scales.float().unsqueeze(-1), None
-        scale = (self.high * self.beta - self.low * self.alpha) / ((1 << self.spec.bits) - 1)
-        return scale, self.spec.low - self.low * self.alpha / scale
+            return scale * self.beta, None
+        wider = (self.high * self.beta - self.low * self.alpha) / ((1 << self.spec.bits) - 1)
+        return scale * wider, self.spec.low - self.low * self.alpha / wider
 
     def steps(self, scale: Tensor, zero: Tensor | None) -> Tensor:
         steps = self.weight / scale + self.offset.view(self.shape)

@@ -35,6 +35,7 @@ from llmopt.quant.start import Start
 
 HELD, LEAST = 8, 4      # every which batch is held out, and of how many at least
 REACH = 0.45            # of a step of the grid: how far a weight may go
+CODES, SCALES = 0.12, 0.024     # learning rates, times the number of codes
 
 
 @register("tune")
@@ -45,22 +46,29 @@ class Tuning(BlockSolver):
     steps: int = Field(60, ge=0, description="for each block, a batch of the data each")
     minutes: float | None = Field(None, gt=0, description="of learning by the clock, the same part of it for each "
                                                           "block; null: as long as the steps take")
-    codes: float = Field(0.02, ge=0, le=1, description="learning rate of the codes, in steps of the grid")
-    scales: float = Field(0.003, ge=0, le=1, description="learning rate of the scales, in parts of them")
-    gains: float = Field(0.002, ge=0, le=1, description="learning rate of the norms' gains, in parts of their mean")
+    codes: float | None = Field(None, ge=0, le=1, description="learning rate of the codes, in steps of the grid; null: "
+                                                              "0.12 / 2^bits")
+    scales: float | None = Field(None, ge=0, le=1, description="learning rate of the scales, in parts of them; null: "
+                                                               "0.024 / 2^bits")
+    gains: float = Field(0.003, ge=0, le=1, description="learning rate of the norms' gains, in parts of their mean")
 
     def improve(self, visit: Visit, starts: list[Start], weights: list[Tensor] | None,
                 run: Run) -> Iterator[tuple[Projection, Quantized]]:
         latents = [Held(start) for start in starts]
         gains = [Gain(norm) for norm in visit.block.norms.values() if norm.module.weight is not None]
-        knobs = [Knobs([latent.offset for latent in latents], self.codes, REACH),
-                 Knobs([latent.factor for latent in latents], self.scales),
-                 Knobs([gain.delta for gain in gains], self.gains)]
+        knobs = [knob for latent in latents for knob in self._knobs(latent)]
+        knobs.append(Knobs([gain.delta for gain in gains], self.gains))
         losses = descend(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)), knobs,
                          Course(self.steps, signs=False, seed=run.seed, late=self._late(visit, run)))
         for gain in gains if visit.wanted is not None else ():          # else the block is to stay as it is
             gain.write()
         yield from results(latents, losses)
+
+    def _knobs(self, latent: Held) -> Iterator[Knobs]:
+        """The offsets and the scales of a weight; the more codes there are, the less it takes to change one."""
+        codes = 1 << latent.spec.bits
+        yield Knobs([latent.offset], CODES / codes if self.codes is None else self.codes, REACH)
+        yield Knobs([latent.factor], SCALES / codes if self.scales is None else self.scales)
 
     def _late(self, visit: Visit, run: Run) -> Callable[[], bool]:
         """True once this block has had its part of the minutes; the same in all processes."""
