@@ -5,6 +5,7 @@ import pytest
 import torch
 from llmopt_evals.bench import scoring
 
+from llmopt.cli import measured
 from llmopt.kv.base import Scorer
 from llmopt.runtime.attach import attachment
 from tests.tiny import make

@@ -15,7 +15,7 @@ from llmopt.calibration import data
 from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming
 from llmopt.model.loading import check_dense, load_dense, resolve
-from llmopt.parts import build
+from llmopt.parts import build, get
 from llmopt.progress import Progress
 from llmopt.specs import REFERENCE, DataSpec, ModelSpec
 from llmopt_evals import fidelity
@@ -97,18 +97,16 @@ def entries(plan: Plan) -> list[Entry]:
 
 def steps_of(word: str, bits: int, group_size: int) -> list[dict[str, Any]]:
     """The steps of an entry, or of a list of them; those of quantization get bits and group size if they say none."""
-    found, some = [], False
+    found = []
     with naming(word):
         for name, given in read(word):
-            stage = build(name, given).stage
+            stage = get(name).stage
             if stage not in ("transform", "quant"):
-                raise LlmoptError(f"{name} quantizes no weights: methods quant.*, after transform.* or alone, expected")
-            some |= stage == "quant"
-            added = {"bits": bits, "group_size": group_size} if stage == "quant" else {}
-            found.append({name: added | given})
+                raise LlmoptError("quant.* expected, alone or after transform.*: this quantizes no weights")
+            found.append({name: ({"bits": bits, "group_size": group_size} if stage == "quant" else {}) | given})
             build(name, found[-1][name])
-        if not some:
-            raise LlmoptError("a method quant.* is needed")
+        if stage != "quant":
+            raise LlmoptError("quant.* expected behind it")
     return found
 
 
