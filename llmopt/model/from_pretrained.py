@@ -95,6 +95,21 @@ def _refuse_strange_names(model: Any) -> None:
                           f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
 
 
+def _stay_packed(model: Any, source: str) -> None:
+    """Leave weights packed where that is asked for."""
+    from llmopt.model.stay_packed import asked_for, keep_packed
+
+    if asked_for() and model.hf_quantizer.quantization_config.quant_method == "compressed-tensors":
+        keep_packed(model, source)
+
+
+def _extend_quantizer(quantizers: ModuleType) -> None:
+    """Let packed weights be loaded that transformers would unpack at once."""
+    from llmopt.model.stay_packed import extend_quantizer
+
+    extend_quantizer(quantizers)
+
+
 def _keep_codes(model: Any) -> None:
     """Let save_pretrained of a model that was loaded packed write it packed, as AutoModelForCausalLM's does."""
     from llmopt.model.loaded import is_ours
@@ -117,6 +132,7 @@ def _extend_models(utilities: ModuleType) -> None:
 
             attach_from_config(model)
         if getattr(model, "hf_quantizer", None) is not None:
+            _stay_packed(model, str(pretrained_model_name_or_path))
             _keep_codes(model)
         return loaded
 
@@ -141,6 +157,7 @@ def _extend_adapters(tuners: ModuleType) -> None:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
+    "transformers.quantizers.quantizer_compressed_tensors": _extend_quantizer,
     "peft.tuners.tuners_utils": _extend_adapters,
     "transformers.models.auto.configuration_auto": lambda module: _know_reference(module.AutoConfig),
     "transformers.models.auto.tokenization_auto": lambda module: _know_reference(module.AutoTokenizer),
