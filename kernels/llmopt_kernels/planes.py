@@ -3,10 +3,10 @@
     3 bits = 2 + 1,  5 = 4 + 1,  6 = 4 + 2,  7 = 4 + 2 + 1; what lies above 2 or 4 bits is kept beside them
 
 torch.ops.quantized.embedding_bag_4bit_unpack and its sister for 2 bits read rows of bytes, the lowest bits first, with
-a scale and a bias in float16 behind each row, and write float32, on AVX2 and AVX-512 about as fast as memory is read. Here these
-are 1, or the worth of the lowest bit, and minus half the range, so that what comes out is the code. Of single bits the
-even ones of a byte belong to the left half of the columns, the odd ones to the right half: each half is a row of
-2-bit fields once the other half is masked out.
+a scale and a bias in float16 behind each row, and write float32 about as fast as memory is read, by AVX2 or AVX-512.
+Here these are 1, or the worth of the lowest bit, and minus half the range, so that what comes out is the code. Of
+single bits the even ones of a byte belong to the left half of the columns, the odd ones to the right half: each half is
+a row of 2-bit fields once the other half is masked out.
 
 The layout takes four bytes more for each row and part than a file does. Codes of 8 bits are plain int8.
 """
@@ -20,7 +20,9 @@ TAIL = 4                        # bytes of a scale and a bias
 
 
 class Planes(Codes):
-    """Made from `Words`, which it can replace."""
+    """Made from `Words`, which it can replace. fast: fbgemm's kernels are there."""
+
+    fast = hasattr(torch.ops.quantized, "embedding_bag_2bit_unpack")
 
     def __init__(self, source: Words):
         super().__init__(source.bits, source.shape, source.scales, source.zeros)
@@ -35,10 +37,11 @@ class Planes(Codes):
     def numbers(self, rows: slice) -> Tensor:
         if self.bits == 8:
             return self.part0[rows].float()
+        fast = self.fast and self.part0.device.type == "cpu"
         widths, width = PARTS[self.bits], self.shape[1]
-        out = _unpacked(self.part0[rows], widths[0])
+        out = _unpacked(self.part0[rows], widths[0], fast)
         for index, bits in enumerate(widths[1:], 1):
-            out += _unpacked(getattr(self, f"part{index}")[rows], bits)
+            out += _unpacked(getattr(self, f"part{index}")[rows], bits, fast)
         return out[:, :width]
 
 
@@ -66,9 +69,9 @@ def _bytes(fields: Tensor, width: int) -> Tensor:
     return (fields.unflatten(1, (-1, each)) << shifts).sum(-1, dtype=torch.uint8)
 
 
-def _unpacked(part: Tensor, width: int) -> Tensor:
+def _unpacked(part: Tensor, width: int, fast: bool) -> Tensor:
     """What the bytes of a part stand for: float32 [R, K]."""
-    if width > 1 and part.device.type == "cpu":
+    if width > 1 and fast:
         return getattr(torch.ops.quantized, f"embedding_bag_{width}bit_unpack")(part)
     if width > 1:
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=part.device)
@@ -78,4 +81,4 @@ def _unpacked(part: Tensor, width: int) -> Tensor:
     halves = [part & 0x55, part >> 1 & 0x55]
     for half in halves:
         half[:, -TAIL:] = part[:, -TAIL:]
-    return torch.cat([_unpacked(half, 2) for half in halves], 1)
+    return torch.cat([_unpacked(half, 2, fast) for half in halves], 1)

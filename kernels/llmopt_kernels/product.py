@@ -19,13 +19,15 @@ _fixed: ContextVar[str | None] = ContextVar("fixed", default=None)
 _fastest: dict[tuple, str] = {}             # of this machine, by all that the time depends on
 
 
-def quant_matmul(x: Tensor, weight: Codes) -> Tensor:
-    """x [..., K] times the packed weight [N, K]: [..., N] in the type of x, with a gradient to x.
+def quant_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the packed weight [N, K], and a bias [N]: [..., N] in the type of x, differentiable.
 
     Which way is fastest is measured at the first product of its kind; `fixed` and the variable LLMOPT_QUANT_MATMUL
     name one instead, where it is there.
     """
-    return _Product.apply(x, weight) if x.requires_grad and torch.is_grad_enabled() else _multiplied(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+        return _Product.apply(x, weight, bias)
+    return _multiplied(x, weight, bias)
 
 
 def laid_out(source: Words, dtype: torch.dtype) -> Codes:
@@ -45,24 +47,25 @@ def fixed(way: str) -> Iterator[None]:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Codes) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return _multiplied(x, weight)
+        return _multiplied(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
         weight, rows = ctx.weight, grad.reshape(-1, grad.shape[-1])
         out = rows.new_zeros(len(rows), weight.shape[1], dtype=torch.float32)
         for piece in pieces(*weight.shape, PIECE):
             out += rows[:, piece] @ weight.dense(piece, grad.dtype)
-        return out.to(grad.dtype).view(*grad.shape[:-1], -1), None
+        to_x = out.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+        return to_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 @torch.no_grad()
-def _multiplied(x: Tensor, weight: Codes) -> Tensor:
+def _multiplied(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     ways = weight.ways(rows)
-    return ways[_chosen(rows, weight, ways)](rows).view(*x.shape[:-1], -1)
+    return ways[_chosen(rows, weight, ways)](rows, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _chosen(x: Tensor, weight: Codes, ways: dict[str, Way]) -> str:
@@ -92,7 +95,7 @@ def fastest(x: Tensor, ways: dict[str, Way]) -> str:
 
 def _seconds(way: Way, x: Tensor) -> float:
     start = time.perf_counter()
-    way(x)
+    way(x, None)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter() - start

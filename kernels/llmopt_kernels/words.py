@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 PIECE = 1 << 19             # values made dense at once: in float32 they fit into a cache of 2 MiB
 BLOCK = 1 << 22             # values multiplied with at once
-Way = Callable[[Tensor], Tensor]            # x [M, K] -> y [M, N]
+Way = Callable[[Tensor, Tensor | None], Tensor]         # x [M, K], bias [N] or none -> y [M, N]
 
 
 class Codes(nn.Module):
@@ -44,10 +44,26 @@ class Codes(nn.Module):
 
     def ways(self, x: Tensor) -> dict[str, Way]:
         """The ways to multiply this x [M, K] with the weight, the first one exact; which is fastest is measured."""
-        ways = {"blocks": lambda x: by_blocks(x, self)}
+        ways = {"blocks": self.by_blocks}
         if x.dtype != torch.float32:
-            ways["float32 blocks"] = lambda x: by_blocks(x.float(), self).to(x.dtype)
+            ways["float32 blocks"] = lambda x, bias: self.by_blocks(x.float(), _float(bias)).to(x.dtype)
         return ways
+
+    def by_blocks(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product of x [M, K], some rows of the weight made dense in turn: [M, N]."""
+        (height, width), out = self.shape, x.new_empty(len(x), self.shape[0])
+        for rows in pieces(height, width, 2 * PIECE if x.dtype == torch.float32 else BLOCK):
+            out[:, rows] = F.linear(x, self.block(rows, x.dtype), None if bias is None else bias[rows])
+        return out
+
+    def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Dense rows, made in pieces that stay in the cache."""
+        if dtype == torch.float32:
+            return self.dense(rows, dtype)
+        made = self.scales.new_empty(rows.stop - rows.start, self.shape[1], dtype=dtype)
+        for piece in pieces(*made.shape, PIECE):
+            made[piece] = self.dense(slice(rows.start + piece.start, rows.start + piece.stop), dtype)
+        return made
 
 
 class Words(Codes):
@@ -82,20 +98,5 @@ def pieces(rows: int, width: int, values: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-def by_blocks(x: Tensor, weight: Codes) -> Tensor:
-    """x [M, K] times the weight, some rows of it made dense in turn: [M, N]."""
-    (height, width), out = weight.shape, x.new_empty(len(x), weight.shape[0])
-    narrow = x.dtype == torch.float32
-    for block in pieces(height, width, 2 * PIECE if narrow else BLOCK):
-        out[:, block] = F.linear(x, dense_block(weight, block, x.dtype))
-    return out
-
-
-def dense_block(weight: Codes, block: slice, dtype: torch.dtype) -> Tensor:
-    """Rows [R, K] in this type, made in pieces that stay in the cache."""
-    if dtype == torch.float32:
-        return weight.dense(block, dtype)
-    made = weight.scales.new_empty(block.stop - block.start, weight.shape[1], dtype=dtype)
-    for piece in pieces(len(made), weight.shape[1], PIECE):
-        made[piece] = weight.dense(slice(block.start + piece.start, block.start + piece.stop), dtype)
-    return made
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()

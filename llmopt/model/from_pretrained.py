@@ -140,8 +140,11 @@ def _extend_models(utilities: ModuleType) -> None:
 
 
 def _extend_adapters(tuners: ModuleType) -> None:
-    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them."""
-    stock = tuners.BaseTuner.inject_adapter
+    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them.
+
+    Where they stay packed nothing can be merged into them.
+    """
+    stock, allowed = tuners.BaseTuner.inject_adapter, tuners.BaseTuner._check_merge_allowed
 
     @functools.wraps(stock)
     def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +154,15 @@ def _extend_adapters(tuners: ModuleType) -> None:
             unpack(model)
         return stock(self, model, *args, **kwargs)
 
-    tuners.BaseTuner.inject_adapter = inject_adapter
+    def check_merge_allowed(self: Any) -> None:
+        from llmopt.model.stay_packed import is_packed
+
+        if any(map(is_packed, self.model.modules())):
+            raise LlmoptError("the weights stay packed, so that no adapter can be merged into them; load the model "
+                              "without packed=True (LLMOPT_PACKED), and the adapter onto that")
+        allowed(self)
+
+    tuners.BaseTuner.inject_adapter, tuners.BaseTuner._check_merge_allowed = inject_adapter, check_merge_allowed
 
 
 CHANGES: dict[str, Callable[[ModuleType], None]] = {

@@ -12,7 +12,8 @@ from llmopt.model.codes import Quantized
 class PackedLinear(nn.Linear):
     """Stands in the place of an nn.Linear, and is one to adapters; in place of `weight` it has `codes`.
 
-    The module it is made of keeps its bias, hooks and attributes: only its class changes, and its weight.
+    The module it is made of keeps its bias, hooks and attributes: only its class changes, and its weight. `weight` can
+    be read, and is made anew each time; torch refuses to write into it, as that would be lost (but not into its data).
     """
 
     codes: Codes
@@ -20,13 +21,12 @@ class PackedLinear(nn.Linear):
     dtype: torch.dtype          # of the dense weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out = quant_matmul(x, self.codes)
-        return out if self.bias is None else out + self.bias
+        return quant_matmul(x, self.codes, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError("this layer's weight stays packed (packed=True, LLMOPT_PACKED), so that nothing can "
-                                 "read or change it; load the model without that")
+            with torch.inference_mode():
+                return self.dense()
         return super().__getattr__(name)
 
     def quantized(self) -> Quantized:

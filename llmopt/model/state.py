@@ -27,7 +27,7 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
     tied = tied_names(model)
-    state = {k: v for k, v in as_weights(model, model.state_dict()).items() if k not in tied}
+    state = {k: v for k, v in as_weights(model, model.state_dict(), values=renamed).items() if k not in tied}
     return as_filed(model, state) if renamed else state
 
 

@@ -1,7 +1,7 @@
 """Models that are loaded from packed weights and keep them packed: `llmopt.load(DIR, packed=True)`, `LLMOPT_PACKED=1`.
 
 compressed-tensors inflates all weights at the first forward. Here each weight stays as it is in the file, or is laid
-out once for the fastest product of this machine, and its layer multiplies with the codes (`llmopt_kernels.quant_matmul`).
+out once for the fastest product of this machine, and its layer multiplies with the codes (llmopt_kernels.quant_matmul).
 Integers of 2 to 8 bits with and without zero points can stay packed; small floats, and weights whose inputs are
 rounded, cannot.
 """
@@ -149,15 +149,16 @@ def inflate(model: nn.Module) -> None:
         module.weight = weight
 
 
-def as_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with one tensor without values, under the weight's name, for each weight that stays packed."""
+def as_weights(model: nn.Module, state: dict[str, Tensor], values: bool) -> dict[str, Tensor]:
+    """A state dict with one tensor, under the weight's name, for each weight that stays packed; values: a dense one."""
     packed = {f"{name}.codes": module for name, module in model.named_modules() if is_packed(module)}
     made = {}
     for key, tensor in state.items():
-        module = packed.get(key.rpartition(".")[0])
-        if module is None:
+        stem = key.rpartition(".")[0]
+        if stem not in packed:
             made[key] = tensor
-        else:
-            name = key.rpartition(".codes.")[0]
-            made[f"{name}.weight"] = torch.empty(module.codes.shape, dtype=module.dtype, device="meta")
+        elif (name := f"{stem.removesuffix('.codes')}.weight") not in made:
+            module = packed[stem]
+            made[name] = module.dense() if values else torch.empty(module.codes.shape, dtype=module.dtype,
+                                                                   device="meta")
     return made
