@@ -114,7 +114,7 @@ def _refuse_types(weights: list[Weight]) -> None:
     """Raise LlmoptError for types in which transformers would compute other weights or inputs than the solver saw."""
     at_once = any(map(_is_packed_table, weights))
     for weight in weights:
-        dtype, codes = str(weight.weight.dtype).removeprefix("torch."), weight.codes
+        dtype, codes = str(weight.dtype).removeprefix("torch."), weight.codes
         scales = str(codes.scales.dtype).removeprefix("torch.")
         if (codes.zeros is not None or at_once) and scales != dtype:
             raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, or an "
@@ -132,7 +132,7 @@ def dequantizes(model: nn.Module) -> bool:
     become bfloat16 weights.
     """
     return any(w.codes.zeros is not None or _is_packed_table(w) or
-               w.codes.form.through_bfloat16 and w.weight.dtype != torch.bfloat16 for w in coded(model))
+               w.codes.form.through_bfloat16 and w.dtype != torch.bfloat16 for w in coded(model))
 
 
 def _is_packed_table(weight: Weight) -> bool:

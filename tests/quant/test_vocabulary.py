@@ -10,6 +10,7 @@ from llmopt.checkpoint.look import checkpoint_facts
 from llmopt.errors import LlmoptError
 from llmopt.forecast.size import predict
 from llmopt.method import Run
+from llmopt.model.loaded import forget_codes
 from llmopt.quant import GPTQ, RTN, vocabulary
 from llmopt.quant.making import Making
 from llmopt.run import pipeline
@@ -121,6 +122,10 @@ def test_a_loaded_one_is_saved_again_as_small_with_its_head_tied(tmp_path):
     again, _ = llmopt.load(tmp_path / "second")
     with torch.no_grad():
         assert torch.equal(again(ids(2, 40)).logits, model(ids(2, 40)).logits)
+    forget_codes(again)
+    again.save_pretrained(tmp_path / "dense")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert size(tmp_path / "dense") == predict(make("llama", BF16), []).bytes
 
 
 def test_the_record_tells_of_the_embedding(tmp_path):
