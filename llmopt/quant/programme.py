@@ -15,7 +15,7 @@ import numpy as np
 from llmopt.errors import BudgetError
 
 SECONDS = 60.0      # after which the best plan found so far is taken
-FINE = 1e4          # the largest damage in the solver's numbers, whose absolute gap of 1e-6 is a relative one of 1e-10
+FINE = 100.0       # the largest damage in the numbers of the solver, whose absolute gap of 1e-6 is then 1e-8 of it
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
-        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+    def outside(self, model: nn.Module, edits: bool = False, head: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(Outside(model), head):
             yield
 
     @contextmanager
@@ -79,17 +79,21 @@ class Streamed(Resumable):
         self.rest.update(tensors.of_file(file))
 
     @contextmanager
-    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
-        decoder = model.get_decoder()
+    def _reading_outside(self, rest: Outside, head: bool) -> Iterator[None]:
+        model, tied, decoder = rest.model, rest.tied, rest.model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
-        places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
+        places = {name: place for name, place in self.rest.items() if head or name.startswith(f"{prefix}.")}
         before = {name: model.get_parameter(name) for name in places}
         self._fill(model, places)
+        if head and tied:
+            rest.tie()
         try:
             yield
         finally:
             for name, parameter in before.items():          # the very same: the output head may be tied to it
                 _put(model, name, parameter)
+            if head and tied:
+                rest.tie()
 
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
