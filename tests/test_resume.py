@@ -18,7 +18,8 @@ from llmopt.model import computing
 from llmopt.model.blocks import layer_list
 from llmopt.model.stored import rebuilt, stored
 from llmopt.model.weights import coded
-from llmopt.quant import GPTQ, RTN
+from llmopt.quant import GPTQ, RTN, deciding
+from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import Interrupted, Journal, difference
@@ -51,8 +52,8 @@ def run(file: Path, output: str = "out", stream: bool = False, resume: bool = Tr
 
 
 def cut_off(monkeypatch, at: int, error: BaseException) -> None:
-    """Let the `at`-th solution of GPTQ from now on raise `error`, once."""
-    solve, left = GPTQ._solve, [at]
+    """Let the `at`-th solution from now on raise `error`, once."""
+    solve, left = Making._solve, [at]
 
     def cut(self, *args):
         left[0] -= 1
@@ -60,7 +61,7 @@ def cut_off(monkeypatch, at: int, error: BaseException) -> None:
             raise error
         return solve(self, *args)
 
-    monkeypatch.setattr(GPTQ, "_solve", cut)
+    monkeypatch.setattr(Making, "_solve", cut)
 
 
 def counted(monkeypatch, cls: type, name: str) -> list:
@@ -129,7 +130,7 @@ def test_ctrl_c_keeps_what_is_finished(made, stream, monkeypatch, capsys):
     assert call(monkeypatch, *words) == 2
     assert "an unfinished run of" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in work.iterdir() if file.is_file()} == before
-    solved = counted(monkeypatch, GPTQ, "_solve")
+    solved = counted(monkeypatch, Making, "_solve")
     assert call(monkeypatch, *words, "--resume") == 0
     assert len(solved) == 14                                   # seven weights of each of the last two blocks
     assert contents(made.parent / "out") == contents(made.parent / "whole")
@@ -143,7 +144,7 @@ def test_a_run_begun_in_memory_goes_on_streamed_and_back(made, monkeypatch):
             cut_off(patch, at, KeyboardInterrupt())
             with pytest.raises(Interrupted):
                 run(made, stream=stream)
-    solved = counted(monkeypatch, GPTQ, "_solve")
+    solved = counted(monkeypatch, Making, "_solve")
     run(made, stream=True)
     assert len(solved) == 7
     assert contents(made.parent / "out") == contents(made.parent / "whole")
@@ -160,7 +161,7 @@ def test_a_block_damaged_on_disk_is_found_and_done_anew(made, monkeypatch):
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
-    solved = counted(monkeypatch, GPTQ, "_solve")
+    solved = counted(monkeypatch, Making, "_solve")
     report = run(made)
     assert len(solved) == 14
     assert [line for line in report.messages if "damaged" in line] == [
@@ -193,7 +194,7 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
         cut_off(patch, 4 * 28 + 9, KeyboardInterrupt())         # behind 28 weights at 4 widths each
         with pytest.raises(Interrupted):
             run(made)
-    scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, GPTQ, "_measure")
+    scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, deciding, "measured")
     run(made)
     assert (scored, measured) == ([], [])
     assert contents(made.parent / "out") == contents(made.parent / "whole")
@@ -212,7 +213,7 @@ def test_an_error_behind_the_last_step_loses_nothing(made, monkeypatch):
         patch.setattr(checkpoint, "_copy_companions", lambda *_: (_ for _ in ()).throw(LlmoptError("in the way")))
         run(made)
     assert [path.name for path in made.parent.glob("*out*")] == [WORK]
-    solved = counted(monkeypatch, GPTQ, "_solve")
+    solved = counted(monkeypatch, Making, "_solve")
     run(made)
     assert solved == []
     assert contents(made.parent / "out") == contents(made.parent / "whole")

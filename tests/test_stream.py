@@ -19,7 +19,7 @@ from llmopt.kv import SnapKV
 from llmopt.method import Run
 from llmopt.model import skeleton
 from llmopt.model.blocks import blocks
-from llmopt.quant import GPTQ
+from llmopt.quant.making import Making
 from llmopt.run import opening, pipeline
 from llmopt.run.dry_run import dry_run
 from llmopt.run.opening import Streaming
@@ -93,7 +93,7 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     """Counted whenever a quantizer looks at a weight: the weights there are those of one block and no embedding."""
     seen, model = [], skeleton.open_model(ModelSpec(id=str(dense(tmp_path, "llama", num_hidden_layers=6))))[0]
     block = sum(p.numel() for p in blocks(model)[0].module.parameters())
-    solve = GPTQ._solve
+    solve = Making._solve
 
     def real():
         return sum(t.numel() for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta)
@@ -103,7 +103,7 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
             seen.append(real())
         return solve(self, projection, *rest)
 
-    monkeypatch.setattr(GPTQ, "_solve", counted)
+    monkeypatch.setattr(Making, "_solve", counted)
     gc.collect()
     there = real()
     pipeline.run(plan(tmp_path, tmp_path / "dense", STEPS["gptq"]), tmp_path / "out", streaming=Streaming(True))

@@ -7,12 +7,13 @@ from torch import nn
 
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.model.blocks import Projection, blocks
-from llmopt.model.forms import FORMS, Form
+from llmopt.model.forms import FORMS
 from llmopt.quant import floats
 from llmopt.quant.plan import DENSE, Target
 from llmopt.recipe.schemes import SCHEMES, Scheme
 
 Name = Literal[tuple(SCHEMES)]
+INTEGERS = Scheme(bits=4)
 KERNEL = 16         # input columns must be a multiple of it where numbers of 8 bits meet rounded inputs
 
 
@@ -55,10 +56,9 @@ def check_widths(found: Iterable[Target], name: str) -> None:
                               "W4A16 with a group_size that divides them")
 
 
-def of(name: str | None) -> tuple[Scheme | None, Form]:
-    """(scheme, form of its numbers); integers where no scheme is named."""
-    scheme = SCHEMES[name] if name else None
-    return scheme, FORMS[scheme.form if scheme else "int"]
+def of(name: str | None) -> Scheme:
+    """The scheme of this name; without one plain integers, of which the step's fields tell the rest."""
+    return SCHEMES[name] if name else INTEGERS
 
 
 class Wholes:

@@ -1,0 +1,137 @@
+"""Weight by weight: what its solver makes of it, by all processes together, and how it comes into the model."""
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight
+from llmopt.calibration.second_moments import energy
+from llmopt.calibration.walk import visits
+from llmopt.errors import LlmoptError, naming
+from llmopt.method import Run
+from llmopt.model.blocks import Projection
+from llmopt.model.codes import Quantized
+from llmopt.model.finite import all_finite
+from llmopt.quant import kinds
+from llmopt.quant.grid import Spec
+from llmopt.quant.plan import DENSE, Target
+from llmopt.quant.settings import Settings
+from llmopt.scale.gauge import give_back_freed
+from llmopt.scale.processes import Ranks
+
+
+@dataclass(frozen=True)
+class Making:
+    """The codes of a model's weights, as a step has them made."""
+
+    step: Settings
+    model: nn.Module
+    run: Run
+
+    def write_all(self, todo: Mapping[str, Target]) -> None:
+        """The weights that `todo` names, one after the other, each from inputs behind those already written."""
+        wholes = kinds.Wholes(self.model, todo)
+        if self.step.solver.inputs == "block":
+            for projection, made in self._from_blocks(todo, wholes):
+                self._write(projection, None, made, Ranks())
+            return
+        for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self._collected):
+            team = self._team(projection)
+            spec = self.step.spec(todo[projection.name], projection.weight.dtype, wholes)
+            self._write(projection, stats, self._solve(projection, stats, spec, team), team)
+            give_back_freed()
+
+    def at_all_widths(self, free: Mapping[str, Target],
+                      widths: Iterable[int]) -> Iterator[tuple[Projection, int, Quantized]]:
+        """Each weight at each width below DENSE, made from the dense model's inputs; nothing is written."""
+        below = [w for w in widths if w != DENSE]
+        if self.step.solver.inputs == "block":
+            for width in below:
+                todo = {name: target.at(width) for name, target in free.items()}
+                yield from ((p, width, made) for p, made in self._from_blocks(todo))
+            return
+        label = f"{self.step.name} at {len(list(widths))} widths"
+        for p, stats in each_weight(self.model, self.run, free, label, self._collected, edits=False):
+            team = self._team(p)
+            for width in below:
+                spec = self.step.spec(free[p.name].at(width), p.weight.dtype)
+                yield p, width, _whole(self._solve(p, stats, spec, team), p, team)
+
+    def _from_blocks(self, todo: Mapping[str, Target],
+                     wholes: kinds.Wholes | None = None) -> Iterator[tuple[Projection, Quantized]]:
+        """Codes from a solver of whole blocks, one block after the other; every process sees all rows.
+
+        wholes: where the caller writes them into the block.
+        """
+        for visit in visits(self.model, self.run, self.step.name, edits=wholes is not None):
+            chosen = [p for p in visit.block.projections() if p.name in todo]
+            for p in chosen:
+                _check_finite(p)
+            with naming(visit.block.name):
+                yield from self.step.solver.quantize_block(
+                    visit, {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen})
+
+    @property
+    def _collected(self) -> Inputs:
+        """The statistics to collect of the inputs of each weight."""
+        solver, static = self.step.solver, self.step.says.static
+        kind = "peak" if static and solver.inputs == "none" else solver.inputs
+        return Inputs(kind, peak=static, token_weights=solver.token_weights, dense=solver.dense)
+
+    def _team(self, projection: Projection) -> Ranks:
+        """The processes that share the rows of this weight: all of them, or each by itself."""
+        apart, ranks = self.step.solver.rowwise and self.step.form.rows == 1, self.run.ranks
+        return ranks if apart and projection.out_features >= ranks.size else Ranks()
+
+    @torch.no_grad()
+    def _solve(self, projection: Projection, stats: Seen, spec: Spec, team: Ranks) -> Quantized:
+        """This process's rows of a weight, quantized."""
+        _check_finite(projection)
+        with naming(projection.name):
+            own = team.share(projection.weight).to(torch.float32, copy=True)
+            own = own.contiguous()              # so that a row's last bits do not depend on how many others there are
+            return self.step.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
+
+    @torch.no_grad()
+    def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
+        """Put the codes of which each of the team has some rows into the model, with what they cost."""
+        dense = team.share(projection.weight).float()
+        rounded = part.dequantize(projection.weight.dtype)
+        change, sums = rounded.float() - dense, self.step.solver.sums
+        counts = {name: part.figures[name] for name in sums if name in part.figures}
+        counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
+        if isinstance(stats, Moments):
+            lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
+            counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
+        total, whole = team.totals(counts), _whole(part, projection, team)
+        whole.figures |= {name: total[name] for name in sums if name in total}
+        whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
+        if isinstance(stats, Moments):
+            whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
+        says = self.step.says
+        whole.inputs, whole.peak = says.inputs, _peak(stats, projection) if says.static else None
+        projection.write(team.rows(rounded, projection.out_features))
+        projection.codes = whole
+
+
+def _check_finite(projection: Projection) -> None:
+    if not all_finite(projection.weight):
+        raise LlmoptError(f"{projection.name}: the weight holds NaN or infinite values")
+
+
+def _peak(stats: Seen, projection: Projection) -> float:
+    """The largest input that was seen; raises LlmoptError where that is no number to make a range of."""
+    seen = stats.largest if isinstance(stats, Moments) else stats
+    peak = max((float(x.abs().max()) for x in seen if len(x)), default=0.0) if isinstance(seen, list) else seen.peak
+    if not 0 < peak < float("inf"):
+        raise LlmoptError(f"{projection.name}: the largest of its calibration inputs is {peak}, of which no range can "
+                          "be made: more calibration data, or a scheme without a fixed range such as FP8_DYNAMIC")
+    return peak
+
+
+def _whole(part: Quantized, projection: Projection, team: Ranks) -> Quantized:
+    """All rows of a weight of which each of the team has some."""
+    codes, scales, zeros = (None if rows is None else team.rows(rows, projection.out_features)
+                            for rows in (part.codes, part.scales, part.zeros))
+    return replace(part, codes=codes, scales=scales, zeros=zeros)
