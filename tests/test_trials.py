@@ -20,7 +20,7 @@ def divergence(dense, model, rows) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_trials_are_what_models_with_these_weights_would_give(family):
-    """Up weights are halved in all blocks but the first; a trial drops the writer of block 1, another one of block 2."""
+    """Up weights are halved in all blocks but the first; one trial drops the writer of block 1, one that of block 2."""
     model, dense = tiny.make(family), tiny.make(family)
     rows, run = sample(batches(), 0), Run(batches())
     trials, gone = Trials(model, run, rows, ("halved",)), {1: "one", 2: "two"}
@@ -28,8 +28,9 @@ def test_trials_are_what_models_with_these_weights_would_give(family):
         assert len(visit.inputs) == 1 and len(own.inputs) == len(rows)
         halved = {} if index == 0 else {p.name: p.weight * 0.5 for p in own.block.ffn_in[-1:]}
         writer = own.block.ffn_out
-        branches = {gone[index]: ("halved", halved | {writer.name: writer.weight * 0})} if index in gone else {}
-        trials.through(own, lambda name, halved=halved: halved, branches)
+        now = {gone.get(index): halved | {writer.name: writer.weight * 0}}
+        trials.through(own, lambda name, now=now, halved=halved: now.get(name, halved),
+                       {gone[index]: "halved"} if index in gone else {})
     found = trials.damage()
     assert set(found) == {"halved", "one", "two"}
     for name, dropped in (("halved", None), ("one", 1), ("two", 2)):

@@ -44,18 +44,16 @@ class Trials:
 
     @torch.no_grad()
     def through(self, visit: Visit, weights: Callable[[Hashable], Weights],
-                branches: Mapping[Hashable, tuple[Hashable, Weights]] | None = None) -> None:
+                branches: Mapping[Hashable, Hashable] | None = None) -> None:
         """Take all trials through the block of a visit with the rows.
 
-        weights: in place of the block's for each trial that is there; branches: the new ones, {trial: (the one that it
-        branches off from, its weights in this block)}.
+        weights: what a trial has in place of the block's. branches: new trials, each with the one that it leaves here.
         """
         hold, ahead = self.memory.keeper(), {}
-        jobs = [(name, name, weights(name)) for name in self.hidden]
-        jobs += [(name, *branch) for name, branch in (branches or {}).items()]
-        for name, origin, of in self.run.progress(jobs, "trials"):
+        jobs = [*((name, name) for name in self.hidden), *(branches or {}).items()]
+        for name, origin in self.run.progress(jobs, "trials"):
             before = visit.inputs if self.hidden[origin] is None else self.hidden[origin]
-            here, own = replace(visit, inputs=before), _in_block(visit, of)
+            here, own = replace(visit, inputs=before), _in_block(visit, weights(name))
             ahead[name] = [hold(here.forward(index, own)) for index in range(len(self.rows))]
         self.hidden = ahead
 

@@ -60,7 +60,7 @@ class Programme:
             yield plan
 
     def _solved(self, known: list[list[int]], apart: int, room: int) -> list[int] | None:
-        from scipy.optimize import Bounds, LinearConstraint, milp       # takes a second to import
+        from scipy.optimize import Bounds, LinearConstraint, milp  # takes a second to import
 
         places = [(unit, option) for unit in range(len(self.cost)) for option in self._worth(unit, known)]
         unit_of = np.array([unit for unit, _ in places])

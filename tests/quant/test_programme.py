@@ -23,8 +23,8 @@ def greedy(programme: Programme) -> list[int]:
 
 
 @st.composite
-def programmes(draw, units=st.integers(1, 6)) -> Programme:
-    shapes = draw(st.lists(st.integers(1, 4), min_size=(count := draw(units)), max_size=count))
+def programmes(draw) -> Programme:
+    shapes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
     damage = [draw(st.lists(st.floats(0, 10), min_size=n, max_size=n)) for n in shapes]
     cost = [draw(st.lists(st.integers(0, 50), min_size=n, max_size=n)) for n in shapes]
     least, most = Programme(damage, cost, 0).reach
