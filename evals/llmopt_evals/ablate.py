@@ -24,7 +24,10 @@ OF_THE_WORLD, OF_A_TEXT = ["world_recall", "world_ppl"], ["needles", "text_ppl"]
 
 @dataclass(frozen=True)
 class Asked:
-    """The tasks, how many documents of each, what they read, and how often other heads are drawn."""
+    """The tasks, how many documents of each, what they read, and how often other heads are drawn.
+
+    trust: code of task files may run.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
@@ -32,6 +35,7 @@ class Asked:
     draws: int = 20
     seed: int = 0
     batch_size: int = 16
+    trust: bool = False
 
 
 def usual_tasks(tokenizer: Any, text: str | None) -> list[str]:
@@ -67,7 +71,8 @@ def costs(model: nn.Module, tokenizer: Any, scores: dict[str, list[Tensor]], cou
     A figure of random heads is (median, lowest, highest).
     """
     def measured() -> Column:
-        return column(evaluate(model, [*asked.tasks], tokenizer, asked.limit, asked.batch_size, asked.text))
+        return column(evaluate(model, [*asked.tasks], tokenizer, asked.limit, asked.batch_size, asked.text,
+                               trust=asked.trust))
 
     dense = measured()
     return {name: {"nothing masked": dense, **_costs(model, values, count, (how, means), asked, measured, progress)}

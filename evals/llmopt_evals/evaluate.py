@@ -30,12 +30,12 @@ PASSING = ("samples", "date", "git_hash", "upper_git_hash", "pretty_env_info")  
 def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = None, limit: int | None = None,
              batch_size: int = 16, text: str | None = None,
              ranks: Ranks = Ranks(), options: dict[str, Any] | None = None,      # noqa: B008  both are frozen
-             asking: Asking = Asking()) -> dict[str, Any] | None:                # noqa: B008
+             asking: Asking = Asking(), trust: bool = False) -> dict[str, Any] | None:                # noqa: B008
     """lm-eval's results for a model to be loaded, or a loaded one with its tokenizer.
 
     text: the file of the tasks `text_ppl` and `needles`. ranks: the processes that divide the requests; rank 0 gets the
     results, the others None. options: what lm-eval calls metadata, such as the lengths of `needles`. asking: few-shot
-    examples, chat template and the like.
+    examples, chat template and the like. trust: code of task files may run, as where a model to be loaded says so.
     Raises LlmoptError for an unknown task, a task whose data cannot be had or whose words the model does not know, and
     a model that cannot be loaded.
     """
@@ -43,7 +43,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
 
     from llmopt_evals.lm import LlmoptLM
 
-    trust, options = isinstance(model, ModelSpec) and model.trust_remote_code, dict(options or {})
+    trust, options = trust or isinstance(model, ModelSpec) and model.trust_remote_code, dict(options or {})
     check_asking(asking, trust)
     task_manager(tasks, trust, folder=asking.include_path)    # a wrong name is an error before the model is loaded
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))

@@ -54,6 +54,8 @@ def heads(model, methods, sets, correlate, ablate, how, draws, tasks, limit, tex
 
     steps, files = steps_of(methods, sets), [name for name in methods if name.endswith(FILES)]
     check_wanted([*files, *steps], correlate, ablate, output, plot)
+    if ablate is not None and tasks:
+        check_tasks(tasks.split(","), loading["trust_remote_code"])
     given = {name: load_scores(name) for name in files}
     rows = DataSpec(**(source(data) if data is not None else {}), samples=samples, length=length,
                     batch_size=batch_size)
@@ -64,7 +66,7 @@ def heads(model, methods, sets, correlate, ablate, how, draws, tasks, limit, tex
         loaded, run, records = score_heads(spec, steps, rows, progress, team, calibrated=mean)
         scores = given | {step.name: run.scores[step.name] for step in steps}
         if ablate is not None:
-            columns = costs(loaded, run, scores, ablate, how, (tasks, limit, text, draws))
+            columns = costs(loaded, run, scores, ablate, how, (tasks, limit, text, draws), loading["trust_remote_code"])
     if output and team.is_main:
         save_scores(output, steps[0].name, scores[steps[0].name], records[0].meta)
     if plot and team.is_main:
@@ -113,7 +115,14 @@ def check_wanted(methods, correlate, ablate, output, plot) -> None:
         raise LlmoptError(f"{output}: scores are written to a .json or .safetensors file")
 
 
-def costs(model, run, scores, ablate, how, asked):
+def check_tasks(tasks, trust):
+    """Raise LlmoptError for a task that does not exist, or may not run its code, before the heads are scored."""
+    from llmopt_evals.evaluate import task_manager
+
+    task_manager(tasks, trust)
+
+
+def costs(model, run, scores, ablate, how, asked, trust):
     """What masking the heads of each score costs, as llmopt_evals.ablate gives it."""
     from llmopt_evals import ablate as ablation
 
@@ -126,6 +135,6 @@ def costs(model, run, scores, ablate, how, asked):
         check_scores(values, [block.heads for block in blocks(model)])
     count = ablation.heads_of(ablate, next(iter(scores.values())))
     named = tasks.split(",") if tasks else ablation.usual_tasks(run.tokenizer, text)
-    wanted = ablation.Asked(tuple(named), limit, text, draws)
+    wanted = ablation.Asked(tuple(named), limit, text, draws, trust=trust)
     means = mean_outputs(model, run) if how == "mean" else None
     return ablation.costs(model, run.tokenizer, scores, count, how, wanted, means, run.progress)

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from llmopt_evals.ablate import Asked, costs, heads_of, sets, usual_tasks
+from llmopt_evals.world import tasks_path
 from tqdm import tqdm
 
 import llmopt
@@ -81,3 +82,16 @@ def test_scores_travel_through_safetensors(tmp_path):
     llmopt.files.shards.save({"other": torch.ones(2)}, tmp_path / "bad.safetensors")
     with pytest.raises(LlmoptError, match="holds no head scores"):
         load_scores(tmp_path / "bad.safetensors")
+
+
+def test_tasks_of_a_file_run_their_code_only_with_leave(tmp_path, monkeypatch, capfd):
+    own = (tasks_path() / "world_copy.yaml").read_text().replace("task: world_copy", "task: mine")
+    (tmp_path / "mine.yaml").write_text(own.replace("!function utils.", "!function mine."))
+    (tmp_path / "mine.py").write_text("from llmopt_evals.tasks.utils import *")
+    save_scores(tmp_path / "s.json", "heads.x", [torch.arange(8.) + 8 * layer for layer in range(6)], {})
+    words = ("-q", "heads", "llmopt/reference", "--method", tmp_path / "s.json", "--samples", 1, "--ablate", 1,
+             "--draws", 0, "--limit", 1, "--json", "--tasks", tmp_path / "mine.yaml")
+    assert call(monkeypatch, *words) == 2
+    assert "give --trust-remote-code on the command line" in capfd.readouterr().err
+    assert call(monkeypatch, *words, "--trust-remote-code") == 0
+    assert "mine" in capfd.readouterr().out
