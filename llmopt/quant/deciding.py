@@ -10,7 +10,7 @@ from llmopt.model.blocks import blocks
 from llmopt.quant import estimated, measured, scores
 from llmopt.quant.allocate import around, two_level
 from llmopt.quant.making import Making
-from llmopt.quant.options import Budget, Plan, Unit, average, budget, chosen, programme, units_of
+from llmopt.quant.options import Budget, Plan, Unit, average, budget, chosen, programme, units_of, with_plan
 from llmopt.quant.plan import Choice, Target
 from llmopt.quant.settings import BY_RANK, Settings
 
@@ -29,7 +29,7 @@ def planned(step: Settings, model: nn.Module) -> list[Target]:
     bound = budget(step, model, found, units)
     bound.check(units)
     if step.allocate in BY_RANK:
-        return _with(found, _by_rank(step, bound, units, [0.0] * len({t.block for u in units for t in u.members})))
+        return with_plan(found, _by_rank(step, bound, units, [0.0] * len({t.block for u in units for t in u.members})))
     level = min(average(step, bound, units), max(step.widths))
     return [t.at(level) for t in found]
 
@@ -43,13 +43,9 @@ def decided(step: Settings, model: nn.Module, run: Run) -> tuple[list[Target], d
     bound = budget(step, model, found, units)
     bound.check(units)
     made = dict(run.memory.remember("allocation", lambda: _allocation(Making(step, model, run), bound, units)))
-    found = _with(found, {name: Choice(*choice) for name, choice in made.pop("plan").items()})
+    found = with_plan(found, {name: Choice(*choice) for name, choice in made.pop("plan").items()})
     _tell(found)
     return found, {"allocation": made}
-
-
-def _with(found: Sequence[Target], plan: Plan) -> list[Target]:
-    return [target.at(*plan[target.name]) if target.name in plan else target for target in found]
 
 
 def _allocation(making: Making, bound: Budget, units: list[Unit]) -> dict[str, Any]:
@@ -77,13 +73,13 @@ def _by_rank(step: Settings, bound: Budget, units: Sequence[Unit], importance: l
     names = list(dict.fromkeys(target.block for target in members))
     params = [sum(target.size for target in members if target.block == name) for name in names]
     level = average(step, bound, units)
-    pair = around(step.widths, level)
     while True:
-        bits = dict(zip(names, two_level(importance, params, *pair, level), strict=True))
-        over = sum(bound.price(target.at(bits[target.block])) for target in members) - bound.room
-        if over <= 0:
-            return {target.name: Choice(bits[target.block], target.group_size) for target in members}
-        level -= over / sum(params)                     # rows of codes end at whole words, which no average knows of
+        bits = dict(zip(names, two_level(importance, params, *around(step.widths, level), level), strict=True))
+        plan = {target.name: Choice(bits[target.block], target.group_size) for target in members}
+        over = sum(bound.price(target.at(*plan[target.name])) for target in members) - bound.room
+        if max(over, bound.over(plan)) <= 0:
+            return plan
+        level -= max(over, 1) / sum(params)             # rows of codes end at whole words, which no average knows of
 
 
 def _tell(found: Sequence[Target]) -> None:

@@ -35,8 +35,9 @@ def allocation(making: Making, bound: Budget, units: list[Unit]) -> tuple[Table,
     table = run.ranks.agree(_table(making, units, level, rows))
     problem = programme(bound, units, table)
     plans = list(problem.plans(step.plans, max(1, len(units) // APART)))
-    alike = [picks for picks in _alike(units) if problem.price(picks) <= problem.room and picks not in plans]
+    alike = [picks for picks in _alike(units) if problem.price(picks) <= bound.room and picks not in plans]
     plans += [min(alike, key=problem.harm)] if alike else []
+    plans = [picks for picks in plans if bound.over(chosen(units, picks)) <= 0]
     damage = run.ranks.agree(_whole(making, [chosen(units, picks) for picks in plans], rows))
     base = table[units[0].name][level[units[0].name]]                   # which each unit's damage holds, too
     told = [{"foretold": problem.harm(picks) - (len(units) - 1) * base, "measured": found}

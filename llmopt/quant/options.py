@@ -39,11 +39,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the units may cost together, by the price of each weight; told: a total in the words of the recipe."""
+    """What the units may cost together, by the price of each weight; told: a total in the words of the recipe.
+
+    over: how much more than is allowed the checkpoint takes with a plan, whose header no price knows; at most 0: nothing.
+    """
 
     room: int
     price: Price
     told: Callable[[int], str]
+    over: Callable[[Plan], int] = lambda plan: 0
 
     def check(self, units: Sequence[Unit]) -> None:
         """Raise BudgetError where not even the cheapest choices fit, telling what can be reached."""
@@ -101,10 +105,10 @@ def budget(step: Settings, model: nn.Module, found: Sequence[Target], units: Seq
         room = math.floor(step.bits * size * (1 + 1e-12) + 1e-6) + scales - spent
         return Budget(room, price, lambda total: f"an average of {(total + spent - scales) / size:.4g} bits")
     price = partial(stored, scale=scale, symmetric=step.symmetric, dense=torch.finfo(model.dtype).bits)
-    largest = [t.at(*max(unit.choices, key=lambda choice, unit=unit: unit.cost(choice, price)))
-               for unit in units for t in unit.members]
-    rest = _filed(step, model, fixed + largest) - sum(map(price, largest))      # the header's digits are those of these
-    return Budget(step.bytes - rest, price, lambda total: f"{total + rest:,} bytes")
+    usual = {t.name: unit.choices[0] for unit in units for t in unit.members}
+    rest = _filed(step, model, with_plan(found, usual)) - sum(price(t.at(*usual[t.name])) for t in found if not t.fixed)
+    return Budget(step.bytes - rest, price, lambda total: f"{total + rest:,} bytes",
+                  lambda plan: _filed(step, model, with_plan(found, plan)) - step.bytes)
 
 
 def average(step: Settings, bound: Budget, units: Sequence[Unit]) -> float:
@@ -115,14 +119,22 @@ def average(step: Settings, bound: Budget, units: Sequence[Unit]) -> float:
 
 
 def programme(bound: Budget, units: Sequence[Unit], table: Table) -> Programme:
-    """The programme over the choices of the units, in their order."""
-    return Programme([[table[unit.name][choice] for choice in unit.choices] for unit in units],
-                     [[unit.cost(choice, bound.price) for choice in unit.choices] for unit in units], bound.room)
+    """The programme over the choices of the units, in their order; its best plan keeps to the budget."""
+    problem = Programme([[table[unit.name][choice] for choice in unit.choices] for unit in units],
+                        [[unit.cost(choice, bound.price) for choice in unit.choices] for unit in units], bound.room)
+    while (over := bound.over(chosen(units, problem.best()))) > 0:
+        problem = replace(problem, room=problem.room - over)
+    return problem
 
 
 def chosen(units: Sequence[Unit], picks: Sequence[int]) -> Plan:
     """What the options of a programme's plan mean for each weight."""
     return {target.name: unit.choices[pick] for unit, pick in zip(units, picks, strict=True) for target in unit.members}
+
+
+def with_plan(found: Sequence[Target], plan: Plan) -> list[Target]:
+    """The targets, those that a plan names as it says."""
+    return [target.at(*plan[target.name]) if target.name in plan else target for target in found]
 
 
 def _bits(target: Target, extra: int) -> int:

@@ -4,7 +4,7 @@
 
 Entries may be changed by hand; 16 bits leave a weight as it is. A plan names each weight that is quantized, no other.
 """
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ def planned_by(name: str, found: Iterable[Target]) -> list[Target]:
     return [target for target in made if target.bits != DENSE]
 
 
-def plan_of(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The plan of what a step has done, ready for JSON; modules: of its record."""
-    return {"modules": {name: {"bits": told["bits"], "group_size": told["group_size"]}
-                        for name, told in modules.items()}}
+def mixed(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The plan, ready for JSON, of the step among these of a report that gave weights different bits or group sizes."""
+    for modules in (record["meta"]["modules"] for record in records if record["method"].startswith("quant.")):
+        plan = {name: {"bits": told["bits"], "group_size": told["group_size"]} for name, told in modules.items()}
+        if len({tuple(entry.values()) for entry in plan.values()}) > 1:
+            yield {"modules": plan}

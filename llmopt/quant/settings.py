@@ -170,13 +170,13 @@ def _check_width(bits: int | float) -> None:
 def _check_allocation(step: Settings) -> None:
     """Raise FieldError for fields that contradict how the bits are allocated."""
     ways = ", ".join(get_args(Allocation)[1:])
+    if step.plan and not step.says.plain:
+        raise FieldError("plan", step.plan, f"null, as scheme {step.scheme} is one kind of numbers,")
     if step.plan and step.allocate != "uniform":
         raise FieldError("allocate", step.allocate, "uniform, as the plan says it all,")
     for field, value, usual in (("bits", step.bits, 4), ("bytes", step.bytes, None)):
         if step.plan and value != usual:
             raise FieldError(field, value, f"{'null' if usual is None else usual}, as the plan says it all,")
-    if step.plan and not step.says.plain:
-        raise FieldError("plan", step.plan, f"null, as scheme {step.scheme} is one kind of numbers,")
     if step.bytes is not None and step.bits != 4:
         raise FieldError("bits", step.bits, "4, which counts for nothing beside bytes,")
     for field in ("bytes", "group_sizes"):
