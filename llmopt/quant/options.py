@@ -41,7 +41,7 @@ class Unit:
 class Budget:
     """What the units may cost together, by the price of each weight; told: a total in the words of the recipe.
 
-    over: how much more than is allowed the checkpoint takes with a plan, whose header no price knows; at most 0: nothing.
+    over: what the checkpoint takes with a plan, header and all, beyond what is allowed; 0 or less: nothing.
     """
 
     room: int
