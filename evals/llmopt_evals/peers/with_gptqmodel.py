@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 def work(job: Job) -> None:
     order = {} if job.group_size > 0 else {"act_group_aware": False, "desc_act": True}
-    config = GPTQConfig(bits=job.bits, group_size=job.group_size, sym=True, device="cpu", offload_to_disk=False, **order)
-    model = GPTQModel.load(job.model, config)
+    model = GPTQModel.load(job.model, GPTQConfig(bits=job.bits, group_size=job.group_size, sym=True, device="cpu",
+                                                 offload_to_disk=False, **order))
     rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
             for row in job.rows()]
     with job.solving():
