@@ -1,11 +1,13 @@
 """Weight by weight: what its solver makes of it, by all processes together, and how it comes into the model."""
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from llmopt.calibration.beside import visits_beside
 from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight, weights_of
+from llmopt.calibration.missing import places
 from llmopt.calibration.second_moments import energy
 from llmopt.calibration.walk import Visit, visits
 from llmopt.errors import LlmoptError, naming
@@ -35,7 +37,7 @@ class Making:
         """The weights that `todo` names, one after the other, each from inputs behind those already written."""
         wholes = kinds.Wholes(self.model, todo)
         if self.step.solver.inputs == "block":
-            for visit in visits(self.model, self.run, self.step.name):
+            for visit in self._stops(todo, edits=True):
                 for projection, made in self._from_block(visit, todo, wholes):
                     self._write(projection, None, made, Ranks())
             return
@@ -51,7 +53,7 @@ class Making:
         Of its weights, where `inputs` are no moments, or the solver wants whole blocks. The dense model's inputs.
         """
         if self.step.solver.inputs == "block":
-            for visit in visits(self.model, self.run, f"{self.step.name}, trials", edits=False):
+            for visit in self._stops(wanted, edits=False):
                 yield from ((t, self._lost(p, None, q, Ranks())) for p, t, q in self._of_block(visit, wanted))
             return
         for p, stats in each_weight(self.model, self.run, wanted, f"{self.step.name}, trials", inputs, edits=False):
@@ -66,6 +68,13 @@ class Making:
         for p, stats in weights_of(visit, self.run, wanted, self.collected):
             for target, part in self._variants(p, stats, wanted[p.name]):
                 yield target, _whole(part, p, self._team(p))
+
+    def _stops(self, todo: Collection[str], edits: bool) -> Iterator[Visit]:
+        """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
+        run, dense = replace(self.run, ranks=Ranks()), self.step.solver.dense
+        if edits and dense != "none":                       # else both streams are one
+            return visits_beside(self.model, run, self.step.name, lambda b: places(b, todo, dense == "residual"))
+        return visits(self.model, run, self.step.name, edits)
 
     @property
     def data(self) -> list[dict[str, Tensor]]:
@@ -94,8 +103,8 @@ class Making:
         for p in chosen:
             _check_finite(p)
         with naming(visit.block.name):
-            yield from self.step.solver.quantize_block(
-                visit, {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen})
+            specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
+            yield from self.step.solver.quantize_block(visit, specs, replace(self.run, ranks=Ranks()))
 
     @property
     def collected(self) -> Inputs:
