@@ -104,7 +104,7 @@ class Making:
             _check_finite(p)
         with naming(visit.block.name):
             specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
-            yield from self.step.solver.quantize_block(visit, specs, replace(self.run, ranks=Ranks()))
+            yield from self.step.solver.quantize_block(visit, specs, self.run)
 
     @property
     def collected(self) -> Inputs:

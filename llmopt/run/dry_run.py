@@ -164,8 +164,8 @@ class Rehearsal:
         stays = (count - 1) * added
         codes = (count - 1) * (sum(map(code_bytes, layers)) - codes)        # hung on the blocks after all trials
         spent, part = loops.scaled(spent, count, forwards), f"steps.{index} {step.name}"
-        streams = 0 if self.streamed else (count - 1) * max(0, loops.high_trials - loops.high)      # each block's trials
-        trials = loops.high_trials + max(0, stays - codes) + streams
+        streams = 0 if self.streamed else (count - 1) * max(0, loops.high_trials - loops.high)
+        trials = loops.high_trials + max(0, stays - codes) + streams        # the hidden states of each block's trials
         self.times.add(part, spent, f"first of {count} blocks, measured")
         self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays), trials)))
         self.elsewhere, self.left = self.elsewhere + stays, self.left + added + stays
