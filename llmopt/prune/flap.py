@@ -2,9 +2,9 @@
 
     score(unit) = mean over its columns j of  Var(X_j) ||W_j||^2          W, X: weight and inputs of the writer
 
-An et al., 2023 (arXiv:2312.11983), "WIFV". What the units wrote on average goes, by `refit`, into the columns that stay,
-and into the writer's bias, where it has one. Left out: new biases, as no plain reader of the checkpoint would know them;
-the paper's own comparison between layers.
+An et al., 2023 (arXiv:2312.11983), "WIFV". What the units wrote on average goes, by `refit`, into the columns that
+stay, and into the writer's bias, where it has one. Left out: new biases, as no plain reader of the checkpoint would
+know them; the paper's own comparison between layers.
 """
 from pydantic.dataclasses import dataclass
 from torch import Tensor

@@ -35,7 +35,7 @@ class ByInputs(Pruner):
 
     @abstractmethod
     def rate(self, weight: Tensor, seen: Any, index: Tensor) -> Tensor:
-        """[units], larger stays longer. weight: the writer's [out, in] float32; index [units, n]: columns of each unit."""
+        """[units], larger stays longer. weight: the writer's [out, in] float32; index [units, n]: columns of a unit."""
 
     def score(self, block: Block, visit: Visit | None) -> Scores:
         ends = {unit: found[-1] for unit in self.units if (found := members(block, unit))}

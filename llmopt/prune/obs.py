@@ -3,10 +3,10 @@
     loss(unit g) = tr( W_g (Hinv_gg)^-1 W_g^T ) / 2                H = sum_t x_t x_t^T + damping mean(diag H) I
     then         W -= W_g (Hinv_gg)^-1 Hinv_g,      Hinv -= Hinv_g^T (Hinv_gg)^-1 Hinv_g            (a few at a time)
 
-W [out, in], x: weight and inputs of a writer; g: the columns of a unit, Hinv_g their rows of the inverse. score(unit) is
-its loss at the time it leaves, and never less than that of one that left before. Hassibi and Stork, 1993; of structures,
-Kurtic et al., ZipLM (arXiv:2302.04089), Meng et al., OSSCAR (arXiv:2403.12983). What stays is fitted by `refit`, at once
-and exactly. Left out: OSSCAR's exchanges afterwards.
+W [out, in], x: weight and inputs of a writer; g: the columns of a unit, Hinv_g their rows of the inverse. score(unit)
+is its loss at the time it leaves, and never less than that of one that left before. Hassibi and Stork, 1993; of
+structures, Kurtic et al., ZipLM (arXiv:2302.04089), Meng et al., OSSCAR (arXiv:2403.12983). What stays is fitted by
+`refit`, at once and exactly. Left out: OSSCAR's exchanges afterwards.
 """
 import torch
 from pydantic import Field

@@ -3,10 +3,10 @@
     W_P += (H_PP + ridge mean(diag H_PP) I)^-1 H_PR W_R     H = sum of x x^T over the writer's inputs, P kept, R removed
 
 The solution of min_W sum |W x_P - W_old x|^2, damped towards the old weights; a bias takes part as the weight of an
-input that is always 1. The ridge is that of a few which does best on rows held out, every eighth of the calibration data
-(of fewer rows the last eighth of each); the sums of all tokens are then solved with it. Where none does better there than
-the cut alone, the cut alone stays. Left out: a target that also carries the error of the blocks before it (on
-stories260K, ffn + kv_groups, perplexity 10.6 -> 10.6 at 25 %, 41.5 -> 35.5 at 50 %, for twice the forwards).
+input that is always 1. The ridge is that of a few which does best on rows held out, every eighth of the calibration
+data (of fewer rows the last eighth of each); the sums of all tokens are then solved with it. Where none does better
+there than the cut alone, the cut alone stays. Left out: a target that also carries the error of the blocks before it
+(on stories260K, ffn + kv_groups, perplexity 10.6 -> 10.6 at 25 %, 41.5 -> 35.5 at 50 %, for twice the forwards).
 """
 import math
 from typing import Any
