@@ -20,7 +20,8 @@ dense model's float16 file adds less than 1e-5.
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,9 @@ class Row(NamedTuple):
     after: Tensor
 
 
+Against = Callable[[Opened], list[Row]]                 # holds a model against the dense one
+
+
 class Expected(NamedTuple):
     """What the dense model says of one row besides its distributions: log-likelihoods and first choices, [n]."""
 
@@ -81,7 +85,6 @@ class Sample(NamedTuple):
         return torch.linspace(0, count - 1, min(count, self.most)).round().long()
 
 
-@torch.no_grad()
 def compare(dense: Opened, compressed: Opened, draw: Draw, place: Path, ranks: Ranks = Ranks(),     # noqa: B008  frozen
             batch_size: int = BATCH) -> list[Row]:
     """Every row as both models see it, one model in memory after the other; processes divide the rows.
@@ -89,15 +92,32 @@ def compare(dense: Opened, compressed: Opened, draw: Draw, place: Path, ranks: R
     place: a folder for the dense model's distributions, which are gone afterwards however this ends.
     Raises LlmoptError for rows too short, another vocabulary, a disk too full, and a model that computes NaN.
     """
+    with reference(dense, draw, place, ranks, batch_size) as against:
+        return against(compressed)
+
+
+@contextmanager
+def reference(dense: Opened, draw: Draw, place: Path, ranks: Ranks = Ranks(),       # noqa: B008  frozen
+              batch_size: int = BATCH) -> Iterator[Against]:
+    """Inside, what holds one model after the other against the dense one, which was asked once; see `compare`."""
     with ExitStack() as stack:
         sample, kept, expected = _dense(dense, draw, place, ranks, batch_size, stack)
         gc.collect()                                    # both models at once may be more than the memory holds
-        with compressed as (model, _), evaluating(model), computing(model):
-            own = _held_against(model, sample, kept, expected)
+        yield partial(_against, sample, kept, expected, ranks)
+
+
+@torch.no_grad()
+def _against(sample: Sample, kept: Distributions, expected: list[Expected], ranks: Ranks,
+             compressed: Opened) -> list[Row]:
+    """Every row, in order, as the compressed model sees it beside what the dense one has left."""
+    kept.rewind()
+    with compressed as (model, _), evaluating(model), computing(model):
+        own = _held_against(model, sample, kept, expected)
     parts = ranks.gather(list(zip(sample.numbers, own, strict=True)))
     return [row for _, row in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
 
 
+@torch.no_grad()
 def _dense(dense: Opened, draw: Draw, place: Path, ranks: Ranks, batch_size: int,
            stack: ExitStack) -> tuple[Sample, Distributions, list[Expected]]:
     """(this process' rows, their distributions, all else that the dense model says of them)."""
@@ -111,7 +131,6 @@ def _dense(dense: Opened, draw: Draw, place: Path, ranks: Ranks, batch_size: int
         for index, table, wanted in _tables(readout, sample, "the dense model"):
             kept.write(table)
             found[index].append(Expected(_likelihoods(table, wanted), table.argmax(-1).cpu()))
-        kept.rewind()
     return sample, kept, [Expected(*map(torch.cat, zip(*pieces, strict=True))) for pieces in found]
 
 

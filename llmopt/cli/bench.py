@@ -1,9 +1,9 @@
 """`llmopt bench`: what the figures of the README are measured with."""
 import click
 
-from llmopt.cli import log
+from llmopt.cli import completion, log
 from llmopt.cli.help import Group
-from llmopt.cli.options import JSON
+from llmopt.cli.options import COUNT, FILE, JSON
 from llmopt.errors import LlmoptError
 
 
@@ -23,7 +23,7 @@ def bench() -> None:
 @JSON
 def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     """Memory, time and the journal's cost against the number of blocks; two processes against one."""
-    from llmopt.cli import tables
+    from llmopt.cli import measured, tables
 
     tables.quiet_libraries()
     from llmopt_evals.bench.scale import QUICK, Plan, measure
@@ -31,7 +31,7 @@ def scale(shape, blocks, recipe_name, solve, quick, as_json) -> None:
     counts = _numbers("--blocks", blocks, "4,8,16,32")
     with log.progress() as progress:
         found = measure(QUICK if quick else Plan(shape, counts, recipe_name, solve), progress)
-    tables.show_scale(found, as_json)
+    measured.show_scale(found, as_json)
 
 
 @bench.command(examples=("llmopt bench kv --quick", "llmopt bench kv --lengths 16384 --dims 128 --threads 1"))
@@ -48,7 +48,7 @@ def kv(lengths, dims, threads, rounds, part, quick, as_json) -> None:
     """Decoding with compressed caches against transformers' own: attention, the whole step, the memory's bandwidth.
     Then the share of a prompt's reading that each scorer takes, in prompts of 1,024 and 4,096 tokens.
     """
-    from llmopt.cli import tables
+    from llmopt.cli import measured, tables
 
     tables.quiet_libraries()
     from llmopt_evals.bench import kv, scoring
@@ -59,14 +59,56 @@ def kv(lengths, dims, threads, rounds, part, quick, as_json) -> None:
     with log.progress() as progress:
         found = [] if part == "scoring" else kv.measure(kv.QUICK if quick else plan, progress)
         shares = [] if part == "decoding" else scoring.measure(scored, progress)
-    tables.show_speeds(found, shares, as_json)
+    measured.show_speeds(found, shares, as_json)
 
 
-def _numbers(option: str, given: str, example: str) -> tuple[int, ...]:
-    """(4, 8) from "4,8"; raises LlmoptError for anything but positive whole numbers."""
+@bench.command(examples=("llmopt bench quant --quick",
+                         "llmopt bench quant MODEL quant.gptq --bits 3 --group-size 32 --samples 8 --length 64"))
+@log.verbosity
+@click.argument("model", default="llmopt/reference", shell_complete=completion.models)
+@click.argument("methods", nargs=-1)
+@click.option("--bits", default="4,3,2", show_default=True, help="Of methods that do not say.")
+@click.option("--group-size", default="32", show_default=True, help="Inputs that share a scale; -1: all of a row.")
+@click.option("--data", default="self", show_default=True, help="A file, self (sampled from the model), world, ...")
+@click.option("--samples", type=COUNT, default=48, show_default=True, help="Rows of calibration data.")
+@click.option("--length", type=COUNT, default=192, show_default=True, help="Tokens of a row.")
+@click.option("--rows", type=click.IntRange(2), default=64, show_default=True, help="Rows that are scored.")
+@click.option("--peer", "peers", multiple=True, metavar="NAME=PYTHON", help="llmcompressor, gptqmodel or autoround "
+              "beside ours, by the Python of an environment that has it; repeatable.")
+@click.option("--iterations", type=COUNT, default=200, show_default=True, help="Of autoround.")
+@click.option("--keep", type=FILE, help="Folder for the checkpoints; what it holds is not made again.")
+@click.option("--quick", is_flag=True, help="The first of the bits, and little data.")
+@JSON
+def quant(model, methods, bits, group_size, data, samples, length, rows, peers, iterations, keep, quick,
+          as_json) -> None:
+    """Quantizers beside each other: distance to the dense model, bytes of the file, CPU seconds.
+
+    METHODS are entries of a recipe's `steps`, or lists of them; without any, rounding and GPTQ with and without what
+    llmopt adds to it.
+    """
+    from llmopt.cli import measured, tables
+
+    tables.quiet_libraries()
+    from llmopt_evals.bench import quant
+    from llmopt_evals.peers.launch import peer
+
+    from llmopt.recipe.sources import source
+    from llmopt.specs import DataSpec
+
+    plan = quant.Plan(model, tuple(zip(methods, methods, strict=True)) or tuple(quant.METHODS.items()),
+                      _numbers("--bits", bits, "4,3"), _numbers("--group-size", group_size, "32,-1", (-1,)),
+                      DataSpec(**source(data), samples=samples, length=length), rows, tuple(map(peer, peers)),
+                      iterations, keep)
+    with log.progress() as progress:
+        found = quant.measure(plan.quick() if quick else plan, progress)
+    measured.show_quantizers(found, as_json)
+
+
+def _numbers(option: str, given: str, example: str, others: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """(4, 8) from "4,8"; raises LlmoptError for anything but positive whole numbers and those of `others`."""
     from llmopt.recipe.assign import values
 
     counts = values([f"numbers=[{given}]"])["numbers"]
-    if not counts or not all(type(count) is int and count > 0 for count in counts):
+    if not counts or not all(type(count) is int and (count > 0 or count in others) for count in counts):
         raise LlmoptError(f"{option}: {given!r} given, numbers such as {example} expected")
     return tuple(counts)

@@ -246,53 +246,6 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(line)
 
 
-def show_scale(found: dict[str, Any], as_json: bool) -> None:
-    """`llmopt bench scale`: a row for each number of blocks, then the processes, then the commands."""
-    if as_json:
-        print_json(found)
-        return
-    rows = [(row["blocks"], human(row["model_bytes"]), human(row["peak_private"]), human(row["peak_mapped"]),
-             f"{row['seconds_per_block']:.2f} s", f"{row['journal']:.1%}") for row in found["memory"]]
-    print_table("streamed, one thread", ["blocks", "model", "peak private memory", "mapped files", "steps, a block",
-                                         "journal"], rows)
-    both = found["processes"]
-    print_table(f"quant.gptq, {both['shape']}, one block", ["", "seconds"],
-                [("one process", f"{both['one']:.1f}"), ("two processes", f"{both['two']:.1f}"),
-                 ("times faster", f"{both['ratio']:.2f}")])
-    for line in found["commands"]:
-        click.echo(line)
-
-
-def show_speeds(found: list[dict[str, Any]], shares: list[dict[str, Any]], as_json: bool) -> None:
-    """`llmopt bench kv`: a row for each cache; milliseconds, how many times faster than the first cache, bandwidth.
-    Behind it the shares of a prefill, a row for each scorer.
-    """
-    if as_json:
-        print_json({"decoding": found, "scoring": shares})
-        return
-    if found:
-        _show_decoding(found)
-    if shares:
-        lengths = list(dict.fromkeys(row["length"] for row in shares))
-        told = {(row["method"], row["length"]): (f"{row['scores']:.1%}", f"{row['compression']:.1%}") for row in shares}
-        rows = [(name, *(figure for length in lengths for figure in told[name, length]))
-                for name in dict.fromkeys(row["method"] for row in shares)]
-        print_table("share of a prefill", ["method", *(f"{what}, {length} tokens" for length in lengths
-                                                       for what in ("scores", "whole compression"))], rows)
-
-
-def _show_decoding(found: list[dict[str, Any]]) -> None:
-    """A row for each cache, and the bandwidth of the memory."""
-    rows = [(row["dim"], row["threads"], row["length"], row["cache"], human(row["bytes"]),
-             f"{1000 * row['attention']:.2f} ms", f"{row['attention_ratio']:.2f}", f"{1000 * row['first']:.2f} ms",
-             f"{1000 * row['step']:.1f} ms", f"{row['step_ratio']:.2f}", f"{row['of_bandwidth']:.0%}") for row in found]
-    print_table("one token more", ["head dimension", "threads", "prompt", "cache", "holds", "attention, a layer",
-                                   "faster", "first token", "whole step", "faster", "of bandwidth"], rows)
-    for threads in dict.fromkeys(row["threads"] for row in found):
-        speed = max(row["bandwidth"] for row in found if row["threads"] == threads)
-        click.echo(f"memory is read at {speed / 1e9:.1f} GB/s by {threads} thread{'s' * (threads > 1)}")
-
-
 def show_findings(found: list, as_json: bool) -> None:
     """`llmopt doctor`: a line for each finding, problems last, where they are seen."""
     ranked = sorted(found, key=lambda finding: ("ok", "note", "problem").index(finding.level))

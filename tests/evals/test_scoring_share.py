@@ -5,7 +5,7 @@ import pytest
 import torch
 from llmopt_evals.bench import scoring
 
-from llmopt.cli import tables
+from llmopt.cli import measured
 from llmopt.kv.base import Scorer
 from llmopt.runtime.attach import attachment
 from tests.tiny import make
@@ -45,6 +45,6 @@ def test_shares_are_of_the_forward_without_the_compression(monkeypatch):
 
 def test_the_table_has_a_row_for_each_method_and_columns_for_each_length(capsys):
     rows = [{"method": "kv.knorm", "length": length, "scores": 0.01, "compression": 0.025} for length in (64, 128)]
-    tables.show_speeds([], rows, False)
+    measured.show_speeds([], rows, False)
     out = capsys.readouterr().out
     assert "share of a prefill" in out and out.count("kv.knorm") == 1 and out.count("2.5%") == 2

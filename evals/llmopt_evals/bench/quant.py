@@ -1,0 +1,151 @@
+"""`llmopt bench quant`: quantizers beside each other on one model: distance to the dense model, bytes, CPU seconds.
+
+Ours and, where asked for, those of other tools in environments of their own (llmopt_evals/peers): the same token ids
+for all, a process for each, one after the other. CPU seconds of the process are those of all its threads with imports,
+loading and saving; of the solver, those of calibration and solving. The distance is `fidelity`'s, in float32, on rows
+of the calibration's source that no tool has seen.
+"""
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmopt.calibration import data
+from llmopt.calibration.sampling import Sampler
+from llmopt.errors import LlmoptError, naming
+from llmopt.model.loading import check_dense, load_dense, resolve
+from llmopt.parts import build, get
+from llmopt.progress import Progress
+from llmopt.specs import REFERENCE, DataSpec, ModelSpec
+from llmopt_evals import fidelity
+from llmopt_evals.entries import read
+from llmopt_evals.large import opened
+from llmopt_evals.pairs import draw
+from llmopt_evals.peers.job import Job
+from llmopt_evals.peers.launch import OURS, Done, Failed, Tool, carried_out
+
+PLAIN = "signed: false, search: weights, sweeps: 0, targets: weights, residual: false, damping: 0.01"
+METHODS = {"rounding, range as it is": "quant.rtn: {clip: false}",
+           "rounding": "quant.rtn",
+           "GPTQ, columns in order": f"quant.gptq: {{{PLAIN}, act_order: false}}",
+           "GPTQ, plain": f"quant.gptq: {{{PLAIN}}}",
+           "quant.gptq": "quant.gptq"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The measurements to make. methods: {name: entry of a recipe's `steps`}; rows: that are scored.
+
+    keep: a folder for checkpoints and answers, where a later run finds what is done already.
+    """
+
+    model: str = REFERENCE
+    methods: tuple[tuple[str, str], ...] = tuple(METHODS.items())
+    bits: tuple[int, ...] = (4, 3, 2)
+    group_sizes: tuple[int, ...] = (32,)
+    data: DataSpec = DataSpec(name="self", samples=48, length=192)      # noqa: RUF009  frozen
+    rows: int = 64
+    peers: tuple[Tool, ...] = ()
+    iterations: int = 200
+    keep: Path | None = None
+
+    def quick(self) -> "Plan":
+        """Little data, one width, few iterations."""
+        return replace(self, bits=self.bits[:1], group_sizes=self.group_sizes[:1], rows=min(self.rows, 8),
+                       data=replace(self.data, samples=8, length=64), iterations=10)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: who does it, under which name, at how many bits in groups of how many columns."""
+
+    tool: Tool
+    name: str
+    bits: int
+    group_size: int
+    steps: list[dict[str, Any]]
+
+    def job(self, plan: Plan, ids: Path) -> Job:
+        """What the tool is asked."""
+        iterations = 0 if self.tool.name == OURS else plan.iterations
+        return Job(resolve(plan.model), str(ids), self.bits, self.group_size, iterations=iterations, steps=self.steps)
+
+
+def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """All figures, ready for JSON."""
+    spec, todo = ModelSpec(id=plan.model, compute_dtype="float32"), entries(plan)
+    check_dense(spec)
+    with TemporaryDirectory(prefix="llmopt-bench-") as scratch:
+        work = plan.keep or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        ids, held = rows_of(plan, work)
+        with fidelity.reference(opened(spec, False), lambda *_: held, Path(scratch)) as against:
+            rows = [row(entry, entry.job(plan, ids), work, against) for entry in progress(todo, "quantizers")]
+        seen = len(ids.read_text().splitlines())
+    return {"model": plan.model, "data": {"source": plan.data.name, "rows": seen, "tokens": plan.data.length,
+                                          "scored_rows": plan.rows}, "rows": rows}
+
+
+def entries(plan: Plan) -> list[Entry]:
+    """Every method and peer at every setting; raises LlmoptError for entries that are none of quantization."""
+    pairs = [(bits, size) for size in plan.group_sizes for bits in plan.bits]
+    return [*(Entry(Tool(OURS), name, bits, size, steps_of(word, bits, size))
+              for bits, size in pairs for name, word in plan.methods),
+            *(Entry(tool, tool.name, bits, size, []) for bits, size in pairs for tool in plan.peers)]
+
+
+def steps_of(word: str, bits: int, group_size: int) -> list[dict[str, Any]]:
+    """The steps of an entry, or of a list of them; those of quantization get bits and group size if they say none."""
+    found = []
+    with naming(word):
+        for name, given in read(word):
+            stage = get(name).stage
+            if stage not in ("transform", "quant"):
+                raise LlmoptError("quant.* expected, alone or after transform.*: this quantizes no weights")
+            found.append({name: ({"bits": bits, "group_size": group_size} if stage == "quant" else {}) | given})
+            build(name, found[-1][name])
+        if stage != "quant":
+            raise LlmoptError("quant.* expected behind it")
+    return found
+
+
+def rows_of(plan: Plan, work: Path) -> tuple[Path, list[data.Batch]]:
+    """(a file in `work` with the rows that all tools are given, the rows that are scored).
+
+    They are those of the full length: a peer leaves out shorter ones.
+    """
+    model, tokenizer = load_dense(ModelSpec(id=plan.model))
+    batches = data.load(plan.data, model.config, tokenizer, Sampler(model, tokenizer))
+    full = [ids for batch in batches for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"],
+                                                          strict=True)
+            if int(mask.sum()) == plan.data.length]
+    if not full:
+        raise LlmoptError(f"data ({plan.data.name}): no row has {plan.data.length} tokens; all tools are given rows of "
+                          "one length")
+    ids = work / f"ids-{data.fingerprint(batches)[:8]}.jsonl"
+    ids.write_text("".join(f"{json.dumps(row)}\n" for row in full))
+    return ids, draw(plan.data, plan.rows)(model, tokenizer)
+
+
+def row(entry: Entry, job: Job, work: Path, against: fidelity.Against) -> dict[str, Any]:
+    """The figures of one entry; of a peer that fails what it said, of ours an LlmoptError."""
+    told = {"method": entry.name, "tool": entry.tool.name, "bits": entry.bits, "group_size": entry.group_size}
+    try:
+        done = carried_out(entry.tool, job, work)
+    except Failed as failure:
+        if entry.tool.name == OURS:
+            raise LlmoptError(f"{entry.name} at {entry.bits} bits: {str(failure).removeprefix('error: ')}") from failure
+        return told | {"failed": str(failure)}
+    return told | figures(done, against)
+
+
+def figures(done: Done, against: fidelity.Against) -> dict[str, Any]:
+    """What a finished job has cost and is worth."""
+    scored = against(opened(ModelSpec(id=done.loadable, compute_dtype="float32"), False))
+    kl, error = fidelity.over_rows([one.kl for one in scored])
+    agreement, _ = fidelity.over_rows([one.agrees for one in scored])
+    return {"kl": kl, "kl_stderr": error, "kl_rows": [float(one.kl.mean()) for one in scored],
+            "agreement": agreement, "bytes": done.bytes, "cpu_process": done.process, "cpu_solver": done.job.solver,
+            "versions": done.job.versions}
+
