@@ -2,6 +2,8 @@
 from llmopt_kernels.dense import dense_attention, dense_visible
 from llmopt_kernels.few import few_queries
 from llmopt_kernels.partial import Partial, merged, ragged_partial
+from llmopt_kernels.planes import Planes
+from llmopt_kernels.product import fixed, laid_out, quant_matmul
 from llmopt_kernels.ragged import ragged_attention
 from llmopt_kernels.reference import (
     NONE,
@@ -17,7 +19,9 @@ from llmopt_kernels.reference import (
 )
 from llmopt_kernels.rotary import rotate, unrotate
 from llmopt_kernels.sparse import Pooled, Stripes, sparse_attention, sparse_partial
+from llmopt_kernels.words import Codes, Words
 
-__all__ = ["NONE", "Packed", "Partial", "Pooled", "Ragged", "Rule", "Stripes", "attention", "attention_weights",
-           "column_max", "column_sums", "dense", "dense_attention", "dense_visible", "few_queries", "joined", "merged",
-           "ragged_attention", "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]
+__all__ = ["NONE", "Codes", "Packed", "Partial", "Planes", "Pooled", "Ragged", "Rule", "Stripes", "Words", "attention",
+           "attention_weights", "column_max", "column_sums", "dense", "dense_attention", "dense_visible",
+           "few_queries", "fixed", "joined", "laid_out", "merged", "quant_matmul", "ragged_attention",
+           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]

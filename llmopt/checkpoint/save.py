@@ -29,6 +29,7 @@ from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
 from llmopt.model.state import packs, plain_state
+from llmopt.model.stay_packed import check_packed, packing
 from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
@@ -203,7 +204,16 @@ def _jsonable(value: Any) -> Any:
 
 @naming_arguments
 def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu",
-         revision: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """(model, tokenizer or None) of a folder or hub name, runtime parts attached; LlmoptError for damaged files."""
-    return load_model(ModelSpec(id=str(folder), dtype=None if dtype == "auto" else dtype, device=str(device),
-                                revision=revision, trust_remote_code=trust_remote_code))
+         revision: str | None = None, trust_remote_code: bool = False,
+         packed: bool | None = None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer or None) of a folder or hub name, runtime parts attached; LlmoptError for damaged files.
+
+    packed: quantized weights stay packed in memory (llmopt/quant/README.md); None: as LLMOPT_PACKED says.
+    """
+    spec = ModelSpec(id=str(folder), dtype=None if dtype == "auto" else dtype, device=str(device), revision=revision,
+                     trust_remote_code=trust_remote_code)
+    with packing(packed):
+        model, tokenizer = load_model(spec)
+    if packed:
+        check_packed(model, str(folder))
+    return model, tokenizer

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.computing import computing
+from llmopt.model.stay_packed import packing
 
 
 class VerificationError(LlmoptError):
@@ -19,7 +20,8 @@ def verify(folder: Path, model: nn.Module) -> None:
     """Load `folder` afresh and raise VerificationError unless weights, logits and greedy text equal the model's."""
     from transformers import AutoModelForCausalLM
 
-    fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    with packing(False):                    # what other readers get, whatever the environment says
+        fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     fresh = fresh.to(model.device).eval()
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:

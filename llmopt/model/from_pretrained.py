@@ -95,6 +95,21 @@ def _refuse_strange_names(model: Any) -> None:
                           f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
 
 
+def _stay_packed(model: Any, source: str) -> None:
+    """Leave weights packed where that is asked for."""
+    from llmopt.model.stay_packed import asked_for, keep_packed
+
+    if asked_for() and model.hf_quantizer.quantization_config.quant_method == "compressed-tensors":
+        keep_packed(model, source)
+
+
+def _extend_quantizer(quantizers: ModuleType) -> None:
+    """Let packed weights be loaded that transformers would unpack at once."""
+    from llmopt.model.stay_packed import extend_quantizer
+
+    extend_quantizer(quantizers)
+
+
 def _keep_codes(model: Any) -> None:
     """Let save_pretrained of a model that was loaded packed write it packed, as AutoModelForCausalLM's does."""
     from llmopt.model.loaded import is_ours
@@ -117,6 +132,7 @@ def _extend_models(utilities: ModuleType) -> None:
 
             attach_from_config(model)
         if getattr(model, "hf_quantizer", None) is not None:
+            _stay_packed(model, str(pretrained_model_name_or_path))
             _keep_codes(model)
         return loaded
 
@@ -124,8 +140,11 @@ def _extend_models(utilities: ModuleType) -> None:
 
 
 def _extend_adapters(tuners: ModuleType) -> None:
-    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them."""
-    stock = tuners.BaseTuner.inject_adapter
+    """Let peft find the weights that it puts adapters beside; of a model loaded packed the first forward makes them.
+
+    Where they stay packed nothing can be merged into them.
+    """
+    stock, allowed = tuners.BaseTuner.inject_adapter, tuners.BaseTuner._check_merge_allowed
 
     @functools.wraps(stock)
     def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,12 +154,21 @@ def _extend_adapters(tuners: ModuleType) -> None:
             unpack(model)
         return stock(self, model, *args, **kwargs)
 
-    tuners.BaseTuner.inject_adapter = inject_adapter
+    def check_merge_allowed(self: Any) -> None:
+        from llmopt.model.stay_packed import is_packed
+
+        if any(map(is_packed, self.model.modules())):
+            raise LlmoptError("the weights stay packed, so that no adapter can be merged into them; load the model "
+                              "without packed=True (LLMOPT_PACKED), and the adapter onto that")
+        allowed(self)
+
+    tuners.BaseTuner.inject_adapter, tuners.BaseTuner._check_merge_allowed = inject_adapter, check_merge_allowed
 
 
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
+    "transformers.quantizers.quantizer_compressed_tensors": _extend_quantizer,
     "peft.tuners.tuners_utils": _extend_adapters,
     "transformers.models.auto.configuration_auto": lambda module: _know_reference(module.AutoConfig),
     "transformers.models.auto.tokenization_auto": lambda module: _know_reference(module.AutoTokenizer),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
 from llmopt.model.rounded_inputs import forget_rounding
+from llmopt.model.stay_packed import inflate, is_packed
 from llmopt.model.weights import CODES, Weight
 
 LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale",
@@ -42,7 +43,7 @@ def with_codes(model: nn.Module) -> Iterator[None]:
     taken: dict[nn.Module, dict[str, Tensor]] = {}
     try:
         for name, module in modules.items():
-            Weight(name, module).codes = _codes(name, module)
+            Weight(name, module).codes = module.quantized() if is_packed(module) else _codes(name, module)
             taken[module] = {key: module._parameters.pop(key) for key in LEFTOVERS if key in module._parameters}
         yield
     finally:
@@ -59,8 +60,9 @@ def unpack(model: nn.Module) -> None:
 
 def is_ours(model: nn.Module) -> bool:
     """Whether transformers loaded the model from packed weights of the kind that llmopt writes, and of no other."""
-    schemes = [scheme for module in model.modules() if (scheme := _scheme(module)) is not None]
-    return bool(schemes) and all(map(_is_read, schemes)) and not any(map(_rounds, model.modules()))
+    modules = [module for module in model.modules() if _scheme(module) is not None]
+    return bool(modules) and all(is_packed(module) or _is_read(_scheme(module)) for module in modules) and not any(
+        map(_rounds, modules))
 
 
 def _rounds(module: nn.Module) -> bool:
@@ -105,6 +107,7 @@ def _refuse_foreign(model: nn.Module) -> None:
 def forget_codes(model: nn.Module) -> None:
     """Make a quantized model an ordinary dense one with the weights it has now, which may then be trained and saved."""
     unpack(model)
+    inflate(model)
     _refuse_foreign(model)
     forget_rounding(model)
     for module in model.modules():

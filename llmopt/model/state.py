@@ -1,6 +1,7 @@
 """The tensors of a model under the names of its files."""
 from torch import Tensor, nn
 
+from llmopt.model.stay_packed import as_weights
 from llmopt.model.weights import coded
 
 
@@ -26,7 +27,7 @@ def plain_state(model: nn.Module, renamed: bool = True) -> dict[str, Tensor]:
     renamed: False keeps the modules' own names: beside packed tensors transformers cannot collect a file's experts.
     """
     tied = tied_names(model)
-    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    state = {k: v for k, v in as_weights(model, model.state_dict(), values=renamed).items() if k not in tied}
     return as_filed(model, state) if renamed else state
 
 

@@ -81,7 +81,7 @@ def refuse_unportable(model: nn.Module) -> None:
 def _refuse_types(weights: list[Weight]) -> None:
     """Raise LlmoptError for types in which transformers would compute other weights or inputs than the solver saw."""
     for weight in weights:
-        dtype, codes = str(weight.weight.dtype).removeprefix("torch."), weight.codes
+        dtype, codes = str(weight.dtype).removeprefix("torch."), weight.codes
         scales = str(codes.scales.dtype).removeprefix("torch.")
         if codes.zeros is not None and scales != dtype:
             raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, "
@@ -97,7 +97,7 @@ def dequantizes(model: nn.Module) -> bool:
     It makes room for zero points that are not packed, and its packed small floats become bfloat16 weights.
     """
     return any(w.codes.zeros is not None or
-               w.codes.form.through_bfloat16 and w.weight.dtype != torch.bfloat16 for w in coded(model))
+               w.codes.form.through_bfloat16 and w.dtype != torch.bfloat16 for w in coded(model))
 
 
 def refuse_rounded_inputs(model: nn.Module) -> None:

@@ -52,6 +52,16 @@ class Weight:
         return values.T if self.transposed else values
 
     @property
+    def stays_packed(self) -> bool:
+        """True where the module multiplies with the codes themselves, and there is no dense weight."""
+        return self.parameter not in self.module._parameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the dense weight."""
+        return self.module.dtype if self.stays_packed else self.weight.dtype
+
+    @property
     def codes(self) -> Quantized | None:
         """The integer codes that the weight stands for; None while it is dense."""
         return vars(self.module).get(CODES, {}).get((self.parameter, self.expert))
@@ -135,6 +145,8 @@ def coded(model: nn.Module) -> list[Weight]:
 def check_consistent(model: nn.Module) -> None:
     """Raise LlmoptError where a dense weight is not what its codes and scales stand for."""
     for found in coded(model):
+        if found.stays_packed:
+            continue
         codes, weight = found.codes, found.weight
         if weight.shape != codes.codes.shape or not torch.equal(codes.dequantize(weight.dtype), weight):
             raise LlmoptError(f"{found.name}: the weight was changed after it was quantized; quantization must be the "

@@ -1,0 +1,101 @@
+"""The product with a packed weight, by the fastest of its ways on this machine, and its gradient."""
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from llmopt_kernels.planes import Planes
+from llmopt_kernels.words import PIECE, Codes, Way, Words, pieces
+
+VARIABLE = "LLMOPT_QUANT_MATMUL"            # in the environment: the way for the whole process
+MOST = 256                                  # rows that ways are measured with at most
+TRIES = 3
+
+_fixed: ContextVar[str | None] = ContextVar("fixed", default=None)
+_fastest: dict[tuple, str] = {}             # of this machine, by all that the time depends on
+
+
+def quant_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the packed weight [N, K], and a bias [N]: [..., N] in the type of x, differentiable.
+
+    Which way is fastest is measured at the first product of its kind; `fixed` and the variable LLMOPT_QUANT_MATMUL
+    name one instead, where it is there.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+        return _Product.apply(x, weight, bias)
+    return _multiplied(x, weight, bias)
+
+
+def laid_out(source: Words, dtype: torch.dtype) -> Codes:
+    """The weight in the layout that is multiplied with fastest, for a model of this type."""
+    return Planes(source) if source.words.device.type == "cpu" else source
+
+
+@contextmanager
+def fixed(way: str) -> Iterator[None]:
+    """Inside, products take this way ("blocks" is exact and always there), for results that can be repeated."""
+    token = _fixed.set(way)
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _multiplied(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        weight, rows = ctx.weight, grad.reshape(-1, grad.shape[-1])
+        out = rows.new_zeros(len(rows), weight.shape[1], dtype=torch.float32)
+        for piece in pieces(*weight.shape, PIECE):
+            out += rows[:, piece] @ weight.dense(piece, grad.dtype)
+        to_x = out.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+        return to_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+@torch.no_grad()
+def _multiplied(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    ways = weight.ways(rows)
+    return ways[_chosen(rows, weight, ways)](rows, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _chosen(x: Tensor, weight: Codes, ways: dict[str, Way]) -> str:
+    """The name of the way that products like this one take."""
+    wanted = _fixed.get() or os.environ.get(VARIABLE)
+    if wanted in ways:
+        return wanted
+    if wanted or len(ways) == 1 or not len(x):
+        return next(iter(ways))
+    count = min(MOST, 1 << (len(x) - 1).bit_length())
+    kind = (type(weight), weight.bits, weight.shape, weight.scales.shape[1], x.dtype, x.device, count,
+            torch.get_num_threads())
+    if kind not in _fastest:
+        _fastest[kind] = fastest(x[:MOST], ways)
+    return _fastest[kind]
+
+
+def fastest(x: Tensor, ways: dict[str, Way]) -> str:
+    """The name of the way that takes the least time; each is tried once before it is measured."""
+    found: dict[str, float] = {}
+    for name, way in ways.items():
+        took = _seconds(way, x)             # with whatever is made at the first call
+        best = min(found.values(), default=float("inf"))
+        found[name] = took if took > 8 * best else min(_seconds(way, x) for _ in range(TRIES))
+    return min(found, key=found.get)
+
+
+def _seconds(way: Way, x: Tensor) -> float:
+    start = time.perf_counter()
+    way(x, None)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start
