@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class ByInputs(Pruner):
     """A method writes `watch` and `rate`."""
 
     uses_inputs: ClassVar[bool] = True
+
+    refit: bool = Field(True, description="refit the writers of the pruned parts by least squares on calibration data")
 
     def check(self) -> None:
         super().check()
