@@ -106,6 +106,7 @@ class Run:
     replays: what heads.replay has read twice, for the kv methods that learn from it.
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
+    layers: blocks of the whole model, where a rehearsal has but one of them.
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
 
@@ -120,6 +121,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     probes: list[Probe] | None = None
     replays: list[Replayed] | None = None
+    layers: int | None = None
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:

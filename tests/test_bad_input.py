@@ -113,6 +113,8 @@ def test_recipes(compress, model, text, expected):
     ("steps.0.bits=true", "bits: True"), ("steps.0.bit=3", "did you mean 'bits'"),
     ("steps.0.group_size=7", "group_size 7 does not divide"), ("steps.0.group_size=0", "group_size: 0"),
     ("steps.0.ignore=[nothing]", "'nothing'"), ("steps.0.ignore=['*']", "nothing is left"),
+    ("steps.0={quant.tune: {minutes: 0}}", "minutes: 0"), ("steps.0={quant.tune: {start: gtpq}}", "start: 'gtpq'"),
+    ("steps.0={quant.autoround: {iterations: -1}}", "iterations: -1"),
     ("steps.0={kv.snapkv: {ratio: 1.0}}", "ratio: 1.0"), ("steps.0={prune.magnitude: {ratio: -1}}", "ratio: -1"),
     ("eval.tasks=[world_pbl]", "did you mean 'world_ppl'"), ("eval.limit=0", "limit: 0"),
     ("eval.batch_size=0", "batch_size: 0"), ("seed=-1", "seed: -1"), ("data.samples=0", "samples: 0"),

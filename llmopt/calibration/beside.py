@@ -56,8 +56,9 @@ class _Streams:
                 visit = self._visit(index, self.edited)
                 if index not in done:
                     visit.dense = self._unedited(index)
+                    visit.wanted = self.dense
                     yield visit
-                    visit.dense = None
+                    visit.dense = visit.wanted = None
                 self.edited = visit.outputs_after_edit = self.memory.keep(visit.outputs())
 
     def _visit(self, index: int, hidden: list[Tensor]) -> Visit:

@@ -128,12 +128,13 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
         for group in visit.block.groups():
             if chosen := [p for p in group if p.name in names]:
                 seen = _rows(visit, group[0], run) if inputs.kind == "rows" else \
-                    _moments(visit, group[0], inputs, weights, run)
+                    moments_of(visit, group[0], inputs, weights, run)
                 yield from ((p, seen) for p in chosen)
 
 
-def _moments(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,
-             run: Run) -> Moments | Peak:
+def moments_of(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,
+               run: Run) -> Moments | Peak:
+    """What is collected of a group's input in front of the block as it is, over all processes of the run."""
     found = Peak(run.ranks) if inputs.kind == "peak" else Moments(run.ranks, inputs.size)
     shares, seen, readers = iter(weights or ()), [found], {}
     if inputs.peak and inputs.kind == "moments":

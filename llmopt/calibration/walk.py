@@ -41,7 +41,7 @@ class Visit:
     inputs: hidden states [B, T, E] per batch. outputs_after_edit: those behind the edited block, filled when the walk
     goes on. Padding never reaches an observer. A process without a row of the data has no batch.
     dense: where the walk has a second stream, through the blocks as it found them, what this block reads in that one:
-    by the name of a place, [N, features] for each batch.
+    by the name of a place, [N, features] for each batch; wanted: what it writes there, [B, T, E] for each batch.
     """
 
     model: nn.Module
@@ -51,6 +51,7 @@ class Visit:
     masks: list[Tensor]                 # [B, T] bool, True at real tokens
     outputs_after_edit: list[Tensor] = field(default_factory=list)
     dense: dict[str, list[Tensor]] | None = None
+    wanted: list[Tensor] | None = None
 
     def outputs(self) -> Iterator[Tensor]:
         """The block's outputs [B, T, E], batch by batch, with its present weights."""

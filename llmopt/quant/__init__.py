@@ -1,6 +1,8 @@
 """Quantization of weights. One import line for each method or solver: importing registers it."""
+from llmopt.quant.autoround import AutoRound
 from llmopt.quant.gptq import GPTQ
 from llmopt.quant.rtn import RTN
+from llmopt.quant.tune import Tune
 from llmopt.quant.weights import Weights
 
-__all__ = ["GPTQ", "RTN", "Weights"]
+__all__ = ["GPTQ", "RTN", "AutoRound", "Tune", "Weights"]

@@ -41,6 +41,8 @@ def check_fields(step: Any) -> None:
     for name, given in step.overrides.items():
         if given != {"bits": DENSE}:
             raise FieldError(f"overrides.{name}", given, f"bits: {DENSE} (as it is) alone under scheme {step.scheme}")
+    if scheme.form != "int" and step.solver.integers:
+        raise FieldError("scheme", step.scheme, "one of integers, as this solver knows no others,")
     if scheme.static and step.solver.inputs == "block":
         raise FieldError("scheme", step.scheme, "one that needs no range of inputs, which this solver does not see,")
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from llmopt.calibration.beside import visits_beside
 from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight
+from llmopt.calibration.missing import places
 from llmopt.calibration.second_moments import energy
-from llmopt.calibration.walk import visits
+from llmopt.calibration.walk import Visit, visits
 from llmopt.errors import LlmoptError, naming
 from llmopt.method import Run
-from llmopt.model.blocks import Projection
+from llmopt.model.blocks import Projection, blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.quant import kinds
@@ -31,10 +33,15 @@ class Making:
 
     def write_all(self, todo: Mapping[str, Target]) -> None:
         """The weights that `todo` names, one after the other, each from inputs behind those already written."""
-        wholes = kinds.Wholes(self.model, todo)
-        if self.step.solver.inputs == "block":
+        wholes, solver = kinds.Wholes(self.model, todo), self.step.solver
+        if solver.inputs == "block":
+            prepared = solver.prepare(self.model, self.run) if solver.whole else None
             for projection, made in self._from_blocks(todo, wholes):
                 self._write(projection, None, made, Ranks())
+            if solver.whole:
+                types = {p.name: p.weight.dtype for block in blocks(self.model) for p in block.projections()}
+                specs = {name: self.step.spec(target, types[name]) for name, target in todo.items()}
+                solver.finish(self.model, specs, self.run, prepared)
             return
         for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self._collected):
             team = self._team(projection)
@@ -64,13 +71,20 @@ class Making:
 
         wholes: where the caller writes them into the block.
         """
-        for visit in visits(self.model, self.run, self.step.name, edits=wholes is not None):
+        for visit in self._stops(todo, edits=wholes is not None):
             chosen = [p for p in visit.block.projections() if p.name in todo]
             for p in chosen:
                 _check_finite(p)
             with naming(visit.block.name):
-                yield from self.step.solver.quantize_block(
-                    visit, {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen})
+                specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
+                yield from self.step.solver.quantize_block(visit, specs, self.run)
+
+    def _stops(self, todo: Mapping[str, Target], edits: bool) -> Iterator[Visit]:
+        """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
+        run, dense = replace(self.run, ranks=Ranks()), self.step.solver.dense
+        if edits and dense != "none":                       # else both streams are one
+            return visits_beside(self.model, run, self.step.name, lambda b: places(b, todo, dense == "residual"))
+        return visits(self.model, run, self.step.name, edits)
 
     @property
     def _collected(self) -> Inputs:

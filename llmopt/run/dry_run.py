@@ -145,7 +145,7 @@ class Rehearsal:
 
     def _cut(self) -> None:
         """Leave the first block, and its part of what the run knows."""
-        before = private_bytes(self.model)
+        before, self.run.layers = private_bytes(self.model), len(layer_list(self.model))
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
         self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
         cut_short(self.model, 1)

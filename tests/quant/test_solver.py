@@ -52,7 +52,7 @@ class Learned(Solver):
 
     steps: int = Field(6, ge=1)
 
-    def quantize_block(self, visit, specs):
+    def quantize_block(self, visit, specs, run):
         chosen = {p.name: p for p in visit.block.projections() if p.name in specs}
         offsets, losses = self.learn(visit, chosen, specs)
         for name, p in chosen.items():
