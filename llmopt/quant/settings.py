@@ -96,7 +96,10 @@ class Settings(Method):
 
     @property
     def needs_whole(self) -> bool:
-        return self.allocate == "sensitivity"
+        return self.allocate == "sensitivity" or self.solver.whole
+
+    def backward(self, rows: int, length: int) -> int:
+        return rows * length if self.solver.whole else 0
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
