@@ -12,7 +12,7 @@ from llmopt.calibration.second_moments import energy
 from llmopt.calibration.walk import Visit, visits
 from llmopt.errors import LlmoptError, naming
 from llmopt.method import Run
-from llmopt.model.blocks import Projection
+from llmopt.model.blocks import Projection, blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.quant import kinds
@@ -35,11 +35,16 @@ class Making:
 
     def write_all(self, todo: Mapping[str, Target]) -> None:
         """The weights that `todo` names, one after the other, each from inputs behind those already written."""
-        wholes = kinds.Wholes(self.model, todo)
-        if self.step.solver.inputs == "block":
+        wholes, solver = kinds.Wholes(self.model, todo), self.step.solver
+        if solver.inputs == "block":
+            prepared = solver.prepare(self.model, self.run) if solver.whole else None
             for visit in self._stops(todo, edits=True):
                 for projection, made in self._from_block(visit, todo, wholes):
                     self._write(projection, None, made, Ranks())
+            if solver.whole:
+                types = {p.name: p.weight.dtype for block in blocks(self.model) for p in block.projections()}
+                specs = {name: self.step.spec(target, types[name]) for name, target in todo.items()}
+                solver.finish(self.model, specs, self.run, prepared)
             return
         for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self.collected):
             team = self._team(projection)

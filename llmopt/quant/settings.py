@@ -120,10 +120,10 @@ class Settings(Method):
 
     @property
     def needs_whole(self) -> bool:
-        return self.allocate == "lrp"
+        return self.allocate == "lrp" or self.solver.whole
 
     def backward(self, rows: int, length: int) -> int:
-        return length if self.allocate == "lrp" else 0
+        return rows * length if self.solver.whole else length if self.allocate == "lrp" else 0
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""

@@ -87,6 +87,19 @@ def test_tokens_that_count_less_change_what_is_learned(step):
     assert not torch.equal(logits(made(step)[0]), logits(made(dataclasses.replace(step, tokens="firstn"))[0]))
 
 
+def test_predictions_come_nearer_to_the_dense_models():
+    """The figure is the mean KL over the real tokens, of the model as it is left."""
+    step = Tune(steps=6, objective="logits", codes=0.02, **GIVEN)
+    model, record = made(step)
+    dense, figures = make("llama", norms=True), list(record.meta["modules"].values())
+    p, q = (torch.cat([each(**b).logits[b["attention_mask"].bool()] for b in batches()]).log_softmax(-1).detach()
+            for each in (dense, model))
+    assert figures[0]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert figures[0]["kl"] < 0.95 * figures[0]["kl_before"] and {f["kl"] for f in figures} == {figures[0]["kl"]}
+    assert step.needs_whole and not Tune().needs_whole and step.backward(2, 8) == 16 and Tune().backward(2, 8) == 0
+    check_consistent(model)
+
+
 def test_rotated_models_are_tuned_too():
     model = make("llama", norms=True)
     Rotate().apply(model, Run())
@@ -114,6 +127,17 @@ def test_minutes_end_it():
     began = time.monotonic()
     Tune(steps=1_000_000, minutes=0.02, **GIVEN).apply(model, Run(batches()))
     assert time.monotonic() - began < 60 and coded(model)
+
+
+def test_a_block_gets_its_part_of_the_minutes(monkeypatch):
+    """Of a model that is cut to one block for a rehearsal, too."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    course = Tune(minutes=1.0)._course(Run(), 30)
+    clock[0] = 1.9
+    assert not course.late()
+    clock[0] = 2.1
+    assert course.late() and not Tune()._course(Run(), 30).late()
 
 
 def test_every_eighth_batch_is_held_out():
