@@ -52,7 +52,7 @@ STEPS = {
     "kv": "[kv.streaming: {budget: 16}]",
     "nvfp4": "[quant.gptq: {scheme: NVFP4A16}]",
     "fp8": "[quant.rtn: {scheme: FP8}]",
-    "tune": "[quant.tune: {bits: 3, group_size: 32, steps: 3}]",
+    "tune": "[quant.tune: {bits: 3, group_size: 32, iterations: 3}]",
     "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
     "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
 }
