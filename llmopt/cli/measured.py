@@ -63,8 +63,8 @@ def show_quantizers(found: dict[str, Any], as_json: bool) -> None:
     given = found["data"]
     title = (f"{found['model']}: {given['rows']} x {given['tokens']} tokens ({given['source']}) to calibrate, "
              f"{given['scored_rows']} other rows scored")
-    print_table(title, ["method", "bits", "group", "KL, nats", "first choice alike", "file", "CPU s", "of the solver"],
-                [_quantizer(row) for row in found["rows"]])
+    print_table(title, ["method", "bits", "group", "KL, nats", "above the least", "first choice alike", "file", "CPU s",
+                        "solver's"], [_quantizer(row) for row in found["rows"]])
     for row in found["rows"]:
         if "failed" in row:
             click.echo(f"{row['method']}, {row['bits']} bits, failed: {row['failed']}")
@@ -73,6 +73,7 @@ def show_quantizers(found: dict[str, Any], as_json: bool) -> None:
 def _quantizer(row: dict[str, Any]) -> list[str]:
     first = [row["method"], str(row["bits"]), "channel" if row["group_size"] == -1 else str(row["group_size"])]
     if "failed" in row:
-        return [*first, *["-"] * 5]
-    return [*first, with_error(row["kl"], row["kl_stderr"]), f"{row['agreement']:.1%}", human(row["bytes"]),
+        return [*first, *["-"] * 6]
+    return [*first, with_error(row["kl"], row["kl_stderr"]),
+            with_error(row["beyond"], row["beyond_stderr"]), f"{row['agreement']:.1%}", human(row["bytes"]),
             f"{row['cpu_process']:.1f}", f"{row['cpu_solver']:.1f}"]

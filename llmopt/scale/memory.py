@@ -61,8 +61,8 @@ class Memory:
         return self
 
     @contextmanager
-    def outside(self, model, edits: bool = False) -> Iterator[None]:
-        """Inside, the weights of the decoder that belong to no block can be used; edits: those of the head too.
+    def outside(self, model, edits: bool = False, head: bool = False) -> Iterator[None]:
+        """Inside, the weights of the decoder that belong to no block can be used; head, edits: those of the head too.
 
         With edits they can be changed, a tied head given a weight of its own, and what they became is kept like a
         block. See llmopt.model.outside.Outside.
@@ -132,7 +132,7 @@ class Resumable(Memory):
         return found is not None
 
     @contextmanager
-    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+    def outside(self, model: nn.Module, edits: bool = False, head: bool = False) -> Iterator[None]:
         yield
         if edits:
             self.commit_outside(Outside(model))

@@ -49,8 +49,8 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
-        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+    def outside(self, model: nn.Module, edits: bool = False, head: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(Outside(model), head):
             yield
 
     @contextmanager
@@ -84,18 +84,21 @@ class Streamed(Resumable):
             _empty_codes(rest.coded)
 
     @contextmanager
-    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
-        decoder, rest = model.get_decoder(), Outside(model)
+    def _reading_outside(self, rest: Outside, head: bool) -> Iterator[None]:
+        model, tied, decoder = rest.model, rest.tied, rest.model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
-        before, places = ({name: it for name, it in found.items() if name.startswith(f"{prefix}.")}
+        before, places = ({name: it for name, it in found.items() if head or name.startswith(f"{prefix}.")}
                           for found in (rest.parameters(), self.rest))
-        codes = described([weight for weight in rest.coded if weight.key in before])
-        self._fill(model, places, codes, before)
+        self._fill(model, places, described([weight for weight in rest.coded if weight.key in before]), before)
+        if head and tied:
+            rest.tie()
         try:
             yield
         finally:
             for name, parameter in before.items():          # the very same: the output head may be tied to it
                 _put(model, name, parameter)
+            if head and tied:
+                rest.tie()
 
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:

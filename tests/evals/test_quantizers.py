@@ -99,6 +99,15 @@ def test_the_dense_model_is_asked_once(tmp_path, monkeypatch):
     assert max(float(one.kl.max()) for one in near) < 2e-6 < min(float(one.kl.max()) for one in far)
 
 
+def test_differences_are_those_of_the_same_rows():
+    rows = [{"method": "a", "bits": bits, "group_size": 32, "kl": sum(kl) / 3, "kl_rows": kl}
+            for bits, kl in ((3, [0.5, 2.0, 0.2]), (3, [0.4, 1.8, 0.2]), (2, [7.0, 8.0, 9.0]))]
+    far, near, alone = quant.beside_the_best([*rows, {"method": "b", "bits": 3, "group_size": 32, "failed": "so"}])[:3]
+    assert (near["beyond"], alone["beyond"]) == (0, 0)
+    assert far["beyond"] == pytest.approx(0.1)
+    assert far["beyond_stderr"] == pytest.approx(0.1 / 3 ** 0.5)
+
+
 @pytest.mark.full
 def test_a_quick_round(monkeypatch, capfd):
     assert call(monkeypatch, "bench", "quant", "--quick", "--json") == 0

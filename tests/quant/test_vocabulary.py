@@ -136,3 +136,12 @@ def test_the_record_tells_of_the_embedding(tmp_path):
     assert record.meta["bits"] == 4
     llmopt.save(model, tmp_path / "out")
     assert checkpoint_facts(tmp_path / "out", read_facts(tmp_path / "out"))["bits"] == {"4": 21, "8": 2}
+
+
+def test_a_budget_of_bytes_counts_the_embedding(tmp_path):
+    model = make("llama", BF16)
+    most = predict(make("llama", BF16), [RTN(bits=3, group_size=32, embedding=E8)]).bytes + 2000
+    step = RTN(group_size=32, allocate="sensitivity", bytes=most, embedding=E8)
+    llmopt.compress(model, [step], batches=batches())
+    llmopt.save(model, tmp_path / "out")
+    assert most - 3000 < size(tmp_path / "out") <= most

@@ -1,4 +1,4 @@
-"""GPTQ of GPTQModel, all as it is by default.
+"""GPTQ of GPTQModel, all as it is by default; but for scales of whole channels, which its own order refuses: act-order.
 
 Its checkpoint loads in no plain transformers; so its weights are written once more, unpacked by its own kernel's code,
 to be scored like all others.
@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 
 def work(job: Job) -> None:
-    config = GPTQConfig(bits=job.bits, group_size=job.group_size, sym=True, device="cpu", offload_to_disk=False)
-    model = GPTQModel.load(job.model, config)
+    order = {} if job.group_size > 0 else {"act_group_aware": False, "desc_act": True}
+    model = GPTQModel.load(job.model, GPTQConfig(bits=job.bits, group_size=job.group_size, sym=True, device="cpu",
+                                                 offload_to_disk=False, **order))
     rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
             for row in job.rows()]
     with job.solving():
