@@ -63,7 +63,7 @@ def planned_by(name: str, found: Iterable[Target]) -> list[Target]:
 
 
 def plans_of(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The plan, ready for JSON, of the step among these of a report that shared out bits, or gave weights other ones."""
+    """The plan, ready for JSON, of the step of a report that shared out bits, or gave weights different ones."""
     for meta in (record["meta"] for record in records if record["method"].startswith("quant.")):
         plan = {name: {"bits": told["bits"], "group_size": told["group_size"]}
                 for name, told in meta["modules"].items()}
