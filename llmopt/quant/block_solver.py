@@ -37,8 +37,8 @@ class BlockSolver(Solver):
     tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts")
 
     @property
-    def dense(self) -> Literal["none", "inputs", "residual"]:
-        return "residual"
+    def dense(self) -> Literal["outputs", "residual"]:
+        return "residual" if self.start == "gptq" else "outputs"
 
     def quantize_block(self, visit: Visit, specs: Mapping[str, Spec],
                        run: Run) -> Iterator[tuple[Projection, Quantized]]:
