@@ -42,7 +42,7 @@ def test_without_a_step_the_codes_are_those_it_begins_with(start):
 
 
 @pytest.mark.parametrize("step", [Tune(iterations=12, codes=0.005, scales=0.005, **GIVEN),
-                                  AutoRound(iterations=12, lr=0.03, start="rtn", **GIVEN)])
+                                  AutoRound(iterations=12, lr=0.03, **GIVEN)])
 def test_a_block_comes_nearer_to_the_dense_one(step):
     model, record = made(step)
     figures = list(record.meta["modules"].values())
