@@ -18,7 +18,7 @@ from llmopt.model import computing
 from llmopt.model.blocks import layer_list
 from llmopt.model.stored import rebuilt, stored
 from llmopt.model.weights import coded
-from llmopt.quant import GPTQ, RTN, deciding
+from llmopt.quant import GPTQ, RTN, deciding, tune
 from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
@@ -64,7 +64,11 @@ def cut_off(monkeypatch, at: int, error: BaseException) -> None:
     monkeypatch.setattr(Making, "_solve", cut)
 
 
-def counted(monkeypatch, cls: type, name: str) -> list:
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def counted(monkeypatch, cls: object, name: str) -> list:
     """A list that grows with every call of a method."""
     calls, method = [], getattr(cls, name)
 
@@ -197,6 +201,23 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
     scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, deciding, "measured")
     run(made)
     assert (scored, measured) == ([], [])
+    assert contents(made.parent / "out") == contents(made.parent / "whole")
+
+
+@pytest.mark.parametrize(("stream", "objective", "at"), [(True, "block", 3), (False, "block", 3),
+                                                         (False, "logits", 5)])
+def test_tuned_blocks_are_gone_on_with(stream, objective, at, made, monkeypatch):
+    """Cut off in a block, gains and all; or, logits, in what follows the last of the four."""
+    steps = f"\n  - quant.tune: {{bits: 3, group_size: 16, iterations: 2, objective: {objective}}}\n"
+    made.write_text(made.read_text().replace(STEPS, steps))
+    run(made, "whole")
+    calls = counted(monkeypatch, tune, "descend")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(tune, "descend", lambda *args, go=tune.descend: go(*args) if len(calls) + 1 < at else stop())
+        run(made, stream=stream)
+    before = len(calls)
+    run(made, stream=stream)
+    assert before == at - 1 and len(calls) == 4 + (objective == "logits")
     assert contents(made.parent / "out") == contents(made.parent / "whole")
 
 

@@ -25,7 +25,9 @@ class Planes(Codes):
     fast = hasattr(torch.ops.quantized, "embedding_bag_2bit_unpack")
 
     def __init__(self, source: Words):
-        super().__init__(source.bits, source.shape, source.scales, source.zeros)
+        super().__init__(source.bits, source.shape, source.groups)
+        self.register_buffer("scales", source.scales)
+        self.register_buffer("zeros", source.zeros)
         for index in range(len(PARTS[self.bits])):
             self.register_buffer(f"part{index}", None)
         made: list[list[Tensor]] = []

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from llmopt_kernels.narrow import Int4, Int8
 from llmopt_kernels.planes import Planes
 from llmopt_kernels.words import PIECE, Codes, Way, Words, pieces
 
@@ -17,6 +18,7 @@ TRIES = 3
 
 _fixed: ContextVar[str | None] = ContextVar("fixed", default=None)
 _fastest: dict[tuple, str] = {}             # of this machine, by all that the time depends on
+_layouts: dict[tuple, type[Codes]] = {}
 
 
 def quant_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor:
@@ -31,8 +33,26 @@ def quant_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor
 
 
 def laid_out(source: Words, dtype: torch.dtype) -> Codes:
-    """The weight in the layout that is multiplied with fastest, for a model of this type."""
-    return Planes(source) if source.words.device.type == "cpu" else source
+    """The weight in the layout that one row is multiplied with fastest, for a model of this type.
+
+    That is measured with the first weight of its kind; where a way is named, the first layout that has it is taken.
+    """
+    if source.words.device.type != "cpu":
+        return source
+    layouts = [Planes, *(kind for kind in (Int4, Int8) if kind.fits(source, dtype))]
+    kind = (source.bits, source.shape, source.groups, dtype, torch.get_num_threads(), wanted())
+    if len(layouts) == 1 or kind in _layouts:
+        return _layouts.get(kind, Planes)(source)
+    row = torch.ones(1, source.shape[1], dtype=dtype)
+    made = [layout(source) for layout in layouts]
+    best = min(made, key=lambda weight: _cost(row, weight.ways(row)))
+    _layouts[kind] = type(best)
+    return best
+
+
+def _cost(x: Tensor, ways: dict[str, Way]) -> float:
+    """Seconds of the fastest way; 0 where it has the one that is wanted."""
+    return 0.0 if wanted() in ways else times(x, ways)[0][0]
 
 
 @contextmanager
@@ -70,27 +90,31 @@ def _multiplied(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 
 def _chosen(x: Tensor, weight: Codes, ways: dict[str, Way]) -> str:
     """The name of the way that products like this one take."""
-    wanted = _fixed.get() or os.environ.get(VARIABLE)
-    if wanted in ways:
-        return wanted
-    if wanted or len(ways) == 1 or not len(x):
+    if wanted() in ways:
+        return wanted()
+    if wanted() or len(ways) == 1 or not len(x):
         return next(iter(ways))
     count = min(MOST, 1 << (len(x) - 1).bit_length())
-    kind = (type(weight), weight.bits, weight.shape, weight.scales.shape[1], x.dtype, x.device, count,
+    kind = (type(weight), weight.bits, weight.shape, weight.groups, x.dtype, x.device, count,
             torch.get_num_threads())
     if kind not in _fastest:
-        _fastest[kind] = fastest(x[:MOST], ways)
+        _fastest[kind] = times(x[:MOST], ways)[0][1]
     return _fastest[kind]
 
 
-def fastest(x: Tensor, ways: dict[str, Way]) -> str:
-    """The name of the way that takes the least time; each is tried once before it is measured."""
+def wanted() -> str | None:
+    """The way that is named for all products; None: the fastest."""
+    return _fixed.get() or os.environ.get(VARIABLE) or None
+
+
+def times(x: Tensor, ways: dict[str, Way]) -> list[tuple[float, str]]:
+    """(seconds, name) of each way, the fastest first; each is tried once before it is measured."""
     found: dict[str, float] = {}
     for name, way in ways.items():
         took = _seconds(way, x)             # with whatever is made at the first call
         best = min(found.values(), default=float("inf"))
         found[name] = took if took > 8 * best else min(_seconds(way, x) for _ in range(TRIES))
-    return min(found, key=found.get)
+    return sorted((seconds, name) for name, seconds in found.items())
 
 
 def _seconds(way: Way, x: Tensor) -> float:

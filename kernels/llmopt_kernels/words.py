@@ -18,13 +18,18 @@ Way = Callable[[Tensor, Tensor | None], Tensor]         # x [M, K], bias [N] or 
 
 
 class Codes(nn.Module):
-    """A weight [N, K] as integers of `bits` bits, in some layout. scales [N, G], zeros int8 [N, G] or None."""
+    """A weight [N, K] as integers of `bits` bits, in some layout, with `groups` scales for each row.
 
-    def __init__(self, bits: int, shape: tuple[int, int], scales: Tensor, zeros: Tensor | None = None):
+    scales [N, groups], zeros int8 [N, groups] or None.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, bits: int, shape: tuple[int, int], groups: int):
         super().__init__()
-        self.bits, self.shape = bits, tuple(shape)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", zeros)
+        self.bits, self.shape, self.groups = bits, tuple(shape), groups
+        self.register_buffer("zeros", None)
 
     @property
     def nbytes(self) -> int:
@@ -36,11 +41,15 @@ class Codes(nn.Module):
 
     def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows [R, K] as a loader would make them for a model of this type."""
+        return self.values(rows, dtype).to(dtype)       # exact products, or nearly, rounded once, as in `dtype`
+
+    def values(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Dense rows [R, K] before they are rounded to this type, as float32."""
         scales = self.scales[rows].to(dtype).float().unsqueeze(-1)                           # [R, G, 1]
         steps = self.numbers(rows).unflatten(1, (scales.shape[1], -1))                       # [R, G, width]
         if self.zeros is not None:
             steps = steps - self.zeros[rows].unsqueeze(-1)
-        return steps.mul_(scales).flatten(1).to(dtype)      # exact products, or nearly, rounded once, as in `dtype`
+        return steps.mul_(scales).flatten(1)
 
     def ways(self, x: Tensor) -> dict[str, Way]:
         """The ways to multiply this x [M, K] with the weight, the first one exact; which is fastest is measured."""
@@ -62,7 +71,7 @@ class Codes(nn.Module):
             return self.dense(rows, dtype)
         made = self.scales.new_empty(rows.stop - rows.start, self.shape[1], dtype=dtype)
         for piece in pieces(*made.shape, PIECE):
-            made[piece] = self.dense(slice(rows.start + piece.start, rows.start + piece.stop), dtype)
+            made[piece] = self.values(slice(rows.start + piece.start, rows.start + piece.stop), dtype)
         return made
 
 
@@ -70,8 +79,10 @@ class Words(Codes):
     """The definition. words: int32 [N, ceil(K bits / 32)]."""
 
     def __init__(self, words: Tensor, bits: int, width: int, scales: Tensor, zeros: Tensor | None = None):
-        super().__init__(bits, (len(words), width), scales, zeros)
+        super().__init__(bits, (len(words), width), scales.shape[1])
         self.register_buffer("words", words)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
 
     @classmethod
     def of_bytes(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> "Words":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmopt.calibration.walk import Visit
-from llmopt.quant.latent import Gain, Latent
+from llmopt.quant.latent import Gain, Latent, substitutes
 
 
 class BlockLoss:
@@ -26,18 +26,11 @@ class BlockLoss:
                                 for index in range(len(self.masks)))) or 1.0
 
     def __call__(self, index: int) -> Tensor:
-        out = self.visit.forward(index, self.substitutes())
+        prefix = f"{self.visit.block.name}."
+        given = {name.removeprefix(prefix): value for name, value in substitutes(self.latents, self.gains).items()}
+        out = self.visit.forward(index, given)
         wanted = self._real(index, self.wanted[index].to(out.device))
         return self._weighed(index, self._real(index, out) - wanted) / self.energy
-
-    def substitutes(self) -> dict[str, Tensor]:
-        """The block's tuned parameters, by their names in it."""
-        prefix = f"{self.visit.block.name}."
-        made = {}
-        for latent in self.latents:
-            value, projection = latent.value(), latent.projection
-            made[projection.key.removeprefix(prefix)] = value.T if projection.transposed else value
-        return made | {f"{gain.norm.name}.weight".removeprefix(prefix): gain.value() for gain in self.gains}
 
     def _real(self, index: int, hidden: Tensor) -> Tensor:
         return hidden[self.masks[index]].float()                                    # [N, E]

@@ -8,7 +8,7 @@ Every value is exactly what a loader of the checkpoint will compute.
 """
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -134,3 +134,12 @@ class Gain:
     @torch.no_grad()
     def write(self) -> None:
         self.norm.module.weight.copy_(self.value())
+
+
+def substitutes(latents: Iterable[Latent], gains: Iterable[Gain]) -> dict[str, Tensor]:
+    """The parameters that these stand for, by their names in the model."""
+    made = {}
+    for latent in latents:
+        value = latent.value()
+        made[latent.projection.key] = value.T if latent.projection.transposed else value
+    return made | {f"{gain.norm.name}.weight": gain.value() for gain in gains}

@@ -1,9 +1,9 @@
 """Who chooses the codes of a weight: the pieces that a quantization step names in `solver`."""
 from abc import ABC
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmopt.calibration.inputs import Seen
 from llmopt.calibration.walk import Visit
@@ -30,6 +30,17 @@ class Solver(Part, ABC):
     rowwise: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
     integers: ClassVar[bool] = False
+
+    @property
+    def whole(self) -> bool:
+        """True if a solver of blocks goes on with all of them, in memory: by `finish`, with what `prepare` has kept."""
+        return False
+
+    def prepare(self, model: nn.Module, run: Run) -> Any:
+        """What `finish` needs of the model as it was found."""
+
+    def finish(self, model: nn.Module, specs: Mapping[str, Spec], run: Run, prepared: Any) -> None:
+        """Make the codes that stand in the model now better still; a resumed run comes here again."""
 
     @property
     def dense(self) -> Literal["none", "inputs", "residual"]:

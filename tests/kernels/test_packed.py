@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from llmopt_kernels import Planes, Words, fixed, laid_out, product, quant_matmul
+from llmopt_kernels import Int4, Int8, Planes, Words, fixed, laid_out, narrow, product, quant_matmul
 from torch import Tensor
 
 from llmopt.model.codes import Quantized, pack
@@ -24,6 +24,10 @@ def words(bits: int, height: int = 70, width: int = 40, groups: int = 5,
     low = codes_of(bits, height, groups) if zeros else None
     return (Words(pack(codes, bits), bits, width, scales, low),
             Quantized(codes, scales, bits, width // groups, zeros=low))
+
+
+def kinds(source: Words, dtype: torch.dtype) -> list[type]:
+    return [Planes, *(kind for kind in (Int4, Int8) if kind.fits(source, dtype))]
 
 
 def test_fields_of_three_bits_reach_over_the_ends_of_words():
@@ -68,7 +72,7 @@ def test_where_fbgemm_is_not_parts_are_unpacked_in_torch(monkeypatch):
 def test_every_way_gives_the_product(bits, dtype):
     source, made = words(bits, height=320, width=256, groups=4)
     dense = made.dequantize(dtype)
-    for weight in (source, laid_out(source, dtype)):
+    for weight in (source, *(kind(source) for kind in kinds(source, dtype))):
         for rows in (1, 5, 130):
             x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(dtype)
             exact = x.double() @ dense.double().T
@@ -110,7 +114,7 @@ def test_the_gradient_reaches_the_input():
 def test_the_fastest_way_is_measured_once_and_may_be_named(monkeypatch):
     measured = []
     monkeypatch.setattr(product, "_fastest", {})
-    monkeypatch.setattr(product, "fastest", lambda x, ways: measured.append(len(x)) or "float32 blocks")
+    monkeypatch.setattr(product, "times", lambda x, ways: measured.append(len(x)) or [(0.0, "float32 blocks")])
     weight = Planes(words(4)[0])
     x = torch.randn(1000, 40).bfloat16()
     exact, fast = (weight.ways(x[:1])[name](x[:1], None) for name in ("blocks", "float32 blocks"))
@@ -128,4 +132,54 @@ def test_the_fastest_way_is_measured_once_and_may_be_named(monkeypatch):
 def test_the_least_time_wins(monkeypatch):
     times = {"slow": 9.0, "quick": 1.0, "steady": 2.0}
     monkeypatch.setattr(product, "_seconds", lambda way, x: times[way])
-    assert product.fastest(torch.zeros(1, 1), {name: name for name in times}) == "quick"
+    found = product.times(torch.zeros(1, 1), {name: name for name in times})
+    assert found == [(1.0, "quick"), (2.0, "steady"), (9.0, "slow")]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, Int4), (8, Int8)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_layouts_of_torchs_kernels_hold_the_same_weight(bits, kind, groups):
+    source, made = words(bits, height=192, width=256, groups=groups)
+    if kind is Int4 and not narrow.block_rows():        # a processor without AVX2
+        assert not kind.fits(source, torch.bfloat16)
+        return
+    weight = kind(source)
+    assert {"int4", "int8"} & weight.ways(torch.zeros(1, 256, dtype=torch.bfloat16)).keys()
+    assert not {"int4", "int8"} & weight.ways(torch.zeros(1, 256)).keys()       # scalar code in torch
+    assert torch.equal(weight.scales, made.scales) and weight.groups == groups
+    for rows in (slice(0, 192), slice(64, 128), slice(5, 70)):
+        assert torch.equal(weight.numbers(rows), made.codes[rows].float())
+        assert torch.equal(weight.dense(rows, torch.float32), made.dequantize(torch.float32)[rows])
+    assert torch.equal(weight.by_blocks(torch.eye(256)), made.dequantize(torch.float32).T)
+    if groups == 2:             # of 128 columns
+        assert weight.nbytes <= 1.05 * (source.words.nbytes + source.scales.nbytes)
+
+
+@pytest.mark.parametrize("weight", [
+    words(4, height=192, width=48, groups=3)[0],                    # groups of 16
+    words(4, height=72, width=64, groups=1)[0],                     # no whole sixty-fours of rows
+    words(4, height=64, width=64, groups=1, zeros=True)[0],
+    words(8, width=40, groups=1)[0], words(8, width=240, groups=10)[0], words(8, width=64, groups=1, zeros=True)[0],
+    words(3, height=64, width=64, groups=1)[0]])
+def test_what_torchs_kernels_do_not_hold_is_left_to_others(weight):
+    assert kinds(weight, torch.bfloat16) == [Planes]
+    assert isinstance(laid_out(weight, torch.bfloat16), Planes)
+
+
+def test_the_layout_is_measured_once_and_may_be_named(monkeypatch):
+    source, asked = words(4, height=64, width=64, groups=1)[0], []
+    monkeypatch.setattr(product, "_layouts", {})
+    monkeypatch.setattr(narrow, "block_rows", narrow.block_rows if narrow.block_rows() else lambda: 64)
+    monkeypatch.setattr(product, "times", lambda x, ways: asked.append(set(ways)) or [(1 / len(ways), "")])
+    found = [type(laid_out(source, torch.bfloat16)) for _ in range(2)]
+    assert len(asked) == 2 and len(set(found)) == 1
+    assert kinds(source, torch.float32) == [Planes] and kinds(source, torch.bfloat16) == [Planes, Int4]
+    for way, kind in (("int4", Int4), ("float32 blocks", Planes)):
+        with fixed(way):
+            assert isinstance(laid_out(source, torch.bfloat16), kind)
+
+
+def test_an_unknown_order_of_bytes_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu",
+                        lambda codes, _: (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8))
+    assert narrow.block_rows.__wrapped__() == 0
