@@ -85,9 +85,10 @@ def saving_bytes(skeleton: nn.Module, tensors: dict[str, Tensor]) -> int:
 
     Either what is packed for the files, or what the fresh model inflates and both models' answers.
     """
-    own, tied = dict(skeleton.named_parameters()), tied_names(skeleton)
-    made = {name: tensor for name, tensor in tensors.items() if name not in own}
-    inflated = {name: tensor for name, tensor in own.items() if name not in tensors and name not in tied}
+    own, tied = dict(skeleton.named_parameters(remove_duplicate=False)), tied_names(skeleton)
+    made = {name: tensor for name, tensor in tensors.items() if name not in own or tensor.dtype != own[name].dtype}
+    inflated = {name: tensor for name, tensor in own.items() if f"{name}_scale" in tensors or
+                name not in tensors and name not in tied}
     return max(shards.tensor_bytes(made), shards.tensor_bytes(inflated) + _answer_bytes(skeleton))
 
 

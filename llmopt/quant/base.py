@@ -12,7 +12,7 @@ from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
-from llmopt.quant import floats
+from llmopt.quant import floats, vocabulary
 from llmopt.quant.deciding import decided, planned
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
@@ -42,6 +42,7 @@ class Quantizer(Settings):
         for t in found:
             if t.bits != DENSE:
                 weights[t.name].codes = self.without_values(t, skeleton.dtype)
+        vocabulary.sketch(self, skeleton)
         kind = f" ({self.scheme})" if self.scheme else ""
         sizes = sorted({t.group_size for t in found} if self.plan else set(self.group_sizes) or {self.group_size})
         groups = "one scale per channel" if sizes == [-1] else "groups of " + " or ".join(
@@ -49,15 +50,19 @@ class Quantizer(Settings):
         return (f"{len(found)} weights at {average_bits(found):.3g} bits{kind}, {groups}"
                 + (f", bits by {self.allocate}" if self.allocate != "uniform" else "")
                 + (f", bits by {self.plan}" if self.plan else "")
+                + "".join(f", {name} at {given['bits']} bits" for name, given in
+                          (("embedding", self.embedding), ("head", self.head)) if given)
                 + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:
             raise LlmoptError("this step needs calibration data and there is none")
         found, allocation = decided(self, model, run)
+        outer = vocabulary.quantize(self, model, run)
         Making(self, model, run).write_all({t.name: t for t in found if t.bits != DENSE})
         round_inputs(model)
-        return Record(meta=self._meta(model, found) | allocation)
+        meta = self._meta(model, found)
+        return Record(meta=meta | {"modules": outer | meta["modules"]} | allocation)
 
     def _meta(self, model: nn.Module, found: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}

@@ -16,6 +16,7 @@ from torch import nn
 from llmopt.errors import BudgetError, LlmoptError
 from llmopt.model.blocks import blocks
 from llmopt.model.outline import filed_bytes, outline
+from llmopt.quant import vocabulary
 from llmopt.quant.plan import DENSE, Choice, Target
 from llmopt.quant.programme import Programme
 from llmopt.quant.settings import Settings
@@ -159,4 +160,5 @@ def _filed(step: Settings, model: nn.Module, decided: Sequence[Target]) -> int:
     for target in decided:
         if target.bits != DENSE:
             weights[target.name].codes = step.without_values(target, model.dtype)
+    vocabulary.sketch(step, skeleton)
     return filed_bytes(skeleton)

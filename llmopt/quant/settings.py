@@ -38,6 +38,12 @@ class Override(TypedDict, total=False):
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
 
 
+class Outer(TypedDict):
+    """The setting of a matrix outside the blocks."""
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+
+
 @dataclass(frozen=True)
 class Settings(Method):
     """The fields of a step that quantizes weights of the decoder blocks."""
@@ -55,6 +61,9 @@ class Settings(Method):
     scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
+    embedding: Outer | None = Field(None, description="{bits: 8}: the input embedding and a head tied to it, as int8 "
+                                    "with a scale for each row; fewer bits if all weights have them; null: as it is")
+    head: Outer | None = Field(None, description="{bits: ...}: an output head of its own")
     allocate: Allocation = Field("uniform", description="who decides the bits of each weight")
     widths: Several[Width] = Field((2, 3, 4, 5, 6, 8), description="bits to choose from; lim and zd take two around "
                                    "`bits`")
@@ -156,8 +165,9 @@ class Settings(Method):
         """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`."""
         if self.scale_dtype:
             return DTYPES[self.scale_dtype]
-        short = dtype == torch.float32 and self.symmetric and not self.form.is_float
-        return torch.float16 if short else dtype                    # zero points: loaders multiply in the scales' type
+        at_once = self.embedding is not None and self.embedding["bits"] < 8
+        short = dtype == torch.float32 and self.symmetric and not self.form.is_float and not at_once
+        return torch.float16 if short else dtype        # zero points, unpacked at once: multiplied in the scales' type
 
 
 def _check_width(bits: int | float) -> None:

@@ -198,7 +198,8 @@ class Rehearsal:
 
     def _inflated(self, format: str) -> int:
         """Bytes that saving takes for the blocks that are not there: in memory, what the fresh model inflates."""
-        inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if state.packs(self.model, format) else 0
+        found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
+        inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
 
 
