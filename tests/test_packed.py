@@ -1,7 +1,9 @@
 """Models whose weights stay packed in memory: the same logits and the same file, without dense copies."""
 import json
+from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import torch
 from llmopt_kernels import fixed
@@ -88,6 +90,16 @@ def test_no_dense_copy_is_kept(bits, tmp_path):
         held = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*packed.parameters(), *packed.buffers())}
         rotary = sum(x.nbytes for name, x in packed.named_buffers() if "inv_freq" in name)
         assert sum(held.values()) - rotary <= 1.05 * (source / "model.safetensors").stat().st_size
+
+
+def test_the_file_does_not_stay_mapped(folder):
+    source = folder("llama", torch.bfloat16)
+    mapped = {}
+    for packed in (False, True):
+        model = llmopt.load(source, packed=packed)[0]
+        mapped[packed] = {Path(found.path) for found in psutil.Process().memory_maps()}
+        del model
+    assert source / "model.safetensors" in mapped[False] and source / "model.safetensors" not in mapped[True]
 
 
 def test_the_environment_asks_plain_transformers(folder, tmp_path, monkeypatch):
