@@ -204,6 +204,8 @@ def wanted(hint: Any, metadata: Any = ()) -> str:
         return f"a list, each item {wanted(args[0])}"
     if isinstance(hint, type) and issubclass(hint, Part):
         return "one of " + ", ".join(choices(hint))
+    if is_typeddict(hint):
+        return f"a mapping of {', '.join(hint.__annotations__)}"
     return WORDS.get(origin or hint, "a mapping") + _bounds(metadata)
 
 
@@ -306,6 +308,7 @@ def _place(cls: type[Checked], loc: tuple[int | str, ...]) -> tuple[str, Any, An
         return str(loc[0]), Any, ()
     key, hint, metadata = str(loc[0]), item.annotation, item.metadata
     for step in loc[1:]:
+        hint = next((arg for arg in typing.get_args(hint) if is_typeddict(arg)), hint)      # or null
         origin, inside = typing.get_origin(hint), typing.get_args(hint)
         if origin in (list, tuple):
             key, hint = f"{key}[{step}]", inside[0]

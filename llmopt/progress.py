@@ -64,14 +64,20 @@ class Clock:
 
     def __init__(self, progress: Progress = silent):
         self.progress, self.seconds = progress, 0.0
+        self.inside = 0.0               # seconds of loops that have ended, which stand inside others or do not
 
     def __call__(self, items: Iterable, label: str) -> Iterator:
         items = list(items)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.inside
         for i, item in enumerate(self.progress(items, label)):
             if i == 1:
-                self.seconds += (time.perf_counter() - start) * len(items)
+                self.seconds += self._own(start, before) * len(items)
             yield item
         if len(items) == 1:
-            self.seconds += time.perf_counter() - start
+            self.seconds += self._own(start, before)
+        self.inside = before + time.perf_counter() - start
+
+    def _own(self, start: float, before: float) -> float:
+        """Seconds since `start`, without those of loops inside, which tell for themselves."""
+        return time.perf_counter() - start - (self.inside - before)
 

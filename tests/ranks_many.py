@@ -27,7 +27,7 @@ PLANS = {
     "unordered": [GPTQ(bits=3, act_order=False, static_groups=False, symmetric=False, **GROUPS)],
     "lim": [Magnitude(ratio=0.3, refit=True), GPTQ(bits=3.5, allocate="lim", sweeps=0, **GROUPS)],
     "narrow": [Magnitude(ratio=0.3, units=["ffn"], refit=True), GPTQ(bits=4, **GROUPS)],
-    "tune": [Tune(bits=3, steps=2, **GROUPS)],
+    "tune": [Tune(bits=3, iterations=2, **GROUPS)],
     "fp8": [RTN(scheme="FP8")],
     "nvfp4": [GPTQ(scheme="NVFP4A16")],
     "sensitivity": [Span(), Gradient(), GPTQ(bits=3.5, allocate="sensitivity", sweeps=0, **GROUPS)],

@@ -23,7 +23,7 @@ from llmopt.heads import Gradient, Hess
 from llmopt.kv import SnapKV
 from llmopt.kv.fisher import CHUNK, Fisher
 from llmopt.method import Run
-from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
@@ -286,7 +286,12 @@ def test_a_time_is_a_range_from_the_processor_s_to_the_clock_s(clock, monkeypatc
         for last in loops(items, "loop"):
             clock[0] += last
     assert (loops.block, loops.trials) == (times.Span(1.5, 4), times.Span(3, 8))
-    assert loops.scaled(times.Span(5, 13), 10, 3) == times.Span(0.5 + 15 + 90, 1 + 40 + 240)
+    assert loops.scaled(times.Span(5, 13), 10, 3) == times.Span(0.5 + 15 + 60, 1 + 40 + 160)
+    for _ in loops([4], "loop"):                            # with trials inside
+        clock[0] += 4
+        for last in loops([4, 4], "trials"):
+            clock[0] += last
+    assert (loops.block, loops.trials) == (times.Span(3, 8), times.Span(6, 16))
 
 
 def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monkeypatch):
@@ -305,19 +310,17 @@ def test_trials_of_the_whole_model_grow_with_the_square_of_its_blocks(plan, monk
 
     highest = iter([5, 30, 300, 40, 5, 500, 300, 40])       # before each loop, at the trials' end, at the end
     monkeypatch.setattr(rehearsal, "_applied", applied)
-    by_trials = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
-    for step, copies in ((by_trials, 99), (RTN(), 0)):
-        rehearsal.model, rehearsal.elsewhere = tiny.make("llama", num_hidden_layers=1), 1000
-        rehearsal._one_block(0, step, 4.0, copies)
+    for streamed in (False, True):
+        rehearsal.streamed, rehearsal.elsewhere = streamed, 1000
+        rehearsal.model = tiny.make("llama", num_hidden_layers=1)
+        rehearsal._one_block(0, RTN(), 4.0)
     spans = [tuple(part[1:3]) for part in rehearsal.times.parts]
-    assert spans == [(1 + 5 * (7 + 2 * 4), 1 + 5 * (16 + 3 * 4)), (1 + 45, 1 + 95)]
-    assert [peak.private for peak in rehearsal.peaks] == [1000 + 300 + 99, 1000 + 4 * 16 + 500]  # codes after trials
+    assert spans == [(1 + 5 * (7 + 2 * 2.5), 1 + 5 * (16 + 3 * 2.5))] * 2           # a trial runs through half of them
+    assert [peak.private for peak in rehearsal.peaks] == [1000 + 300 + 4 * (300 - 40), 1000 + 4 * 16 + 500]
 
 
 def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():
     model = tiny.make("llama")
-    weights = sum(p.numel() for layer in layer_list(model) for p in layer.parameters())
-    assert whole_bytes(RTN(bits=3.5, allocate="sensitivity"), model, 1, 10) == weights * (4 + 4)
     few, more = (whole_bytes(Gradient(), model, rows, 50) for rows in (2, 4))
     assert more == 2 * few > 100 * 12 * tiny.VOCABULARY
     assert whole_bytes(Hess(), model, 2, 100) == few                # a row at a time

@@ -149,8 +149,10 @@ def test_integers_in_bytes_of_their_own_stay_packed(folder, tmp_path):
         each["format"] = "int-quantized"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with fixed("blocks"):
-        found = llmopt.load(tmp_path, packed=True)[0](tiny.ids()).logits
-        assert torch.equal(found, packed(tiny.ids()).logits)
+        model = llmopt.load(tmp_path, packed=True)[0]
+        assert torch.equal(model(tiny.ids()).logits, packed(tiny.ids()).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_adapters_train_on_it(folder, tmp_path):

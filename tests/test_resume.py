@@ -208,7 +208,7 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
                                                          (False, "logits", 5)])
 def test_tuned_blocks_are_gone_on_with(stream, objective, at, made, monkeypatch):
     """Cut off in a block, gains and all; or, logits, in what follows the last of the four."""
-    steps = f"\n  - quant.tune: {{bits: 3, group_size: 16, steps: 2, objective: {objective}}}\n"
+    steps = f"\n  - quant.tune: {{bits: 3, group_size: 16, iterations: 2, objective: {objective}}}\n"
     made.write_text(made.read_text().replace(STEPS, steps))
     run(made, "whole")
     calls = counted(monkeypatch, tune, "descend")

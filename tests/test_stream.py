@@ -36,6 +36,9 @@ STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
     "gptq": "[quant.gptq: {bits: 3, group_size: 32}]",
     "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim, sweeps: 0}]",
+    "measured": "[quant.gptq: {bits: 3.5, group_size: 32, group_sizes: [16, -1], allocate: sensitivity, "
+                "widths: [3, 4], sweeps: 0, plans: 1}]",
+    "estimated": "[quant.rtn: {bits: 3.5, group_size: 32, allocate: hessian, widths: [3, 4]}]",
     "zd": "[quant.rtn: {bits: 3, group_size: 32, allocate: zd, overrides: {down_proj: {bits: 16}}}]",
     "local": "[prune.magnitude: {ratio: 0.3}]",
     "global": "[prune.magnitude: {ratio: 0.3, scope: global, refit: true}]",
@@ -49,7 +52,7 @@ STEPS = {
     "kv": "[kv.streaming: {budget: 16}]",
     "nvfp4": "[quant.gptq: {scheme: NVFP4A16}]",
     "fp8": "[quant.rtn: {scheme: FP8}]",
-    "tune": "[quant.tune: {bits: 3, group_size: 32, steps: 3}]",
+    "tune": "[quant.tune: {bits: 3, group_size: 32, iterations: 3}]",
     "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
     "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
 }
@@ -142,8 +145,7 @@ def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal,
     assert filed.count(torch.bool) == distinct - 1
 
 
-@pytest.mark.parametrize("steps", ["heads.gradient: {}",
-                                   "quant.rtn: {bits: 3.5, group_size: 32, allocate: sensitivity}"])
+@pytest.mark.parametrize("steps", ["heads.gradient: {}", "quant.rtn: {bits: 3.5, group_size: 32, allocate: lrp}"])
 def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(steps, tmp_path):
     made = plan(tmp_path, dense(tmp_path, "llama"), f"[{steps}]")
     with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* least 0\.\d GB \(.* are available"):

@@ -54,6 +54,16 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
         return memory.keep(inputs()), calls
 
 
+@torch.no_grad()
+def logits_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:      # [B, T, E] -> [B, T, V]
+    """The logits of a batch whose last block gave `hidden`; no block runs."""
+    def giver(index: int) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: hidden
+
+    with _in_place_of(layer_list(model), giver):
+        return model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
+
+
 @contextmanager
 def _in_place_of(modules: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
     """Replace the forward of each module for a while; nothing of it remains afterwards."""

@@ -124,12 +124,17 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
     else:
         stops = visits(model, run, label, edits, shared=True)
     for visit in stops:
-        weights = inputs.token_weights(visit, run) if inputs.token_weights else None
-        for group in visit.block.groups():
-            if chosen := [p for p in group if p.name in names]:
-                seen = _rows(visit, group[0], run) if inputs.kind == "rows" else \
-                    moments_of(visit, group[0], inputs, weights, run)
-                yield from ((p, seen) for p in chosen)
+        yield from weights_of(visit, run, names, inputs)
+
+
+def weights_of(visit: Visit, run: Run, names: Collection[str], inputs: Inputs) -> Iterator[tuple[Projection, Seen]]:
+    """The weights in `names` of one visited block, each with what was collected of its inputs."""
+    weights = inputs.token_weights(visit, run) if inputs.token_weights and inputs.kind != "none" else None
+    for group in visit.block.groups():
+        if chosen := [p for p in group if p.name in names]:
+            seen = None if inputs.kind == "none" else _rows(visit, group[0], run) if inputs.kind == "rows" else \
+                moments_of(visit, group[0], inputs, weights, run)
+            yield from ((p, seen) for p in chosen)
 
 
 def moments_of(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,

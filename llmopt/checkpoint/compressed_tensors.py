@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
-from llmopt.model.packing import format_of, packed
-from llmopt.model.stored import dequantizes, refuse_unportable
-from llmopt.model.weights import check_consistent, coded
+from llmopt.model.forms import BYTES
+from llmopt.model.packing import format_of
+from llmopt.model.state import tied_names
+from llmopt.model.stored import dequantizes, packed_weights, refuse_unportable
+from llmopt.model.weights import Weight, check_consistent, coded
 
 Exported = tuple[dict[str, dict[str, Tensor]], dict]
 
@@ -27,7 +29,7 @@ def export(model: nn.Module) -> Exported | None:
     refuse_unportable(model)
     refuse_unequal(model)
     check_consistent(model)
-    return {weight.key: packed(weight) for weight in found}, quantization_config(model)
+    return packed_weights(model), quantization_config(model)
 
 
 def refuse_unequal(model: nn.Module) -> None:
@@ -60,12 +62,13 @@ def widths(config: dict) -> dict[str, int]:
 
 def facts(config: dict) -> dict[str, dict]:
     """What model.packing.unpacked wants to know of each module that a quantization_config of ours names."""
-    return {name: _facts(group["weights"]) for group in config["config_groups"].values() for name in group["targets"]}
+    return {name: _facts(group) for group in config["config_groups"].values() for name in group["targets"]}
 
 
-def _facts(weights: dict) -> dict:
+def _facts(group: dict) -> dict:
+    weights = group["weights"]
     kind, bits = weights["strategy"], weights["num_bits"]
-    form = "int"
+    form = "bytes" if group.get("format") == "int-quantized" and not group["input_activations"] else "int"
     if weights["type"] == "float":
         form = {"channel": "fp8", "tensor": "fp8 tensor", "block": "fp8 block", "tensor_group": "nvfp4",
                 "group": f"mxfp{bits}"}[kind]
@@ -89,20 +92,27 @@ def quantization_config(model: nn.Module) -> dict:
     settings: dict[tuple, list] = {}
     for weight in found:
         settings.setdefault((weight.codes.bits, weight.codes.group_size, weight.codes.form.name), []).append(weight)
-    named = {weight.path for weight in found}
-    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in named and n != "lm_head"]
-    groups = [settings[key] for key in sorted(settings)]
-    formats = {format_of(weights[0].codes) for weights in groups}
+    shared = [name.removesuffix(".weight") for name in tied_names(model)]
+    named = {key: [name for weight in settings[key] for name in (weight.path, *_sharing(weight, shared))]
+             for key in sorted(settings)}
+    known = {name for names in named.values() for name in names}
+    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in known and n != "lm_head"]
+    formats = {format_of(weights[0].codes) for weights in settings.values()}
     return {"quant_method": "compressed-tensors", "format": min(formats) if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", **({"dequantize": True} if dequantizes(model) else {}),
-            "ignore": ["lm_head", *dense],
-            "config_groups": {f"group_{i}": _scheme(weights[0].codes, [weight.path for weight in weights])
-                              for i, weights in enumerate(groups)}}
+            "ignore": [*(["lm_head"] if "lm_head" not in known else []), *dense],
+            "config_groups": {f"group_{i}": _scheme(settings[key][0].codes, names, len(formats) > 1)
+                              for i, (key, names) in enumerate(named.items())}}
 
 
-def _scheme(codes: Quantized, names: list[str]) -> dict:
+def _sharing(weight: Weight, heads: list[str]) -> list[str]:
+    """The heads that a loader makes of the same codes: of an embedding in bytes those tied to it."""
+    return heads if weight.codes.form == BYTES else []
+
+
+def _scheme(codes: Quantized, names: list[str], mixed: bool) -> dict:
     kind, told = format_of(codes), {}
-    if kind != "pack-quantized":
+    if kind != "pack-quantized" or mixed:
         told = {"format": kind}
     return {"targets": names, "input_activations": codes.inputs, "output_activations": None, **told,
             "weights": {"num_bits": codes.bits, "type": "float" if codes.form.is_float else "int",

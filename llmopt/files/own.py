@@ -12,7 +12,7 @@ TOKENIZER = (r"(added_tokens|special_tokens_map|tokenizer|tokenizer_config|vocab
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|modeling_llmopt\.py|model(-\d+-of-\d+)?\.safetensors|part-\d+|"
-    r"model\.safetensors\.index\.json|recipe\.yaml|llmopt\.json|llmopt\.log|README\.md|PARTIAL|"
+    r"model\.safetensors\.index\.json|recipe\.yaml|plan\.json|llmopt\.json|llmopt\.log|README\.md|PARTIAL|"
     rf"eval-(before|after)\.json|\.[\w.-]+\.partial-\d+|{TOKENIZER}|{'|'.join(map(re.escape, LICENCES))}")
 PARTIAL = "PARTIAL"             # a file: what lies beside it are some blocks only, and no model
 PROOFS = ("journal", "lock", "llmopt.json")

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from llmopt.checkpoint.verify import probe_length
 from llmopt.files import shards
-from llmopt.method import UNCHANGED, Method
-from llmopt.model.blocks import Block, blocks, layer_list
+from llmopt.method import Method
+from llmopt.model.blocks import Block, blocks
 from llmopt.model.computing import compute_type
 from llmopt.model.head import LOGITS
 from llmopt.model.state import tied_names
 from llmopt.model.weights import coded
 from llmopt.scale import pages
-
-CHOICES = 4         # bytes of each weight that a step on the whole model keeps beside a copy: codes at four widths
 
 
 class Peak(NamedTuple):
@@ -65,12 +63,7 @@ def whole_bytes(step: Method, model: nn.Module, rows: int, length: int) -> int:
     tokens = step.backward(rows, length)
     if tokens:
         return _backward_bytes(model, tokens)
-    return 0 if step.stage in UNCHANGED else copied_bytes(model)
-
-
-def copied_bytes(model: nn.Module) -> int:
-    """A copy of the blocks' weights, and what a step on the whole model has to choose from for each."""
-    return sum(p.numel() * (p.element_size() + CHOICES) for layer in layer_list(model) for p in layer.parameters())
+    return 0
 
 
 def _backward_bytes(model: nn.Module, tokens: int) -> int:
@@ -92,9 +85,10 @@ def saving_bytes(skeleton: nn.Module, tensors: dict[str, Tensor]) -> int:
 
     Either what is packed for the files, or what the fresh model inflates and both models' answers.
     """
-    own, tied = dict(skeleton.named_parameters()), tied_names(skeleton)
-    made = {name: tensor for name, tensor in tensors.items() if name not in own}
-    inflated = {name: tensor for name, tensor in own.items() if name not in tensors and name not in tied}
+    own, tied = dict(skeleton.named_parameters(remove_duplicate=False)), tied_names(skeleton)
+    made = {name: tensor for name, tensor in tensors.items() if name not in own or tensor.dtype != own[name].dtype}
+    inflated = {name: tensor for name, tensor in own.items() if f"{name}_scale" in tensors or
+                name not in tensors and name not in tied}
     return max(shards.tensor_bytes(made), shards.tensor_bytes(inflated) + _answer_bytes(skeleton))
 
 

@@ -4,7 +4,6 @@ Every step sketches its edit on a skeleton without weights. Pruning plans that n
 run finds them decided. Exact where names and shapes decide the bits; with `allocate: sensitivity` every weight is
 counted at the average.
 """
-import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,11 +15,10 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
 from llmopt.method import UNCHANGED, Method, Run
-from llmopt.model.packing import packed
+from llmopt.model.outline import filed, outline
 from llmopt.model.shapes import LayerShape, shapes
-from llmopt.model.state import packs, plain_state
-from llmopt.model.stored import packed_in_place, refuse_rounded_inputs, refuse_unportable
-from llmopt.model.weights import coded
+from llmopt.model.state import packs
+from llmopt.model.stored import refuse_rounded_inputs, refuse_unportable
 
 
 class Prediction(NamedTuple):
@@ -49,7 +47,7 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
     many units as it will remove, whichever they are: exact where its scope is local. run: the one to come; what it
     remembers of its decisions is not decided again.
     """
-    skeleton, told, source = _skeleton(model), [], model
+    skeleton, told, source = outline(model), [], model
     layers = [shapes(skeleton)]
     run = Run() if run is None else replace(run)
     for i, step in enumerate(steps):
@@ -66,29 +64,18 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
 @torch.no_grad()
 def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of the safetensors that `save` would write of a model as it is, packed where the format can hold that."""
-    skeleton = _skeleton(model)
+    skeleton = outline(model)
     try:
         return shards.file_bytes(_tensors(skeleton, "portable"))
     except LlmoptError:
         return shards.file_bytes(_tensors(skeleton, "dense"))
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """The model's shapes on the meta device, those of its codes too."""
-    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
-                               for p in model.parameters()}
-    for codes in (weight.codes for weight in coded(model)):
-        memo |= {id(t): t.to("meta") for t in (codes.codes, codes.scales, codes.zeros) if t is not None}
-    return copy.deepcopy(model, memo)
-
-
 def _tensors(skeleton: nn.Module, format: str) -> dict[str, Tensor]:
     """The tensors of the checkpoint; raises LlmoptError for what its format cannot hold."""
-    packing = packs(skeleton, format)
-    tensors = plain_state(skeleton, renamed=not packing)
-    if not packing:
+    if packs(skeleton, format):
+        refuse_unportable(skeleton)
+        refuse_unequal(skeleton)
+    else:
         refuse_rounded_inputs(skeleton)
-        return tensors
-    refuse_unportable(skeleton)
-    refuse_unequal(skeleton)
-    return packed_in_place(tensors, {weight.key: packed(weight) for weight in coded(skeleton)})
+    return filed(skeleton, format)

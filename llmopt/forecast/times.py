@@ -64,8 +64,9 @@ class Times:
 class Loops:
     """A Progress that sums up, apart from all else, what loops on a model of one block take: time and memory.
 
-    block: of loops over the block. trials: of loops over more, each item of which tries something out. peak: tells the
-    bytes at the most since it was called last; `high_trials` are those of the trials, `high` those of all else.
+    block: of loops over the block. trials: of loops over more, each item of which tries something out, inside others or
+    not. peak: tells the bytes at the most since it was called last; `high_trials` are those of the trials, `high` those
+    of all else.
     """
 
     def __init__(self, peak: Callable[[], int] = int) -> None:
@@ -73,23 +74,24 @@ class Loops:
         self.peak, self.high, self.high_trials = peak, 0, 0
 
     def __call__(self, items: Iterable, label: str) -> Iterator:
-        items, watch = list(items), Watch()
+        items, watch, before = list(items), Watch(), self.trials
         self.look()
         yield from items
         if len(items) > 1:
-            self.trials += watch.read()
+            self.trials = before + watch.read()
             self.high_trials = max(self.high_trials, self.peak())
         else:
-            self.block += watch.read()
+            self.block += watch.read() + (self.trials + before * -1) * -1
 
     def look(self) -> None:
         """What was taken since the last trials belongs to no trial."""
         self.high = max(self.high, self.peak())
 
     def scaled(self, spent: Span, blocks: int, forwards: float) -> Span:
-        """The time for a model of so many blocks, on which each trial takes `forwards` times as long.
+        """The time for a model of so many blocks, on which a forward takes `forwards` times as long.
 
-        spent: on all there was to do; what belongs to no loop is done once.
+        Each block has as many trials as this one, which run from their block on. spent: on all there was to do; what
+        belongs to no loop is done once.
         """
         once = spent + (self.block + self.trials) * -1
-        return once + self.block * blocks + self.trials * (blocks * forwards)
+        return once + self.block * blocks + self.trials * (blocks * (forwards + 1) / 2)

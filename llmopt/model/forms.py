@@ -60,8 +60,9 @@ class Form:
 
 
 INTEGERS = Form("int")
+BYTES = Form("bytes")           # integers, too, of which each lies in a byte of its own
 FORMS = {form.name: form for form in (
-    INTEGERS, Form("fp8", 448), Form("fp8 tensor", 448, rows=0), Form("fp8 block", 448, rows=128),
+    INTEGERS, BYTES, Form("fp8", 448), Form("fp8 tensor", 448, rows=0), Form("fp8 block", 448, rows=128),
     Form("nvfp4", 6, "e4m3"), Form("mxfp4", 6, "e8m0"), Form("mxfp8", 448, "e8m0"))}
 
 

@@ -1,6 +1,7 @@
 """A model that transformers loaded from packed weights, brought back into the form in which llmopt compressed it."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
+from llmopt.model.forms import BYTES, INTEGERS, Form
 from llmopt.model.rounded_inputs import forget_rounding
 from llmopt.model.stay_packed import inflate, is_packed
 from llmopt.model.weights import CODES, Weight
@@ -40,16 +42,31 @@ def with_codes(model: nn.Module) -> Iterator[None]:
         yield
         return
     unpack(model)
+    shared = _tied_again(model)
     taken: dict[nn.Module, dict[str, Tensor]] = {}
     try:
         for name, module in modules.items():
-            Weight(name, module).codes = module.quantized() if is_packed(module) else _codes(name, module)
+            if module is not shared:
+                Weight(name, module).codes = (replace(module.quantized(), form=_form(module)) if is_packed(module)
+                                              else _codes(name, module))
             taken[module] = {key: module._parameters.pop(key) for key in LEFTOVERS if key in module._parameters}
         yield
     finally:
         for module, parameters in taken.items():
-            del module.__dict__[CODES]
+            module.__dict__.pop(CODES, None)
             module._parameters.update(parameters)
+
+
+def _tied_again(model: nn.Module) -> nn.Module | None:
+    """The head, if it was loaded from the codes of the embedding, whose weight it now has; else None."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or _scheme(head) is None or _scheme(table) is None or not model.config.tie_word_embeddings:
+        return None
+    if not torch.equal(table.weight, head.weight):
+        return None
+    del head.weight                         # compressed-tensors' parameters copy what they are set to
+    head.weight = table.weight
+    return head
 
 
 def unpack(model: nn.Module) -> None:
@@ -92,7 +109,14 @@ def _codes(name: str, module: nn.Module) -> Quantized:
     scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales.data
     steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
     codes = steps.nan_to_num(0, 0, 0).round().flatten(1).to(torch.int8)                # a scale of 0 stands for zeros
-    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size)
+    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size,
+                     form=_form(module))
+
+
+def _form(module: nn.Module) -> Form:
+    """How the codes of a module that was loaded lie in its file."""
+    kind = module.quantization_scheme.format
+    return BYTES if getattr(kind, "value", kind) == "int-quantized" else INTEGERS
 
 
 def _refuse_foreign(model: nn.Module) -> None:
@@ -109,6 +133,7 @@ def forget_codes(model: nn.Module) -> None:
     unpack(model)
     inflate(model)
     _refuse_foreign(model)
+    _tied_again(model)
     forget_rounding(model)
     for module in model.modules():
         module.__dict__.pop(CODES, None)

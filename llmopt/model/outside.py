@@ -7,7 +7,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.blocks import at, final_norm, spec_of
 from llmopt.model.links import Link, Norm
 from llmopt.model.state import tied_names
-from llmopt.model.weights import Projection
+from llmopt.model.weights import Projection, Weight, coded
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,17 @@ class Outside:
     def embeddings(self) -> nn.Embedding:
         """The table [V, E] of the input tokens."""
         return self.model.get_input_embeddings()
+
+    @property
+    def table(self) -> Weight:
+        """The same table as a weight that may have codes."""
+        return Weight(self._name(self.embeddings), self.embeddings)
+
+    @property
+    def coded(self) -> list[Weight]:
+        """The weights out here that have codes."""
+        own = self.parameters()
+        return [weight for weight in coded(self.model) if weight.key in own]
 
     @property
     def tables(self) -> list[nn.Embedding]:
@@ -35,7 +46,10 @@ class Outside:
     def head(self) -> Projection:
         """The output embedding [V, E]; a tied one has the table of the input tokens for its weight, see `untie`."""
         head = self.model.get_output_embeddings()
-        return Projection(next(name for name, module in self.model.named_modules() if module is head), head)
+        return Projection(self._name(head), head)
+
+    def _name(self, wanted: nn.Module) -> str:
+        return next(name for name, module in self.model.named_modules() if module is wanted)
 
     def links(self) -> list[Link]:
         """The final norm and the head that reads it. Raises LlmoptError where something stands between the two."""

@@ -1,7 +1,7 @@
 """Weights with codes as the tensors that compressed-tensors keeps in a file for them, and back.
 
     pack-quantized        W_packed int32 [out, ceil(in b / 32)], W_scale, W_shape, with zero points W_zero_point int32
-    int-quantized         W int8, W_scale                       (integers whose inputs are rounded, too)
+    int-quantized         W int8, W_scale                       (bytes, and integers whose inputs are rounded, too)
     float-quantized       W e4m3, W_scale: of a channel [out, 1], the tensor [1], or blocks [out / 128, in / 128]
     nvfp4-pack-quantized  W_packed uint8 [out, in / 2], W_scale e4m3, W_global_scale float32 [1]
     mxfp4-pack-quantized  W_packed uint8 [out, in / 2], W_scale uint8: 127 + the exponent
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmopt.model.codes import Quantized, pack, unpack
-from llmopt.model.forms import E4M3, FORMS, Form, over
+from llmopt.model.forms import BYTES, E4M3, FORMS, Form, over
 from llmopt.model.weights import Weight
 
 SIZES = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])        # of e2m1 numbers, by their three lower bits
@@ -25,7 +25,7 @@ BIAS = 127
 def format_of(codes: Quantized) -> str:
     """compressed-tensors' name for how such a weight lies in a file."""
     if not codes.form.is_float:
-        return "int-quantized" if codes.inputs else "pack-quantized"
+        return "int-quantized" if codes.inputs or codes.form == BYTES else "pack-quantized"
     return {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized",
             "mxfp8": "mxfp8-quantized"}.get(codes.form.name, "float-quantized")
 
@@ -59,7 +59,7 @@ def _numbers(codes: Quantized) -> Tensor:
         return _pairs(codes.codes)
     if codes.form.is_float:
         return codes.codes.to(E4M3) if codes.codes.is_meta else codes.codes.cpu().contiguous().view(E4M3)
-    return codes.codes if codes.inputs else pack(codes.codes, codes.bits)
+    return pack(codes.codes, codes.bits) if format_of(codes) == "pack-quantized" else codes.codes
 
 
 def _scales(codes: Quantized) -> Tensor:

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.model.codes import Quantized
-from llmopt.model.packing import kept, packed, unpacked
+from llmopt.model.forms import BYTES
+from llmopt.model.packing import format_of, kept, packed, unpacked
+from llmopt.model.state import tied_names
 from llmopt.model.weights import Weight, check_consistent, coded
 
 
@@ -22,51 +24,77 @@ def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights disagree.
     """
     check_consistent(layer)
+    return as_codes(layer.state_dict(), coded(layer))
+
+
+def as_codes(state: dict[str, Tensor], weights: list[Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, record) of a state dict in which these quantized weights become their codes."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for weight in coded(layer):
+    for weight in weights:
         more = {} if weight.codes.groups is None else {f"{weight.stem}_groups": weight.codes.groups}
         parts.setdefault(weight.key, {}).update(packed(weight) | more)
-    return packed_in_place(layer.state_dict(), parts), described(layer)
+    return packed_in_place(state, parts), described(weights)
 
 
-def described(layer: nn.Module) -> dict[str, Any]:
-    """The facts about a layer's quantized weights beside their tensors: plain JSON data by the weights' names."""
+def described(weights: list[Weight]) -> dict[str, Any]:
+    """The facts about quantized weights beside their tensors: plain JSON data by the weights' names."""
     return {w.name: {"place": [w.path, w.parameter, w.expert], "figures": w.codes.figures, **kept(w.codes)}
-            for w in coded(layer)}
+            for w in weights}
 
 
-def rebuilt(layer: nn.Module, tensors: dict[str, Tensor],
-            record: dict[str, Any]) -> tuple[dict[str, Tensor], list[tuple[Weight, Quantized]]]:
-    """(state dict, the quantized weights with their codes) of a layer from what `stored` gave.
+def rebuilt(root: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any],
+            like: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[tuple[Weight, Quantized]]]:
+    """(state dict, the quantized weights with their codes) from what `stored` or `as_codes` gave.
 
-    layer: tells layout and types. Nothing is hung on it yet.
+    root: a layer or a model, on which nothing is hung yet. like: the tensors wanted, whose types they get; None: all.
     """
-    results = [_unpacked(layer, tensors, known) for known in record.values()]
+    results = [_unpacked(root, tensors, known) for known in record.values()]
     by_key = {weight.key: (weight, codes) for weight, codes in results}
     state = {}
-    for key, like in layer.state_dict().items():
+    for key, wanted in (root.state_dict() if like is None else like).items():
         if key in by_key:
             weight, codes = by_key[key]
-            dense = codes.dequantize(like.dtype)
+            dense = codes.dequantize(wanted.dtype)
             state[key] = dense.T.contiguous() if weight.transposed else dense
         else:
             state[key] = tensors[key]
     return state, results
 
 
-def _unpacked(layer: nn.Module, tensors: dict[str, Tensor], known: dict[str, Any]) -> tuple[Weight, Quantized]:
+def _unpacked(root: nn.Module, tensors: dict[str, Tensor], known: dict[str, Any]) -> tuple[Weight, Quantized]:
     facts = dict(known)
     path, parameter, expert = facts.pop("place")
-    weight = Weight(path, layer.get_submodule(path), parameter, expert)
+    weight = Weight(path, root.get_submodule(path), parameter, expert)
     codes = unpacked(tensors, weight.stem, facts)
     codes.groups = tensors.get(f"{weight.stem}_groups")
     return weight, codes
 
 
+def packed_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """By the key of each weight with codes: the tensors of a checkpoint that stand in its place."""
+    parts = {weight.key: packed(weight) for weight in coded(model)}
+    return {key: made | beside(model, made) for key, made in parts.items()}
+
+
+def beside(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What loading wants beside the tensors of an embedding in bytes, if they are among these.
+
+    A tied head reads the same bytes by scales of its own; what a module computes from its config is looked for as well.
+    """
+    table = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is table)
+    codes, scales = Weight(name, table).codes, tensors.get(f"{name}.weight_scale")
+    if scales is None or codes.form != BYTES:
+        return {}
+    computed = dict(table.named_buffers()).keys() - table.state_dict().keys()
+    return {f"{twin}_scale": scales.clone() for twin in tied_names(model)} | {
+        f"{name}.{buffer}": getattr(table, buffer) for buffer in computed}
+
+
 def refuse_unportable(model: nn.Module) -> None:
     """Raise LlmoptError for what stock transformers could not load from compressed-tensors, saying what to use."""
     for weight in coded(model):
-        if not isinstance(weight.module, nn.Linear) or weight.name != weight.path:
+        if not isinstance(weight.module, (nn.Linear, nn.Embedding)) or weight.name != weight.path:
             raise LlmoptError(f"{weight.name} is a {type(weight.module).__name__}, which compressed-tensors cannot "
                               "hold: format: dense (--set format=dense) rounds it, no file shrinks")
         if weight.codes.groups is not None:
@@ -74,18 +102,24 @@ def refuse_unportable(model: nn.Module) -> None:
                              "be stored portably), or format: dense")
     _refuse_types(coded(model))
     if dequantizes(model) and len({(w.codes.bits, w.codes.group_size, w.codes.form.name) for w in coded(model)}) > 1:
+        if any(map(_is_packed_table, coded(model))):
+            raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups for "
+                              "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "
+                              "or give all weights the bits of the embedding, or use format: dense")
         raise LlmoptError("weights with zero points, or small floats of a model that is not bfloat16, must be alike in "
                           "bits and groups for plain transformers to load them: use symmetric: true, or format: dense")
 
 
 def _refuse_types(weights: list[Weight]) -> None:
     """Raise LlmoptError for types in which transformers would compute other weights or inputs than the solver saw."""
+    at_once = any(map(_is_packed_table, weights))
     for weight in weights:
         dtype, codes = str(weight.dtype).removeprefix("torch."), weight.codes
         scales = str(codes.scales.dtype).removeprefix("torch.")
-        if codes.zeros is not None and scales != dtype:
-            raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, "
-                             "transformers multiplies in the type of the scales; or format: dense")
+        if (codes.zeros is not None or at_once) and scales != dtype:
+            raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, or an "
+                             "embedding at less than 8 bits, transformers multiplies in the type of the scales; or "
+                             "format: dense")
         if codes.inputs and codes.form.through_bfloat16 and dtype != "bfloat16":
             raise LlmoptError(f"{weight.name}: transformers unpacks {codes.form.name} as bfloat16, and the model is "
                               f"{dtype}: give dtype: bfloat16 under model (--dtype bf16)")
@@ -94,10 +128,15 @@ def _refuse_types(weights: list[Weight]) -> None:
 def dequantizes(model: nn.Module) -> bool:
     """True where plain transformers loads the weights only unpacked at once, by a word in their config.
 
-    It makes room for zero points that are not packed, and its packed small floats become bfloat16 weights.
+    It makes room for zero points that are not packed and none for a packed embedding, and its packed small floats
+    become bfloat16 weights.
     """
-    return any(w.codes.zeros is not None or
+    return any(w.codes.zeros is not None or _is_packed_table(w) or
                w.codes.form.through_bfloat16 and w.dtype != torch.bfloat16 for w in coded(model))
+
+
+def _is_packed_table(weight: Weight) -> bool:
+    return isinstance(weight.module, nn.Embedding) and format_of(weight.codes) == "pack-quantized"
 
 
 def refuse_rounded_inputs(model: nn.Module) -> None:

@@ -81,15 +81,16 @@ class Pruner(Method):
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
-        self._carry_out(model, run, plan)
+        meta |= self._carry_out(model, run, plan)
         return Record(meta=meta | {
             "multiple": _multiple(run), "parameters": [before, model.num_parameters()], "layers": kept,
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
 
-    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> None:
-        if self.refit:
-            refit(model, run, plan, f"{self.name} refit")
+    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
+        """Cut, after a refit where there is one; its figures for the record."""
+        found = {"refit": refit(model, run, plan, f"{self.name} refit")} if self.refit else {}
         apply_plan(model, plan, run)
+        return found
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""

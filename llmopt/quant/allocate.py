@@ -1,18 +1,12 @@
-"""Which block gets how many bits: pure functions on plain numbers.
+"""Which block gets which of two widths, by its rank (arXiv:2406.17415): pure functions on plain numbers.
 
-    two_level   the least important layers move from `hi` to `lo` until the average fits (arXiv:2406.17415)
-    exact       min sum_l damage_l(b_l)   subject to   sum_l n_l b_l <= target sum_l n_l      (dynamic programming)
-
-Both keep the average at or below the target and respect pinned layers; equal scores are settled by the index.
+The least important layers move from `hi` to `lo` until the average fits, which is at or below the target; equal scores
+are settled by the index. For choices among more: programme.py.
 """
-import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from llmopt.errors import BudgetError
 
-STATES = 200_000    # beyond this many budget units, costs are rounded up to coarser ones (still within the budget)
 SLACK = 1e-9
 
 
@@ -31,45 +25,6 @@ def two_level(importance: Sequence[float], params: Sequence[int], hi: int, lo: i
         raise BudgetError(f"an average of {target:g} bits cannot be met: with every layer at {lo} it is "
                           f"{_mean(bits, params):.4g}")
     return bits
-
-
-def exact(damage: Sequence[Mapping[int, float]], params: Sequence[int], target: float,
-          pinned: Mapping[int, int] | None = None) -> list[int]:
-    """Bits of each layer at the least total damage; damage[l]: {bits: harm of layer l at these bits}."""
-    pinned = pinned or {}
-    choices = [[pinned[i]] if i in pinned else sorted(table) for i, table in enumerate(damage)]
-    least = [c[0] for c in choices]
-    room = math.floor((target + SLACK) * sum(params)) - sum(n * b for n, b in zip(params, least, strict=True))
-    if room < 0:
-        raise BudgetError(f"an average of {target:g} bits cannot be met: the least possible is "
-                          f"{_mean(least, params):.4g}")
-    unit = math.gcd(*(n * (b - c[0]) for n, c in zip(params, choices, strict=True) for b in c)) or 1
-    unit = max(unit, math.ceil(room / STATES))
-    costs = [[-(-n * (b - c[0]) // unit) for b in c] for n, c in zip(params, choices, strict=True)]
-    harms = [[damage[i].get(b, 0.0) for b in c] for i, c in enumerate(choices)]
-    picks = _knapsack(costs, harms, min(room // unit, sum(c[-1] for c in costs)))
-    return [c[k] for c, k in zip(choices, picks, strict=True)]
-
-
-def _knapsack(costs: list[list[int]], harms: list[list[float]], room: int) -> list[int]:
-    """One option per item, at the least total harm within `room`; ties go to the cheaper option."""
-    best = np.zeros(room + 1)                        # least harm of the items so far with at most this much spent
-    taken = np.zeros((len(costs), room + 1), dtype=np.int8)
-    for item, (prices, harm) in enumerate(zip(costs, harms, strict=True)):
-        value = np.full(room + 1, np.inf)
-        for option, price in enumerate(prices):
-            if price > room:
-                continue
-            trial = np.full(room + 1, np.inf)
-            trial[price:] = best[:room + 1 - price] + harm[option]
-            better = trial < value
-            value[better], taken[item, better] = trial[better], option
-        best = value
-    spent, picks = int(np.argmin(best)), []
-    for item in reversed(range(len(costs))):
-        picks.append(int(taken[item, spent]))
-        spent -= costs[item][picks[-1]]
-    return picks[::-1]
 
 
 def _mean(bits: Sequence[int], params: Sequence[int]) -> float:

@@ -10,10 +10,9 @@ from torch import nn
 from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks, spec_of
-from llmopt.model.codes import Quantized
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
-from llmopt.quant import floats
+from llmopt.quant import floats, vocabulary
 from llmopt.quant.deciding import decided, planned
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
@@ -42,27 +41,28 @@ class Quantizer(Settings):
         weights = {p.name: p for block in blocks(skeleton) for p in block.projections()}
         for t in found:
             if t.bits != DENSE:
-                weights[t.name].codes = self._without_values(t, skeleton.dtype)
+                weights[t.name].codes = self.without_values(t, skeleton.dtype)
+        vocabulary.sketch(self, skeleton)
         kind = f" ({self.scheme})" if self.scheme else ""
-        return (f"{len(found)} weights at {self.bits:g} bits{kind}, "
-                + ("one scale per channel" if self.group_size == -1 else f"groups of {self.group_size}")
+        sizes = sorted({t.group_size for t in found} if self.plan else set(self.group_sizes) or {self.group_size})
+        groups = "one scale per channel" if sizes == [-1] else "groups of " + " or ".join(
+            "all" if size == -1 else str(size) for size in sizes)
+        return (f"{len(found)} weights at {average_bits(found):.3g} bits{kind}, {groups}"
                 + (f", bits by {self.allocate}" if self.allocate != "uniform" else "")
+                + (f", bits by {self.plan}" if self.plan else "")
+                + "".join(f", {name} at {given['bits']} bits" for name, given in
+                          (("embedding", self.embedding), ("head", self.head)) if given)
                 + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
-
-    def _without_values(self, target: Target, dtype: torch.dtype) -> Quantized:
-        empty = partial(torch.empty, target.out, device="meta")
-        scales = empty(target.groups, dtype=torch.float32 if self.form.through_bfloat16 else self.scale_type(dtype))
-        return Quantized(empty(target.columns, dtype=torch.int8), scales, target.bits, target.group_size,
-                         None if self.symmetric else torch.empty_like(scales), form=self.form,
-                         inputs=self.says.inputs, peak=1.0 if self.says.static else None)
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:
             raise LlmoptError("this step needs calibration data and there is none")
         found, allocation = decided(self, model, run)
+        outer = vocabulary.quantize(self, model, run)
         Making(self, model, run).write_all({t.name: t for t in found if t.bits != DENSE})
         round_inputs(model)
-        return Record(meta=self._meta(model, found) | allocation)
+        meta = self._meta(model, found)
+        return Record(meta=meta | {"modules": outer | meta["modules"]} | allocation)
 
     def _meta(self, model: nn.Module, found: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}

@@ -1,19 +1,20 @@
-"""How many bits each weight of a step gets, by its `allocate`: from names and shapes alone, then from data."""
-from functools import partial
-from operator import attrgetter
+"""What each weight of a step becomes, by its `allocate`: from names and shapes alone, then from data."""
+import logging
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from llmopt.calibration.trial import Change, Trial, sample
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.quant import scores
-from llmopt.quant.allocate import around, at_most, exact, two_level
+from llmopt.quant import estimated, measured, scores
+from llmopt.quant.allocate import around, two_level
 from llmopt.quant.making import Making
-from llmopt.quant.plan import Share, Target, undecided
-from llmopt.quant.settings import Settings
+from llmopt.quant.options import Budget, Plan, Unit, average, budget, chosen, programme, units_of, with_plan
+from llmopt.quant.plan import Choice, Target
+from llmopt.quant.settings import BY_RANK, Settings
+
+LOG = logging.getLogger(__name__)
 
 
 def planned(step: Settings, model: nn.Module) -> list[Target]:
@@ -22,67 +23,70 @@ def planned(step: Settings, model: nn.Module) -> list[Target]:
     lim and zd: two widths, as many blocks of each as there will be, if not the same ones.
     """
     found = step.chosen(model)
-    if step.allocate == "uniform" or all(t.fixed for t in found):
+    units = [] if step.allocate == "uniform" else units_of(step, found)
+    if not units:
         return found
-    share = undecided(found, step.bits, attrgetter("block"))
-    if step.allocate == "sensitivity":
-        return [t.at(share.target) for t in found]
-    bits = _two_level(step, share, [0.0] * len(share.units))
-    return [t.at(bits[t.block]) if not t.fixed else t for t in found]
+    bound = budget(step, model, found, units)
+    bound.check(units)
+    if step.allocate in BY_RANK:
+        return with_plan(found, _by_rank(step, bound, units, [0.0] * len({t.block for u in units for t in u.members})))
+    level = min(average(step, bound, units), max(step.widths))
+    return [t.at(level) for t in found]
 
 
 def decided(step: Settings, model: nn.Module, run: Run) -> tuple[list[Target], dict]:
     """The targets with their bits, and what the allocation was based on."""
     found = step.chosen(model)
-    if step.allocate == "uniform":
+    units = [] if step.allocate == "uniform" else units_of(step, found)
+    if not units:
         return found, {}
-    unit = attrgetter("group" if step.allocate == "sensitivity" else "block")
-    share = undecided(found, step.bits, unit)
-    if not share.units:
-        return found, {}
-    made = run.memory.remember("allocation", lambda: _allocation(Making(step, model, run), found, share))
-    return [t if t.fixed else t.at(made["bits"][unit(t)]) for t in found], {"allocation": made}
+    bound = budget(step, model, found, units)
+    bound.check(units)
+    made = dict(run.memory.remember("allocation", lambda: _allocation(Making(step, model, run), bound, units)))
+    found = with_plan(found, {name: Choice(*choice) for name, choice in made.pop("plan").items()})
+    _tell(found)
+    return found, {"allocation": made}
 
 
-def _two_level(step: Settings, share: Share, importance: list[float]) -> dict[str, int]:
-    bits = two_level(importance, share.params, *around(step.widths, share.target), share.target)
-    return dict(zip(share.units, bits, strict=True))
-
-
-def _allocation(making: Making, found: list[Target], share: Share) -> dict[str, Any]:
+def _allocation(making: Making, bound: Budget, units: list[Unit]) -> dict[str, Any]:
+    """{by, scores, plan, of those that were measured whole: plans}, ready for JSON."""
     step, model, run = making.step, making.model, making.run
-    if step.allocate == "sensitivity":
-        ranked, chosen = measured(making, found, share)
-    else:
+    if step.allocate in BY_RANK:
         score = scores.lim(model, run) if step.allocate == "lim" else scores.zd(model, run)
-        names = [block.name for block in blocks(model)]
-        ranked = {name: value for name, value in zip(names, score, strict=True) if name in share.units}
-        chosen = _two_level(step, share, [s if step.allocate == "lim" else -s for s in ranked.values()])
-    return {"by": step.allocate, "scores": _texts(ranked), "bits": chosen}
+        ranked = dict(zip((block.name for block in blocks(model)), score, strict=True))
+        open_blocks = dict.fromkeys(t.block for unit in units for t in unit.members)
+        plan = _by_rank(step, bound, units, [ranked[b] if step.allocate == "lim" else -ranked[b] for b in open_blocks])
+        return {"by": step.allocate, "scores": {name: ranked[name] for name in open_blocks}, "plan": plan}
+    if step.allocate == "sensitivity":
+        table, plans, picks = measured.allocation(making, bound, units)
+        more = {"plans": plans}
+    else:
+        table, more = estimated.table(making, units), {}
+        picks = programme(bound, units, table).best()
+    return {"by": step.allocate, "scores": {name: {str(c): v for c, v in row.items()} for name, row in table.items()},
+            "plan": chosen(units, picks), **more}
 
 
-@torch.no_grad()
-def measured(making: Making, found: list[Target], share: Share) -> tuple[dict, dict]:
-    """({unit: {bits: KL}}, {unit: bits}) with weights that this very method made from the dense model's inputs.
-
-    The least damage by the table, unless the widest uniform choice that fits does less in fact.
-    """
-    step, model, run = making.step, making.model, making.run
-    free = {t.name: t for t in found if not t.fixed}
-    choices: dict[str, dict[int, list[Change]]] = {unit: {w: [] for w in step.widths} for unit in share.units}
-    for p, width, codes in making.at_all_widths(free, step.widths):
-        choices[free[p.name].group][width].append((p, partial(codes.dequantize, p.weight.dtype)))
-    background, level = around(step.widths, share.target)[0], at_most(step.widths, share.target)
-    trial = Trial(model, sample(run.batches, step.seed, model.get_output_embeddings().weight.shape[0]), choices)
-    try:
-        table = scores.sensitivity(trial, step.widths, background, run)
-        least = exact(list(table.values()), share.params, share.target)
-        plans = [dict(zip(choices, least, strict=True)), dict.fromkeys(choices, level)]
-        return table, run.ranks.agree(min(plans, key=trial.of))
-    finally:
-        trial.restore()
+def _by_rank(step: Settings, bound: Budget, units: Sequence[Unit], importance: list[float]) -> Plan:
+    """The least important blocks at the lower of two widths; importance: of each block with open weights, in order."""
+    members = [target for unit in units for target in unit.members]
+    names = list(dict.fromkeys(target.block for target in members))
+    params = [sum(target.size for target in members if target.block == name) for name in names]
+    level = average(step, bound, units)
+    while True:
+        bits = dict(zip(names, two_level(importance, params, *around(step.widths, level), level), strict=True))
+        plan = {target.name: Choice(bits[target.block], target.group_size) for target in members}
+        over = sum(bound.price(target.at(*plan[target.name])) for target in members) - bound.room
+        if max(over, bound.over(plan)) <= 0:
+            return plan
+        level -= max(over, 1) / sum(params)             # rows of codes end at whole words, which no average knows of
 
 
-def _texts(table: dict) -> dict:
-    """A table as JSON holds it: keys are text."""
-    return {str(k): _texts(v) if isinstance(v, dict) else v for k, v in table.items()}
+def _tell(found: Sequence[Target]) -> None:
+    """Print the plan: a line for each block, `projection bits/columns that share a scale`."""
+    for name in dict.fromkeys(target.block for target in found):
+        alike: dict[tuple[str, Choice], list[str]] = {}
+        for target in (t for t in found if t.block == name):
+            what = Choice(target.bits, target.group_size)
+            alike.setdefault((target.group, what), []).append(target.name.rpartition(".")[2])
+        LOG.info("plan: %s: %s", name, ", ".join(f"{' '.join(names)} {what}" for (_, what), names in alike.items()))

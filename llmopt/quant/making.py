@@ -1,12 +1,12 @@
 """Weight by weight: what its solver makes of it, by all processes together, and how it comes into the model."""
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt.calibration.beside import visits_beside
-from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight
+from llmopt.calibration.inputs import Inputs, Moments, Peak, Seen, each_weight, weights_of
 from llmopt.calibration.missing import places
 from llmopt.calibration.second_moments import energy
 from llmopt.calibration.walk import Visit, visits
@@ -18,9 +18,11 @@ from llmopt.model.finite import all_finite
 from llmopt.model.heap import give_back_freed
 from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
-from llmopt.quant.plan import DENSE, Target
+from llmopt.quant.plan import Target
 from llmopt.quant.settings import Settings
 from llmopt.scale.processes import Ranks
+
+Wanted = Mapping[str, Sequence[Target]]         # by the name of a weight: what it is to be made into
 
 
 @dataclass(frozen=True)
@@ -36,50 +38,43 @@ class Making:
         wholes, solver = kinds.Wholes(self.model, todo), self.step.solver
         if solver.inputs == "block":
             prepared = solver.prepare(self.model, self.run) if solver.whole else None
-            for projection, made in self._from_blocks(todo, wholes):
-                self._write(projection, None, made, Ranks())
+            for visit in self._stops(todo, edits=True):
+                for projection, made in self._from_block(visit, todo, wholes):
+                    self._write(projection, None, made, Ranks())
             if solver.whole:
                 types = {p.name: p.weight.dtype for block in blocks(self.model) for p in block.projections()}
                 specs = {name: self.step.spec(target, types[name]) for name, target in todo.items()}
                 solver.finish(self.model, specs, self.run, prepared)
             return
-        for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self._collected):
+        for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self.collected):
             team = self._team(projection)
             spec = self.step.spec(todo[projection.name], projection.weight.dtype, wholes)
             self._write(projection, stats, self._solve(projection, stats, spec, team), team)
             give_back_freed()
 
-    def at_all_widths(self, free: Mapping[str, Target],
-                      widths: Iterable[int]) -> Iterator[tuple[Projection, int, Quantized]]:
-        """Each weight at each width below DENSE, made from the dense model's inputs; nothing is written."""
-        below = [w for w in widths if w != DENSE]
-        if self.step.solver.inputs == "block":
-            for width in below:
-                todo = {name: target.at(width) for name, target in free.items()}
-                yield from ((p, width, made) for p, made in self._from_blocks(todo))
-            return
-        label = f"{self.step.name} at {len(list(widths))} widths"
-        for p, stats in each_weight(self.model, self.run, free, label, self._collected, edits=False):
-            team = self._team(p)
-            for width in below:
-                spec = self.step.spec(free[p.name].at(width), p.weight.dtype)
-                yield p, width, _whole(self._solve(p, stats, spec, team), p, team)
+    def losses(self, wanted: Wanted, inputs: Inputs) -> Iterator[tuple[Target, float]]:
+        """What each weight, as each of its targets, loses of its outputs as a share of all; nothing is written.
 
-    def _from_blocks(self, todo: Mapping[str, Target],
-                     wholes: kinds.Wholes | None = None) -> Iterator[tuple[Projection, Quantized]]:
-        """Codes from a solver of whole blocks, one block after the other; every process sees all rows.
-
-        wholes: where the caller writes them into the block.
+        Of its weights, where `inputs` are no moments, or the solver wants whole blocks. The dense model's inputs.
         """
-        for visit in self._stops(todo, edits=wholes is not None):
-            chosen = [p for p in visit.block.projections() if p.name in todo]
-            for p in chosen:
-                _check_finite(p)
-            with naming(visit.block.name):
-                specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
-                yield from self.step.solver.quantize_block(visit, specs, self.run)
+        if self.step.solver.inputs == "block":
+            for visit in self._stops(wanted, edits=False):
+                yield from ((t, self._lost(p, None, q, Ranks())) for p, t, q in self._of_block(visit, wanted))
+            return
+        for p, stats in each_weight(self.model, self.run, wanted, f"{self.step.name}, trials", inputs, edits=False):
+            team = self._team(p)
+            yield from ((t, self._lost(p, stats, part, team)) for t, part in self._variants(p, stats, wanted[p.name]))
 
-    def _stops(self, todo: Mapping[str, Target], edits: bool) -> Iterator[Visit]:
+    def trials(self, visit: Visit, wanted: Wanted) -> Iterator[tuple[Target, Quantized]]:
+        """The weights of a block, visited with `data`, as each of their targets; nothing is written."""
+        if self.step.solver.inputs == "block":
+            yield from ((t, made) for _, t, made in self._of_block(visit, wanted))
+            return
+        for p, stats in weights_of(visit, self.run, wanted, self.collected):
+            for target, part in self._variants(p, stats, wanted[p.name]):
+                yield target, _whole(part, p, self._team(p))
+
+    def _stops(self, todo: Collection[str], edits: bool) -> Iterator[Visit]:
         """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
         run, dense = replace(self.run, ranks=Ranks()), self.step.solver.dense
         if edits and dense != "none":                       # else both streams are one
@@ -87,7 +82,37 @@ class Making:
         return visits(self.model, run, self.step.name, edits)
 
     @property
-    def _collected(self) -> Inputs:
+    def data(self) -> list[dict[str, Tensor]]:
+        """The batches that this process must see for `trials`."""
+        solver = self.step.solver
+        return [] if solver.inputs == "none" else self.run.batches if solver.inputs == "block" else self.run.own_batches
+
+    def _variants(self, projection: Projection, stats: Seen,
+                  targets: Iterable[Target]) -> Iterator[tuple[Target, Quantized]]:
+        """This process's rows of a weight as each of the targets."""
+        for target in targets:
+            spec = self.step.spec(target, projection.weight.dtype)
+            yield target, self._solve(projection, stats, spec, self._team(projection))
+
+    def _of_block(self, visit: Visit, wanted: Wanted) -> Iterator[tuple[Projection, Target, Quantized]]:
+        """From a solver of whole blocks: all weights at their first target, then at their second one."""
+        known = [p.name for p in visit.block.projections() if p.name in wanted]
+        for turn in range(max((len(wanted[name]) for name in known), default=0)):
+            todo = {name: wanted[name][turn] for name in known if turn < len(wanted[name])}
+            yield from ((p, todo[p.name], made) for p, made in self._from_block(visit, todo))
+
+    def _from_block(self, visit: Visit, todo: Mapping[str, Target],
+                    wholes: kinds.Wholes | None = None) -> Iterator[tuple[Projection, Quantized]]:
+        """Codes from a solver of whole blocks; every process sees all rows. wholes: where the caller writes them."""
+        chosen = [p for p in visit.block.projections() if p.name in todo]
+        for p in chosen:
+            _check_finite(p)
+        with naming(visit.block.name):
+            specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
+            yield from self.step.solver.quantize_block(visit, specs, self.run)
+
+    @property
+    def collected(self) -> Inputs:
         """The statistics to collect of the inputs of each weight."""
         solver, static = self.step.solver, self.step.says.static
         kind = "peak" if static and solver.inputs == "none" else solver.inputs
@@ -110,15 +135,10 @@ class Making:
     @torch.no_grad()
     def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
         """Put the codes of which each of the team has some rows into the model, with what they cost."""
-        dense = team.share(projection.weight).float()
-        rounded = part.dequantize(projection.weight.dtype)
-        change, sums = rounded.float() - dense, self.step.solver.sums
+        rounded, sums = part.dequantize(projection.weight.dtype), self.step.solver.sums
         counts = {name: part.figures[name] for name in sums if name in part.figures}
-        counts |= {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
-        if isinstance(stats, Moments):
-            lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
-            counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
-        total, whole = team.totals(counts), _whole(part, projection, team)
+        total = team.totals(counts | _energies(projection, stats, part, team))
+        whole = _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in sums if name in total}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
@@ -127,6 +147,24 @@ class Making:
         whole.inputs, whole.peak = says.inputs, _peak(stats, projection) if says.static else None
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole
+
+
+    def _lost(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> float:
+        total = team.totals(_energies(projection, stats, part, team))
+        kind = " output" if isinstance(stats, Moments) else ""
+        return total[f"lost{kind}"] / max(total[f"all{kind}"], 1e-30)
+
+
+@torch.no_grad()
+def _energies(projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> dict[str, float]:
+    """What this process's rows of a weight and, where there are moments, of its outputs hold, and what codes lose."""
+    dense = team.share(projection.weight).float()
+    change = part.dequantize(projection.weight.dtype).float() - dense
+    counts = {"lost": float(change.square().sum()), "all": float(dense.square().sum())}
+    if isinstance(stats, Moments):
+        lost = 2 * part.figures["loss"] if "loss" in part.figures else energy(change, stats.hessian)
+        counts |= {"lost output": lost, "all output": energy(dense, stats.hessian)}
+    return counts
 
 
 def _check_finite(projection: Projection) -> None:

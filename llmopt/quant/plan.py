@@ -1,7 +1,8 @@
 """Which weights are quantized, at how many bits and in what groups: decided by name and shape, before data is read."""
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,11 +13,22 @@ KERNELS = (128, 64, 32)     # group sizes that inference kernels are written for
 DENSE = 16    # this many bits: the weight is left as it is
 
 
+class Choice(NamedTuple):
+    """What a weight may become: its bits, and the columns that share a scale."""
+
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bits}/{self.group_size}"
+
+
 @dataclass(frozen=True)
 class Target:
-    """One weight matrix to be quantized; bits None: not decided yet; fixed: by `overrides`.
+    """One weight matrix to be quantized; bits None: not decided yet.
 
-    block, group: names of the block and of the first projection that reads the same input. key: its parameter's name.
+    fixed, sized: its bits, its group size are given by `overrides`. block, group: names of the block and of the first
+    projection that reads the same input. key: its parameter's name.
     """
 
     name: str
@@ -28,6 +40,7 @@ class Target:
     group_size: int
     bits: int | None = None
     fixed: bool = False
+    sized: bool = False
 
     @property
     def size(self) -> int:
@@ -37,13 +50,16 @@ class Target:
     def groups(self) -> int:
         return 1 if self.group_size == -1 else self.columns // self.group_size
 
-    def at(self, bits: int) -> "Target":
-        """This target at `bits`, unless its bits are fixed."""
-        return self if self.fixed else replace(self, bits=bits)
+    def at(self, bits: int, group_size: int | None = None) -> "Target":
+        """This target at `bits` (and in groups of another size), unless its bits are fixed."""
+        return self if self.fixed else replace(self, bits=bits, group_size=group_size or self.group_size)
 
 
-def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict], group_size: int) -> list[Target]:
+def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict], group_size: int,
+            sizes: Iterable[int] = ()) -> list[Target]:
     """The projections of all blocks that are not ignored, with the settings that names decide.
+
+    sizes: of which the largest that divides its columns stands in for a group size that does not.
 
     A name matches a module when it is its full name, a glob, or the end of its name; a parent stands for its children.
     Of several overrides that match, the last one holds; at 16 bits it leaves a weight dense, as `ignore` does.
@@ -59,8 +75,9 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
         known.append(p.name)
         if given.get("bits") == DENSE:
             continue
-        width = given.get("group_size", group_size)
-        target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width)
+        sized = "group_size" in given
+        width = given["group_size"] if sized else _dividing(group_size, sizes, p.in_features)
+        target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized)
         check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
@@ -84,6 +101,12 @@ def _matching(patterns: Iterable[str], names: list[str], key: str) -> set[str]:
 def _within(name: str, modules: set[str]) -> bool:
     parts = name.split(".")
     return any(".".join(parts[:i]) in modules for i in range(1, len(parts) + 1))
+
+
+def _dividing(size: int, others: Iterable[int], columns: int) -> int:
+    """`size` if it divides the columns, else the largest of the others that does, if there is one."""
+    fitting = [other for other in others if other > 0 and columns % other == 0] or [-1] * (-1 in others)
+    return size if size == -1 or columns % size == 0 or not fitting else max(fitting)
 
 
 def check_divides(target: Target) -> None:
@@ -113,23 +136,3 @@ def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool, rows
         extra = 0 if t.bits == DENSE else lines * t.groups * (scale_bits + (0 if symmetric else t.bits))
         total += t.size * t.bits + extra
     return total / max(1, sum(t.size for t in decided))
-
-
-@dataclass(frozen=True)
-class Share:
-    """The undecided weights: their units, how many each has, and the average of bits they must keep."""
-
-    units: list[str]
-    params: list[int]
-    target: float
-
-
-def undecided(found: list[Target], bits: float, unit: Callable[[Target], str]) -> Share:
-    """The units whose bits are open, and the average that brings all of `found` to `bits`, overrides counted in."""
-    sizes: dict[str, int] = {}
-    for t in found:
-        if not t.fixed:
-            sizes[unit(t)] = sizes.get(unit(t), 0) + t.size
-    spent = sum(t.size * t.bits for t in found if t.fixed)
-    left = bits * sum(t.size for t in found) - spent
-    return Share(list(sizes), list(sizes.values()), left / max(1, sum(sizes.values())))

@@ -1,37 +1,54 @@
-"""How much each block matters: LIM and ZD (Dumitru et al., arXiv:2406.17415), and measured sensitivity.
+"""How much each block matters: LIM and ZD (Dumitru et al., arXiv:2406.17415), and how much of the stream it writes.
 
     LIM_l = - mean over tokens of cos(x_l, x_{l+1})     a block that turns the residual stream more matters more
     ZD_l  = |{w : (w - mean w) / std w > 1}| / N_l      over all weights of the block; SMALLER matters more
-    D_u,b = mean over tokens of KL(dense || unit u rounded to b bits, the others to the width above the target)
+    S_l   = mean over tokens of |x_{l+1} - x_l|^2 / |x_{l+1}|^2
 
 The paper's official code is not public: cosine per token (not of the flattened sequence) is our reading of LIM, "z > 1"
-(not |z| > 1) that of ZD. On small models LIM can be worse than chance. Sensitivity beat uniform bits wherever it was
-measured but once (GPTQ at 3 bits on stories260K: .464 against .448 nats). Its units are the projections that read one
-input (q k v | o | gate up | down). Damage grows faster than its parts add up, so a unit measured in a dense model looks
-more robust than it is among others that are rounded too.
+(not |z| > 1) that of ZD. On small models LIM can be worse than chance.
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.calibration.trial import Trial
 from llmopt.calibration.walk import each, visits
 from llmopt.method import Run
 from llmopt.model.blocks import layer_list
 
+Measure = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[float, int]]
 
-@torch.no_grad()
 def lim(model: nn.Module, run: Run) -> list[float]:
     """LIM of every block; one forward pass over the calibration set."""
+    return [-mean for mean in _between(model, run, "LIM", alignment)]
+
+
+def written(model: nn.Module, run: Run) -> list[float]:
+    """S of every block; one forward pass over the calibration set."""
+    return _between(model, run, "shares of the stream", change)
+
+
+@torch.no_grad()
+def _between(model: nn.Module, run: Run, label: str, measure: Measure) -> list[float]:
+    """The mean over all real tokens of something between what goes into a block and what comes out of it, by block."""
     found, before = [], None
-    for visit in visits(model, run, "LIM", edits=False, shared=True):
+    for visit in visits(model, run, label, edits=False, shared=True):
         if before is not None:
-            found.append(alignment(before.inputs, before.outputs_after_edit, visit.masks))
+            found.append(measure(before.inputs, before.outputs_after_edit, visit.masks))
         before = visit
-    found.append(alignment(before.inputs, before.outputs_after_edit, before.masks))
+    found.append(measure(before.inputs, before.outputs_after_edit, before.masks))
     shares = zip(*run.ranks.gather(found), strict=True)          # of one block after the other, by rank
-    return [-sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
+    return [sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
+
+
+def change(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> tuple[float, int]:
+    """(sum of |y - x|^2 / |y|^2 over a block's inputs and outputs [B, T, E], count) over the real tokens."""
+    total, count = 0.0, 0
+    for x, y, mask in zip(before, after, masks, strict=True):
+        old, new = x[mask].float(), y[mask].float()                                        # [N, E]
+        shares = (new - old).square().sum(-1) / new.square().sum(-1).clamp(min=1e-30)
+        total, count = total + float(shares.double().sum()), count + len(shares)
+    return total, count
 
 
 def alignment(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> tuple[float, int]:
@@ -62,14 +79,3 @@ def share_above(weights: Iterable[Tensor]) -> float:
     if variance <= (1e-12 * mean) ** 2:
         return 0.0
     return sum(int((w.double() - mean > variance ** 0.5).sum()) for w in weights) / count
-
-
-@torch.no_grad()
-def sensitivity(trial: Trial, widths: Iterable[int], background: int, run: Run) -> dict[str, dict[int, float]]:
-    """{unit: {bits: KL}}, each unit in turn at each width, all the others at `background` bits."""
-    level, table = run.ranks.agree(trial.of(dict.fromkeys(trial.choices, background))), {}
-    for unit in run.progress(run.ranks.share(list(trial.choices)), "sensitivity"):
-        others = [bits for bits in widths if bits != background]
-        table[unit] = {bits: trial.of({unit: bits}) for bits in others} | {background: level}
-        trial.set({unit: background})
-    return {unit: row for part in run.ranks.gather(table) for unit, row in part.items()}

@@ -1,6 +1,8 @@
 """The fields of a quantization step, and what follows from them alone: what it needs, which weights, which grids."""
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from functools import partial
+from math import lcm
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -8,20 +10,23 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
+from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Method
-from llmopt.model.codes import DTYPES
+from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.forms import FORMS, Form
 from llmopt.parts import Several
 from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Target, targets
+from llmopt.quant.plan_file import planned_by, read_plan
 from llmopt.quant.solver import Solver
 from llmopt.recipe.schemes import Scheme
 from llmopt.specs import Dtype
 
-Allocation = Literal["uniform", "lim", "zd", "sensitivity"]
+Allocation = Literal["uniform", "lim", "zd", "sensitivity", "hessian", "heads", "lrp"]
+BY_RANK = ("lim", "zd")         # they rank whole blocks, which take one of two widths
 Width = Annotated[int, Field(ge=2, le=8)] | Literal[16]
 GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
 
@@ -31,6 +36,12 @@ class Override(TypedDict, total=False):
 
     bits: Annotated[Width, Field(description="16: as it is")]
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
+
+
+class Outer(TypedDict):
+    """The setting of a matrix outside the blocks."""
+
+    bits: Annotated[int, Field(ge=2, le=8)]
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,21 @@ class Settings(Method):
     scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
-    allocate: Allocation = Field("uniform", description="who decides the bits of each block")
-    widths: Several[Width] = Field((2, 3, 4, 8), description="bits to choose from; lim and zd take two around `bits`")
+    embedding: Outer | None = Field(None, description="{bits: 8}: the input embedding and a head tied to it, as int8 "
+                                    "with a scale for each row; fewer bits if all weights have them; null: as it is")
+    head: Outer | None = Field(None, description="{bits: ...}: an output head of its own")
+    allocate: Allocation = Field("uniform", description="who decides the bits of each weight")
+    widths: Several[Width] = Field((2, 3, 4, 5, 6, 8), description="bits to choose from; lim and zd take two around "
+                                   "`bits`")
+    group_sizes: Several[GroupSize] = Field((), description="group sizes to choose from, beside the bits; none: "
+                                            "group_size alone, which the average is about in any case")
+    bytes: int | None = Field(None, ge=1, description="in the place of bits: what all safetensors may take, "
+                              "but for what later steps add")
+    plans: int = Field(4, ge=1, le=100, description="of allocate: sensitivity: so many plans are measured whole, "
+                       "and the best is taken")
+    heads: str | None = Field(None, description="of allocate: heads: the step whose head scores count, or a file")
+    plan: str | None = Field(None, description="a file that names bits and group size of every weight, as "
+                             "plan.json of a checkpoint does; nothing is allocated then")
     seed: int = Field(0, description="picks the calibration rows on which `sensitivity` is measured")
 
     @model_validator(mode="before")
@@ -65,8 +89,9 @@ class Settings(Method):
             object.__setattr__(self, "bits", int(self.bits))
         if self.allocate == "uniform":
             _check_width(self.bits)
-        elif not self.widths or not min(self.widths) <= self.bits <= max(self.widths):
+        elif not self.widths or self.bytes is None and not min(self.widths) <= self.bits <= max(self.widths):
             raise FieldError("bits", self.bits, f"an average within the widths {list(self.widths)}")
+        _check_allocation(self)
         for name, given in self.overrides.items():
             if not given:
                 raise FieldError(f"overrides.{name}", given, "a mapping of bits and/or group_size")
@@ -88,27 +113,46 @@ class Settings(Method):
 
     @property
     def needs_data(self) -> bool:
-        return self.solver.inputs != "none" or self.allocate in ("lim", "sensitivity") or self.says.static
+        return (self.solver.inputs != "none" or self.says.static
+                or self.allocate in ("lim", "sensitivity", "hessian", "lrp"))
 
     @property
     def multiple(self) -> int:
+        if self.plan:
+            return lcm(*(max(1, choice.group_size) for choice in read_plan(self.plan).values()))
         return max(1 if self.says.plain else kinds.KERNEL, self.group_size)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        named = (self.plan, self.heads if self.heads and self.heads.endswith(FILES) else None)
+        return tuple(name for name in named if name)
+
+    @property
     def needs_whole(self) -> bool:
-        return self.allocate == "sensitivity" or self.solver.whole
+        return self.allocate == "lrp" or self.solver.whole
 
     def backward(self, rows: int, length: int) -> int:
-        return rows * length if self.solver.whole else 0
+        return rows * length if self.solver.whole else length if self.allocate == "lrp" else 0
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
         plain = self.says.plain
-        found = targets(model, self.ignore, self.overrides, self.group_size if plain else -1)
+        found = targets(model, self.ignore, self.overrides, self.group_size if plain and not self.plan else -1,
+                        self.group_sizes)
+        if self.plan:
+            return planned_by(self.plan, found)
         if not plain:
             kinds.check_widths(found, self.scheme)
             found = [replace(target, group_size=self.group_size) for target in found]
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
+
+    def without_values(self, target: Target, dtype: torch.dtype) -> Quantized:
+        """Codes of a weight on the meta device; their bits may be a fraction."""
+        empty = partial(torch.empty, target.out, device="meta")
+        scales = empty(target.groups, dtype=torch.float32 if self.form.through_bfloat16 else self.scale_type(dtype))
+        return Quantized(empty(target.columns, dtype=torch.int8), scales, target.bits, target.group_size,
+                         None if self.symmetric else torch.empty_like(scales), form=self.form,
+                         inputs=self.says.inputs, peak=1.0 if self.says.static else None)
 
     def spec(self, target: Target, dtype: torch.dtype, wholes: kinds.Wholes | None = None) -> Spec:
         """The grid for one weight of type `dtype`. wholes: of the model, for scales that are e4m3 numbers."""
@@ -120,8 +164,9 @@ class Settings(Method):
         """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`."""
         if self.scale_dtype:
             return DTYPES[self.scale_dtype]
-        short = dtype == torch.float32 and self.symmetric and not self.form.is_float
-        return torch.float16 if short else dtype                    # zero points: loaders multiply in the scales' type
+        at_once = self.embedding is not None and self.embedding["bits"] < 8
+        short = dtype == torch.float32 and self.symmetric and not self.form.is_float and not at_once
+        return torch.float16 if short else dtype        # zero points, unpacked at once: multiplied in the scales' type
 
 
 def _check_width(bits: int | float) -> None:
@@ -130,3 +175,26 @@ def _check_width(bits: int | float) -> None:
         fraction = isinstance(bits, float) and 2 <= bits <= 8
         raise FieldError("bits", bits, "an integer from 2 to 8 (or 16: dense)" if not fraction else
                          "an integer from 2 to 8, or a fraction with allocate: lim, zd or sensitivity")
+
+
+def _check_allocation(step: Settings) -> None:
+    """Raise FieldError for fields that contradict how the bits are allocated."""
+    ways = ", ".join(get_args(Allocation)[1:])
+    if step.plan and not step.says.plain:
+        raise FieldError("plan", step.plan, f"null, as scheme {step.scheme} is one kind of numbers,")
+    if step.plan and step.allocate != "uniform":
+        raise FieldError("allocate", step.allocate, "uniform, as the plan says it all,")
+    for field, value, usual in (("bits", step.bits, 4), ("bytes", step.bytes, None)):
+        if step.plan and value != usual:
+            raise FieldError(field, value, f"{'null' if usual is None else usual}, as the plan says it all,")
+    if step.bytes is not None and step.bits != 4:
+        raise FieldError("bits", step.bits, "4, which counts for nothing beside bytes,")
+    for field in ("bytes", "group_sizes"):
+        if getattr(step, field) and step.allocate == "uniform":
+            raise FieldError("allocate", step.allocate, f"one of {ways} beside {field}")
+    if step.group_sizes and step.allocate in BY_RANK:
+        raise FieldError("group_sizes", list(step.group_sizes), f"none with allocate: {step.allocate}, which ranks "
+                         "blocks,")
+    if (step.heads is None) == (step.allocate == "heads"):
+        raise FieldError("heads", step.heads, "the step whose head scores count, or a file of them," if
+                         step.heads is None else "null without allocate: heads")

@@ -10,7 +10,7 @@ what the dense model writes). Every eighth batch of the data is held out where t
 that does best on those is kept, the first one included. Gains stay ordinary weights of the checkpoint. OmniQuant
 (arXiv:2308.13137) and EfficientQAT (arXiv:2407.11062) tune block by block as well.
 
-objective: logits goes on from there with all blocks at once, as many steps again, by the KL of the next-token
+objective: logits goes on from there with all blocks at once, as many again, by the KL of the next-token
 probabilities to the dense model's (logits_loss.py): codes from the middle of their places, V in -0.75 .. 0.75. It needs
 the whole model, its gradients' activations too, in memory.
 
@@ -51,7 +51,7 @@ CODES, SCALES = 0.12, 0.024     # learning rates, times the number of codes
 class Tuning(BlockSolver):
     """Scales, codes and norms' gains of a block, learned by Adam."""
 
-    steps: int = Field(60, ge=0, description="for each block, a batch of the data each")
+    iterations: int = Field(60, ge=0, description="steps for each block, a batch of the data each")
     objective: Literal["block", "logits"] = Field("block", description="block: each by the dense one's output; logits: "
                                                   "then all together, by the dense model's predictions")
     minutes: float | None = Field(None, gt=0, description="of learning by the clock, the same part of it for each "
@@ -101,7 +101,7 @@ class Tuning(BlockSolver):
     def _course(self, run: Run, parts: int) -> Course:
         """All steps, or as many as one of so many parts of the minutes has room for: the same in all processes."""
         until = None if self.minutes is None else time.monotonic() + 60 * self.minutes / parts
-        return Course(self.steps, signs=False, seed=run.seed,
+        return Course(self.iterations, signs=False, seed=run.seed,
                       late=lambda: until is not None and run.ranks.agree(time.monotonic() > until))
 
 

@@ -17,7 +17,7 @@ from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
-from llmopt.forecast.memory import Peak, advice, code_bytes, copied_bytes, private_bytes
+from llmopt.forecast.memory import Peak, advice, code_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
@@ -102,15 +102,14 @@ class Rehearsal:
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")
         acting = self._on_all_blocks(steps)
-        weights, copies = _block_bytes(model), copied_bytes(model)
+        weights = _block_bytes(model)
         self._cut()
-        copies -= copied_bytes(model)
         forwards = forward.high / max(timed(check_numbers, model).high, 1e-9)
         by_block = [(i, step) for i, step in steps if step.stage != "runtime" and not _needs_all(step)]
         for last in (False, True):          # steps that take whole parts come last: the others need all of the block
             for i, step in by_block:
                 if self.told.takes_parts(i) == last:
-                    self._one_block(i, step, forwards, copies if step.needs_whole else 0)
+                    self._one_block(i, step, forwards)
             if not last:
                 spent = self._saved(weights, format, max_shard_size)
                 if self.streamed:
@@ -155,7 +154,7 @@ class Rehearsal:
         give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
 
-    def _one_block(self, index: int, step: Method, forwards: float, copies: int) -> None:
+    def _one_block(self, index: int, step: Method, forwards: float) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
         count, layers = len(self.told.layers[index]), layer_list(self.model)
         before, codes = sum(map(private_bytes, layers)), sum(map(code_bytes, layers))
@@ -165,8 +164,9 @@ class Rehearsal:
         added = sum(map(private_bytes, layers)) - before
         stays = (count - 1) * added
         codes = (count - 1) * (sum(map(code_bytes, layers)) - codes)        # hung on the blocks after all trials
-        spent = loops.scaled(spent, count, forwards if step.needs_whole else 1)     # all blocks run in each trial
-        trials, part = loops.high_trials + max(0, stays - codes) + copies, f"steps.{index} {step.name}"
+        spent, part = loops.scaled(spent, count, forwards), f"steps.{index} {step.name}"
+        streams = 0 if self.streamed else (count - 1) * max(0, loops.high_trials - loops.high)
+        trials = loops.high_trials + max(0, stays - codes) + streams        # the hidden states of each block's trials
         self.times.add(part, spent, f"first of {count} blocks, measured")
         self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays), trials)))
         self.elsewhere, self.left = self.elsewhere + stays, self.left + added + stays
@@ -199,7 +199,8 @@ class Rehearsal:
 
     def _inflated(self, format: str) -> int:
         """Bytes that saving takes for the blocks that are not there: in memory, what the fresh model inflates."""
-        inflated = sum(weight.weight.nbytes for weight in coded(self.model)) if state.packs(self.model, format) else 0
+        found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
+        inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
 
 

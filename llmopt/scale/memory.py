@@ -14,7 +14,7 @@ from llmopt.model import unfinished
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.heap import give_back_freed
 from llmopt.model.outside import Outside
-from llmopt.model.stored import rebuilt, stored
+from llmopt.model.stored import as_codes, rebuilt, stored
 from llmopt.scale.journal import Journal, Key
 
 OUTSIDE = "outside"         # where a block has its index: all that belongs to no block
@@ -61,8 +61,8 @@ class Memory:
         return self
 
     @contextmanager
-    def outside(self, model, edits: bool = False) -> Iterator[None]:
-        """Inside, the weights of the decoder that belong to no block can be used; edits: those of the head too.
+    def outside(self, model, edits: bool = False, head: bool = False) -> Iterator[None]:
+        """Inside, the weights of the decoder that belong to no block can be used; head, edits: those of the head too.
 
         With edits they can be changed, a tied head given a weight of its own, and what they became is kept like a
         block. See llmopt.model.outside.Outside.
@@ -132,23 +132,27 @@ class Resumable(Memory):
         return found is not None
 
     @contextmanager
-    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
+    def outside(self, model: nn.Module, edits: bool = False, head: bool = False) -> Iterator[None]:
         yield
         if edits:
             self.commit_outside(Outside(model))
 
     def commit_outside(self, rest: Outside) -> Path:
         """Enter into the journal what the parts outside the blocks have become; the file that holds them."""
-        return self.journal.commit(self.key(OUTSIDE), rest.parameters(), {"tied": rest.tied})
+        tensors, codes = as_codes(rest.parameters(), rest.coded)
+        return self.journal.commit(self.key(OUTSIDE), tensors, {"tied": rest.tied, "codes": codes})
 
     @torch.no_grad()
     def adopt_outside(self, rest: Outside, file: Path, record: dict[str, Any]) -> None:
         """Bring what belongs to no block into the state that it was stored in."""
         if not record["tied"]:
             rest.untie()
-        values = load_file(file, str(rest.embeddings.weight.device))
-        for name, parameter in rest.parameters().items():
+        found, own = load_file(file, str(rest.embeddings.weight.device)), rest.parameters()
+        values, results = rebuilt(rest.model, found, record["codes"], own)
+        for name, parameter in own.items():
             parameter.copy_(values[name])
+        for weight, codes in results:
+            weight.codes = codes
 
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:

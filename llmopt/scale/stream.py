@@ -6,7 +6,7 @@ checkpoint. Peak memory: one block, or one shard, and the calibration activation
 """
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from llmopt.model.finite import cast, check_finite
 from llmopt.model.heap import give_back_freed
 from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
-from llmopt.model.stored import described, rebuilt, refuse_unportable, stored
-from llmopt.model.weights import coded
+from llmopt.model.stored import beside, described, rebuilt, refuse_unportable, stored
+from llmopt.model.weights import Weight, coded
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
 
@@ -49,8 +49,8 @@ class Streamed(Resumable):
         self.device = torch.device(device)
 
     @contextmanager
-    def outside(self, model: nn.Module, edits: bool = False) -> Iterator[None]:
-        with self._editing_outside(Outside(model)) if edits else self._reading_outside(model):
+    def outside(self, model: nn.Module, edits: bool = False, head: bool = False) -> Iterator[None]:
+        with self._editing_outside(Outside(model)) if edits else self._reading_outside(Outside(model), head):
             yield
 
     @contextmanager
@@ -61,13 +61,14 @@ class Streamed(Resumable):
             rest.tie()
         try:
             yield
-            file, names = self.commit_outside(rest), list(rest.parameters())
+            file = self.commit_outside(rest)
             self.rest.clear()                               # shared with the memory of all other loops
-            self.rest.update({name: (file, name) for name in names})
+            self.rest.update(tensors.of_file(file))
         finally:
             tied = rest.tied
             for name, parameter in rest.parameters().items():
                 _put(rest.model, name, _absent(parameter))
+            _empty_codes(rest.coded)
             if tied:
                 rest.tie()
             give_back_freed()
@@ -77,25 +78,33 @@ class Streamed(Resumable):
             rest.untie()
         self.rest.clear()
         self.rest.update(tensors.of_file(file))
+        if record["codes"]:
+            for weight, codes in rebuilt(rest.model, tensors.read(self.rest), record["codes"], {})[1]:
+                weight.codes = codes
+            _empty_codes(rest.coded)
 
     @contextmanager
-    def _reading_outside(self, model: nn.Module) -> Iterator[None]:
-        decoder = model.get_decoder()
+    def _reading_outside(self, rest: Outside, head: bool) -> Iterator[None]:
+        model, tied, decoder = rest.model, rest.tied, rest.model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
-        places = {name: place for name, place in self.rest.items() if name.startswith(f"{prefix}.")}
-        before = {name: model.get_parameter(name) for name in places}
-        self._fill(model, places)
+        before, places = ({name: it for name, it in found.items() if head or name.startswith(f"{prefix}.")}
+                          for found in (rest.parameters(), self.rest))
+        self._fill(model, places, described([weight for weight in rest.coded if weight.key in before]), before)
+        if head and tied:
+            rest.tie()
         try:
             yield
         finally:
             for name, parameter in before.items():          # the very same: the output head may be tied to it
                 _put(model, name, parameter)
+            if head and tied:
+                rest.tie()
 
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
         with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer], described(layer))
+            self._fill(layer, self.layers[layer], described(coded(layer)))
         try:
             yield
             if self.commits:
@@ -127,18 +136,22 @@ class Streamed(Resumable):
             weight.codes = codes
         _empty(layer)
 
-    def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None) -> None:
-        """Give the parameters of `root` their values, in the model's type; record: of what is stored as codes."""
-        fresh = {}
-        for name, tensor in (rebuilt(root, tensors.read(places), record)[0] if record else self._read(places)).items():
-            like = root.get_parameter(name)
-            fresh[name] = nn.Parameter(cast(tensor.to(self.device), like.dtype, name), requires_grad=False)
+    def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None,
+              like: dict[str, Tensor] | None = None) -> None:
+        """Give the parameters of `root` their values, in the model's type; record, like: see model.stored.rebuilt."""
+        fresh, read = {}, self._read(places, root, record or {}, like)
+        for name, tensor in read.items():
+            dtype = root.get_parameter(name).dtype
+            fresh[name] = nn.Parameter(cast(tensor.to(self.device), dtype, name), requires_grad=False)
         self._check(fresh, places)
         for name, parameter in fresh.items():
             _put(root, name, parameter)
 
-    def _read(self, places: tensors.Places) -> dict[str, Tensor]:
-        """The tensors at these places, under the names of the modules."""
+    def _read(self, places: tensors.Places, root: nn.Module, record: dict[str, Any],
+              like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors at these places, under the names of the modules; of what `record` tells the dense weights."""
+        if record:
+            return rebuilt(root, tensors.read(places), record, like)[0]
         return skeleton.merged(self.merging, tensors.read(places))
 
     def _check(self, tensors: dict[str, Tensor], places: tensors.Places) -> None:
@@ -165,24 +178,30 @@ class Streamed(Resumable):
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
         homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
         renamed = not packs(model, self.format)
-        outside = {name: tensor for name, tensor in model.state_dict().items() if name in self.rest}
+        outside = Outside(model).parameters()
         names = {filed: name for name in outside
                  for filed in (as_filed(model, {name: outside[name]}) if renamed else [name])}
         for group in shards.by_block(plain_state(model, renamed)):
             first = next(iter(group))
             prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
             layer = homes.get(prefix)
-            wanted = [names[filed] for filed in group if group[filed].is_meta] if layer is None else []
-            places = self.layers.get(layer) or {name: self.rest[name] for name in wanted}
-            record = described(layer) if layer is not None and self.format == "dense" else None
-            read = rebuilt(layer, tensors.read(places), record)[0] if record else self._read(places)
+            wanted = {names[filed]: group[filed] for filed in group if group[filed].is_meta} if layer is None else None
+            places = self._parts(wanted) if layer is None else self.layers[layer]
+            record = described([w for w in coded(layer or model) if layer or w.key in wanted])
+            read = self._read(places, layer or model, record if self.format == "dense" else {}, wanted)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else found
             made = {name: cast(t, group[name].dtype, name) if name in group and t.itemsize > 1 else t
                     for name, t in found.items()}
+            made |= {} if renamed else beside(model, made)
             self._check(made, {prefix + name: place for name, place in places.items()})
             yield made | {name: tensor for name, tensor in group.items() if not tensor.is_meta}
             give_back_freed()
+
+    def _parts(self, names: Iterable[str]) -> tensors.Places:
+        """The places of these parameters outside the blocks, or of what their codes lie in."""
+        return {key: place for key, place in self.rest.items()
+                if any(key == name or key.startswith(f"{name}_") for name in names)}
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -199,7 +218,11 @@ def _empty(layer: nn.Module) -> None:
     """Move a layer's weights and codes to the meta device; shapes, types and figures stay."""
     for name, parameter in list(layer.named_parameters()):
         _put(layer, name, _absent(parameter))
-    for weight in coded(layer):
+    _empty_codes(coded(layer))
+
+
+def _empty_codes(weights: list[Weight]) -> None:
+    for weight in weights:
         codes = weight.codes
         weight.codes = replace(codes, **{
             part: None if tensor is None else tensor.to("meta") for part, tensor in

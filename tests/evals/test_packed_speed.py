@@ -14,7 +14,7 @@ PLAN = packed.Plan(size=64, bits=(4, 3), rows=(1, 5), group=32, rounds=1)
 
 def test_each_weight_is_compared_with_the_dense_ones(monkeypatch):
     monkeypatch.setattr(packed, "CACHES", 1 << 14)
-    monkeypatch.setattr(packed, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(packed, "bandwidth", lambda clock: 1e9)
     threads = torch.get_num_threads()
     rows = packed.measure(PLAN, lambda settings, name: settings)
     assert [(row["bits"], row["type"], row["rows"]) for row in rows] == [
@@ -47,7 +47,7 @@ def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
 
 def test_tables_name_the_way(monkeypatch, capfd):
     monkeypatch.setattr(packed, "QUICK", PLAN)
-    monkeypatch.setattr(packed, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(packed, "bandwidth", lambda clock: 1e9)
     assert call(monkeypatch, "bench", "packed", "--quick") == 0
     out = capfd.readouterr().out
     assert "blocks" in out and "dense" in out and "memory is read at 1.0 GB/s" in out

@@ -120,7 +120,7 @@ def test_a_solver_of_blocks_learns_through_the_block():
 def test_the_bits_of_a_solver_of_blocks_can_be_measured():
     step = Weights(solver={"learned": {"steps": 1}}, bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4))
     record = step.apply(make("llama", num_hidden_layers=1), Run(batches()))
-    assert record.meta["bits"] <= 3.5 and set(record.meta["allocation"]["bits"].values()) == {3, 4}
+    assert record.meta["bits"] <= 3.5 and {m["bits"] for m in record.meta["modules"].values()} == {3, 4}
 
 
 @dataclass(frozen=True)

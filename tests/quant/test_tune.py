@@ -19,7 +19,7 @@ from llmopt.transform import Rotate
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
 
-CONTRACT = {"bits": 3, "group_size": 16, "steps": 3}
+CONTRACT = {"bits": 3, "group_size": 16, "iterations": 3}
 GIVEN = {"bits": 2, "group_size": 16}
 
 
@@ -33,7 +33,7 @@ def test_without_a_step_the_codes_are_those_it_begins_with(start):
     """The whole of quant.gptq is in the start: targets from the dense stream, groups behind groups, all figures."""
     plain = GPTQ(**GIVEN) if start == "gptq" else RTN(**GIVEN)
     want = logits(made(plain)[0])
-    for step in (Tune(steps=0, start=start, **GIVEN), AutoRound(iterations=0, start=start, **GIVEN)):
+    for step in (Tune(iterations=0, start=start, **GIVEN), AutoRound(iterations=0, start=start, **GIVEN)):
         model, record = made(step)
         assert torch.equal(logits(model), want)
         figures = record.meta["modules"]["model.layers.0.self_attn.q_proj"]
@@ -41,7 +41,7 @@ def test_without_a_step_the_codes_are_those_it_begins_with(start):
         assert ("damping" in figures) == (start == "gptq")
 
 
-@pytest.mark.parametrize("step", [Tune(steps=12, codes=0.005, scales=0.005, **GIVEN),
+@pytest.mark.parametrize("step", [Tune(iterations=12, codes=0.005, scales=0.005, **GIVEN),
                                   AutoRound(iterations=12, lr=0.03, start="rtn", **GIVEN)])
 def test_a_block_comes_nearer_to_the_dense_one(step):
     model, record = made(step)
@@ -54,7 +54,7 @@ def test_a_block_comes_nearer_to_the_dense_one(step):
 
 def test_tuning_moves_gains_and_autoround_leaves_them():
     plain = {name: p for name, p in make("llama", norms=True).named_parameters() if "norm" in name}
-    tuned, rounded = (dict(made(step)[0].named_parameters()) for step in (Tune(steps=8, codes=0, **GIVEN),
+    tuned, rounded = (dict(made(step)[0].named_parameters()) for step in (Tune(iterations=8, codes=0, **GIVEN),
                                                                            AutoRound(iterations=4, **GIVEN)))
     assert all(torch.equal(rounded[name], p) for name, p in plain.items())
     assert {name for name, p in plain.items() if not torch.equal(tuned[name], p)} == \
@@ -82,14 +82,14 @@ def test_the_loss_is_that_of_the_real_tokens_as_they_count(weighed):
         assert loss(index).item() == pytest.approx(float((a - b).square().sum()) / energy, rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [Tune(steps=2, start="rtn", **GIVEN), AutoRound(iterations=2, start="rtn", **GIVEN)])
+@pytest.mark.parametrize("step", [cls(iterations=2, start="rtn", **GIVEN) for cls in (Tune, AutoRound)])
 def test_tokens_that_count_less_change_what_is_learned(step):
     assert not torch.equal(logits(made(step)[0]), logits(made(dataclasses.replace(step, tokens="firstn"))[0]))
 
 
 def test_predictions_come_nearer_to_the_dense_models():
     """The figure is the mean KL over the real tokens, of the model as it is left."""
-    step = Tune(steps=6, objective="logits", codes=0.02, **GIVEN)
+    step = Tune(iterations=6, objective="logits", codes=0.02, **GIVEN)
     model, record = made(step)
     dense, figures = make("llama", norms=True), list(record.meta["modules"].values())
     p, q = (torch.cat([each(**b).logits[b["attention_mask"].bool()] for b in batches()]).log_softmax(-1).detach()
@@ -103,7 +103,7 @@ def test_predictions_come_nearer_to_the_dense_models():
 def test_rotated_models_are_tuned_too():
     model = make("llama", norms=True)
     Rotate().apply(model, Run())
-    record = Tune(steps=8, codes=0, **GIVEN).apply(model, Run(batches()))
+    record = Tune(iterations=8, codes=0, **GIVEN).apply(model, Run(batches()))
     assert all(f["block_error"] < f["block_error_before"] for f in list(record.meta["modules"].values())[:7])
 
 
@@ -118,14 +118,14 @@ def test_measuring_bits_leaves_the_model_as_it_was(monkeypatch):
         all(torch.equal(a, b) for block in blocks(model) for n in block.norms.values()
             for a, b in [(n.module.weight, next(d for d, p in zip(dense, model.parameters(), strict=True)
                                                 if p is n.module.weight))])) or exact(*given))
-    Tune(steps=2, bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4)).apply(model, Run(batches()))
+    Tune(iterations=2, bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4)).apply(model, Run(batches()))
     assert seen == [True]
 
 
 def test_minutes_end_it():
     model = make("llama", norms=True)
     began = time.monotonic()
-    Tune(steps=1_000_000, minutes=0.02, **GIVEN).apply(model, Run(batches()))
+    Tune(iterations=1_000_000, minutes=0.02, **GIVEN).apply(model, Run(batches()))
     assert time.monotonic() - began < 60 and coded(model)
 
 

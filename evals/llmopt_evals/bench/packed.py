@@ -62,7 +62,7 @@ def measure(plan: Plan, progress: Progress) -> list[dict]:
 
 @torch.no_grad()
 def _rows(plan: Plan, progress: Progress) -> Iterator[dict]:
-    speed, dense = bandwidth(), {}
+    speed, dense = bandwidth(time.thread_time), {}
     for bits, name in progress([(0, name) for name in TYPES] + [(b, n) for b in plan.bits for n in TYPES], "weights"):
         weights = _weights(plan, bits, TYPES[name])
         for rows in plan.rows:

@@ -1,0 +1,104 @@
+"""What sets of choices cost: the KL of a model to its dense self, on a few rows of the calibration data, in one walk.
+
+    D(s) = mean over tokens of KL(dense || the model with the weights of trial s)        in nats
+
+The hidden states of all trials go through the blocks side by side, beside those of the dense model. A trial that
+differs from another one first in some block branches off there. Blocks run with other weights in the place of their
+own; none is written, so that the model may be larger than memory, and each trial runs only from its branch on.
+"""
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.calibration.calls import logits_behind
+from llmopt.calibration.walk import Visit, walk
+from llmopt.method import Run
+
+TOKENS = 2048       # of at most so many tokens (at least a row): each trial costs a forward pass over them
+LISTS = 5           # of activations held at once: the walk's, and those of all trials before and behind a block
+Weights = Mapping[str, Tensor]          # [out, in] by the name of a projection: what stands in its place
+
+
+class Trials:
+    """Trials by name on this process's part of the rows.
+
+    batches: further rows that `visits` goes through, for the caller. start: trials that are told apart from block 0 on.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, rows: list[dict[str, Tensor]], start: tuple[Hashable, ...]):
+        self.model, self.run = model, run
+        self.rows = run.ranks.share(rows)
+        self.hidden: dict[Hashable, list[Tensor] | None] = dict.fromkeys(start)     # None: the dense model's yet
+        self.dense: list[Tensor] = []
+        self.memory = run.memory.reading.holding(LISTS)
+
+    def visits(self, batches: list[dict[str, Tensor]], label: str) -> Iterator[tuple[Visit, Visit]]:
+        """The blocks in order: (a visit with `batches`, one with the rows); the caller calls `through` for each."""
+        count, last = len(batches), None
+        for visit in walk(self.model, [*batches, *self.rows], self.run.progress, label, self.memory):
+            last = visit
+            yield part(visit, slice(0, count)), part(visit, slice(count, None))
+        self.dense = last.outputs_after_edit[count:]
+
+    @torch.no_grad()
+    def through(self, visit: Visit, weights: Callable[[Hashable], Weights],
+                branches: Mapping[Hashable, Hashable] | None = None) -> None:
+        """Take all trials through the block of a visit with the rows.
+
+        weights: what a trial has in place of the block's. branches: new trials, each with the one that it leaves here.
+        """
+        hold, ahead = self.memory.keeper(), {}
+        jobs = [*((name, name) for name in self.hidden), *(branches or {}).items()]
+        for name, origin in self.run.progress(jobs, "trials"):
+            before = visit.inputs if self.hidden[origin] is None else self.hidden[origin]
+            here, own = replace(visit, inputs=before), _in_block(visit, weights(name))
+            ahead[name] = [hold(here.forward(index, own)) for index in range(len(self.rows))]
+        self.hidden = ahead
+
+    @torch.no_grad()
+    def damage(self) -> dict[Hashable, float]:
+        """D of every trial, over the rows of all processes, once the last block is behind them."""
+        sums, count = dict.fromkeys(self.hidden, 0.0), 0
+        with self.memory.outside(self.model, head=True):
+            for index in self.run.progress(range(len(self.rows)), "KL of trials"):
+                row = self.rows[index]
+                p = _log_probs(self.model, row, self.dense[index])
+                count += len(p)
+                for name, hidden in self.hidden.items():
+                    q = _log_probs(self.model, row, hidden[index])
+                    sums[name] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+        parts = self.run.ranks.gather((sums, count))
+        tokens = sum(count for _, count in parts)
+        return {name: sum(found[name] for found, _ in parts) / tokens for name in sums}
+
+
+def part(visit: Visit, batches: slice) -> Visit:
+    """The visit with some of its batches."""
+    return replace(visit, inputs=visit.inputs[batches], calls=visit.calls[batches], masks=visit.masks[batches])
+
+
+def sample(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
+    """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS (at least one)."""
+    rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
+            for b in batches for i in range(len(b["input_ids"]))]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept, total = [], 0
+    for index in order:
+        total += rows[index]["input_ids"].shape[1]
+        if kept and total > TOKENS:
+            break
+        kept.append(rows[index])
+    return kept
+
+
+def _in_block(visit: Visit, weights: Weights) -> dict[str, Tensor] | None:
+    """The weights as parameters by their names in the block."""
+    known = {p.name: p for p in visit.block.projections()}
+    return {known[name].key.removeprefix(f"{visit.block.name}."): tensor.T if known[name].transposed else tensor
+            for name, tensor in weights.items()} or None
+
+
+def _log_probs(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    return logits_behind(model, row, hidden)[0].float().log_softmax(-1)                    # [T, vocabulary]

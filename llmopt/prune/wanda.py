@@ -1,0 +1,36 @@
+"""Structured Wanda: the units leave whose weights, times the size of what they multiply, are smallest.
+
+    score(unit) = mean over its columns j, and over rows i, of |W_ij| ||X_j||      W, X: weight and inputs of the writer
+
+||X_j|| is the norm of input j over the tokens of the calibration data. Sun et al., 2023 (arXiv:2306.11695), compare
+single weights within a row; whole units: An et al., 2023 (arXiv:2312.11983), "Wanda-sp".
+"""
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from llmopt.parts import register
+from llmopt.prune.inputs import ByInputs
+
+
+class Squares:
+    """The sum of x_j^2 over tokens, [in] float64."""
+
+    def __init__(self):
+        self.tokens, self.sum = 0, None
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` [N, in]."""
+        found = x.double().square_().sum(0)
+        self.tokens, self.sum = self.tokens + len(x), found if self.sum is None else self.sum + found
+
+
+@register("prune.wanda")
+@dataclass(frozen=True)
+class Wanda(ByInputs):
+    """One pass over the calibration data."""
+
+    def watch(self) -> Squares:
+        return Squares()
+
+    def rate(self, weight: Tensor, seen: Squares, index: Tensor) -> Tensor:
+        return (weight.abs().mean(0) * seen.sum.sqrt())[index].mean(1)

@@ -1,0 +1,88 @@
+"""Bits by estimated damage: how much a unit matters times what it loses at each choice.
+
+    D[u, c] = w_u sum over its weights of tr((W - Q) H (W - Q)^T) / tr(W H W^T)         H = sum_t x_t x_t^T
+
+Q by the step's own solver from the dense model's inputs; where no moments are collected (quant.rtn with head scores),
+H = 1: the share of the weights that is lost. No run of the rounded model.
+
+    hessian  w_u = mean over tokens of |x_l+1 - x_l|^2 / |x_l+1|^2: how much of the stream the block has written
+    heads    w_u = the mean head score of the layer over the mean of all layers, of attention; FFNs, of which head
+             scores say nothing, count 1
+    lrp      w_u = sum over tokens and channels of |R| at what the unit's half of the block writes (relevance.py),
+             the shares of all halves of blocks adding up to 1
+
+lrp is of the kind of LRP-QViT (Ranjan & Savakis, arXiv:2401.11243), whose code is not public; ours are the rules, and
+the error instead of its rank by width.
+"""
+from collections.abc import Sequence
+
+from torch import nn
+
+from llmopt.calibration.head_scores import find
+from llmopt.calibration.inputs import Inputs
+from llmopt.calibration.relevance import relevance
+from llmopt.errors import LlmoptError
+from llmopt.method import Run
+from llmopt.model.blocks import Block, blocks
+from llmopt.quant import scores
+from llmopt.quant.making import Making
+from llmopt.quant.options import Table, Unit
+from llmopt.quant.plan import DENSE, Choice
+
+
+def table(making: Making, units: Sequence[Unit]) -> Table:
+    """D of every unit and choice."""
+    weight, step = _importance(making), making.step
+    wanted = {t.name: [t.at(*choice) for choice in unit.choices if choice.bits != DENSE]
+              for unit in units for t in unit.members}
+    lost = {unit.name: dict.fromkeys(unit.choices, 0.0) for unit in units}
+    inputs = making.collected
+    if step.solver.inputs == "none" and step.allocate != "heads":
+        inputs = Inputs("moments")
+    for target, share in making.losses(wanted, inputs):
+        lost[target.group][Choice(target.bits, target.group_size)] += weight[target.group] * share
+    return making.run.ranks.agree(lost)
+
+
+def _importance(making: Making) -> dict[str, float]:
+    """w by the name of a unit: the first of the weights that read one input."""
+    step, model, run = making.step, making.model, making.run
+    views = blocks(model)
+    if step.allocate == "hessian":
+        return {group[0].name: share for block, share in zip(views, scores.written(model, run), strict=True)
+                for group in block.groups()}
+    halves = [_by_heads(views, step.heads, run, model), {}] if step.allocate == "heads" else _by_relevance(model, run)
+    return {group[0].name: halves[not _attends(block, group)].get(block.name, 1.0)
+            for block in views for group in block.groups()}
+
+
+def _attends(block: Block, group: list) -> bool:
+    """True for the weights of a block's attention."""
+    return group[0].name in [p.name for p in (*block.attn_in, block.attn_out) if p is not None]
+
+
+def _by_heads(views: Sequence[Block], name: str, run: Run, model: nn.Module) -> dict[str, float]:
+    """By the name of the block."""
+    means = [float(row.mean()) if len(row) else 0.0 for row in find(name, run, model)]
+    present = [mean for mean, block in zip(means, views, strict=True) if block.attention is not None]
+    if not present or min(present) < 0 or sum(present) <= 0:
+        raise LlmoptError(f"heads: {name} holds scores below 0, or none above it, which do not say how much more one "
+                          "layer matters than another: a score that does is wanted (heads.gradient)")
+    return {block.name: mean * len(present) / sum(present) for block, mean in zip(views, means, strict=True)}
+
+
+def _by_relevance(model: nn.Module, run: Run) -> list[dict[str, float]]:
+    """By the names of the blocks: of attentions, of FFNs."""
+    views = blocks(model)
+    writers = [{block.name: writer for block in views if (writer := of(block)) is not None}
+               for of in (lambda block: block.attn_out, lambda block: block.ffn_out)]
+    places = {(half, name): writer.module for half, found in enumerate(writers) for name, writer in found.items()}
+    sums = dict.fromkeys(places, 0.0)
+    rows = [batch["input_ids"][i, :int(batch["attention_mask"][i].sum())] for batch in run.own_batches
+            for i in range(len(batch["input_ids"]))]
+    for ids in run.progress(rows, "relevance"):
+        for place, values in relevance(model, ids, places).items():
+            sums[place] += float(values.abs().double().sum())
+    total = run.ranks.totals(sums)
+    return [{name: total[half, name] / max(sum(total.values()), 1e-30) for name in found}
+            for half, found in enumerate(writers)]
