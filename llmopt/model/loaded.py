@@ -1,7 +1,6 @@
 """A model that transformers loaded from packed weights, brought back into the form in which llmopt compressed it."""
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
-from llmopt.model.forms import BYTES, INTEGERS, Form
+from llmopt.model.forms import BYTES, INTEGERS
 from llmopt.model.rounded_inputs import forget_rounding
 from llmopt.model.stay_packed import inflate, is_packed
 from llmopt.model.weights import CODES, Weight
@@ -47,8 +46,7 @@ def with_codes(model: nn.Module) -> Iterator[None]:
     try:
         for name, module in modules.items():
             if module is not shared:
-                Weight(name, module).codes = (replace(module.quantized(), form=_form(module)) if is_packed(module)
-                                              else _codes(name, module))
+                Weight(name, module).codes = module.quantized() if is_packed(module) else _codes(name, module)
             taken[module] = {key: module._parameters.pop(key) for key in LEFTOVERS if key in module._parameters}
         yield
     finally:
@@ -109,14 +107,10 @@ def _codes(name: str, module: nn.Module) -> Quantized:
     scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales.data
     steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
     codes = steps.nan_to_num(0, 0, 0).round().flatten(1).to(torch.int8)                # a scale of 0 stands for zeros
-    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size,
-                     form=_form(module))
-
-
-def _form(module: nn.Module) -> Form:
-    """How the codes of a module that was loaded lie in its file."""
     kind = module.quantization_scheme.format
-    return BYTES if getattr(kind, "value", kind) == "int-quantized" else INTEGERS
+    form = BYTES if getattr(kind, "value", kind) == "int-quantized" else INTEGERS
+    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size,
+                     form=form)
 
 
 def _refuse_foreign(model: nn.Module) -> None:
