@@ -78,7 +78,8 @@ class Making:
         """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
         run, dense = replace(self.run, ranks=Ranks()), self.step.solver.dense
         if edits and dense != "none":                       # else both streams are one
-            return visits_beside(self.model, run, self.step.name, lambda b: places(b, todo, dense == "residual"))
+            seen = () if dense == "outputs" else todo
+            return visits_beside(self.model, run, self.step.name, lambda b: places(b, seen, dense == "residual"))
         return visits(self.model, run, self.step.name, edits)
 
     @property
