@@ -38,9 +38,9 @@ def refit(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> list
         index = visit.block.index
         found = [_refit_one(visit, projection, kept, apart, run.ranks)             # attention first: the FFN sees it
                  for projection, kept in writers(visit.block, plan[index])]
-        figures[index] = run.memory.remember(f"refit {index}", lambda known=found: known)
-    return [one for block in blocks(model) for one in
-            (figures[block.index] if block.index in figures else run.memory.remember(f"refit {block.index}", list))]
+        figures[index] = run.memory.remember(f"refit {index}", lambda known=found: {"writers": known})["writers"]
+    return [one for block in blocks(model) for one in (figures[block.index] if block.index in figures else
+            run.memory.remember(f"refit {block.index}", lambda: {"writers": []})["writers"])]
 
 
 def writers(block: Block, layer: LayerPlan) -> list[tuple[Projection, Tensor]]:
