@@ -22,7 +22,7 @@ def divergence(dense, model, rows) -> float:
 def test_trials_are_what_models_with_these_weights_would_give(family):
     """Up weights are halved in all blocks but the first; one trial drops the writer of block 1, one that of block 2."""
     model, dense = tiny.make(family), tiny.make(family)
-    rows, run = sample(batches(), 0), Run(batches())
+    rows, run = sample(batches(), 0, 2048), Run(batches())
     trials, gone = Trials(model, run, rows, ("halved",)), {1: "one", 2: "two"}
     for index, (visit, own) in enumerate(trials.visits(run.batches[:1], "trials")):
         assert len(visit.inputs) == 1 and len(own.inputs) == len(rows)
@@ -45,11 +45,10 @@ def test_trials_are_what_models_with_these_weights_would_give(family):
 
 
 def test_rows_are_drawn_by_seed_without_their_padding():
-    rows = sample(batches(), 3)
+    rows = sample(batches(), 3, 2048)
     assert sorted(row["input_ids"].shape[1] for row in rows) == [17, 24, 24, 24]
     assert all(bool(row["attention_mask"].all()) for row in rows)
-    again, other = sample(batches(), 3), sample(batches(), 4)
+    again, other = sample(batches(), 3, 2048), sample(batches(), 4, 2048)
     same = [torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True)]
     assert all(same) and [r["input_ids"].tolist() for r in rows] != [r["input_ids"].tolist() for r in other]
-    long = [{name: tensor.repeat(1, 60) for name, tensor in batch.items()} for batch in batches()]
-    assert len(sample(long, 3)) == 1                                  # of 1,440 tokens: two would be too many
+    assert len(sample(batches(), 3, 50)) == 2 and len(sample(batches(), 3, 1)) == 1

@@ -16,7 +16,6 @@ from llmopt.calibration.calls import logits_behind
 from llmopt.calibration.walk import Visit, walk
 from llmopt.method import Run
 
-TOKENS = 2048       # of at most so many tokens (at least a row): each trial costs a forward pass over them
 LISTS = 5           # of activations held at once: the walk's, and those of all trials before and behind a block
 Weights = Mapping[str, Tensor]          # [out, in] by the name of a projection: what stands in its place
 
@@ -79,15 +78,15 @@ def part(visit: Visit, batches: slice) -> Visit:
     return replace(visit, inputs=visit.inputs[batches], calls=visit.calls[batches], masks=visit.masks[batches])
 
 
-def sample(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
-    """Single rows of the calibration set, in an order drawn by `seed`, up to TOKENS (at least one)."""
+def sample(batches: list[dict[str, Tensor]], seed: int, tokens: int) -> list[dict[str, Tensor]]:
+    """Single rows of the calibration set, in an order drawn by `seed`, up to so many tokens (at least one row)."""
     rows = [{k: v[i:i + 1, :int(b["attention_mask"][i].sum())] for k, v in b.items()}
             for b in batches for i in range(len(b["input_ids"]))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, total = [], 0
     for index in order:
         total += rows[index]["input_ids"].shape[1]
-        if kept and total > TOKENS:
+        if kept and total > tokens:
             break
         kept.append(rows[index])
     return kept

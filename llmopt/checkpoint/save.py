@@ -34,7 +34,7 @@ from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
 from llmopt.quant.plan_file import FILE as PLAN
-from llmopt.quant.plan_file import mixed
+from llmopt.quant.plan_file import plans_of
 from llmopt.specs import ModelSpec
 
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
@@ -160,7 +160,7 @@ def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:
     if recipe is not None:
         (stage / "recipe.yaml").write_text(recipe_text(recipe))
-    for plan in mixed(report.records if report is not None else []):
+    for plan in plans_of(report.records if report is not None else []):
         _write_json(stage / PLAN, plan)
     _write_json(stage / FILE, {
         "format_version": FORMAT_VERSION,

@@ -5,10 +5,10 @@
 
 The loss (block_loss.py) is of the block behind the edited ones, against what the dense model writes; the best state is
 kept. Cheng et al. (arXiv:2309.05516), and the tool AutoRound, whose `enable_quanted_input` this is: inputs of the
-edited stream, targets of the dense one. `start: rtn` begins at the rounded weights, as the tool does; `gptq` at the
-codes of quant.gptq, w being where these and the Hessian put it (start.py). A step takes one batch of the calibration
-data; the state is judged on all of them some ten times, where the tool goes by the loss of each step's own rows. Left
-out: momentum, gains and biases, grids of floats.
+edited stream, targets of the dense one. `start: gptq` begins at the codes of quant.gptq instead of the nearest, w being
+where these and the Hessian put it (start.py); that was no better where it was tried (README). A step takes one batch of
+the calibration data; the state is judged on all of them some ten times, where the tool goes by the loss of each step's
+own rows. Left out: momentum, gains and biases, grids of floats, losses scaled for float16.
 """
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ from llmopt.model.codes import Quantized
 from llmopt.parts import register
 from llmopt.quant.base import Quantizer
 from llmopt.quant.block_loss import BlockLoss
-from llmopt.quant.block_solver import BlockSolver
+from llmopt.quant.block_solver import Begin, BlockSolver
 from llmopt.quant.descent import Course, Knobs, descend
 from llmopt.quant.latent import Following, results
 from llmopt.quant.start import Start
@@ -34,6 +34,7 @@ from llmopt.quant.start import Start
 class SignDescent(BlockSolver):
     """The rounding and the ranges of a block's weights, learned by the sign of the slope."""
 
+    start: Begin = Field("rtn", description="whose codes to begin with: the nearest, or those of quant.gptq")
     iterations: int = Field(200, ge=0, description="steps for each block, a batch of the data each")
     lr: float | None = Field(None, gt=0, le=1, description="of the first step, in steps of the grid and parts of the "
                                                            "range; null: 1 / iterations")

@@ -24,6 +24,8 @@ from llmopt.quant.start import Start, begin
 from llmopt.quant.tokens import Alike, TokenWeights
 from llmopt.scale.processes import Ranks
 
+Begin = Literal["gptq", "rtn"]
+
 
 @dataclass(frozen=True)
 class BlockSolver(Solver):
@@ -32,13 +34,13 @@ class BlockSolver(Solver):
     inputs: ClassVar = "block"
     integers: ClassVar[bool] = True
 
-    start: Literal["gptq", "rtn"] = Field("gptq", description="whose codes to begin with: those of quant.gptq with its "
-                                          "defaults, or the nearest")
+    start: Begin = Field("gptq", description="whose codes to begin with: those of quant.gptq with its defaults, or the "
+                                             "nearest")
     tokens: TokenWeights = Field(Alike(), description="how much each token of the calibration data counts")
 
     @property
-    def dense(self) -> Literal["none", "inputs", "residual"]:
-        return "residual"
+    def dense(self) -> Literal["outputs", "residual"]:
+        return "residual" if self.start == "gptq" else "outputs"
 
     def quantize_block(self, visit: Visit, specs: Mapping[str, Spec],
                        run: Run) -> Iterator[tuple[Projection, Quantized]]:

@@ -30,7 +30,7 @@ Rows = list[dict[str, Tensor]]
 def allocation(making: Making, bound: Budget, units: list[Unit]) -> tuple[Table, list[dict[str, float]], list[int]]:
     """(D, {foretold, measured} of each whole plan, the option that each unit takes)."""
     step, run = making.step, making.run
-    rows = sample(run.batches, step.seed)
+    rows = sample(run.batches, step.seed, step.trial_tokens)
     level = _level(making, bound, units)
     table = run.ranks.agree(_table(making, units, level, rows))
     problem = programme(bound, units, table)

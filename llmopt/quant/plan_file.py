@@ -62,9 +62,10 @@ def planned_by(name: str, found: Iterable[Target]) -> list[Target]:
     return [target for target in made if target.bits != DENSE]
 
 
-def mixed(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The plan, ready for JSON, of the step among these of a report that gave weights different bits or group sizes."""
-    for modules in (record["meta"]["modules"] for record in records if record["method"].startswith("quant.")):
-        plan = {name: {"bits": told["bits"], "group_size": told["group_size"]} for name, told in modules.items()}
-        if len({tuple(entry.values()) for entry in plan.values()}) > 1:
+def plans_of(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The plan, ready for JSON, of the step of a report that shared out bits, or gave weights different ones."""
+    for meta in (record["meta"] for record in records if record["method"].startswith("quant.")):
+        plan = {name: {"bits": told["bits"], "group_size": told["group_size"]}
+                for name, told in meta["modules"].items()}
+        if "allocation" in meta or len({tuple(entry.values()) for entry in plan.values()}) > 1:
             yield {"modules": plan}

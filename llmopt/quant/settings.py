@@ -73,6 +73,7 @@ class Settings(Method):
                               "but for what later steps add")
     plans: int = Field(4, ge=1, le=100, description="of allocate: sensitivity: so many plans are measured whole, "
                        "and the best is taken")
+    trial_tokens: int = Field(2048, ge=1, description="of allocate: sensitivity: damage is measured on so many tokens")
     heads: str | None = Field(None, description="of allocate: heads: the step whose head scores count, or a file")
     plan: str | None = Field(None, description="a file that names bits and group size of every weight, as "
                              "plan.json of a checkpoint does; nothing is allocated then")

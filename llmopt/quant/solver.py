@@ -21,8 +21,8 @@ class Solver(Part, ABC):
     of what a projection reads; the rows of it; "block": the whole block and all that goes through it.
     rowwise: no row of a weight sees another, so that processes may share them.
     sums: those of the `figures` that add up over rows; the others are alike for all. dense: whether moments tell what
-    is missing at a weight as well, see calibration.inputs.Inputs; of "block" whether the dense model's stream goes
-    beside. integers: knows no grid of floats.
+    is missing at a weight as well, see calibration.inputs.Inputs; "outputs": of blocks, that visits show what the dense
+    model writes. integers: knows no grid of floats.
     """
 
     kind = "solver"
@@ -43,7 +43,7 @@ class Solver(Part, ABC):
         """Make the codes that stand in the model now better still; a resumed run comes here again."""
 
     @property
-    def dense(self) -> Literal["none", "inputs", "residual"]:
+    def dense(self) -> Literal["none", "outputs", "inputs", "residual"]:
         return "none"
 
     def __init_subclass__(cls, **kwargs) -> None:

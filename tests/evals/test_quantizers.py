@@ -24,9 +24,16 @@ def folder(tmp_path):
 
 
 def test_steps_get_what_they_do_not_say():
-    assert quant.steps_of("quant.rtn", 3, 32) == [{"quant.rtn": {"bits": 3, "group_size": 32}}]
-    assert quant.steps_of("[transform.rotate, quant.gptq: {bits: 4}]", 3, -1) == [
-        {"transform.rotate": {}}, {"quant.gptq": {"bits": 4, "group_size": -1}}]
+    plan = quant.Plan(methods=tuple(zip("abcd", ("quant.rtn", "[transform.rotate, quant.gptq: {bits: 4}]",
+                                                 "quant.rtn: {scheme: FP8}", "quant.rtn: {bits: 2, group_size: -1}"),
+                                        strict=True)), bits=(4, 3), peers=(Tool("autoround"),))
+    found = [(entry.name, entry.bits, entry.group_size, entry.steps) for entry in quant.entries(plan)]
+    assert found == [("a", 4, 32, [{"quant.rtn": {"bits": 4, "group_size": 32}}]),
+                     ("b", 4, 32, [{"transform.rotate": {}}, {"quant.gptq": {"bits": 4, "group_size": 32}}]),
+                     ("c", 8, -1, [{"quant.rtn": {"scheme": "FP8"}}]),
+                     ("d", 2, -1, [{"quant.rtn": {"bits": 2, "group_size": -1}}]),
+                     ("a", 3, 32, [{"quant.rtn": {"bits": 3, "group_size": 32}}]),
+                     ("autoround", 4, 32, []), ("autoround", 3, 32, [])]
 
 
 @pytest.mark.parametrize(("word", "says"), [
@@ -34,7 +41,7 @@ def test_steps_get_what_they_do_not_say():
     ("quant.gptq: {bitts: 3}", "did you mean 'bits'?"), ("quant.rtn: {group_size: 0}", "group_size")])
 def test_what_quantizes_nothing_is_refused(word, says):
     with pytest.raises(LlmoptError) as refused:
-        quant.steps_of(word, 3, 32)
+        quant.ours_of(word, word, 3, 32)
     assert says in str(refused.value)
 
 

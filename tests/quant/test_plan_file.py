@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import llmopt
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.forecast.size import checkpoint_bytes, predict
 from llmopt.method import Run
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.options import budget, stored, units_of
-from llmopt.quant.plan_file import mixed
+from llmopt.quant.plan_file import plans_of
 from tests.quant.quant_data import batches, logits
 from tests.tiny import make
 
@@ -20,7 +21,7 @@ HEADS = {"heads.any": [torch.tensor([1.0, 2, 3, 1])] * 3}
 
 def save(record, path) -> str:
     report = [{"method": "quant.rtn", "meta": record.meta}]
-    path.write_text(json.dumps(next(mixed(report))))
+    path.write_text(json.dumps(next(plans_of(report))))
     return str(path)
 
 
@@ -85,6 +86,17 @@ def test_a_plan_makes_the_same_weights_again_and_may_be_changed(tmp_path):
     assert (modules["model.layers.1.mlp.down_proj"]["bits"], len(modules)) == (8, len(record.meta["modules"]) - 1)
 
 
+def test_a_checkpoint_holds_the_plan_that_repeats_it(tmp_path):
+    report = llmopt.compress(make("llama"), [RTN(bits=3.4, group_size=32, allocate="zd")])
+    report.save(tmp_path / "out")
+    again = llmopt.compress(make("llama"), [RTN(plan=str(tmp_path / "out" / "plan.json"))])
+    again.save(tmp_path / "again")
+    for name in ("plan.json", "model.safetensors"):
+        held = [(tmp_path / folder / name) for folder in ("out", "again")]
+        assert not held[1].exists() or held[0].read_bytes() == held[1].read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (lambda held: held["modules"].pop("model.layers.1.mlp.up_proj"),
      "says nothing of model.layers.1.mlp.up_proj, which is quantized: is it the plan of another model"),
@@ -118,8 +130,6 @@ def test_budgets_out_of_reach_tell_what_can_be_reached():
     with pytest.raises(LlmoptError, match="an average of 2 bits cannot be met; what can be chosen takes an average of "
                                           r"5\.\d+ bits to an average of 8 bits"):
         predict(model, [step])
-    with pytest.raises(LlmoptError, match="group_sizes: 7 divides the input features of no weight: 64, 96"):
-        predict(model, [RTN(bits=3, allocate="hessian", group_size=32, group_sizes=(7, 32))])
     with pytest.raises(LlmoptError, match="none of the group_sizes .64. divides its 96 input features"):
         predict(model, [RTN(bits=3, allocate="hessian", group_size=32, group_sizes=(64,))])
     found = RTN(bits=3, group_size=32, allocate="zd")

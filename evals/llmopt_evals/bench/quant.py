@@ -64,7 +64,7 @@ class Entry:
 
     tool: Tool
     name: str
-    bits: int
+    bits: int | float
     group_size: int
     steps: list[dict[str, Any]]
 
@@ -92,24 +92,25 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
 def entries(plan: Plan) -> list[Entry]:
     """Every method and peer at every setting; raises LlmoptError for entries that are none of quantization."""
     pairs = [(bits, size) for size in plan.group_sizes for bits in plan.bits]
-    return [*(Entry(Tool(OURS), name, bits, size, steps_of(word, bits, size))
-              for bits, size in pairs for name, word in plan.methods),
-            *(Entry(tool, tool.name, bits, size, []) for bits, size in pairs for tool in plan.peers)]
+    ours = [ours_of(name, word, *pair) for pair in pairs for name, word in plan.methods]
+    once = {(entry.name, entry.bits, entry.group_size): entry for entry in ours}        # some say bits themselves
+    return [*once.values(), *(Entry(tool, tool.name, *pair, []) for pair in pairs for tool in plan.peers)]
 
 
-def steps_of(word: str, bits: int, group_size: int) -> list[dict[str, Any]]:
-    """The steps of an entry, or of a list of them; those of quantization get bits and group size if they say none."""
-    found = []
+def ours_of(name: str, word: str, bits: int, group_size: int) -> Entry:
+    """An entry of a recipe's `steps`, or a list of them; the last gets bits and group size if it says none."""
+    steps = []
     with naming(word):
-        for name, given in read(word):
-            stage = get(name).stage
+        for method, given in read(word):
+            stage = get(method).stage
             if stage not in ("transform", "quant"):
                 raise LlmoptError("quant.* expected, alone or after transform.*: this quantizes no weights")
-            found.append({name: ({"bits": bits, "group_size": group_size} if stage == "quant" else {}) | given})
-            build(name, found[-1][name])
+            added = {"bits": bits, "group_size": group_size} if stage == "quant" and "scheme" not in given else {}
+            steps.append({method: added | given})
+            made = build(method, steps[-1][method])
         if stage != "quant":
             raise LlmoptError("quant.* expected behind it")
-    return found
+    return Entry(Tool(OURS), name, made.bits, made.group_size, steps)
 
 
 def rows_of(plan: Plan, work: Path) -> tuple[Path, list[data.Batch]]:

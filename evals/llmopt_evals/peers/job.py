@@ -20,7 +20,7 @@ class Job:
 
     model: str
     ids: str                    # a .jsonl of token ids, a row a line, all of one length
-    bits: int
+    bits: int | float           # a fraction: llmopt's own
     group_size: int             # -1: one scale for each output channel
     out: str = ""
     iterations: int = 200       # of methods that have some
