@@ -1,7 +1,10 @@
 """Models whose weights stay packed in memory: the same logits and the same file, without dense copies."""
+import gc
 import json
+from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import torch
 from llmopt_kernels import fixed
@@ -90,6 +93,17 @@ def test_no_dense_copy_is_kept(bits, tmp_path):
         assert sum(held.values()) - rotary <= 1.05 * (source / "model.safetensors").stat().st_size
 
 
+def test_the_file_does_not_stay_mapped(folder):
+    source = folder("llama", torch.bfloat16)
+    mapped = {}
+    for packed in (False, True):
+        model = llmopt.load(source, packed=packed)[0]
+        mapped[packed] = {Path(found.path) for found in psutil.Process().memory_maps()}
+        del model
+        gc.collect()
+    assert source / "model.safetensors" in mapped[False] and source / "model.safetensors" not in mapped[True]
+
+
 def test_the_environment_asks_plain_transformers(folder, tmp_path, monkeypatch):
     source = folder("llama")
     tiny.make("llama").save_pretrained(tmp_path)
@@ -137,8 +151,8 @@ def test_integers_in_bytes_of_their_own_stay_packed(folder, tmp_path):
         each["format"] = "int-quantized"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with fixed("blocks"):
-        found = llmopt.load(tmp_path, packed=True)[0](tiny.ids()).logits
-        assert torch.equal(found, packed(tiny.ids()).logits)
+        model = llmopt.load(tmp_path, packed=True)[0]
+        assert torch.equal(model(tiny.ids()).logits, packed(tiny.ids()).logits)
 
 
 def test_adapters_train_on_it(folder, tmp_path):

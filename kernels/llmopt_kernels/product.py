@@ -88,8 +88,12 @@ def _multiplied(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
     return ways[_chosen(rows, weight, ways)](rows, bias).view(*x.shape[:-1], weight.shape[0])
 
 
+def chosen(x: Tensor, weight: Codes) -> str:
+    """The name of the way that the product of x [M, K] with this weight takes."""
+    return _chosen(x, weight, weight.ways(x))
+
+
 def _chosen(x: Tensor, weight: Codes, ways: dict[str, Way]) -> str:
-    """The name of the way that products like this one take."""
     if wanted() in ways:
         return wanted()
     if wanted() or len(ways) == 1 or not len(x):

@@ -1,4 +1,6 @@
 """`llmopt bench`: what the figures of the README are measured with."""
+from pathlib import Path
+
 import click
 
 from llmopt.cli import completion, log
@@ -102,6 +104,71 @@ def quant(model, methods, bits, group_size, data, samples, length, rows, peers, 
     with log.progress() as progress:
         found = quant.measure(plan.quick() if quick else plan, progress)
     measured.show_quantizers(found, as_json)
+
+
+@bench.command(examples=("llmopt bench packed --quick", "llmopt bench packed --model SMALL --dense MODEL"))
+@log.verbosity
+@click.option("--size", type=click.IntRange(32), default=4096, show_default=True, help="Of the square weight.")
+@click.option("--bits", default="8,4,3,2", show_default=True, help="Widths of the codes.")
+@click.option("--rows", default="1,16,128", show_default=True, help="Rows of what is multiplied.")
+@click.option("--group", default=128, show_default=True, help="Columns that share a scale; -1: all.")
+@click.option("--rounds", type=click.IntRange(1), default=12, show_default=True, help="The fastest of so many counts.")
+@click.option("--model", help="A packed checkpoint: what it takes of the memory, packed and inflated, instead.")
+@click.option("--dense", help="The model before, beside it.")
+@click.option("--quick", is_flag=True, help="A small weight, in 4 and 3 bits.")
+@JSON
+def packed(size, bits, rows, group, rounds, model, dense, quick, as_json) -> None:
+    """Products with packed weights against dense ones, on one thread; or the memory that a packed model takes."""
+    from llmopt.cli import tables
+
+    tables.quiet_libraries()
+    from llmopt_evals.bench import packed
+
+    if model:
+        _show_models(packed.models(_folder(model), _folder(dense) if dense else None), as_json)
+        return
+    plan = packed.Plan(size, _numbers("--bits", bits, "8,4"), _numbers("--rows", rows, "1,16"), group, rounds)
+    with log.progress() as progress:
+        found = packed.measure(packed.QUICK if quick else plan, progress)
+    _show_products(found, as_json)
+
+
+def _folder(given: str) -> Path:
+    if not (Path(given).expanduser() / "config.json").is_file():
+        raise LlmoptError(f"{given}: a model folder expected")
+    return Path(given).expanduser()
+
+
+def _show_products(found: list[dict], as_json: bool) -> None:
+    """A row for each kind of weight, then the machine."""
+    import torch
+
+    from llmopt.cli.tables import print_json, print_table
+    from llmopt.progress import human
+
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["rows"], row["bits"], row["type"], row["way"], human(row["bytes"]), f"{1000 * row['seconds']:.2f} ms",
+             *(f"{row.get(f'against_{name}', 0):.2f}" for name in ("fp32", "bf16")), f"{row['of_bandwidth']:.0%}")
+            for row in sorted(found, key=lambda row: (row["rows"], -row["bits"]))]
+    print_table("one product, one thread", ["rows", "bits", "x", "way", "weight", "CPU time", "faster than fp32",
+                                            "than bf16", "of bandwidth"], rows)
+    click.echo(f"memory is read at {found[0]['bandwidth'] / 1e9:.1f} GB/s; "
+               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+
+
+def _show_models(found: list[dict], as_json: bool) -> None:
+    from llmopt.cli.tables import print_json, print_table
+    from llmopt.progress import human
+
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["model"], human(row["file"]), human(row["tensors"]), human(row["resident"]),
+             f"{1000 * row['token']:.1f} ms") for row in found]
+    print_table("a model in a process of its own", ["", "file", "tensors", "resident memory", "CPU time of a token"],
+                rows)
 
 
 def _numbers(option: str, given: str, example: str, others: tuple[int, ...] = ()) -> tuple[int, ...]:

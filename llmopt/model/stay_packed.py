@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import unpack
+from llmopt.model.heap import give_back_freed
 from llmopt.model.packed_linear import PackedLinear
 
 VARIABLE = "LLMOPT_PACKED"
@@ -84,6 +85,9 @@ def keep_packed(model: nn.Module, source: str) -> None:
         model.hf_quantizer.compressor.remove_decompression_hook(model)
     for module in found.values():
         _keep(module)
+    for parameter in model.parameters() if found else ():
+        parameter.data = parameter.data.clone()     # while one of them lies in the file, all of it stays mapped
+    give_back_freed()
 
 
 def check_packed(model: nn.Module, source: str) -> None:
@@ -123,7 +127,7 @@ def _keep(module: nn.Module) -> None:
 
 
 def _words(stored: dict[str, Tensor], bits: int, module: nn.Linear) -> Words:
-    scales, zeros = stored["weight_scale"], stored.get("weight_zero_point")
+    scales, zeros = stored["weight_scale"].clone(), stored.get("weight_zero_point")
     if zeros is None:
         short = scales.half()           # the type they had in the file, if it was shorter than the model's
         scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales

@@ -15,11 +15,11 @@ from llmopt.method import Run
 from llmopt.model.blocks import Projection, blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
+from llmopt.model.heap import give_back_freed
 from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import Target
 from llmopt.quant.settings import Settings
-from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.processes import Ranks
 
 Wanted = Mapping[str, Sequence[Target]]         # by the name of a weight: what it is to be made into
@@ -50,6 +50,7 @@ class Making:
             team = self._team(projection)
             spec = self.step.spec(todo[projection.name], projection.weight.dtype, wholes)
             self._write(projection, stats, self._solve(projection, stats, spec, team), team)
+            del stats                                       # not there while the next ones are gathered
             give_back_freed()
 
     def losses(self, wanted: Wanted, inputs: Inputs) -> Iterator[tuple[Target, float]]:

@@ -62,16 +62,12 @@ class Budget:
 def units_of(step: Settings, found: Sequence[Target]) -> list[Unit]:
     """The weights whose bits are open, by the input that they read.
 
-    Raises LlmoptError where no group size to choose from divides the columns of one, and for one that divides none.
+    Group sizes that do not divide the columns of a unit are no choice for it; raises LlmoptError where none does.
     """
     members: dict[str, list[Target]] = {}
     for target in found:
         if not target.fixed:
             members.setdefault(target.group, []).append(target)
-    fitting = {size for size in step.group_sizes for t in found if size == -1 or t.columns % size == 0}
-    for size in set(step.group_sizes) - fitting:
-        raise LlmoptError(f"group_sizes: {size} divides the input features of no weight: "
-                          f"{', '.join(map(str, sorted({t.columns for t in found})))}")
     return [Unit(name, of, [Choice(bits, size) for size in _sizes(step, of) for bits in _widths(step, size, of)])
             for name, of in members.items()]
 

@@ -26,6 +26,7 @@ from llmopt.model import state
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
+from llmopt.model.heap import give_back_freed
 from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
 from llmopt.model.weights import coded
@@ -37,7 +38,7 @@ from llmopt.run.pipeline import streamed_saving
 from llmopt.runtime.attach import attached
 from llmopt.runtime.rehearsal import cache_bytes_per_token
 from llmopt.scale.available import available
-from llmopt.scale.gauge import Gauge, give_back_freed
+from llmopt.scale.gauge import Gauge
 from llmopt.scale.journal import Journal, checksum
 from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from llmopt_kernels import Ragged
 
 from llmopt.method import Record
+from llmopt.model.heap import give_back_freed
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import Entries
-from llmopt.scale.gauge import give_back_freed
 
 if TYPE_CHECKING:
     from llmopt.runtime.hooks import Attachment

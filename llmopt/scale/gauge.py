@@ -1,9 +1,8 @@
-"""What a process takes of the memory: read once, watched for a while, and given back.
+"""What a process takes of the memory: read once, and watched for a while.
 
 private: pages that only swap could take back (on Linux the Private_* of smaps_rollup without mapped files; the USS of
 psutil elsewhere). mapped: pages of files, which the system drops when it needs them.
 """
-import ctypes
 import os
 import threading
 from typing import NamedTuple
@@ -79,11 +78,3 @@ def whole_pages() -> None:
     To be called before it makes the first. Freed, they go back at once, instead of leaving the heap full of holes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def give_back_freed() -> None:
-    """Have the C library return freed memory: it keeps pieces below 32 MB, and scattered ones add up block by block."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):        # not glibc
-        return

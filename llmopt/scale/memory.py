@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from llmopt.errors import naming
 from llmopt.model import unfinished
 from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.heap import give_back_freed
 from llmopt.model.outside import Outside
 from llmopt.model.stored import as_codes, rebuilt, stored
-from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.journal import Journal, Key
 
 OUTSIDE = "outside"         # where a block has its index: all that belongs to no block

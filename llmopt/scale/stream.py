@@ -20,11 +20,11 @@ from llmopt.files import shards, tensors
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.finite import cast, check_finite
+from llmopt.model.heap import give_back_freed
 from llmopt.model.outside import Outside
 from llmopt.model.state import as_filed, packs, plain_state
 from llmopt.model.stored import beside, described, rebuilt, refuse_unportable, stored
 from llmopt.model.weights import Weight, coded
-from llmopt.scale.gauge import give_back_freed
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
 

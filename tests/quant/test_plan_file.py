@@ -130,8 +130,6 @@ def test_budgets_out_of_reach_tell_what_can_be_reached():
     with pytest.raises(LlmoptError, match="an average of 2 bits cannot be met; what can be chosen takes an average of "
                                           r"5\.\d+ bits to an average of 8 bits"):
         predict(model, [step])
-    with pytest.raises(LlmoptError, match="group_sizes: 7 divides the input features of no weight: 64, 96"):
-        predict(model, [RTN(bits=3, allocate="hessian", group_size=32, group_sizes=(7, 32))])
     with pytest.raises(LlmoptError, match="none of the group_sizes .64. divides its 96 input features"):
         predict(model, [RTN(bits=3, allocate="hessian", group_size=32, group_sizes=(64,))])
     found = RTN(bits=3, group_size=32, allocate="zd")

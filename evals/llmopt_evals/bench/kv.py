@@ -106,14 +106,14 @@ def compared(model: nn.Module, length: int, plan: Plan) -> list[dict]:
             for name, found in fastest.items()]
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second at which memory is read by as many threads: a sum over 256 MiB, the fastest of five."""
     stream = torch.ones(STREAM)
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = clock()
         stream.sum()
-        return time.perf_counter() - start
+        return clock() - start
 
     return stream.nbytes / min(seconds() for _ in range(5))
 
