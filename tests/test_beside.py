@@ -1,7 +1,10 @@
 """Two streams through the blocks: what the unedited model reads, what the edited one does, and what is missing."""
+import weakref
+
 import pytest
 import torch
 
+from llmopt.calibration import beside
 from llmopt.calibration.beside import visits_beside
 from llmopt.calibration.inputs import Inputs, each_weight
 from llmopt.calibration.missing import places
@@ -96,3 +99,18 @@ def test_dense_targets_bring_the_model_nearer_to_the_dense_one(family):
         assert all(0 < m["output_error"] < m["weight_error"] for m in record.meta["modules"].values())
     weights, inputs, residual = away.values()
     assert inputs < 0.9 * weights and (residual < inputs if family == "llama" else residual == inputs)
+
+
+def test_what_a_block_read_is_let_go_before_the_next_is_prepared(monkeypatch):
+    """A dry run sees one block; what is left of it while the next one is gone through would come on top of that."""
+    held, left, unedited = [], [], beside._Streams._unedited
+
+    def watched(self, index):
+        left.extend(ref for ref in held if ref() is not None)
+        found = unedited(self, index)
+        held.extend(weakref.ref(x) for some in (*found.values(), self.edited) for x in some)
+        return found
+
+    monkeypatch.setattr(beside._Streams, "_unedited", watched)
+    GPTQ(bits=4, group_size=32).apply(tiny.make("llama", num_hidden_layers=2), Run(batches()))
+    assert held and not left

@@ -60,6 +60,7 @@ class _Streams:
                     yield visit
                     visit.dense = visit.wanted = None
                 self.edited = visit.outputs_after_edit = self.memory.keep(visit.outputs())
+                visit.inputs = []                   # the caller holds the visit while the next one is prepared
 
     def _visit(self, index: int, hidden: list[Tensor]) -> Visit:
         return Visit(self.model, blocks(self.model)[index], hidden, self.calls[index], self.masks)

@@ -84,7 +84,8 @@ class Missing:
         tokens = sum(self.ranks.gather(self.tokens))
         if bool(self.sums.any()):
             self.matrix = self.sums.float().mul_(2 / tokens)
-        self.sums = None
+        self.sums = self.now = self.inputs = None       # all of the tokens, which nobody reads again
+        self.streams = []
 
     def _begin(self, size: int, like: Tensor) -> None:
         if self.sums is None:

@@ -50,6 +50,7 @@ class Making:
             team = self._team(projection)
             spec = self.step.spec(todo[projection.name], projection.weight.dtype, wholes)
             self._write(projection, stats, self._solve(projection, stats, spec, team), team)
+            del stats                                       # not there while the next ones are gathered
             give_back_freed()
 
     def losses(self, wanted: Wanted, inputs: Inputs) -> Iterator[tuple[Target, float]]:

@@ -37,10 +37,20 @@ def compressed(name: str, dtype: torch.dtype, folder):
     return model
 
 
+def mixed(other: str, folder):
+    """A model whose down_proj have another scheme than the rest, which two steps make in Python."""
+    model = make("llama", torch.bfloat16, **WIDE)
+    RTN(group_size=32, ignore=["down_proj"]).apply(model, Run())
+    RTN(scheme=other, ignore=["self_attn", "gate_proj", "up_proj"]).apply(model, Run(batches()))
+    save(model, folder)
+    return model
+
+
 def test_every_scheme_runs_in_plain_transformers(tmp_path):
     saved = {str(tmp_path / name): compressed(name, torch.bfloat16, tmp_path / name) for name in NAMES}
     saved |= {str(tmp_path / f"{name}-other"): compressed(name, dtype, tmp_path / f"{name}-other")
               for dtype, name in WEIGHTS_ALONE.items()}
+    saved |= {str(tmp_path / f"mixed-{name}"): mixed(name, tmp_path / f"mixed-{name}") for name in ("FP8", "NVFP4A16")}
     told = {name: (tmp_path / name / "README.md").read_text() for name in NAMES}
     assert "What the weights read is rounded, too (4 bits, range by its values)" in told["NVFP4"]
     assert "(8 bits, range fixed)" in told["FP8"] and "rounded, too" not in told["MXFP4A16"] + told["W3A16"]
