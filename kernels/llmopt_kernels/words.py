@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 PIECE = 1 << 19             # values made dense at once: in float32 they fit into a cache of 2 MiB
 BLOCK = 1 << 22             # values multiplied with at once
@@ -89,6 +90,14 @@ class Words(Codes):
         """From codes of 8 bits as int8 [N, K]."""
         padded = F.pad(codes ^ -128, (0, -codes.shape[1] % 4))
         return cls(padded.view(torch.int32), 8, codes.shape[1], scales, zeros)
+
+    def ways(self, x: Tensor) -> dict[str, Way]:
+        ways = super().ways(x)
+        if x.is_cuda and has_triton():
+            from llmopt_kernels.on_gpu import product  # without Triton it cannot be imported
+
+            ways["triton"] = lambda x, bias: product(x, self, bias)
+        return ways
 
     def numbers(self, rows: slice) -> Tensor:
         return (unsigned(self.words[rows], self.bits, self.shape[1]) - (1 << self.bits - 1)).float()

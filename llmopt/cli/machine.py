@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from llmopt.scale.available import available
 
 ROOM = 5_000_000_000            # free bytes below which a folder for models is worth a note
-GIVES = {"triton": "compiles the fast operations of llmopt_kernels for GPUs, once there are any; the CPU needs none",
+GIVES = {"triton": "compiles the product with packed weights for GPUs; the CPU needs none",
          "flash-attn": "transformers' attn_implementation='flash_attention_2' on GPUs; the CPU needs none"}
 SETS = (("AVX2", "avx2"), ("AVX-512", "avx512_f"), ("bf16", "avx512_bf16"), ("AMX", "amx_tile"))
 OPENMP = re.compile(r"\S*/lib(?:gomp|iomp5|omp)(?:-\w+)?\.(?:so|dylib)[\w.]*$", re.MULTILINE)
