@@ -18,7 +18,8 @@ from llmopt.model import computing
 from llmopt.model.blocks import layer_list
 from llmopt.model.stored import rebuilt, stored
 from llmopt.model.weights import coded
-from llmopt.quant import GPTQ, RTN, deciding, tune
+from llmopt.quant import GPTQ, RTN, tune
+from llmopt.quant import measured as trials
 from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
@@ -193,12 +194,14 @@ def test_decisions_are_not_made_twice(made, monkeypatch):
   - quant.gptq: {bits: 3.5, group_size: 32, allocate: sensitivity}
 """
     made.write_text(made.read_text().replace(STEPS, steps))
-    run(made, "whole")
     with monkeypatch.context() as patch:
-        cut_off(patch, 4 * 28 + 9, KeyboardInterrupt())         # behind 28 weights at 4 widths each
+        solved = counted(patch, Making, "_solve")
+        run(made, "whole")
+    with monkeypatch.context() as patch:
+        cut_off(patch, len(solved) - 28 + 9, KeyboardInterrupt())           # the trials are behind it, and 8 weights
         with pytest.raises(Interrupted):
             run(made)
-    scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, deciding, "measured")
+    scored, measured = counted(monkeypatch, Gradient, "measure"), counted(monkeypatch, trials, "allocation")
     run(made)
     assert (scored, measured) == ([], [])
     assert contents(made.parent / "out") == contents(made.parent / "whole")

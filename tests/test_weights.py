@@ -87,5 +87,5 @@ def test_a_parameter_of_another_name_travels_through_a_file():
 def test_records_name_weights_as_recipes_do():
     model = tiny.make("phi3")
     RTN(bits=4, group_size=32).apply(model, Run())
-    assert list(described(layer_list(model)[1])) == ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj",
-                                                     "mlp.down_proj"]
+    found = described(coded(layer_list(model)[1]))
+    assert list(found) == ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]

@@ -27,10 +27,10 @@ class ByInputs(Pruner):
     refit: bool = Field(True, description="refit the writers of the pruned parts by least squares on calibration data")
 
     def check(self) -> None:
-        super().check()
         if coarse := set(self.units) & set(COARSE):
             raise FieldError("units", list(self.units), f"channels and heads: {self.name} does not compare "
                                                         f"{', '.join(sorted(coarse))} (prune.magnitude does)")
+        super().check()
 
     @abstractmethod
     def watch(self) -> Any:
