@@ -6,6 +6,7 @@
 bits, the lowest first, each row in int32 words of its own. Other layouts hold the same codes and scales, and give
 every row back. Any layout makes a few rows dense at a time, never the whole weight.
 """
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +19,7 @@ BLOCK = 1 << 22             # values multiplied with at once
 Way = Callable[[Tensor, Tensor | None], Tensor]         # x [M, K], bias [N] or none -> y [M, N]
 
 
-class Codes(nn.Module):
+class Codes(nn.Module, ABC):
     """A weight [N, K] as integers of `bits` bits, in some layout, with `groups` scales for each row.
 
     scales [N, groups], zeros int8 [N, groups] or None.
@@ -36,9 +37,9 @@ class Codes(nn.Module):
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    @abstractmethod
     def numbers(self, rows: slice) -> Tensor:
         """The codes of some rows [R, K], signed, as float32; the caller may write into them."""
-        raise NotImplementedError
 
     def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows [R, K] as a loader would make them for a model of this type."""

@@ -1,7 +1,9 @@
 """Criteria of what the writers of a block read: a unit counts by what it adds to the residual stream.
 
 A unit (an FFN channel, the heads of a KV group) ends in columns of a writer, down_proj or o_proj; what stands in these
-columns and what they read on the calibration data is all that such a criterion looks at.
+columns and what they read on the calibration data is all that such a criterion looks at. All units are compared on the
+dense model, before anything leaves. Left out: inputs as the cut blocks in front make them (the refit sees those),
+single weights, and 2 of 4.
 """
 from abc import abstractmethod
 from collections.abc import Callable

@@ -150,7 +150,6 @@ class Making:
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole
 
-
     def _lost(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> float:
         total = team.totals(_energies(projection, stats, part, team))
         kind = " output" if isinstance(stats, Moments) else ""

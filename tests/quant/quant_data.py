@@ -1,6 +1,12 @@
-"""Calibration batches and logits for the tests of this folder."""
-import torch
+"""Calibration batches, logits and plain loading for the tests of this folder."""
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
+from tests import warm
+from tests.command import ROOT, command
 from tests.tiny import ids
 
 
@@ -15,3 +21,16 @@ def batches(rows: int = 6, length: int = 24) -> list[dict]:
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(input_ids=ids(2, seed=5), use_cache=False).logits
+
+
+def loaded_plain(saved: dict[str, nn.Module], place: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(folder, logits in a process that knows transformers alone, those of the model in memory) of each folder."""
+    seen = place / "seen.pt"
+    done = warm.run(ROOT / "tests" / "load_many.py", "plain", seen, *saved, env=command()[1])
+    assert done.returncode == 0, done.stderr
+    found = torch.load(seen)["plain"]
+    assert [*found] == [*saved]
+    for folder, told in found.items():
+        assert "error" not in told, (folder, told)
+        with torch.no_grad():
+            yield folder, told["logits"], saved[folder](ids(2, 40)).logits

@@ -16,9 +16,7 @@ from llmopt.model.packing import packed
 from llmopt.model.weights import check_consistent, coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.quant.grid import Spec, round_to_nearest
-from tests import warm
-from tests.command import ROOT, command
-from tests.quant.quant_data import batches, logits
+from tests.quant.quant_data import batches, loaded_plain, logits
 from tests.tiny import ids, make
 
 MIXED = {"0": {"bits": 8, "group_size": -1}, "1": {"bits": 3}, "2": {"bits": 2}}
@@ -83,12 +81,8 @@ def test_every_width_and_group_loads_in_plain_transformers(shifts, tmp_path):
     folder.mkdir()
     write(signed, folder)
     saved[str(folder)] = signed
-    done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
-    assert done.returncode == 0, done.stderr
-    for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
-        assert "error" not in seen, (folder, seen)
-        with torch.no_grad():
-            assert torch.equal(seen["logits"], saved[folder](ids(2, 40)).logits), folder
+    for folder, plain, expected in loaded_plain(saved, tmp_path):
+        assert torch.equal(plain, expected), folder
 
 
 def test_a_cast_while_loading_casts_the_scales_first(tmp_path):

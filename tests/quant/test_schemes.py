@@ -14,10 +14,8 @@ from llmopt.model.loaded import forget_codes
 from llmopt.model.weights import coded
 from llmopt.quant import GPTQ, RTN
 from llmopt.recipe.schemes import SCHEMES
-from tests import warm
-from tests.command import ROOT, command
-from tests.quant.quant_data import batches, logits
-from tests.tiny import ids, make
+from tests.quant.quant_data import batches, loaded_plain, logits
+from tests.tiny import make
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 32}
 NAMES = [name for name in SCHEMES if name[0] != "W" or name in ("W3A16", "W4A16_ASYM", "W8A8")]
@@ -57,13 +55,8 @@ def test_every_scheme_runs_in_plain_transformers(tmp_path):
     assert "unpacks the weights while it loads them" in told["W4A16_ASYM"] and "while" not in told["NVFP4"]
     facts = checkpoint_facts(tmp_path / "W8A8", read_facts(tmp_path / "W8A8"))
     assert facts["packing"] == "int-quantized; inputs rounded: 8 bits, range by its values"
-    done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
-    assert done.returncode == 0, done.stderr
-    for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
-        assert "error" not in seen, (folder, seen)
-        with torch.no_grad():
-            expected = saved[folder](ids(2, 40)).logits
-        assert (seen["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
+    for folder, plain, expected in loaded_plain(saved, tmp_path):
+        assert (plain - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
 
 
 @pytest.mark.parametrize(("fields", "says"), [

@@ -16,10 +16,8 @@ from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import Interrupted
-from tests import warm
-from tests.command import ROOT, command
 from tests.plans import contents, dense, plan
-from tests.quant.quant_data import batches
+from tests.quant.quant_data import batches, loaded_plain
 from tests.tiny import ids, make
 
 E8, E4, BF16 = {"bits": 8}, {"bits": 4}, torch.bfloat16
@@ -48,12 +46,8 @@ def test_plain_transformers_loads_them_exactly_at_the_size_foretold(tmp_path):
         llmopt.save(model, tmp_path / name)
         assert size(tmp_path / name) == told.bytes, name
         saved[str(tmp_path / name)] = model
-    done = warm.run(ROOT / "tests" / "load_many.py", "plain", tmp_path / "seen.pt", *saved, env=command()[1])
-    assert done.returncode == 0, done.stderr
-    for folder, seen in torch.load(tmp_path / "seen.pt")["plain"].items():
-        assert "error" not in seen, (folder, seen)
-        with torch.no_grad():
-            assert torch.equal(seen["logits"], saved[folder](ids(2, 40)).logits), folder
+    for folder, plain, expected in loaded_plain(saved, tmp_path):
+        assert torch.equal(plain, expected), folder
 
 
 @pytest.mark.parametrize(("fields", "says"), [
