@@ -4,9 +4,10 @@ import copy
 import pytest
 import torch
 
-from llmopt.calibration.trials import Trials, sample
+from llmopt.calibration.trials import Trials, sample, without
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
+from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
 from tests.test_walk import batches
 
@@ -42,6 +43,24 @@ def test_trials_are_what_models_with_these_weights_would_give(family):
         assert found[name] == pytest.approx(divergence(dense, by_hand, rows), rel=1e-3)
     before = dense.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_parts_and_blocks_are_left_out(family):
+    model, dense, run = tiny.make(family), tiny.make(family), Run(batches())
+    rows = sample(batches(), 0, 2048)
+    trials = Trials(model, run, rows, ("without",))
+    for index, (_, own) in enumerate(trials.visits([], "trials")):
+        parts = {1: None, 2: without(own.block, ("attention",))}
+        trials.through(own, lambda name, parts=parts, index=index: parts.get(index, {}))
+    by_hand = copy.deepcopy(dense)
+    apply_plan(by_hand, [LayerPlan(), LayerPlan(drop=True), LayerPlan(skip=("attention",))], Run())
+    assert trials.damage()["without"] == pytest.approx(divergence(dense, by_hand, rows), rel=1e-3)
+    hidden = [torch.cat([m(**row, output_hidden_states=True).hidden_states[-1][0] for row in rows])
+              for m in (dense, by_hand)]
+    if family == "llama":               # whose final norm leaves directions alone, its gains being 1
+        wanted = 1 - torch.nn.functional.cosine_similarity(*hidden, dim=-1).mean()
+        assert trials.turned()["without"] == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_rows_are_drawn_by_seed_without_their_padding():

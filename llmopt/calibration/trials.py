@@ -4,20 +4,23 @@
 
 The hidden states of all trials go through the blocks side by side, beside those of the dense model. A trial that
 differs from another one first in some block branches off there. Blocks run with other weights in the place of their
-own; none is written, so that the model may be larger than memory, and each trial runs only from its branch on.
+own, or are left out; none is written, so that the model may be larger than memory, and each trial runs only from its
+branch on.
 """
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from llmopt.calibration.calls import logits_behind
 from llmopt.calibration.walk import Visit, walk
 from llmopt.method import Run
+from llmopt.model.blocks import Block
 
 LISTS = 5           # of activations held at once: the walk's, and those of all trials before and behind a block
-Weights = Mapping[str, Tensor]          # [out, in] by the name of a projection: what stands in its place
+Weights = Mapping[str, Tensor]          # what stands in the place of a projection's weight [out, in], or of a parameter
 
 
 class Trials:
@@ -42,17 +45,22 @@ class Trials:
         self.dense = last.outputs_after_edit[count:]
 
     @torch.no_grad()
-    def through(self, visit: Visit, weights: Callable[[Hashable], Weights],
+    def through(self, visit: Visit, weights: Callable[[Hashable], Weights | None],
                 branches: Mapping[Hashable, Hashable] | None = None) -> None:
         """Take all trials through the block of a visit with the rows.
 
-        weights: what a trial has in place of the block's. branches: new trials, each with the one that it leaves here.
+        weights: what a trial has in place of the block's; None: it goes without the block. branches: new trials, each
+        with the one that it leaves here.
         """
         hold, ahead = self.memory.keeper(), {}
         jobs = [*((name, name) for name in self.hidden), *(branches or {}).items()]
         for name, origin in self.run.progress(jobs, "trials"):
             before = visit.inputs if self.hidden[origin] is None else self.hidden[origin]
-            here, own = replace(visit, inputs=before), _in_block(visit, weights(name))
+            changed = weights(name)
+            if changed is None:
+                ahead[name] = before
+                continue
+            here, own = replace(visit, inputs=before), _in_block(visit, changed)
             ahead[name] = [hold(here.forward(index, own)) for index in range(len(self.rows))]
         self.hidden = ahead
 
@@ -68,6 +76,16 @@ class Trials:
                 for name, hidden in self.hidden.items():
                     q = _log_probs(self.model, row, hidden[index])
                     sums[name] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+        return self._mean(sums, count)
+
+    def turned(self) -> dict[Hashable, float]:
+        """1 - the mean cosine between what the last block gives in every trial and in the dense model."""
+        sums = {name: sum(turned(there, dense) for there, dense in zip(hidden, self.dense, strict=True))
+                for name, hidden in self.hidden.items()}
+        return self._mean(sums, sum(row["input_ids"].numel() for row in self.rows))
+
+    def _mean(self, sums: dict[Hashable, float], count: int) -> dict[Hashable, float]:
+        """Sums over the tokens of this process's rows as means over those of all."""
         parts = self.run.ranks.gather((sums, count))
         tokens = sum(count for _, count in parts)
         return {name: sum(found[name] for found, _ in parts) / tokens for name in sums}
@@ -92,11 +110,26 @@ def sample(batches: list[dict[str, Tensor]], seed: int, tokens: int) -> list[dic
     return kept
 
 
+def turned(one: Tensor, other: Tensor) -> float:                                    # [B, T, E] each
+    """1 - the cosine between two hidden states, summed over the tokens."""
+    return float((1 - cosine_similarity(one.double(), other.double(), dim=-1)).sum())
+
+
+def without(block: Block, parts: Collection[str]) -> dict[str, Tensor]:
+    """By the name of a parameter, what makes parts of a block ("attention", "mlp") add nothing: writers of zeros."""
+    writers = [writer for part, writer in (("attention", block.attn_out), ("mlp", block.ffn_out))
+               if part in parts and writer is not None]
+    return {f"{writer.path}.{name}": torch.zeros_like(parameter) for writer in writers
+            for name, parameter in writer.module.named_parameters()}
+
+
 def _in_block(visit: Visit, weights: Weights) -> dict[str, Tensor] | None:
     """The weights as parameters by their names in the block."""
-    known = {p.name: p for p in visit.block.projections()}
-    return {known[name].key.removeprefix(f"{visit.block.name}."): tensor.T if known[name].transposed else tensor
-            for name, tensor in weights.items()} or None
+    known, found = {p.name: p for p in visit.block.projections()}, {}
+    for name, tensor in weights.items():
+        key, turn = (known[name].key, known[name].transposed) if name in known else (name, False)
+        found[key.removeprefix(f"{visit.block.name}.")] = tensor.T if turn else tensor
+    return found or None
 
 
 def _log_probs(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.descent import Course, Knobs, descend
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.blocks import Projection
@@ -24,7 +25,6 @@ from llmopt.parts import register
 from llmopt.quant.base import Quantizer
 from llmopt.quant.block_loss import BlockLoss
 from llmopt.quant.block_solver import Begin, BlockSolver
-from llmopt.quant.descent import Course, Knobs, descend
 from llmopt.quant.latent import Following, results
 from llmopt.quant.start import Start
 

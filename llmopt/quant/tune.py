@@ -26,6 +26,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.descent import Course, Knobs, descend
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.blocks import Projection, layer_list
@@ -34,7 +35,6 @@ from llmopt.parts import register
 from llmopt.quant.base import Quantizer
 from llmopt.quant.block_loss import BlockLoss
 from llmopt.quant.block_solver import BlockSolver
-from llmopt.quant.descent import Course, Knobs, descend
 from llmopt.quant.grid import Spec
 from llmopt.quant.latent import Gain, Held, results
 from llmopt.quant.logits_loss import LogitsLoss, outputs

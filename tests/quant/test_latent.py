@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
+from llmopt.calibration.descent import Course, Knobs, descend
 from llmopt.model.weights import Projection
-from llmopt.quant.descent import Course, Knobs, descend
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.latent import Following, Held
 from llmopt.quant.start import Start
