@@ -18,6 +18,7 @@ class Units:
 
     scores: [n], larger stays longer; cost: parameters per unit; allowed: numbers that the layer may keep, from n down.
     index: [n, k], the channels, groups or heads that unit i stands for (k > 1: they can only leave together).
+    prices: what the layer takes of the budget with each number that is allowed; None: its parameters.
     """
 
     layer: int
@@ -26,10 +27,25 @@ class Units:
     cost: int
     allowed: tuple[int, ...]
     index: Tensor
+    prices: tuple[int, ...] | None = None
+
+    def price(self, count: int) -> int:
+        """What `count` units, a number that is allowed, take of the budget."""
+        return count * self.cost if self.prices is None else self.prices[self.allowed.index(count)]
+
+    def freed(self, gone: int) -> int:
+        """What the budget gains when `gone` units leave."""
+        return self.total - self.price(len(self.scores) - gone)
 
     @property
     def total(self) -> int:
-        return len(self.scores) * self.cost
+        """What all units take of the budget."""
+        return self.price(len(self.scores))
+
+    @property
+    def most(self) -> int:
+        """Units that may leave at most."""
+        return len(self.scores) - self.allowed[-1]
 
 
 def allowed_counts(count: int, width: int, multiple: int, floor: int) -> tuple[int, ...]:
@@ -45,11 +61,14 @@ def allowed_counts(count: int, width: int, multiple: int, floor: int) -> tuple[i
 def normalise(scores: Tensor, how: str) -> Tensor:
     """Scores of one layer made comparable with those of other layers.
 
-    none: as they are; layer: divided by the layer's mean; lamp: n * s_j / (sum of the scores ranked at or above j).
+    none: as they are; layer: divided by the layer's mean; lamp: n * s_j / (sum of the scores ranked at or above j);
+    standard: less the layer's mean, divided by its standard deviation.
     """
     values = scores.double()
     if how == "layer":
         return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+    if how == "standard":
+        return (values - values.mean()) / values.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny)
     if how == "lamp":
         ordered, order = values.sort(descending=True, stable=True)
         tail = ordered.cumsum(0).clamp(min=torch.finfo(values.dtype).tiny)
@@ -63,21 +82,20 @@ def survivors(units: Units, count: int) -> Tensor:
 
 
 def check_reachable(units: list[Units], ratio: float) -> None:
-    """Raise BudgetError if the floors forbid to remove `ratio` of all parameters in `units`, rounding aside."""
+    """Raise BudgetError if the floors forbid to remove `ratio` of all that `units` take, rounding aside."""
     total = sum(u.total for u in units)
-    reach = sum((len(u.scores) - u.allowed[-1]) * u.cost for u in units)
-    step = max(((high - low) * u.cost for u in units for high, low in pairwise(u.allowed)), default=0)
+    reach = sum(u.freed(u.most) for u in units)
+    step = max((u.price(high) - u.price(low) for u in units for high, low in pairwise(u.allowed)), default=0)
     if ratio * total > reach + step:
         raise BudgetError(f"ratio {ratio:g} cannot be met: the floors leave {reach / total:.3f} of the chosen units "
                           f"to remove")
 
 
 def globally(units: list[Units], ratio: float) -> list[int]:
-    """Units to remove from each entry, at most `ratio` of all their parameters: the weakest chunks go first."""
+    """Units to remove from each entry, at most `ratio` of all that they take: the weakest chunks go first."""
     left = ratio * sum(u.total for u in units)
     removed, open_ = [0] * len(units), [True] * len(units)
-    for _, entry, size in sorted(_chunks(units), key=lambda c: c[0]):
-        price = size * units[entry].cost
+    for _, entry, size, price in sorted(_chunks(units), key=lambda c: c[0]):
         if open_[entry] and price <= left:
             removed[entry] += size
             left -= price
@@ -86,20 +104,21 @@ def globally(units: list[Units], ratio: float) -> list[int]:
     return removed
 
 
-def _chunks(units: list[Units]) -> list[tuple[float, int, int]]:
-    """(mean score, entry, number of units) of each step down in each entry."""
+def _chunks(units: list[Units]) -> list[tuple[float, int, int, int]]:
+    """(mean score, entry, number of units, what they take) of each step down in each entry."""
     found = []
     for entry, u in enumerate(units):
         ordered = u.scores.double().sort().values
         start = 0
         for high, low in pairwise(u.allowed):
-            found.append((float(ordered[start:start + high - low].mean()), entry, high - low))
+            mean = float(ordered[start:start + high - low].mean())
+            found.append((mean, entry, high - low, u.price(high) - u.price(low)))
             start += high - low
     return found
 
 
 def locally(units: list[Units], ratio: float) -> list[int]:
-    """Units to remove from each entry, at most `ratio` of every layer's parameters.
+    """Units to remove from each entry, at most `ratio` of what every layer takes.
 
     Kinds with large units come first and take what is nearest to their share, the kind with the smallest units takes
     what is then left of the layer, rounded down.
@@ -110,8 +129,8 @@ def locally(units: list[Units], ratio: float) -> list[int]:
         left = ratio * sum(units[i].total for i in mine)
         for i in mine:
             share = left if i == mine[-1] else ratio * units[i].total
-            steps = [(len(units[i].scores) - n) * units[i].cost for n in units[i].allowed]       # ascending, from 0
-            freed = min((step for step in steps if step <= left), key=lambda step: abs(step - share))
-            removed[i] = freed // units[i].cost
-            left -= freed
+            steps = [len(units[i].scores) - n for n in units[i].allowed]                         # ascending, from 0
+            fits = [n for n in steps if units[i].freed(n) <= left]
+            removed[i] = min(fits, key=lambda n, i=i, share=share: abs(units[i].freed(n) - share))
+            left -= units[i].freed(removed[i])
     return removed

@@ -2,6 +2,7 @@
 import math
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,9 +16,10 @@ from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
 from llmopt.parts import Several
-from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
+from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, survivors
 from llmopt.prune.groups import COARSE, cost, members
 from llmopt.prune.refit import refit
+from llmopt.prune.scopes import Demand, Global, Local, Removed, Scope
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
 
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
@@ -32,10 +34,10 @@ class Pruner(Method):
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
 
     ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters that leaves; never more")
-    scope: Literal["local", "global"] = Field("local", description="local: all layers alike, for plain transformers")
+    scope: Scope = Field(Local(), description="how many leave from each layer; local: the same share")
     units: Several[Unit] = Field(("ffn", "kv_groups"), description="what may leave")
     normalize: Literal["lamp", "layer", "none"] = Field(
-        "lamp", description="how the scores of different layers become comparable (scope: global)")
+        "lamp", description="how scope: global makes the scores of different layers comparable")
     minimum: float = Field(0.05, gt=0, le=1, description="share of its FFN channels that every layer keeps")
     refit: bool = Field(False, description="refit the writers of the pruned parts by least squares on calibration data")
 
@@ -47,12 +49,17 @@ class Pruner(Method):
         if coarse and (coarse != chosen or "blocks" in chosen and len(chosen) > 1):
             raise FieldError("units", list(self.units), "one kind at a time: [blocks], [attention, mlp], or channels "
                                                         "and heads; use two steps to have both")
+        if coarse and not isinstance(self.scope, (Local, Global)):
+            raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
         if self.refit and coarse:
             raise FieldError("refit", True, "false: nothing is left to refit when whole sub-blocks leave")
 
     @property
     def needs_data(self) -> bool:
-        return self.uses_inputs or self.refit
+        return self.uses_inputs or self.refit or self.scope.learns
+
+    def backward(self, rows: int, length: int) -> int:
+        return self.scope.backward(rows, length)
 
     @abstractmethod
     def score(self, block: Block, visit: Visit | None) -> Scores:
@@ -66,7 +73,7 @@ class Pruner(Method):
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Where the scores cannot be known yet, as many units leave as will leave, whichever they are."""
         self.refuse(skeleton)
-        known = source is not None and not self.uses_inputs
+        known = source is not None and not self.uses_inputs and not self.scope.learns
         told = self._told(self._guess(skeleton, run)) if not known else self._decided(source, run)
         apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
         gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
@@ -94,7 +101,9 @@ class Pruner(Method):
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
-        return self._chosen(blocks(model), self._rate(model, run), _multiple(run))
+        views, rated = blocks(model), self._rate(model, run)
+        return self._chosen(views, rated, _multiple(run), lambda units: self.scope.removed(
+            Demand(units, self.ratio, self.normalize, self.refit, model, run, self.name)))
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -104,21 +113,22 @@ class Pruner(Method):
         views = blocks(model)
         alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
                   if (found := members(block, kind))} for block in views]
-        return self._chosen(views, alike, _multiple(run))
+        return self._chosen(views, alike, _multiple(run), lambda units: (self.scope.guess(units, self.ratio), {}))
 
-    def _chosen(self, views: list[Block], rated: list[Scores], multiple: int) -> tuple[list[LayerPlan], dict[str, Any]]:
+    def _chosen(self, views: list[Block], rated: list[Scores], multiple: int, decide: Callable[[list[Units]], Removed]
+                ) -> tuple[list[LayerPlan], dict[str, Any]]:
         units = [u for block, scores in zip(views, rated, strict=True) for u in self._units(block, scores, multiple)]
         if not units:
             raise LlmoptError(f"the model has none of the units {', '.join(self.units)} left")
-        removed = self._allocate(units)
+        removed, figures = self._allocate(units, decide)
         plan = [_layer_plan(block, [(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
                 for block in views]
         gone, freed = Counter(), 0
         for u, n in zip(units, removed, strict=True):
             gone[u.kind] += n * u.index.shape[1]
             freed += n * u.cost
-        return plan, {"ratio": self.ratio, "removed_share": freed / sum(u.total for u in units),
-                      "removed_units": dict(gone)}
+        return plan, {"ratio": self.ratio, "removed_share": freed / sum(len(u.scores) * u.cost for u in units),
+                      "removed_units": dict(gone)} | figures
 
     def _decided(self, model: nn.Module, run: Run) -> dict[str, Any]:
         """The plan and its figures, decided once: a forecast may have done it, or a run that was cut off."""
@@ -151,8 +161,6 @@ class Pruner(Method):
             index = torch.arange(len(values))[:, None]
             if kind == "q_heads":
                 values, index = _slices(values.view(block.kv_heads, -1))
-            if kind not in COARSE:
-                values = normalise(values, self.normalize)
             counts = self._counts(block, kind, len(values), multiple)
             found.append(Units(block.index, kind, values, price * index.shape[1], counts, index))
         return found
@@ -166,17 +174,17 @@ class Pruner(Method):
         floor = -int(-self.minimum * count // 1) if kind == "ffn" else 1
         return allowed_counts(count, width, multiple, max(1, floor))
 
-    def _allocate(self, units: list[Units]) -> list[int]:
+    def _allocate(self, units: list[Units], decide: Callable[[list[Units]], Removed]) -> Removed:
         if self.ratio == 0:
-            return [0] * len(units)
+            return [0] * len(units), {}
         check_reachable(units, self.ratio)
         coarse = units[0].kind in COARSE
-        removed = (globally if coarse or self.scope == "global" else locally)(units, self.ratio)
+        removed, figures = (globally(units, self.ratio), {}) if coarse else decide(units)
         if not any(removed):
             raise BudgetError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} "
                               f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
-                              + ("" if coarse or self.scope == "global" else " or use scope: global"))
-        return removed
+                              + (" or use scope: global" if isinstance(self.scope, Local) and not coarse else ""))
+        return removed, figures
 
 
 def _multiple(run: Run) -> int:

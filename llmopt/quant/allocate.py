@@ -1,7 +1,7 @@
 """Which block gets which of two widths, by its rank (arXiv:2406.17415): pure functions on plain numbers.
 
 The least important layers move from `hi` to `lo` until the average fits, which is at or below the target; equal scores
-are settled by the index. For choices among more: programme.py.
+are settled by the index. For choices among more: calibration/programme.py.
 """
 from collections.abc import Mapping, Sequence
 

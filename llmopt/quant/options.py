@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from llmopt.calibration.programme import Programme
 from llmopt.errors import BudgetError, LlmoptError
 from llmopt.model.blocks import blocks
 from llmopt.model.outline import filed_bytes, outline
 from llmopt.quant import vocabulary
 from llmopt.quant.plan import DENSE, Choice, Target
-from llmopt.quant.programme import Programme
 from llmopt.quant.settings import Settings
 
 Price = Callable[[Target], int]

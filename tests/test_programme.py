@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmopt.calibration.programme import Programme
 from llmopt.errors import BudgetError
-from llmopt.quant.programme import Programme
 
 
 def greedy(programme: Programme) -> list[int]:
