@@ -92,18 +92,64 @@ def quant(model, methods, bits, group_size, data, samples, length, rows, peers, 
 
     tables.quiet_libraries()
     from llmopt_evals.bench import quant
-    from llmopt_evals.peers.launch import peer
+    from llmopt_evals.peers.launch import QUANTIZERS, peer
 
     from llmopt.recipe.sources import source
     from llmopt.specs import DataSpec
 
+    beside = tuple(peer(word, QUANTIZERS) for word in peers)
     plan = quant.Plan(model, tuple(zip(methods, methods, strict=True)) or tuple(quant.METHODS.items()),
                       _numbers("--bits", bits, "4,3"), _numbers("--group-size", group_size, "32,-1", (-1,)),
-                      DataSpec(**source(data), samples=samples, length=length), rows, tuple(map(peer, peers)),
-                      iterations, keep)
+                      DataSpec(**source(data), samples=samples, length=length), rows, beside, iterations, keep)
     with log.progress() as progress:
         found = quant.measure(plan.quick() if quick else plan, progress)
     measured.show_quantizers(found, as_json)
+
+
+@bench.command(examples=("llmopt bench prune --quick",
+                         "llmopt bench prune MODEL prune.wanda --ratios 0.1 --samples 8 --length 64"))
+@log.verbosity
+@click.argument("model", default="llmopt/reference", shell_complete=completion.models)
+@click.argument("methods", nargs=-1)
+@click.option("--ratios", default="0.1,0.2,0.3", show_default=True, help="Of methods that do not say.")
+@click.option("--units", default="ffn", show_default=True, help="Of methods that do not say.")
+@click.option("--data", default="self", show_default=True, help="A file, self (sampled from the model), world, ...")
+@click.option("--score", help="Where the rows that are scored come from; default: as --data, other rows.")
+@click.option("--samples", type=COUNT, default=48, show_default=True, help="Rows of calibration data.")
+@click.option("--length", type=COUNT, default=192, show_default=True, help="Tokens of a row.")
+@click.option("--rows", type=click.IntRange(2), default=64, show_default=True, help="Rows that are scored.")
+@click.option("--peer", "peers", multiple=True, metavar="NAME=PYTHON", help="torchpruning beside ours, by the Python "
+              "of an environment that has it.")
+@click.option("--keep", type=FILE, help="Folder for what is measured; what it holds is not measured again.")
+@click.option("--part", type=click.Choice(["quality", "speed"]), default="quality", show_default=True,
+              help="What pruners cost, or how much faster pruned shapes are than their operations promise.")
+@click.option("--quick", is_flag=True, help="The last of the ratios, and little data.")
+@JSON
+def prune(model, methods, ratios, units, data, score, samples, length, rows, peers, keep, part, quick,
+          as_json) -> None:
+    """Pruners beside each other: nats a token added, parameters, CPU seconds. Or the speed of what is left.
+
+    METHODS are entries of a recipe's `steps`, or lists of them; without any, every criterion with and without a refit.
+    """
+    from llmopt.cli import measured, tables
+
+    tables.quiet_libraries()
+    from llmopt_evals.bench import lean, prune
+    from llmopt_evals.peers.launch import PRUNERS, peer
+
+    from llmopt.recipe.sources import source
+    from llmopt.specs import DataSpec
+
+    with log.progress() as progress:
+        if part == "speed":
+            measured.show_lean(lean.measure(lean.QUICK if quick else lean.Plan(), progress), as_json)
+            return
+        given = DataSpec(**source(data), samples=samples, length=length)
+        plan = prune.Plan(model, methods or prune.METHODS, _shares("--ratios", ratios), tuple(units.split(",")), given,
+                          DataSpec(**source(score), samples=1, length=length) if score else None, rows,
+                          tuple(peer(word, PRUNERS) for word in peers), keep)
+        found = prune.measure(plan.quick() if quick else plan, progress)
+    measured.show_pruners(found, as_json)
 
 
 @bench.command(examples=("llmopt bench packed --quick", "llmopt bench packed --model SMALL --dense MODEL"))
@@ -179,3 +225,13 @@ def _numbers(option: str, given: str, example: str, others: tuple[int, ...] = ()
     if not counts or not all(type(count) is int and (count > 0 or count in others) for count in counts):
         raise LlmoptError(f"{option}: {given!r} given, numbers such as {example} expected")
     return tuple(counts)
+
+
+def _shares(option: str, given: str) -> tuple[float, ...]:
+    """(0.1, 0.2) from "0.1,0.2"; raises LlmoptError for anything but numbers from 0 to below 1."""
+    from llmopt.recipe.assign import values
+
+    shares = values([f"numbers=[{given}]"])["numbers"]
+    if not shares or not all(type(share) in (int, float) and 0 <= share < 1 for share in shares):
+        raise LlmoptError(f"{option}: {given!r} given, shares such as 0.1,0.2 expected")
+    return tuple(map(float, shares))

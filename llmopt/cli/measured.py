@@ -77,3 +77,38 @@ def _quantizer(row: dict[str, Any]) -> list[str]:
     return [*first, with_error(row["kl"], row["kl_stderr"]),
             with_error(row["beyond"], row["beyond_stderr"]), f"{row['agreement']:.1%}", human(row["bytes"]),
             f"{row['cpu_process']:.1f}", f"{row['cpu_solver']:.1f}"]
+
+
+def show_pruners(found: dict[str, Any], as_json: bool) -> None:
+    """`llmopt bench prune`: a row for each pruner at each ratio; of one that failed, what it said."""
+    if as_json:
+        print_json(found)
+        return
+    given = found["data"]
+    title = (f"{found['model']}: {given['rows']} x {given['tokens']} tokens ({given['source']}) to calibrate, "
+             f"{given['scored_rows']} other rows ({given['scored']}) scored")
+    print_table(title, ["method", "ratio", "nats added", "KL, nats", "first choice alike", "perplexity", "parameters",
+                        "CPU s"], [_pruner(row) for row in found["rows"]])
+    for row in found["rows"]:
+        if "failed" in row:
+            click.echo(f"{row['method']}, {row['ratio']:g}, failed: {row['failed']}")
+
+
+def _pruner(row: dict[str, Any]) -> list[str]:
+    first = [row["method"], f"{row['ratio']:g}"]
+    if "failed" in row:
+        return [*first, *["-"] * 6]
+    return [*first, with_error(row["nats"], row["nats_stderr"]), with_error(row["kl"], row["kl_stderr"]),
+            f"{row['agreement']:.1%}", f"{row['perplexity']:.4g}",
+            f"{row['parameters'] / row['parameters_before'] - 1:+.1%}", f"{row['cpu']:.1f}"]
+
+
+def show_lean(found: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench prune --part speed`: a row for each ratio and work."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(f"{row['ratio']:.0%}", row["work"], f"{1000 * row['seconds']:.1f} ms",
+             f"{row['operations'] / 1e9:.2f} G", f"{row['faster']:.2f}", f"{row['of_promise']:.2f}") for row in found]
+    print_table("pruned shapes, one thread",
+                ["gone", "work", "CPU time", "operations", "faster", "of the promise"], rows)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from llmopt_evals import fidelity
 from llmopt_evals.bench import quant
+from llmopt_evals.bench.rows import rows_of
 from llmopt_evals.peers.job import Job
 from llmopt_evals.peers.launch import OURS, Failed, Tool, carried_out
 
@@ -60,7 +61,7 @@ def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
 def test_rows_of_the_full_length_are_for_all(folder, tmp_path, monkeypatch):
     (tmp_path / "ids.jsonl").write_text("".join(f"{list(range(1, n))}\n" for n in (20, 9, 40, 17, 33, 25, 26)))
     given = quant.DataSpec(name="ids", path=str(tmp_path / "ids.jsonl"), samples=5, length=16)
-    ids, held = quant.rows_of(quant.Plan(model=str(folder), data=given, rows=2), tmp_path)
+    ids, held = rows_of(str(folder), given, given, 2, tmp_path)
     assert [json.loads(line) for line in ids.read_text().splitlines()] == [[*range(1, 17)]] * 4
     assert [len(batch["input_ids"]) for batch in held] == [2]
 

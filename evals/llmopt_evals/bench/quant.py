@@ -5,7 +5,6 @@ for all, a process for each, one after the other. CPU seconds of the process are
 loading and saving; of the solver, those of calibration and solving. The distance is `fidelity`'s, in float32, on rows
 of the calibration's source that no tool has seen.
 """
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,17 +12,15 @@ from typing import Any
 
 import torch
 
-from llmopt.calibration import data
-from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming
-from llmopt.model.loading import check_dense, load_dense, resolve
+from llmopt.model.loading import check_dense, resolve
 from llmopt.parts import build, get
 from llmopt.progress import Progress
 from llmopt.specs import REFERENCE, DataSpec, ModelSpec
 from llmopt_evals import fidelity
+from llmopt_evals.bench.rows import rows_of
 from llmopt_evals.entries import read
 from llmopt_evals.large import opened
-from llmopt_evals.pairs import draw
 from llmopt_evals.peers.job import Job
 from llmopt_evals.peers.launch import OURS, Done, Failed, Tool, carried_out
 
@@ -81,7 +78,7 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     with TemporaryDirectory(prefix="llmopt-bench-") as scratch:
         work = plan.keep or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        ids, held = rows_of(plan, work)
+        ids, held = rows_of(plan.model, plan.data, plan.data, plan.rows, work)
         with fidelity.reference(opened(spec, False), lambda *_: held, Path(scratch)) as against:
             rows = [row(entry, entry.job(plan, ids), work, against) for entry in progress(todo, "quantizers")]
         seen = len(ids.read_text().splitlines())
@@ -111,24 +108,6 @@ def ours_of(name: str, word: str, bits: int, group_size: int) -> Entry:
         if stage != "quant":
             raise LlmoptError("quant.* expected behind it")
     return Entry(Tool(OURS), name, made.bits, made.group_size, steps)
-
-
-def rows_of(plan: Plan, work: Path) -> tuple[Path, list[data.Batch]]:
-    """(a file in `work` with the rows that all tools are given, the rows that are scored).
-
-    They are those of the full length: a peer leaves out shorter ones.
-    """
-    model, tokenizer = load_dense(ModelSpec(id=plan.model))
-    batches = data.load(plan.data, model.config, tokenizer, Sampler(model, tokenizer))
-    full = [ids for batch in batches for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"],
-                                                          strict=True)
-            if int(mask.sum()) == plan.data.length]
-    if not full:
-        raise LlmoptError(f"data ({plan.data.name}): no row has {plan.data.length} tokens; all tools are given rows of "
-                          "one length")
-    ids = work / f"ids-{data.fingerprint(batches)[:8]}.jsonl"
-    ids.write_text("".join(f"{json.dumps(row)}\n" for row in full))
-    return ids, draw(plan.data, plan.rows)(model, tokenizer)
 
 
 def row(entry: Entry, job: Job, work: Path, against: fidelity.Against) -> dict[str, Any]:

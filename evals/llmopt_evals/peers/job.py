@@ -16,12 +16,13 @@ import torch
 
 @dataclass
 class Job:
-    """Quantize `model`, a folder, into the folder `out` by what it computes from the rows of `ids`."""
+    """Compress `model`, a folder, into the folder `out` by what it computes from the rows of `ids`."""
 
     model: str
     ids: str                    # a .jsonl of token ids, a row a line, all of one length
-    bits: int | float           # a fraction: llmopt's own
-    group_size: int             # -1: one scale for each output channel
+    bits: int | float = 0       # quantization; a fraction: llmopt's own
+    group_size: int = -1        # -1: one scale for each output channel
+    ratio: float = 0.0          # pruning: the share of the FFN channels that leaves
     out: str = ""
     iterations: int = 200       # of methods that have some
     steps: list[dict] = field(default_factory=list)         # llmopt's own: what a recipe's `steps` say

@@ -15,7 +15,8 @@ from llmopt_evals.peers.job import Job
 
 HERE = Path(__file__).parent
 OURS = "llmopt"
-PEERS = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoround": "auto-round"}     # and their packages
+QUANTIZERS = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoround": "auto-round"}   # their packages
+PRUNERS = {"torchpruning": "torch-pruning"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -51,19 +52,20 @@ class Failed(Exception):
     """A tool could not do its job; the text is the last thing that it said."""
 
 
-def peer(word: str) -> Tool:
+def peer(word: str, packages: dict[str, str]) -> Tool:
     """The tool of NAME=PYTHON; raises LlmoptError for another name, and an environment without the package."""
     name, _, python = word.partition("=")
-    if name not in PEERS or not python:
+    if name not in packages or not python:
         raise LlmoptError(f"--peer: {word!r} given, NAME=PYTHON expected with the Python of its environment; names are "
-                          f"{', '.join(PEERS)}{nearest(name, PEERS)}")
-    ask = f"from importlib.metadata import version; version({PEERS[name]!r})"
+                          f"{', '.join(packages)}{nearest(name, packages)}")
+    ask = f"from importlib.metadata import version; version({packages[name]!r})"
     try:
         has = not subprocess.run([python, "-c", ask], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LlmoptError(f"--peer {word}: {python} cannot be run ({error})") from error
     if not has:
-        raise LlmoptError(f"--peer {word}: there is no {PEERS[name]} in it; {python} -m pip install {PEERS[name]}")
+        raise LlmoptError(f"--peer {word}: there is no {packages[name]} in it; {python} -m pip install "
+                          f"{packages[name]}")
     return Tool(name, python)
 
 
@@ -73,7 +75,7 @@ def carried_out(tool: Tool, job: Job, work: Path) -> Done:
     Its `out` is a folder in `work`. Raises Failed with what the tool said last.
     """
     digest = hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:8]
-    place = work / f"{tool.name}-{job.bits}-{job.group_size}-{digest}"
+    place = work / f"{tool.name}-{digest}"
     answer = Path(f"{place}.json")
     if not answer.is_file():
         shutil.rmtree(place, ignore_errors=True)                    # of a run that was cut off
