@@ -28,7 +28,7 @@ LESS = {"compress": ("--set", "data.samples=2", "--set", "data.length=32", "--se
 READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these tests", "ruff": "run by .ci/run",
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "pull": "the hub", "m7": "13 GB",
         "world.train": "an hour and more", "synthetic": "gigabytes", "bench scale": "minutes",
-        "bench quant": "run by tests/evals/test_quantizers.py",
+        "bench quant": "run by tests/evals/test_quantizers.py", "bench prune": "run by tests/evals/test_pruners.py",
         "llmopt_evals.real": "90 MB of the index", "num_fewshot": "data of the hub",
         "continuations": "run by tests/evals/test_continuations.py",
         "recall llmopt/reference": "run by tests/evals/test_recall.py",
