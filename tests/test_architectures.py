@@ -149,7 +149,7 @@ def test_a_config_of_the_wild_survives_a_whole_recipe(name, tmp_path):
     model = wild(name, dtype)
     unit = "kv_groups" if "moe" in name else "ffn"
     before = behaviour(model)
-    for part, fields in [("heads.span", {}), ("prune.magnitude", {"ratio": 0.5, "units": [unit], "refit": True}),
+    for part, fields in [("heads.span", {}), ("prune.magnitude", {"ratio": 0.5, "units": [unit]}),
                          ("quant.gptq", {"bits": 4, "group_size": 16}), CELLS["attention.*"], CELLS["kv.*"]]:
         step(part, fields, model, ahead=(build("quant.rtn", {"group_size": 16}),))
     llmopt.save(model, tmp_path / "out", format="dense" if name.startswith("gpt2") else "portable")

@@ -1,5 +1,6 @@
 """Checkpoints as strangers load them: every row of the table of how portable each content is, in a fresh process."""
 import errno
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests import tiny, warm
 from tests.command import ROOT, command
 
 RTN = llmopt.get("quant.rtn")
-PRUNE = llmopt.get("prune.magnitude")
+PRUNE = functools.partial(llmopt.get("prune.magnitude"), refit=False)
 SNAPKV = llmopt.get("kv.snapkv")
 A_SHAPE = llmopt.get("attention.a_shape")
 MIXED = {"*o_proj": {"bits": 8}, "*down_proj": {"bits": 3}}

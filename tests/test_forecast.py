@@ -100,7 +100,7 @@ def test_the_first_item_foretells_its_loop(clock, lasts, seconds):
     assert pace.seconds == seconds
 
 
-STEPS = ("[heads.gradient: {}, prune.magnitude: {ratio: 0.3, units: [ffn], refit: true}, "
+STEPS = ("[heads.gradient: {}, prune.magnitude: {ratio: 0.3, units: [ffn]}, "
          "quant.gptq: {bits: 3.5, group_size: 8, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
 CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2")),
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),

@@ -35,8 +35,8 @@ ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 with llmopt.attached(model, llmopt.kv.SnapKV(budget=8, window=4)):
     model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
 kept = [(b.attention is not None, b.ffn_out is not None) for b in blocks(model)]
-llmopt.compress(model, [llmopt.heads.Span(), llmopt.prune.Magnitude(ratio=0.3, units=["ffn"]), llmopt.quant.RTN(
-    bits=4, group_size=-1), llmopt.kv.SnapKV(ratio=0.5, window=4)], batches=ids)
+llmopt.compress(model, [llmopt.heads.Span(), llmopt.prune.Magnitude(ratio=0.3, units=["ffn"], refit=False),
+    llmopt.quant.RTN(bits=4, group_size=-1), llmopt.kv.SnapKV(ratio=0.5, window=4)], batches=ids)
 llmopt.save(model, sys.argv[2])
 torch.save({"kept": kept, "logits": model(ids).logits}, sys.argv[3])
 """

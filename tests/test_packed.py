@@ -21,8 +21,8 @@ STEPS = {
     "llama": [RTN(bits=4, group_size=16, overrides={"*o_proj": {"bits": 8, "group_size": -1}})],
     "qwen2": [RTN(bits=3, group_size=-1)],                      # with biases
     "gpt_neox": [RTN(bits=5, group_size=32)],
-    "mistral": [llmopt.prune.Magnitude(ratio=0.3, scope="global", units=["ffn"]), RTN(bits=2, group_size=16),
-                llmopt.kv.SnapKV(ratio=0.5, window=8)],         # per-layer shapes and a runtime part
+    "mistral": [llmopt.prune.Magnitude(ratio=0.3, scope="global", units=["ffn"], refit=False),
+                RTN(bits=2, group_size=16), llmopt.kv.SnapKV(ratio=0.5, window=8)],   # per-layer shapes
     "qwen3": [RTN(bits=6, group_size=32, symmetric=False)],     # whose config asks for dense weights
 }
 

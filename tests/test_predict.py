@@ -19,12 +19,12 @@ from llmopt.transform import FoldNorms
 from tests import tiny
 
 BLOCKS = Magnitude(ratio=0.34, units=["blocks"])
-NARROW = Magnitude(ratio=0.3, units=["ffn"])
+NARROW = Magnitude(ratio=0.3, units=["ffn"], refit=False)
 
 
 @pytest.mark.parametrize(("family", "steps", "format"), [
     ("qwen3", [BLOCKS, NARROW, RTN(bits=3, group_size=16)], "portable"),
-    ("phi3", [NARROW, Magnitude(ratio=0.5, units=["kv_groups"]), RTN(bits=4, group_size=-1)], "portable"),
+    ("phi3", [NARROW, Magnitude(ratio=0.5, units=["kv_groups"], refit=False), RTN(bits=4, group_size=-1)], "portable"),
     ("mixtral", [RTN(bits=2, group_size=1)], "portable"),
     ("llama", [NARROW, FoldNorms(), RTN(bits=2, group_size=1)], "portable"),
     ("opt", [FoldNorms()], "dense"),
@@ -40,7 +40,7 @@ def test_predicted_bytes_are_the_written_ones(family, steps, format, tmp_path):
 
 
 def test_a_second_global_step_is_predicted_within_a_few_percent(tmp_path):
-    steps = [BLOCKS, Magnitude(ratio=0.3, scope="global"), RTN(bits=4, group_size=16)]
+    steps = [BLOCKS, Magnitude(ratio=0.3, scope="global", refit=False), RTN(bits=4, group_size=16)]
     model = tiny.make("llama")
     told = predict(model, steps)
     assert "removes about" in told.steps[1][1]
@@ -71,7 +71,7 @@ def test_a_plan_that_was_made_to_foretell_the_size_is_the_one_that_is_carried_ou
     scored, plain = [], Magnitude.score
     monkeypatch.setattr(Magnitude, "score", lambda *args: (scored.append(1), plain(*args))[1])
     model = checkpoint.save(tiny.make("llama"), tmp_path / "model")
-    text = f"model: {{id: {model}}}\nsteps: [prune.magnitude: {{scope: global, units: [ffn]}}]\n"
+    text = f"model: {{id: {model}}}\nsteps: [prune.magnitude: {{scope: global, units: [ffn], refit: false}}]\n"
     report = pipeline.run(recipe.parse(text, "r.yaml"), tmp_path / "out")
     assert len(scored) == 3                                     # blocks
     assert report.predicted_bytes == shards.written_bytes(tmp_path / "out")

@@ -18,7 +18,7 @@ from llmopt.scale.processes import Ranks
 from tests import tiny, warm
 from tests.command import ROOT, command, torchrun
 
-STEPS = ("[heads.span: {}, prune.magnitude: {ratio: 0.2, units: [ffn], refit: true}, "
+STEPS = ("[heads.span: {}, prune.magnitude: {ratio: 0.2, units: [ffn]}, "
          "quant.gptq: {bits: 3, group_size: 16, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
 
 

@@ -30,7 +30,7 @@ from tests.conftest import mount
 from tests.plans import contents, dense
 
 STEPS = """
-  - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: true}
+  - prune.magnitude: {ratio: 0.2, scope: global, units: [ffn]}
   - quant.gptq: {bits: 3, group_size: 16, allocate: lim, sweeps: 0}
   - kv.snapkv: {ratio: 0.5, window: 8}
 """

@@ -15,7 +15,7 @@ RTN, SNAPKV, PRUNE = llmopt.quant.RTN, llmopt.kv.SnapKV, llmopt.prune.Magnitude
 STEPS = {
     "quant": [RTN(bits=4, group_size=16, overrides={"*o_proj": {"bits": 8, "group_size": -1}})],
     "runtime": [SNAPKV(ratio=0.5, window=8)],
-    "per layer": [PRUNE(ratio=0.3, scope="global", units=["ffn"]), RTN(bits=3, group_size=16),
+    "per layer": [PRUNE(ratio=0.3, scope="global", units=["ffn"], refit=False), RTN(bits=3, group_size=16),
                   SNAPKV(ratio=0.5, window=8)],
 }
 

@@ -40,15 +40,15 @@ STEPS = {
                 "widths: [3, 4], sweeps: 0, plans: 1}]",
     "estimated": "[quant.rtn: {bits: 3.5, group_size: 32, allocate: hessian, widths: [3, 4]}]",
     "zd": "[quant.rtn: {bits: 3, group_size: 32, allocate: zd, overrides: {down_proj: {bits: 16}}}]",
-    "local": "[prune.magnitude: {ratio: 0.3}]",
-    "global": "[prune.magnitude: {ratio: 0.3, scope: global, refit: true}]",
+    "local": "[prune.magnitude: {ratio: 0.3, refit: false}]",
+    "global": "[prune.magnitude: {ratio: 0.3, scope: global}]",
     "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn]}, quant.gptq: {bits: 4, group_size: 16}, "
            "attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
     "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups]}, "
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
-    "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups], refit: true}]",
+    "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups]}]",
     "kv": "[kv.streaming: {budget: 16}]",
     "nvfp4": "[quant.gptq: {scheme: NVFP4A16}]",
     "fp8": "[quant.rtn: {scheme: FP8}]",

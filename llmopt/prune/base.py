@@ -1,4 +1,5 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
+import logging
 import math
 from abc import abstractmethod
 from collections import Counter
@@ -22,6 +23,8 @@ from llmopt.prune.refit import refit
 from llmopt.prune.scopes import Demand, Global, Local, Removed, Scope
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
 
+LOG = logging.getLogger(__name__)
+
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
 Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer
 
@@ -39,7 +42,8 @@ class Pruner(Method):
     normalize: Literal["lamp", "layer", "none"] = Field(
         "lamp", description="how scope: global makes the scores of different layers comparable")
     minimum: float = Field(0.05, gt=0, le=1, description="share of its FFN channels that every layer keeps")
-    refit: bool = Field(False, description="refit the writers of the pruned parts by least squares on calibration data")
+    refit: bool = Field(True, description="refit the writers of the pruned parts by least squares on calibration data; "
+                                          "where whole parts leave there is nothing to refit")
 
     def check(self) -> None:
         chosen = set(self.units)
@@ -51,15 +55,28 @@ class Pruner(Method):
                                                         "and heads; use two steps to have both")
         if coarse and not isinstance(self.scope, (Local, Global)):
             raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
-        if self.refit and coarse:
-            raise FieldError("refit", True, "false: nothing is left to refit when whole sub-blocks leave")
+
+    @property
+    def refits(self) -> bool:
+        """True if writers are left that can make up for what leaves."""
+        return self.refit and not set(self.units) & set(COARSE)
 
     @property
     def needs_data(self) -> bool:
-        return self.uses_inputs or self.refit or self.scope.learns
+        return self.uses_inputs or self.refits or self.scope.learns
 
     def backward(self, rows: int, length: int) -> int:
         return self.scope.backward(rows, length)
+
+    @property
+    def notes(self) -> list[str]:
+        """What these fields cost that nobody would guess; for the plan, the log, the record and the model card."""
+        if self.refits or set(self.units) & set(COARSE):
+            return []
+        if self.needs_data:
+            return ["without the refit, which would make the rest do the work of what leaves, more is lost"]
+        return ["chosen by weights alone and without a refit, no calibration data: on real models worse than channels "
+                "drawn at random; refit: true, or better prune.wanda, loses a fraction of that"]
 
     @abstractmethod
     def score(self, block: Block, visit: Visit | None) -> Scores:
@@ -77,11 +94,15 @@ class Pruner(Method):
         told = self._told(self._guess(skeleton, run)) if not known else self._decided(source, run)
         apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
         gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
-        return (f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of {', '.join(self.units)}: "
-                f"{gone}")
+        return "; ".join([f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of "
+                          f"{', '.join(self.units)}: {gone}", *self.notes])
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         self.refuse(model)
+        if self.needs_data and not run.batches:
+            without = not self.uses_inputs and not self.scope.learns
+            raise LlmoptError("this step needs calibration data and there is none"
+                              + "; refit: false does without, and loses far more" * without)
         before, shape = model.num_parameters(), shapes(model)
         told = self._decided(model, run)
         plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
@@ -89,13 +110,18 @@ class Pruner(Method):
         check_plan(model, views, plan)          # before the long work
         kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
         meta |= self._carry_out(model, run, plan)
+        if run.layers is None:                          # else it was told of the whole model
+            for note in self.notes:
+                LOG.warning("%s: %s", self.name, note)
         return Record(meta=meta | {
-            "multiple": _multiple(run), "parameters": [before, model.num_parameters()], "layers": kept,
+            "notes": self.notes, "multiple": _multiple(run), "layers": kept,
+            "parameters": [before, model.num_parameters()],
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
         """Cut, after a refit where there is one; its figures for the record."""
-        found = {"refit": refit(model, run, plan, f"{self.name} refit")} if self.refit else {}
+        cuts = any(layer.cuts for layer in plan)
+        found = {"refit": refit(model, run, plan, f"{self.name} refit")} if self.refits and cuts else {}
         apply_plan(model, plan, run)
         return found
 
@@ -103,7 +129,7 @@ class Pruner(Method):
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
         views, rated = blocks(model), self._rate(model, run)
         return self._chosen(views, rated, _multiple(run), lambda units: self.scope.removed(
-            Demand(units, self.ratio, self.normalize, self.refit, model, run, self.name)))
+            Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -25,8 +24,6 @@ class ByInputs(Pruner):
     """A method writes `watch` and `rate`."""
 
     uses_inputs: ClassVar[bool] = True
-
-    refit: bool = Field(True, description="refit the writers of the pruned parts by least squares on calibration data")
 
     def check(self) -> None:
         if coarse := set(self.units) & set(COARSE):

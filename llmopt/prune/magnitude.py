@@ -1,4 +1,7 @@
-"""Structured magnitude pruning: the units with the smallest weights leave.
+"""Structured magnitude pruning: the units with the smallest weights leave. There for comparison, and for whole blocks.
+
+Small weights are not little use: at a tenth of the FFN channels of SmolLM2-135M it adds 5.35 nats a token without the
+refit, 1.16 with it; channels drawn at random add .65 without, prune.wanda .14 with it.
 
     score(unit) = sqrt( mean of w^2 over every weight that leaves with the unit )
 
@@ -26,7 +29,7 @@ from llmopt.prune.groups import mean_square, members
 @register("prune.magnitude")
 @dataclass(frozen=True)
 class Magnitude(Pruner):
-    """No data needed."""
+    """No data needed to choose, for the refit alone."""
 
     def score(self, block: Block, visit: Visit | None) -> Scores:
         return {unit: mean_square(block, unit).sqrt() for unit in self.units if members(block, unit)}

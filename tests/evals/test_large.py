@@ -24,7 +24,7 @@ STEPS = {
     "packed": "[quant.rtn: {bits: 3, group_size: 32, overrides: {down_proj: {bits: 8}}}, kv.snapkv: {ratio: 0.5}]",
     "zeros": "[quant.rtn: {scheme: W4A16_ASYM, group_size: 32}]",
     "nvfp4": "[quant.rtn: {scheme: NVFP4A16}]",
-    "pruned": "[prune.magnitude: {ratio: 0.2, scope: global}, quant.rtn: {bits: 4, group_size: -1}]",
+    "pruned": "[prune.magnitude: {ratio: 0.2, scope: global, refit: false}, quant.rtn: {bits: 4, group_size: -1}]",
 }
 
 

@@ -7,13 +7,14 @@ import torch
 import llmopt
 from llmopt.calibration.second_moments import Gram
 from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.forecast.size import predict
 from llmopt.kv import Streaming
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.model.modeling import saved_config
 from llmopt.model.shapes import shapes
 from llmopt.parts import build
-from llmopt.prune import Magnitude
+from llmopt.prune import Magnitude, Wanda
 from llmopt.prune.groups import COARSE, FINE, mean_square
 from llmopt.prune.refit import refit, solve
 from llmopt.prune.surgery import LayerPlan, apply_plan
@@ -43,7 +44,7 @@ def data(rows=8, length=24):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_every_family_loses_every_unit_or_says_why_not(family, unit):
     model = model_of(family)
-    method = Magnitude(ratio=0.5 if unit in FINE else 0.34, units=[unit])
+    method = Magnitude(ratio=0.5 if unit in FINE else 0.34, units=[unit], refit=False)
     if (family, unit) in REFUSED:
         with pytest.raises(LlmoptError, match=REFUSED[family, unit]):
             method.apply(model, Run())
@@ -65,7 +66,7 @@ def test_global_scope_lets_layers_differ(family):
     for block in blocks(model)[:1]:
         for projection in block.projections():
             projection.write(projection.weight * torch.linspace(0.2, 2, projection.out_features)[:, None])
-    record = Magnitude(ratio=0.3, scope="global", normalize="lamp").apply(model, Run())
+    record = Magnitude(ratio=0.3, scope="global", normalize="lamp", refit=False).apply(model, Run())
     assert len(set(shapes(model))) > 1
     assert 0.25 < record.meta["removed_share"] <= 0.3
     assert saved_config(model)[1]
@@ -92,7 +93,7 @@ def test_the_smallest_channels_leave():
             projection.weight[[3, 40, 77]] *= 0.01
         block.ffn_out.weight[:, [3, 40, 77]] *= 0.01
     kept = blocks(tiny.make("qwen2"))[0].ffn_in[0].weight[[i for i in range(96) if i not in (3, 40, 77)]]
-    record = Magnitude(ratio=3 / 96, units=["ffn"]).apply(model, Run())
+    record = Magnitude(ratio=3 / 96, units=["ffn"], refit=False).apply(model, Run())
     assert torch.equal(blocks(model)[0].ffn_in[0].weight, kept)
     assert record.meta["removed_units"] == {"ffn": 9}
 
@@ -102,7 +103,7 @@ def test_rescaling_a_layer_moves_nothing_unless_raw():
         model = tiny.make("llama")
         for projection in blocks(model)[1].projections():
             projection.write(projection.weight * scale)
-        Magnitude(ratio=0.4, scope="global", units=["ffn"], normalize=normalize).apply(model, Run())
+        Magnitude(ratio=0.4, scope="global", units=["ffn"], normalize=normalize, refit=False).apply(model, Run())
         return [shape.width for shape in shapes(model)]
 
     for normalize in ("layer", "lamp"):
@@ -142,7 +143,7 @@ def test_gains_have_no_say_in_which_block_leaves():
 def test_widths_are_rounded_to_the_multiple_and_the_record_says_so():
     for scope in ("local", "global"):
         model = model_of("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
-        record = Magnitude(ratio=0.4, scope=scope).apply(model, Run(ahead=(RTN(group_size=32),)))
+        record = Magnitude(ratio=0.4, scope=scope, refit=False).apply(model, Run(ahead=(RTN(group_size=32),)))
         for shape in shapes(model):
             assert shape.width % 32 == 0
             assert shape.heads * 8 % 32 == 0
@@ -154,14 +155,14 @@ def test_widths_are_rounded_to_the_multiple_and_the_record_says_so():
 def test_a_dense_ratio_changes_nothing():
     model = tiny.make("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    Magnitude(ratio=0).apply(model, Run())
+    Magnitude(ratio=0, refit=False).apply(model, Run())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_head_scores_follow():
     run = Run(scores={"heads.x": [torch.arange(8.0)] * 3})
     model = model_of("llama")
-    record = Magnitude(ratio=0.25, units=["kv_groups"]).apply(model, run)
+    record = Magnitude(ratio=0.25, units=["kv_groups"], refit=False).apply(model, run)
     for kept, told in zip(run.scores["heads.x"], record.meta["layers"], strict=True):
         assert kept.tolist() == told["heads"]
         assert len(kept) == 6
@@ -171,7 +172,7 @@ def test_head_scores_follow():
     ({"ratio": 1.0}, "ratio"), ({"ratio": -0.1}, "ratio"), ({"ratio": "x"}, "ratio"), ({"scope": "both"}, "scope"),
     ({"units": ["heads"]}, "units"), ({"units": []}, "units"), ({"units": ["ffn", "ffn"]}, "units"),
     ({"units": ["blocks", "ffn"]}, "units"), ({"units": ["q_heads", "kv_groups"]}, "units"),
-    ({"minimum": 0.0}, "minimum"), ({"normalize": "l1"}, "normalize"), ({"units": ["mlp"], "refit": True}, "refit"),
+    ({"minimum": 0.0}, "minimum"), ({"normalize": "l1"}, "normalize"),
 ])
 def test_bad_fields_are_named(fields, key):
     with pytest.raises(LlmoptError, match=key):
@@ -180,9 +181,9 @@ def test_bad_fields_are_named(fields, key):
 
 def test_ratios_that_cannot_be_met():
     with pytest.raises(LlmoptError, match="less than one unit"):
-        Magnitude(ratio=0.1, units=["kv_groups"]).apply(tiny.make("llama"), Run())
+        Magnitude(ratio=0.1, units=["kv_groups"], refit=False).apply(tiny.make("llama"), Run())
     with pytest.raises(BudgetError, match="cannot be met"):
-        Magnitude(ratio=0.99).apply(tiny.make("llama"), Run())
+        Magnitude(ratio=0.99, refit=False).apply(tiny.make("llama"), Run())
     with pytest.raises(FieldError):
         Magnitude(ratio=2.0)
 
@@ -247,9 +248,22 @@ def test_refit_beats_none_on_the_outputs(family):
     assert error(True) < 0.95 * error(False)
 
 
-def test_refit_needs_data_and_plain_magnitude_does_not():
-    assert not Magnitude().needs_data
-    assert Magnitude(refit=True).needs_data
+def test_refit_needs_data_and_what_does_without_says_what_it_costs(caplog):
+    assert Magnitude().needs_data and not Magnitude().notes
+    for coarse in (["blocks"], ["attention", "mlp"]):               # nothing is left to refit
+        assert not Magnitude(units=coarse).needs_data and not Magnitude(units=coarse).notes
+    with pytest.raises(LlmoptError, match="needs calibration data and there is none; refit: false does without"):
+        Magnitude().apply(tiny.make("llama"), Run())
+    plain = Magnitude(refit=False)
+    assert not plain.needs_data
+    assert "worse than channels drawn at random" in predict(tiny.make("llama"), [plain]).steps[0][1]
+    assert plain.apply(tiny.make("llama"), Run()).meta["notes"] == plain.notes
+    assert "prune.magnitude: chosen by weights alone" in caplog.text
+    assert "without the refit" in Wanda(refit=False).notes[0]
+
+
+def test_a_model_that_loses_nothing_is_not_refitted():
+    assert "refit" not in Magnitude(ratio=0).apply(tiny.make("llama"), Run(batches=data())).meta
 
 
 def test_refit_touches_only_what_loses_inputs():
@@ -265,8 +279,9 @@ def test_refit_touches_only_what_loses_inputs():
 def test_widths_fit_the_groups_of_the_steps_ahead_and_of_no_other():
     """In one recipe: the quantization behind the pruning counts, whatever runs at run time does not."""
     model = tiny.make("llama")
-    llmopt.compress(model, [Magnitude(ratio=0.4, units=["ffn"]), RTN(bits=4, group_size=16), Streaming(budget=16)])
+    narrow = Magnitude(ratio=0.4, units=["ffn"], refit=False)
+    llmopt.compress(model, [narrow, RTN(bits=4, group_size=16), Streaming(budget=16)])
     assert {shape.width for shape in shapes(model)} == {64}             # of 96; 57 without the step ahead
     model = tiny.make("llama")
-    assert Magnitude(ratio=0.4, units=["ffn"]).apply(model, Run()).meta["multiple"] == 1
+    assert narrow.apply(model, Run()).meta["multiple"] == 1
     assert {shape.width for shape in shapes(model)} == {58}

@@ -17,7 +17,7 @@ from llmopt.transform import FoldNorms
 from tests import tiny
 from tests.plans import contents, dense, plan
 
-STEPS = ("[prune.magnitude: {ratio: 0.3, units: [ffn]}, transform.fold_norms: {}, "
+STEPS = ("[prune.magnitude: {ratio: 0.3, units: [ffn], refit: false}, transform.fold_norms: {}, "
          "quant.rtn: {bits: 4, group_size: 16}, kv.snapkv: {ratio: 0.5, window: 8}]")
 
 
