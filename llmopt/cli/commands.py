@@ -11,6 +11,7 @@ from llmopt.cli.bench import bench
 from llmopt.cli.compress import compress
 from llmopt.cli.doctor import doctor
 from llmopt.cli.evaluate import evaluate
+from llmopt.cli.export import export
 from llmopt.cli.heads import heads
 from llmopt.cli.help import Group
 from llmopt.cli.interrupts import patient
@@ -42,7 +43,7 @@ def cli(context) -> None:
         context.exit()
 
 
-for command in (compress, evaluate, heads, show, methods, schema, push, pull, doctor, bench):
+for command in (compress, evaluate, heads, show, methods, schema, push, pull, export, doctor, bench):
     cli.add_command(command)
 
 

@@ -9,6 +9,7 @@ from llmopt.errors import LlmoptError
 TOKENIZER = (r"(added_tokens|special_tokens_map|tokenizer|tokenizer_config|vocab|chat_template)\.json|merges\.txt|"
              r"vocab\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|"
              r"additional_chat_templates/[^/]+\.jinja")
+TOKENIZERS = re.compile(TOKENIZER)
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|modeling_llmopt\.py|model(-\d+-of-\d+)?\.safetensors|part-\d+|"
