@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.errors import LlmoptError
 from llmopt.files import own, shards, tensors
 from llmopt.files.checks import load_json
-from llmopt.model.blocks import blocks
+from llmopt.model.architectures import SPECS, unsupported
+from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.loading import read_config
+from llmopt.model.positions import attention_windows
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.skeleton import skeleton
 from llmopt.specs import ModelSpec
@@ -64,8 +66,10 @@ def export(folder: Path, output: Path, max_shard_size: str = "5GB") -> dict[str,
     spec = ModelSpec(id=str(folder))
     source, config = read_config(spec)
     folder, output = Path(source), prepare_output(output, source, overwrite=False)
-    _check_layout(config)
+    if config.model_type not in SPECS:
+        raise LlmoptError(unsupported(config.model_type))
     model = skeleton(config, torch.bfloat16)
+    _check_layout(model)
     layers, dim = shapes(model), next(block.head_dim for block in blocks(model) if block.attention is not None)
     _check_start(layers)
     heads = max(layer.heads for layer in layers)
@@ -81,7 +85,8 @@ def export(folder: Path, output: Path, max_shard_size: str = "5GB") -> dict[str,
         for group in shards.by_block(found):
             writer.add({name: fill(name, tensor, layers, heads, dim) for name, tensor in tensors.read(group).items()})
         writer.close()
-        described = described_config(given, config, layers, heads, dim)
+        biased = {name.split(".")[-2] for name in found if ".self_attn." in name and name.endswith(".bias")}
+        described = described_config(given, layers, heads, dim, biased="q_proj" in biased and "o_proj" not in biased)
         (stage / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         (stage / CODE).write_text(CLASS)
         _carry_over(folder, stage)
@@ -91,15 +96,16 @@ def export(folder: Path, output: Path, max_shard_size: str = "5GB") -> dict[str,
             "widths_for_all": all("intermediate_size" not in block["ffn"] for block in described["block_configs"])}
 
 
-def described_config(given: dict[str, Any], config: Any, layers: list[LayerShape], heads: int, dim: int) -> dict:
-    """The config.json of the export; given: that of the checkpoint."""
+def described_config(given: dict[str, Any], layers: list[LayerShape], heads: int, dim: int,
+                     biased: bool) -> dict[str, Any]:
+    """The config.json of the export; given: that of the checkpoint. biased: q, k and v have biases, o has none."""
     told = {key: value for key, value in given.items() if key not in GONE}
     told |= {"intermediate_size": max(layer.width for layer in layers), "num_attention_heads": heads, "head_dim": dim}
     return told | {
         "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.NemotronNASConfig"},
-        **({"qkv_bias": True, "attention_bias": False} if config.model_type == "qwen2" else {}),
-        "block_configs": [block_config(layer, heads, config.hidden_size) for layer in layers]}
+        **({"qkv_bias": True, "attention_bias": False} if biased else {}),
+        "block_configs": [block_config(layer, heads, given["hidden_size"]) for layer in layers]}
 
 
 def block_config(layer: LayerShape, heads: int, hidden_size: int) -> dict[str, dict[str, Any]]:
@@ -150,14 +156,13 @@ def _places(layer: LayerShape, heads: int, dim: int, keys: bool) -> Tensor:
     return (first.flatten()[:, None] * dim + torch.arange(dim)).flatten()
 
 
-def _check_layout(config: Any) -> None:
+def _check_layout(model: nn.Module) -> None:
     """Raise LlmoptError unless the layers compute as Llama's do."""
-    if config.model_type not in ("llama", "mistral", "qwen2"):
-        raise LlmoptError(f"{config.model_type}: servers know per-layer shapes of Llama's layout alone (llama, "
-                          "mistral, qwen2)")
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []) or (
-            config.model_type == "mistral" and config.sliding_window):
-        raise LlmoptError(f"{config.model_type}: has sliding windows, which a server would leave out")
+    if not spec_of(model).served:
+        known = ", ".join(name for name, spec in SPECS.items() if spec.served)
+        raise LlmoptError(f"{model.config.model_type}: servers know per-layer shapes of Llama's layout alone ({known})")
+    if any(window is not None for window in attention_windows(model)):
+        raise LlmoptError(f"{model.config.model_type}: has sliding windows, which a server would leave out")
 
 
 def _check_start(layers: list[LayerShape]) -> None:

@@ -50,6 +50,7 @@ class Spec:
     old_theta: str = "rope_theta"                 # what transformers 4 calls the base of its rotary frequencies,
     old_share: str | None = None                  # and the share of dimensions that is rotated
     old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
+    served: bool = False                          # servers run its layers with shapes of their own (nemotron-nas)
     note: str = ""                                # what every plan and card of such a model says
     refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads, packed
 
@@ -60,9 +61,9 @@ _NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
 _NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS, "attention": ALIKE, "per_layer_shapes": ALIKE}
 
 SPECS: dict[str, Spec] = {
-    "llama": Spec(),
-    "mistral": Spec(sliding="all"),
-    "qwen2": Spec(sliding="typed"),
+    "llama": Spec(served=True),
+    "mistral": Spec(served=True, sliding="all"),
+    "qwen2": Spec(served=True, sliding="typed"),
     "qwen3": Spec(sliding="typed"),
     "phi3": Spec(old_share="partial_rotary_factor", old_scaling=("short_factor", "long_factor"),
                  qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), sliding="all", refuse={
