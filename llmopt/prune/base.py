@@ -108,7 +108,7 @@ class Pruner(Method):
         plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
         views = blocks(model)
         check_plan(model, views, plan)          # before the long work
-        kept = [_describe(block, layer) for block, layer in zip(views, plan, strict=True)]
+        kept = [describe(block, layer) for block, layer in zip(views, plan, strict=True)]
         meta |= self._carry_out(model, run, plan)
         if run.layers is None:                          # else it was told of the whole model
             for note in self.notes:
@@ -239,7 +239,8 @@ def _layer_plan(block: Block, chosen: list[tuple[Units, int]]) -> LayerPlan:
     return LayerPlan(**made)
 
 
-def _describe(block: Block, layer: LayerPlan) -> dict[str, Any]:
+def describe(block: Block, layer: LayerPlan) -> dict[str, Any]:
+    """What stays of a block, for the record."""
     shape = layer.shape(block)
     told: dict[str, Any] = {"layer": block.index, "dropped": layer.drop, "skip": list(layer.skip),
                             "ffn": shape.width, "heads": layer.kept_heads(block).tolist()}

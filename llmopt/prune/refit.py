@@ -69,11 +69,14 @@ def held_out(masks: list[Tensor], ranks: Ranks) -> list[Tensor]:
 
 
 class Sums:
-    """What a writer reads, with a 1 behind it where it has a bias: sums over most tokens, and those held out."""
+    """What a writer reads: sums over most tokens, and those held out.
 
-    def __init__(self, projection: Projection, apart: list[Tensor], ranks: Ranks):
+    apart: which tokens of each batch those are. constant: 1 for another input that is always 1.
+    """
+
+    def __init__(self, apart: list[Tensor], ranks: Ranks, constant: int = 0):
         self.gram, self.ranks, self.next = Gram(ranks), ranks, iter(apart)
-        self.constant = int(projection.bias is not None)
+        self.constant = constant
         self.held: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -99,23 +102,33 @@ class Sums:
 
 
 def _refit_one(visit: Visit, projection: Projection, kept: Tensor, apart: list[Tensor], ranks: Ranks) -> dict[str, Any]:
-    weight, sums = projection.weight, Sums(projection, apart, ranks)
+    weight, constant = projection.weight, int(projection.bias is not None)
+    sums = Sums(apart, ranks, constant)
     visit.observe({projection.name: sums.add})
     kept = kept.to(weight.device)
-    inputs = torch.cat([kept, kept.new_full((sums.constant,), weight.shape[1])])
-    old = (torch.cat([weight, projection.bias[:, None]], 1) if sums.constant else weight).float()
+    inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
+    old = (torch.cat([weight, projection.bias[:, None]], 1) if constant else weight).float()
+    found, figures = fitted(projection, old, inputs, sums)
+    projection.write(_placed(found[:, :len(kept)], kept, weight))
+    if constant:
+        projection.bias.copy_(found[:, -1])
+    return figures
+
+
+def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums) -> tuple[Tensor, dict[str, Any]]:
+    """The columns `inputs` [P] of `old` [out, in] that do best without the others, [out, P] of the weight's type.
+
+    With them the projection's name, their ridge and the figures of `chosen`.
+    """
     sums.gram.join(old)
     if not sums.gram.tokens:
         raise LlmoptError(f"{projection.name}: no calibration token reached it")
     ridge, figures = chosen(old, inputs, sums)
     found = old[:, inputs] if ridge is None else solve(old, sums.all(old), inputs, ridge)
-    found = ranks.broadcast_(found.to(weight.dtype))
+    found = sums.ranks.broadcast_(found.to(projection.weight.dtype))
     if not all_finite(found):
         raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")
-    projection.write(_placed(found[:, :len(kept)], kept, weight))
-    if sums.constant:
-        projection.bias.copy_(found[:, -1])
-    return {"name": projection.name, "ridge": ridge, **figures}
+    return found, {"name": projection.name, "ridge": ridge, **figures}
 
 
 def chosen(old: Tensor, inputs: Tensor, sums: Sums) -> tuple[float | None, dict[str, float]]:

@@ -5,7 +5,6 @@ import torch
 from llmopt.calibration.second_moments import Gram
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
-from llmopt.model.blocks import blocks
 from llmopt.prune import FLAP, OBS, Wanda
 from llmopt.prune.flap import Spread
 from llmopt.prune.obs import losses
@@ -133,7 +132,7 @@ def test_rows_held_out_are_the_same_however_the_data_are_divided():
 
 def test_the_refit_is_left_out_where_it_does_not_help():
     x, weight = inputs(10)
-    sums = Sums(blocks(tiny.make("llama"))[0].ffn_out, [torch.tensor([False] * 5 + [True] * 5)], Ranks())
+    sums = Sums([torch.tensor([False] * 5 + [True] * 5)], Ranks())
     x[5:] = torch.eye(6)[0]                                         # held out is only what the cut keeps as it is
     x[:5, 0] = x[:5, 5]
     sums.add(x)
@@ -145,8 +144,7 @@ def test_the_refit_is_left_out_where_it_does_not_help():
 def test_the_ridge_is_that_of_the_rows_held_out():
     x, weight = inputs(8)
     x[:, 5] = x[:, 0] + 0.01 * x[:, 3]
-    model = tiny.make("llama")
-    sums = Sums(blocks(model)[0].ffn_out, [torch.tensor([False] * 6 + [True] * 2)], Ranks())
+    sums = Sums([torch.tensor([False] * 6 + [True] * 2)], Ranks(), constant=1)
     sums.add(x)
     sums.gram.join(weight)
     ridge, figures = chosen(weight, torch.arange(5), sums)
