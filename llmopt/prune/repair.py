@@ -34,11 +34,13 @@ def repair(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> lis
     """
     leaving = {index: ("blocks",) if layer.drop else layer.skip for index, layer in enumerate(plan)
                if layer.drop or layer.skip}
+    figures: dict[int, dict] = {}
     for visit in visits_in_place(model, run, label, leaving):
         found = _repaired(visit, leaving.get(visit.block.index, ()), run)
-        run.memory.remember(f"repair {visit.block.index}", lambda known=found: known)
-    told = [run.memory.remember(f"repair {index}", dict) for index in range(len(plan))]
-    return [figures for figures in told if figures]
+        figures[visit.block.index] = run.memory.remember(f"repair {visit.block.index}", lambda known=found: known)
+    told = [figures[index] if index in figures else run.memory.remember(f"repair {index}", dict)
+            for index in range(len(plan))]
+    return [one for one in told if one]
 
 
 def _repaired(visit: Visit, gone: tuple[str, ...], run: Run) -> dict[str, Any]:
