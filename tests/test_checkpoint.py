@@ -37,7 +37,13 @@ CASES = {
     "everything-llama": ("llama", [PRUNE(ratio=0.12, scope="global", units=["ffn"]), RTN(bits=4, group_size=16),
                                    A_SHAPE(sinks=2, window=8, min_length=0), SNAPKV(ratio=0.5, window=8)]),
 }
-PER_LAYER = {name for name in CASES if name.startswith(("per_layer", "everything"))}
+GPTQ = llmopt.get("quant.gptq")
+PLANS = {"uniform": {"units": ["ffn", "kv_groups"], "ratio": 0.5}, "per_layer": {"scope": "global", "ratio": 0.3},
+         "per_layer-parts": {"units": ["attention", "mlp"], "ratio": 0.3}, "blocks": {"units": ["blocks"], "ratio": 0.34}}
+FULL = {f"{plan}-{family}-gptq": (family, [PRUNE(**{"units": ["ffn"]} | fields), GPTQ(bits=4, group_size=8)])
+        for plan, fields in PLANS.items() for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
+        if plan != "uniform" or family != "gpt_neox"}
+PER_LAYER = {name for name in CASES | FULL if name.startswith(("per_layer", "everything"))}
 LIVE = {"kv-llama", "attention-mistral", "everything-llama"}
 
 
@@ -46,6 +52,11 @@ class Made:
     folders: dict[str, Path]
     memory: dict[str, dict[str, torch.Tensor]]      # the model in memory, with its runtime parts
     dense: dict[str, dict[str, torch.Tensor]]       # the same weights without them
+
+
+def names(wanted) -> list:
+    """In order; those that the full tier alone makes are marked."""
+    return [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in sorted(wanted)]
 
 
 def look(model) -> dict[str, torch.Tensor]:
@@ -57,9 +68,9 @@ def look(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Made:
+def made(tmp_path_factory, request) -> Made:
     result = Made({}, {}, {})
-    for name, (family, steps) in CASES.items():
+    for name, (family, steps) in (CASES | (FULL if request.config.getoption("--full") else {})).items():
         model = tiny.make(family)
         report = llmopt.compress(model, steps, batches=tiny.ids(8, 32))
         result.folders[name] = llmopt.save(model, tmp_path_factory.mktemp("saved") / name, report=report)
@@ -98,22 +109,22 @@ def assert_same(found: dict, expected: dict) -> None:
     assert found["tokens"].tolist() == expected["tokens"].tolist()
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", names(CASES | FULL))
 def test_after_import_everything_is_exact(name, made, imported):
     assert_same(imported[name], made.memory[name])
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", names(CASES | FULL))
 def test_remote_code_alone_gives_the_exact_weights(name, made, trust):
     assert_same(trust[name], made.dense[name])
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - PER_LAYER))
+@pytest.mark.parametrize("name", names(set(CASES | FULL) - PER_LAYER))
 def test_plain_transformers_gives_the_exact_weights(name, made, plain):
     assert_same(plain[name], made.dense[name])
 
 
-@pytest.mark.parametrize("name", sorted(PER_LAYER))
+@pytest.mark.parametrize("name", names(PER_LAYER))
 def test_plain_transformers_refuses_per_layer_shapes_loudly(name, made, plain):
     assert "per_layer_config" in json.loads((made.folders[name] / "config.json").read_text())
     assert "error" in plain[name]
