@@ -39,7 +39,8 @@ CASES = {
 }
 GPTQ = llmopt.get("quant.gptq")
 PLANS = {"uniform": {"units": ["ffn", "kv_groups"], "ratio": 0.5}, "per_layer": {"scope": "global", "ratio": 0.3},
-         "per_layer-parts": {"units": ["attention", "mlp"], "ratio": 0.3}, "blocks": {"units": ["blocks"], "ratio": 0.34}}
+         "per_layer-parts": {"units": ["attention", "mlp"], "ratio": 0.3},
+         "blocks": {"units": ["blocks"], "ratio": 0.34}}
 FULL = {f"{plan}-{family}-gptq": (family, [PRUNE(**{"units": ["ffn"]} | fields), GPTQ(bits=4, group_size=8)])
         for plan, fields in PLANS.items() for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
         if plan != "uniform" or family != "gpt_neox"}
