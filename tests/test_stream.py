@@ -54,7 +54,7 @@ STEPS = {
     "fp8": "[quant.rtn: {scheme: FP8}]",
     "tune": "[quant.tune: {bits: 3, group_size: 32, iterations: 3}]",
     "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
-    "narrow": "[prune.magnitude: {ratio: 0.3, units: [ffn]}]",
+    "narrow": "[prune.fisher: {ratio: 0.3, units: [ffn]}]",
 }
 CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
          ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),

@@ -57,11 +57,14 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
 @torch.no_grad()
 def logits_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:      # [B, T, E] -> [B, T, V]
     """The logits of a batch whose last block gave `hidden`; no block runs."""
-    def giver(index: int) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: hidden
-
-    with _in_place_of(layer_list(model), giver):
+    with _in_place_of(layer_list(model), lambda index: lambda *args, **kwargs: hidden):
         return model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
+
+
+def decoded_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:     # [B, T, E] -> [B, T, E]
+    """What the decoder gives for a batch whose last block gave `hidden`, differentiable in it; no block runs."""
+    with _in_place_of(layer_list(model), lambda index: lambda *args, **kwargs: hidden):
+        return model.get_decoder()(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)[0]
 
 
 @contextmanager

@@ -164,10 +164,15 @@ def visits(model: nn.Module, run: Run, label: str, edits: bool = True, shared: b
 
     shared: each process sees its own rows, maybe none, and the caller sums what it counts over `run.ranks`.
     """
-    if not run.batches:
-        raise LlmoptError("this step needs calibration data and there is none")
+    refuse_without_data(run)
     memory = run.memory.editing() if edits else run.memory.reading
     return walk(model, run.own_batches if shared else run.batches, run.progress, label, memory)
+
+
+def refuse_without_data(run: Run) -> None:
+    """Raise LlmoptError where there is no calibration data."""
+    if not run.batches:
+        raise LlmoptError("this step needs calibration data and there is none")
 
 
 def walk(model: nn.Module, batches: list[dict[str, Tensor]], progress: Progress = silent,

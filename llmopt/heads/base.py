@@ -1,7 +1,5 @@
 """Head scores: one number per query head, kept in run.scores for the steps that follow, in JSON, and as a heat map."""
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration import probes
+from llmopt.calibration.backward import undisturbed
 from llmopt.calibration.data import amount
 from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
@@ -145,21 +144,6 @@ def single_rows(batches: list[Batch]) -> list[Batch]:
     """Batches of one row each, in order: no sample waits in memory for the longest one of its batch."""
     return [{key: row[None] for key, row in zip(batch, rows, strict=True)}
             for batch in batches for rows in zip(*batch.values(), strict=True)]
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; modes and requires_grad come back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
 
 
 def plot(scores: list[Tensor], path: str | Path, title: str = "", unit: str = "score") -> None:

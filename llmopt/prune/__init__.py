@@ -1,9 +1,11 @@
 """Structural pruning: whole channels, KV groups, sub-blocks and blocks leave the model."""
 from llmopt.prune.base import Pruner
 from llmopt.prune.depth import Depth
+from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
 from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.obs import OBS
+from llmopt.prune.taylor import Taylor
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Magnitude", "Pruner", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Pruner", "Taylor", "Wanda"]

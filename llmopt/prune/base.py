@@ -1,7 +1,6 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
 import logging
 import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -35,6 +34,7 @@ class Pruner(Method):
 
     stage: ClassVar = "prune"
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
+    whole_parts: ClassVar[bool] = True        # False: it does not compare sub-blocks and blocks
 
     ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters that leaves; never more")
     scope: Scope = Field(Local(), description="how many leave from each layer; local: the same share")
@@ -50,6 +50,9 @@ class Pruner(Method):
         coarse = chosen & set(COARSE)
         if not chosen or len(chosen) < len(self.units) or {"q_heads", "kv_groups"} <= chosen:
             raise FieldError("units", list(self.units), "units once each; q_heads and kv_groups exclude each other")
+        if coarse and not self.whole_parts:
+            raise FieldError("units", list(self.units), f"channels and heads: {self.name} does not compare "
+                                                        f"{', '.join(sorted(coarse))} (prune.magnitude does)")
         if coarse and (coarse != chosen or "blocks" in chosen and len(chosen) > 1):
             raise FieldError("units", list(self.units), "one kind at a time: [blocks], [attention, mlp], or channels "
                                                         "and heads; use two steps to have both")
@@ -78,9 +81,20 @@ class Pruner(Method):
         return ["chosen by weights alone and without a refit, no calibration data: on real models worse than channels "
                 "drawn at random; refit: true, or better prune.wanda, loses a fraction of that"]
 
-    @abstractmethod
     def score(self, block: Block, visit: Visit | None) -> Scores:
         """For each of `self.units` that the block has, a float tensor [number of units]; see prune/groups.py."""
+        raise NotImplementedError
+
+    def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
+        """The scores of all blocks, the same on all processes; a method that cannot rate block by block overrides this.
+        """
+        with torch.no_grad():
+            if self.uses_inputs:
+                stops = visits(model, run, self.name, edits=False)
+                return run.ranks.agree([_plain(self.score(visit.block, visit)) for visit in stops])
+            own = run.ranks.share(range(len(layer_list(model))))
+            rated = [_plain(self.score(block, None)) for block in each(model, run, self.name, edits=False, only=own)]
+            return [scores for part in run.ranks.gather(rated) for scores in part]
 
     def refuse(self, model: nn.Module) -> None:
         """Raise LlmoptError if this architecture cannot lose one of the units."""
@@ -127,7 +141,7 @@ class Pruner(Method):
 
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
-        views, rated = blocks(model), self._rate(model, run)
+        views, rated = blocks(model), self.rate_all(model, run)
         return self._chosen(views, rated, _multiple(run), lambda units: self.scope.removed(
             Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
 
@@ -164,17 +178,6 @@ class Pruner(Method):
     def _told(found: tuple[list[LayerPlan], dict[str, Any]]) -> dict[str, Any]:
         plan, meta = found
         return {"layers": [layer.to_dict() for layer in plan], "meta": meta}
-
-    def _rate(self, model: nn.Module, run: Run) -> list[Scores]:
-        with torch.no_grad():
-            if self.uses_inputs:
-                return run.ranks.agree([self._rate_one(v.block, v) for v in visits(model, run, self.name, edits=False)])
-            own = run.ranks.share(range(len(layer_list(model))))
-            rated = [self._rate_one(block, None) for block in each(model, run, self.name, edits=False, only=own)]
-            return [scores for part in run.ranks.gather(rated) for scores in part]
-
-    def _rate_one(self, block: Block, visit: Visit | None) -> Scores:
-        return {kind: values.detach().float().cpu() for kind, values in self.score(block, visit).items()}
 
     def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
         found = []
@@ -216,6 +219,10 @@ class Pruner(Method):
 def _multiple(run: Run) -> int:
     """The number of channels to which widths are rounded, so that every step to come fits."""
     return math.lcm(*(step.multiple for step in run.ahead))
+
+
+def _plain(scores: Scores) -> Scores:
+    return {kind: values.detach().float().cpu() for kind, values in scores.items()}
 
 
 def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [H/G, G]

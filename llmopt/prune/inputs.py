@@ -13,10 +13,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.calibration.walk import Visit
-from llmopt.errors import FieldError, LlmoptError
+from llmopt.errors import LlmoptError
 from llmopt.model.blocks import Block
 from llmopt.prune.base import Pruner, Scores
-from llmopt.prune.groups import COARSE, members
+from llmopt.prune.groups import members
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,8 @@ class ByInputs(Pruner):
     """A method writes `watch` and `rate`."""
 
     uses_inputs: ClassVar[bool] = True
+    whole_parts: ClassVar[bool] = False
 
-    def check(self) -> None:
-        if coarse := set(self.units) & set(COARSE):
-            raise FieldError("units", list(self.units), f"channels and heads: {self.name} does not compare "
-                                                        f"{', '.join(sorted(coarse))} (prune.magnitude does)")
-        super().check()
 
     @abstractmethod
     def watch(self) -> Any:

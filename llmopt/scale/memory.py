@@ -60,6 +60,10 @@ class Memory:
         """This memory for a loop that holds so many lists of activations at once."""
         return self
 
+    def parcels(self, batches: list) -> list[list]:
+        """The batches as a loop takes them that goes through all blocks there and back: one by one, as weights wait."""
+        return [[batch] for batch in batches]
+
     @contextmanager
     def outside(self, model, edits: bool = False, head: bool = False) -> Iterator[None]:
         """Inside, the weights of the decoder that belong to no block can be used; head, edits: those of the head too.

@@ -119,6 +119,9 @@ class Streamed(Resumable):
         twin.lists = lists
         return twin
 
+    def parcels(self, batches: list) -> list[list]:
+        return [batches] if batches else []             # each would bring all weights from disk twice
+
     def keeper(self) -> Callable[[Tensor], Tensor]:
         room = self.room // self.lists
 
