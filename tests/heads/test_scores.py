@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from llmopt.calibration import losses as loss_module
+from llmopt.calibration.backward import undisturbed
 from llmopt.calibration.head_scores import check_scores
 from llmopt.calibration.losses import losses, target_shares
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.heads import Gradient, Hess, Need90, Span, WaadFai, load_scores, plot, save_scores
-from llmopt.calibration.backward import undisturbed
 from llmopt.heads.gradient import gates
 from llmopt.heads.span import Columns, sinks
 from llmopt.method import Run
