@@ -41,19 +41,18 @@ class ByGates(Pruner):
 
     def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
         ends = [{unit: found[-1] for unit in self.units if (found := members(block, unit))} for block in blocks(model)]
-        worth = [{unit: torch.zeros(len(end.index), dtype=torch.float64, device=model.device)
-                  for unit, end in there.items()} for there in ends]
+        worth = [{unit: torch.zeros(len(end.index), dtype=torch.float64) for unit, end in there.items()}
+                 for there in ends]
         known = {end.projection.name: (end.index, worth[block][unit])
                  for block, there in enumerate(ends) for unit, end in there.items()}
 
         def see(writer: Projection, x: Tensor, slope: Tensor) -> None:
             index, total = known[writer.name]
-            found = self.measure(self._summed((x * slope)[..., index.to(x.device)].sum(-1)).double()).sum(0)
-            total += found.to(total.device)
+            total += self.measure(self._summed((x * slope)[..., index.to(x.device)].sum(-1)).double()).sum(0).cpu()
 
         backward(model, run, self.name, lambda block: [end.projection for end in ends[block.index].values()], see)
         count = sum(run.ranks.gather(self._count(run.own_batches)))
-        return [{unit: run.ranks.sum_(total).cpu() / count for unit, total in there.items()} for there in worth]
+        return [{unit: run.ranks.sum_(total) / count for unit, total in there.items()} for there in worth]
 
     def _summed(self, slopes: Tensor) -> Tensor:                        # [B, T, units] -> [N, units]
         if self.over == "token":
