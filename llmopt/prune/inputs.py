@@ -26,7 +26,6 @@ class ByInputs(Pruner):
     uses_inputs: ClassVar[bool] = True
     whole_parts: ClassVar[bool] = False
 
-
     @abstractmethod
     def watch(self) -> Any:
         """Something with `add(x [N, in])`, which takes in what a writer reads, batch by batch."""
