@@ -144,7 +144,7 @@ def test_the_refit_is_left_out_where_it_does_not_help():
 def test_the_ridge_is_that_of_the_rows_held_out():
     x, weight = inputs(8)
     x[:, 5] = x[:, 0] + 0.01 * x[:, 3]
-    sums = Sums([torch.tensor([False] * 6 + [True] * 2)], Ranks(), constant=1)
+    sums = Sums([torch.tensor([False] * 6 + [True] * 2)], Ranks())
     sums.add(x)
     sums.gram.join(weight)
     ridge, figures = chosen(weight, torch.arange(5), sums)
