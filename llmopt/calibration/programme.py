@@ -22,12 +22,14 @@ FINE = 100.0       # the largest damage in the numbers of the solver, whose abso
 class Programme:
     """What each option of each unit costs, and what harm it does; both have a row for a unit, an entry for an option.
 
-    Costs are whole numbers, damages any finite ones.
+    Costs are whole numbers, damages any finite ones. least: what a plan costs at least, for budgets that are not to
+    be undercut.
     """
 
     damage: Sequence[Sequence[float]]
     cost: Sequence[Sequence[int]]
     room: int
+    least: int = 0
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -50,7 +52,7 @@ class Programme:
         least = self.reach[0]
         if least > self.room:
             raise BudgetError(f"{self.room} cannot be met: the least possible is {least}")
-        return self._solved([list(plan) for plan in known], apart, self.room)
+        return self._solved([list(plan) for plan in known], apart, (self.least, self.room))
 
     def plans(self, count: int, apart: int = 1) -> Iterator[list[int]]:
         """The best plan, then the best of those that differ from all before in `apart` units; `count` at most."""
@@ -59,7 +61,7 @@ class Programme:
             found.append(plan)
             yield plan
 
-    def _solved(self, known: list[list[int]], apart: int, room: int) -> list[int] | None:
+    def _solved(self, known: list[list[int]], apart: int, bounds: tuple[int, int]) -> list[int] | None:
         from scipy.optimize import Bounds, LinearConstraint, milp  # takes a second to import
 
         places = [(unit, option) for unit in range(len(self.cost)) for option in self._worth(unit, known)]
@@ -68,7 +70,7 @@ class Programme:
         harm = np.array([self.damage[unit][option] for unit, option in places])
         scale, step = np.abs(harm).max() or 1.0, math.gcd(*price.astype(np.int64).tolist()) or 1
         rows = [(unit_of == np.arange(len(self.cost))[:, None]).astype(float), price[None] / step]
-        low, high = [1.0] * len(self.cost) + [-np.inf], [1.0] * len(self.cost) + [room // step]
+        low, high = [1.0] * len(self.cost) + [-(-bounds[0] // step)], [1.0] * len(self.cost) + [bounds[1] // step]
         for plan in known:
             rows.append(np.array([[float(plan[unit] == option) for unit, option in places]]))
             low, high = [*low, -np.inf], [*high, len(self.cost) - apart]
@@ -79,11 +81,19 @@ class Programme:
             return None
         chosen = [places[index] for index in np.flatnonzero(found.x > 0.5)]
         picks = [option for _, option in chosen]
-        over = self.price(picks) - self.room
-        return picks if over <= 0 else self._solved(known, apart, room - over)      # by the solver's tolerance
+        under, over = self.least - self.price(picks), self.price(picks) - self.room
+        if max(under, over) <= 0:
+            return picks
+        closer = bounds[0] + max(0, under), bounds[1] - max(0, over)             # by as much as the solver tolerated
+        return self._solved(known, apart, closer)
 
     def _worth(self, unit: int, known: Sequence[Sequence[int]]) -> list[int]:
-        """The options of a unit that no other one beats, and those of plans that are known, sorted by their place."""
+        """The options of a unit that no other one beats, and those of plans that are known, sorted by their place.
+
+        All of them where a plan can be too cheap.
+        """
+        if self.least:
+            return list(range(len(self.cost[unit])))
         order = sorted(range(len(self.cost[unit])), key=lambda c: (self.cost[unit][c], self.damage[unit][c], c))
         kept, least = {plan[unit] for plan in known}, math.inf
         for option in order:

@@ -4,8 +4,9 @@ from llmopt.prune.depth import Depth
 from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
 from llmopt.prune.magnitude import Magnitude
+from llmopt.prune.measured import Measured
 from llmopt.prune.obs import OBS
 from llmopt.prune.taylor import Taylor
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Pruner", "Taylor", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "Pruner", "Taylor", "Wanda"]

@@ -16,11 +16,11 @@ from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
 from llmopt.parts import Several
-from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, survivors
+from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally
 from llmopt.prune.groups import COARSE, cost, members
 from llmopt.prune.refit import refit
 from llmopt.prune.scopes import Demand, Global, Local, Removed, Scope
-from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
+from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan, layer_plan
 
 LOG = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Pruner(Method):
         if not units:
             raise LlmoptError(f"the model has none of the units {', '.join(self.units)} left")
         removed, figures = self._allocate(units, decide)
-        plan = [_layer_plan(block, [(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
+        plan = [layer_plan([(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
                 for block in views]
         gone, freed = Counter(), 0
         for u, n in zip(units, removed, strict=True):
@@ -230,20 +230,6 @@ def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [
     ordered, order = scores.sort(dim=1, stable=True)
     heads = order + torch.arange(len(scores))[:, None] * scores.shape[1]
     return ordered.mean(dim=0), heads.T
-
-
-def _layer_plan(block: Block, chosen: list[tuple[Units, int]]) -> LayerPlan:
-    made: dict[str, Any] = {"skip": ()}
-    for units, count in chosen:
-        if not count:
-            continue
-        if units.kind == "blocks":
-            made["drop"] = True
-        elif units.kind in COARSE:
-            made["skip"] += (units.kind,)
-        else:
-            made["heads" if units.kind == "q_heads" else units.kind] = survivors(units, count)
-    return LayerPlan(**made)
 
 
 def describe(block: Block, layer: LayerPlan) -> dict[str, Any]:

@@ -107,9 +107,8 @@ def _refit_one(visit: Visit, projection: Projection, kept: Tensor, apart: list[T
     visit.observe({projection.name: sums.add})
     kept = kept.to(weight.device)
     inputs = torch.cat([kept, kept.new_full((constant,), weight.shape[1])])
-    old = (torch.cat([weight, projection.bias[:, None]], 1) if constant else weight).float()
-    found, figures = fitted(projection, old, inputs, sums)
-    projection.write(_placed(found[:, :len(kept)], kept, weight))
+    found, figures = fitted(projection, with_bias(projection), inputs, sums)
+    projection.write(placed(found[:, :len(kept)], kept, weight))
     if constant:
         projection.bias.copy_(found[:, -1])
     return figures
@@ -140,7 +139,7 @@ def chosen(old: Tensor, inputs: Tensor, sums: Sums) -> tuple[float | None, dict[
     gram = sums.gram.whole()
 
     def missed(columns: Tensor) -> float:
-        return sums.missed(_placed(columns, inputs, old) - old)
+        return sums.missed(placed(columns, inputs, old) - old)
 
     cut, found = missed(old[:, inputs]), {ridge: missed(solve(old, gram, inputs, ridge)) for ridge in RIDGES}
     best = min(found, key=found.get)
@@ -158,7 +157,13 @@ def solve(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = USUAL) -> T
     return w[:, kept] + torch.linalg.solve(damped, h[kept][:, gone] @ w[:, gone].T).T
 
 
-def _placed(columns: Tensor, kept: Tensor, like: Tensor) -> Tensor:
+def with_bias(projection: Projection) -> Tensor:
+    """The weight [out, in] in float32, with the bias as one more column, where there is one."""
+    weight = projection.weight.float()
+    return weight if projection.bias is None else torch.cat([weight, projection.bias[:, None].float()], 1)
+
+
+def placed(columns: Tensor, kept: Tensor, like: Tensor) -> Tensor:
     """A weight shaped as `like` [out, in] with these columns [out, P], and 0 in the others."""
     found = torch.zeros_like(like)
     found[:, kept] = columns.to(like.dtype)

@@ -12,6 +12,8 @@ from llmopt.model.blocks import Block, Projection, blocks, layer_list, replace_l
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.modeling import FAMILIES, skip_part
 from llmopt.model.shapes import LayerShape, check_droppable, check_storable, shape_of, slice_config, sync_config
+from llmopt.prune.allocate import Units, survivors
+from llmopt.prune.groups import COARSE
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,21 @@ class LayerPlan:
             0 if "attention" in self.skip else now.kv_heads if self.kv_groups is None else len(self.kv_groups),
             0 if "mlp" in self.skip else now.width if self.ffn is None else len(self.ffn),
             tuple(part for part in ("attention", "mlp") if part in now.skip + self.skip))
+
+
+def layer_plan(chosen: list[tuple[Units, int]]) -> LayerPlan:
+    """The plan of a layer that loses so many of its units of each kind."""
+    made: dict[str, Any] = {"skip": ()}
+    for units, count in chosen:
+        if not count:
+            continue
+        if units.kind == "blocks":
+            made["drop"] = True
+        elif units.kind in COARSE:
+            made["skip"] += (units.kind,)
+        else:
+            made["heads" if units.kind == "q_heads" else units.kind] = survivors(units, count)
+    return LayerPlan(**made)
 
 
 @torch.no_grad()
