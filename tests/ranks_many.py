@@ -12,7 +12,7 @@ from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.prune import Fisher, Magnitude
+from llmopt.prune import Fisher, Magnitude, Wanda
 from llmopt.quant import GPTQ, RTN, Tune
 from llmopt.quant.factor import inverse_factor
 from llmopt.run import pipeline
@@ -27,6 +27,8 @@ PLANS = {
     "unordered": [GPTQ(bits=3, act_order=False, static_groups=False, symmetric=False, **GROUPS)],
     "lim": [Magnitude(ratio=0.3), GPTQ(bits=3.5, allocate="lim", sweeps=0, **GROUPS)],
     "narrow": [Fisher(ratio=0.3, units=["ffn"]), GPTQ(bits=4, **GROUPS)],
+    "narrow": [Magnitude(ratio=0.3, units=["ffn"]), GPTQ(bits=4, **GROUPS)],
+    "widths": [Wanda(ratio=0.3, scope={"measured": {"shares": [0.5], "plans": 1}})],
     "tune": [Tune(bits=3, iterations=2, **GROUPS)],
     "fp8": [RTN(scheme="FP8")],
     "nvfp4": [GPTQ(scheme="NVFP4A16")],
