@@ -27,7 +27,6 @@ PLANS = {
     "unordered": [GPTQ(bits=3, act_order=False, static_groups=False, symmetric=False, **GROUPS)],
     "lim": [Magnitude(ratio=0.3), GPTQ(bits=3.5, allocate="lim", sweeps=0, **GROUPS)],
     "narrow": [Fisher(ratio=0.3, units=["ffn"]), GPTQ(bits=4, **GROUPS)],
-    "narrow": [Magnitude(ratio=0.3, units=["ffn"]), GPTQ(bits=4, **GROUPS)],
     "widths": [Wanda(ratio=0.3, scope={"measured": {"shares": [0.5], "plans": 1}})],
     "tune": [Tune(bits=3, iterations=2, **GROUPS)],
     "fp8": [RTN(scheme="FP8")],
