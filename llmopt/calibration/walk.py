@@ -97,10 +97,11 @@ class Visit:
         finally:
             handle.remove()
 
-    def observe(self, readers: dict[str, Callable[[Tensor], None]], others: Places | None = None) -> None:
+    def observe(self, readers: dict[str, Callable[[Tensor], None]], others: Places | None = None,
+                weights: dict[str, Tensor] | None = None) -> None:
         """Feed `readers[projection name]` the real tokens' inputs [N, in_features]; the block runs only so far.
 
-        others: places that can be read besides the projections.
+        others: places that can be read besides the projections. weights: as in `forward`.
         """
         places = {p.name: p.module for p in self.block.projections()} | (others or {})
         waiting: set[str] = set()
@@ -115,7 +116,7 @@ class Visit:
             for index, mask in enumerate(self.masks):       # noqa: B007  `see` reads the mask
                 waiting.update(readers.keys() & places.keys())
                 with suppress(_Enough), torch.no_grad():
-                    self.forward(index)
+                    self.forward(index, weights)
 
     def record(self, places: Places, hold: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch; the inputs of the places are put into `dense`, as `hold` keeps them."""

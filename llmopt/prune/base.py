@@ -184,15 +184,17 @@ class Pruner(Method):
         for kind in self.units:
             if not members(block, kind):
                 continue
-            values, price = scores[kind], cost(block, kind)
-            if not bool(values.isfinite().all()):
-                raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
-            index = torch.arange(len(values))[:, None]
-            if kind == "q_heads":
-                values, index = _slices(values.view(block.kv_heads, -1))
-            counts = self._counts(block, kind, len(values), multiple)
-            found.append(Units(block.index, kind, values, price * index.shape[1], counts, index))
+            found.append(self._ranked(block, kind, scores[kind], multiple))
         return found
+
+    def _ranked(self, block: Block, kind: str, values: Tensor, multiple: int) -> Units:
+        if not bool(values.isfinite().all()):
+            raise LlmoptError(f"{block.name}: the scores of its {kind} are not finite")
+        index = torch.arange(len(values))[:, None]
+        if kind == "q_heads":
+            values, index = _slices(values.view(block.kv_heads, -1))
+        counts = self._counts(block, kind, len(values), multiple)
+        return Units(block.index, kind, values, cost(block, kind) * index.shape[1], counts, index)
 
     def _counts(self, block: Block, kind: str, count: int, multiple: int) -> tuple[int, ...]:
         """The numbers of units of one kind that a layer may keep, largest first."""

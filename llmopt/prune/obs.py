@@ -8,6 +8,8 @@ is its loss at the time it leaves, and never less than that of one that left bef
 structures, Kurtic et al., ZipLM (arXiv:2302.04089), Meng et al., OSSCAR (arXiv:2403.12983). What stays is fitted by
 `refit`, at once and exactly. Left out: OSSCAR's exchanges afterwards.
 """
+import math
+
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -17,7 +19,7 @@ from llmopt.calibration.second_moments import Gram
 from llmopt.parts import register
 from llmopt.prune.inputs import ByInputs
 
-AT_ONCE = 64            # a 64th of the units leaves before the others are looked at again
+ROUNDS = 64             # a 64th of the units leaves before the others are looked at again
 
 
 @register("prune.obs")
@@ -31,22 +33,34 @@ class OBS(ByInputs):
         return Gram()
 
     def rate(self, weight: Tensor, seen: Gram, index: Tensor) -> Tensor:
-        hessian = seen.whole()
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp(min=1e-12))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        return losses(weight.double().T, inverse, index.to(weight.device))
+        return damped_losses(weight, seen.whole(), index, self.damping)
 
 
-def losses(weight: Tensor, inverse: Tensor, index: Tensor) -> Tensor:
+def damped_losses(weight: Tensor, hessian: Tensor, index: Tensor, damping: float, rounds: int = ROUNDS,
+                  first_order: bool = False) -> Tensor:
+    """`losses` of a writer's weight [out, in] under a float64 Hessian [in, in]: [units].
+
+    first_order: what the unit writes, times the whole output, tr(W_g H_g W^T) of the dense W, is added to each loss.
+    """
+    hessian = hessian.clone()
+    hessian.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=1e-12))
+    inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(hessian)), weight.double().T
+    return losses(weight, inverse, index.to(weight.device), rounds, hessian @ weight if first_order else None)
+
+
+def losses(weight: Tensor, inverse: Tensor, index: Tensor, rounds: int = ROUNDS,
+           slopes: Tensor | None = None) -> Tensor:
     """What each unit costs when it leaves, the cheapest first: [units].
 
-    weight [in, out] and inverse [in, in], both float64; index [units, n]: rows of both.
+    weight [in, out] and inverse [in, in], both float64; index [units, n]: rows of both. rounds: how often those left
+    are looked at anew. slopes [in, out]: the inner product of a unit's rows with them comes to its cost.
     """
-    found, least = weight.new_zeros(len(index)), weight.new_zeros(())
-    left, step = torch.arange(len(index), device=index.device), -(-len(index) // AT_ONCE)
+    found, least = weight.new_zeros(len(index)), weight.new_full((), 0 if slopes is None else -math.inf)
+    left, step = torch.arange(len(index), device=index.device), -(-len(index) // rounds)
     weight, inverse, size = weight[index.flatten()], inverse[index.flatten()][:, index.flatten()], index.shape[1]
+    slopes = torch.zeros_like(weight) if slopes is None else slopes[index.flatten()]
     while len(left):
-        now = _now(weight, inverse, size)
+        now = _now(weight, inverse, size) + (slopes * weight).unflatten(0, (-1, size)).sum((1, 2))
         gone = now.argsort(stable=True)[:step]
         found[left[gone]] = now[gone].clamp(min=least)
         least = found[left[gone]].max()
@@ -55,7 +69,7 @@ def losses(weight: Tensor, inverse: Tensor, index: Tensor) -> Tensor:
         rows = stays.repeat_interleave(size)
         across = inverse[rows][:, ~rows]
         taken = torch.linalg.solve(inverse[~rows][:, ~rows], torch.cat([weight[~rows], across.T], 1))
-        weight = weight[rows] - across @ taken[:, :weight.shape[1]]
+        slopes, weight = slopes[rows], weight[rows] - across @ taken[:, :weight.shape[1]]
         inverse = inverse[rows][:, rows] - across @ taken[:, weight.shape[1]:]
         left = left[stays]
     return found
