@@ -1,11 +1,11 @@
-"""How far many edits of a model are from it, on one set of rows; edits that begin alike are computed once as far as that.
+"""How far many edits of a model are from it, on one set of rows; those that begin alike share their beginning.
 
     D(s) = mean over tokens of KL(p || q_s),      p, q_s: softmax over the `support` largest logits of the dense model
 
-An edit s is a tuple, its choice for each block. All of them go through the blocks side by side, a block's weights being
-there once for all: hidden states belong to a beginning (s_0, ..., s_i), not to an edit. The last token of a row predicts
-nothing and is left out. Everything is on the support, as Li et al., 2025 (arXiv:2503.09657): the dense model's logits of
-a token take `support` numbers and not a vocabulary.
+An edit s is a tuple, its choice for each block. All of them go through the blocks side by side, a block's weights
+being there once for all: hidden states belong to a beginning (s_0, ..., s_i), not to an edit. The last token of a row
+predicts nothing and is left out. Everything is on the support, as Li et al., 2025 (arXiv:2503.09657): the dense model's
+logits of a token take `support` numbers and not a vocabulary.
 """
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
@@ -26,12 +26,16 @@ Stands = Callable[[Block, Hashable], Weights]
 
 
 class Prefixes:
-    """Rows of single sequences, and the dense model's logits behind them; each process has its part of the rows."""
+    """Rows of single sequences of `lengths`, and the dense model's logits behind them.
+
+    Each process has its part of the rows.
+    """
 
     def __init__(self, model: nn.Module, run: Run, rows: list[dict[str, Tensor]], support: int):
         self.model, self.run = model, run
         own = run.ranks.span(len(rows))
         self.own, self.rows = range(own.start, own.stop), rows[own]
+        self.lengths = [row["input_ids"].shape[1] for row in rows]
         self.memory = run.memory.reading.holding(LISTS)
         self.inputs, self.calls = record_calls(model, self.rows, self.memory)
         self.support = min(support, model.get_output_embeddings().weight.shape[0])
@@ -43,10 +47,7 @@ class Prefixes:
     @torch.no_grad()
     def damage(self, edits: Sequence[Edit], rows: Sequence[int], weights: Stands,
                label: str = "KL of candidates") -> list[float]:
-        """D of each edit on these of the rows, over all processes.
-
-        weights: what an edit has in place of the parameters of a block, by its choice there.
-        """
+        """D of each edit on these of the rows, over all processes; weights: of a block under a choice."""
         own = [row - self.own.start for row in rows if row in self.own]
         hidden = self._behind(edits, own, weights, label)
         sums, count = dict.fromkeys(hidden, 0.0), sum(len(self.dense[row][0]) for row in own)
@@ -57,12 +58,13 @@ class Prefixes:
         tokens = sum(count for _, count in parts)
         found = [sum(sums[edit] for sums, _ in parts) / max(1, tokens) for edit in edits]
         if not all(0 <= value < float("inf") for value in found):
-            raise LlmoptError("the divergence of a candidate from the dense model is not finite: its logits, or the dense "
-                              "model's, hold NaN or Inf on the calibration data")
+            raise LlmoptError("the divergence of a candidate from the dense model is not finite: its logits, or the "
+                              "dense model's, hold NaN or Inf on the calibration data")
         return found
 
     @torch.no_grad()
-    def _behind(self, edits: Sequence[Edit], rows: Sequence[int], weights: Stands, label: str = "dense logits") -> dict[Edit, list[Tensor]]:
+    def _behind(self, edits: Sequence[Edit], rows: Sequence[int], weights: Stands,
+                label: str = "dense logits") -> dict[Edit, list[Tensor]]:
         """The hidden states behind the last block, of each edit for each of the rows [1, T, E]."""
         ahead: dict[Edit, list[Tensor]] = {(): [self.inputs[row] for row in rows]}
         for index in self.run.progress(range(len(layer_list(self.model))), label):

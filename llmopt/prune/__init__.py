@@ -7,6 +7,7 @@ from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
 from llmopt.prune.obs import OBS
 from llmopt.prune.taylor import Taylor
+from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "Pruner", "Taylor", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "Pruner", "Taylor", "Tyr", "Wanda"]

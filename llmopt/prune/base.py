@@ -128,7 +128,7 @@ class Pruner(Method):
             for note in self.notes:
                 LOG.warning("%s: %s", self.name, note)
         return Record(meta=meta | {
-            "notes": self.notes, "multiple": _multiple(run), "layers": kept,
+            "notes": self.notes, "multiple": multiple_of(run), "layers": kept,
             "parameters": [before, model.num_parameters()],
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
 
@@ -142,7 +142,7 @@ class Pruner(Method):
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
         views, rated = blocks(model), self.rate_all(model, run)
-        return self._chosen(views, rated, _multiple(run), lambda units: self.scope.removed(
+        return self._chosen(views, rated, multiple_of(run), lambda units: self.scope.removed(
             Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
@@ -153,7 +153,7 @@ class Pruner(Method):
         views = blocks(model)
         alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
                   if (found := members(block, kind))} for block in views]
-        return self._chosen(views, alike, _multiple(run), lambda units: (self.scope.guess(units, self.ratio), {}))
+        return self._chosen(views, alike, multiple_of(run), lambda units: (self.scope.guess(units, self.ratio), {}))
 
     def _chosen(self, views: list[Block], rated: list[Scores], multiple: int, decide: Callable[[list[Units]], Removed]
                 ) -> tuple[list[LayerPlan], dict[str, Any]]:
@@ -218,7 +218,7 @@ class Pruner(Method):
         return removed, figures
 
 
-def _multiple(run: Run) -> int:
+def multiple_of(run: Run) -> int:
     """The number of channels to which widths are rounded, so that every step to come fits."""
     return math.lcm(*(step.multiple for step in run.ahead))
 

@@ -1,22 +1,21 @@
 """Evolutionary search among plans of one price: pure functions on numbers, no model in sight.
 
 A plan gives each block one of its options, and an option has a price: the parameters that leave. All plans that are
-looked at are full: they stay within the budget, and not one more step of any block would. An offspring makes a few steps
-that take more away, gives back elsewhere until the budget holds again, and is filled up; so it may trade a block for
-channels everywhere, and the price stays. Selection, with an elitist parent: Li et al., 2025 (arXiv:2503.09657).
+looked at are full: they stay within the budget, and not one more step of any block would. An offspring makes a few
+steps that take more away, gives back elsewhere until the budget holds again, and is filled up; so it may trade a block
+for channels everywhere, and the price stays. Selection, with an elitist parent: Li et al., 2025 (arXiv:2503.09657).
 """
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from llmopt.errors import BudgetError
 from llmopt.progress import Progress, silent
 
 Plan = tuple[int, ...]              # the option of each block
-Fitness = Callable[[list[Plan], int], list[float]]      # plans, number of the stage, -1 the last: smaller is better
+Fitness = Callable[[list[Plan], int], list[float]]      # plans and the number of the stage: smaller is better
+LAST = -1           # the stage whose tokens are always the same
 TRIES = 30          # draws for each offspring that is wanted, after which there are no more distinct ones
-LEAST, HALVINGS = 1e-18, 60         # nats that a parameter is worth, and how often the interval above it is halved
 
 
 @dataclass(frozen=True)
@@ -64,18 +63,6 @@ class Space:
                 if self.attends[b][to] or left > self.attends[b][o]]
 
 
-def check_reachable(space: Space, ratio: float) -> None:
-    """Raise BudgetError where no plan takes away what the budget says, or where it does not pay for a single step."""
-    most, total = sum(max(map(sum, of)) for of in space.prices), sum(space.budget)
-    least = min((sum(price) for of in space.prices for price in of if sum(price)), default=0)
-    if total > most:
-        raise BudgetError(f"ratio {ratio:g} cannot be met: the units and `minimum` leave "
-                          f"{ratio * most / total:.3f} to remove")
-    if least > total:
-        raise BudgetError(f"ratio {ratio:g} is less than one step of these units, which takes "
-                          f"{ratio * least / total:.3g} (nothing would be removed); raise it")
-
-
 def step(plan: Plan, block: int, option: int) -> Plan:
     """The plan with another option in one block."""
     return (*plan[:block], option, *plan[block + 1:])
@@ -87,18 +74,26 @@ def mended(space: Space, plan: Plan, draw: Random, keep: Iterable[int] = ()) -> 
     keep: blocks that give back only if nobody else can.
     """
     keep = set(keep)
-    while any(excess > 0 for excess in (over := space.over(plan))):
-        ways = [(b, to) for b, to in space.moves(plan)
-                if all(p <= 0 for p in (price := space.price(b, plan[b], to)))
-                and any(p < 0 < excess for p, excess in zip(price, over, strict=True))]
+    while max(over := space.over(plan)) > 0:
+        ways = [(b, to) for b, to in space.moves(plan) if _gives_back(space.price(b, plan[b], to), over)]
         plan = step(plan, *draw.choice([way for way in ways if way[0] not in keep] or ways))
-    while fits := [(b, to) for b, to in space.moves(plan) if _fits(space.price(b, plan[b], to), space.over(plan))]:
+    while fits := _fitting(space, plan):
         plan = step(plan, *draw.choice(fits))
     return plan
 
 
-def _fits(price: list[int], over: list[int]) -> bool:
-    return sum(price) > 0 and all(p >= 0 and p + excess <= 0 for p, excess in zip(price, over, strict=True))
+def _gives_back(price: list[int], over: list[int]) -> bool:
+    return max(price) <= 0 and any(p < 0 < excess for p, excess in zip(price, over, strict=True))
+
+
+def _fitting(space: Space, plan: Plan) -> list[tuple[int, int]]:
+    """The steps that take something more and leave the plan within the budget."""
+    over, found = space.over(plan), []
+    for block, option in space.moves(plan):
+        price = space.price(block, plan[block], option)
+        if min(price) >= 0 < max(price) and all(p + excess <= 0 for p, excess in zip(price, over, strict=True)):
+            found.append((block, option))
+    return found
 
 
 def offspring(space: Space, parent: Plan, count: int, most: int, draw: Random) -> list[Plan]:
@@ -120,53 +115,22 @@ def offspring(space: Space, parent: Plan, count: int, most: int, draw: Random) -
     return list(found)
 
 
-def evolved(space: Space, seeds: list[Plan], fitness: Fitness, generations: int, count: int, survivors: Iterable[int],
+def evolved(space: Space, parent: Plan, fitness: Fitness, generations: int, count: int, survivors: Sequence[int],
             most: int, draw: Random, progress: Progress = silent) -> tuple[Plan, list[float]]:
     """(the best plan, fitness of the parent before and after each generation).
 
-    The parent of the first generation is the best of the seeds. Of its offspring the best `survivors` of each stage go
-    on to the next; a survivor of the last but one takes the parent's place if it is better on the last stage's tokens,
-    which are always the same.
+    Of a parent's offspring the best `survivors` of each stage go on to the next. One that gets to the last, whose
+    tokens are always the same, takes the parent's place if it is better there.
     """
-    found = fitness(seeds, -1)
-    best = min(found)
-    parent, log = seeds[found.index(best)], [best]
+    log = fitness([parent], LAST)
     for _ in progress(range(generations), "generations"):
         pool = offspring(space, parent, count, most, draw)
         for stage, keep in enumerate(survivors):
-            found = fitness(pool, stage)
-            pool = [pool[i] for i in sorted(range(len(pool)), key=found.__getitem__)[:keep]]
-        found = fitness(pool, -1) if pool else []
-        if found and min(found) < best:
-            best = min(found)
-            parent = pool[found.index(best)]
-        log.append(best)
+            if len(pool) > keep:
+                found = fitness(pool, stage)
+                pool = [pool[i] for i in sorted(range(len(pool)), key=found.__getitem__)[:keep]]
+        found = fitness(pool, LAST) if pool else []
+        if found and min(found) < log[-1]:
+            parent = pool[found.index(min(found))]
+        log.append(min([log[-1], *found]))
     return parent, log
-
-
-def cheapest(space: Space, damage: list[list[float]], fixed: dict[int, int] | None = None) -> Plan:
-    """The plan with the least sum of `damage[b][o]` near the budget, never above it: options fall to a price.
-
-    Each block takes the option of least damage - worth x parameters; the worth, of each account, is the largest at which
-    the budget holds. fixed: blocks whose option is given.
-    """
-    worth = [0.0] * len(space.budget)
-
-    def best(worth: list[float]) -> Plan:
-        return tuple(
-            fixed[b] if fixed and b in fixed else min(range(len(of)), key=lambda o: (
-                harm[o] - sum(w * p for w, p in zip(worth, of[o], strict=True)), sum(of[o])))
-            for b, (of, harm) in enumerate(zip(space.prices, damage, strict=True)))
-
-    for account in range(len(worth)):
-        low, high = LEAST, 1 + max(max(map(abs, harm)) for harm in damage)
-        for _ in range(HALVINGS):
-            middle = math.sqrt(low * high)
-            holds = space.over(best(_put(worth, account, middle)))[account] <= 0
-            low, high = (middle, high) if holds else (low, middle)
-        worth[account] = low
-    return best(worth)
-
-
-def _put(values: list[float], place: int, value: float) -> list[float]:
-    return [value if i == place else v for i, v in enumerate(values)]

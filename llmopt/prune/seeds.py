@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable
 from random import Random
 
-from llmopt.prune.search import Fitness, Plan, Space, cheapest, mended, step
+from llmopt.calibration.programme import Programme
+from llmopt.prune.search import Fitness, Plan, Space, mended, step
 from llmopt.prune.supernet import Option
 
 LOOKED_AT = 8       # blocks that are tried at each step of the greedy removal, beside the neighbours of those gone
 RUNS = 6            # lengths of rows of blocks that become seeds
+SLACK = 0.01        # of the budget, so that the programme finds a plan below it
 Table = list[list[float]]       # [b][o]: damage of an option in a block
 
 
-def table(space: Space, choices: list[list[Option]], base: Plan, fitness: Fitness) -> Table:
+def table(choices: list[list[Option]], base: Plan, fitness: Fitness) -> Table:
     """What each option adds to the damage of a base plan; of one that differs in both parts, the sum of two.
 
     Infinity where these two cannot be had one by one.
@@ -68,12 +70,26 @@ def greedy(space: Space, choices: list[list[Option]], damage: Table, fitness: Fi
     return gone
 
 
-def seeds(space: Space, choices: list[list[Option]], damage: Table, gone: list[int], draw: Random) -> dict[str, Plan]:
-    """Full plans by a name: the first blocks of the greedy order gone, the rest by the table."""
-    lengths = sorted({round(len(gone) * k / RUNS) for k in range(RUNS + 1)})
+def summed(space: Space, damage: Table, fixed: dict[int, int]) -> Plan:
+    """The plan whose damages have the least sum, with a little less taken than the budget says; one account.
+
+    fixed: blocks whose option is given. Where no plan takes so much, the one that takes most.
+    """
+    least = max(value for row in damage for value in row if value < math.inf)
+    rows = [[fixed[b]] if b in fixed else [o for o, value in enumerate(row) if value < math.inf]
+            for b, row in enumerate(damage)]
+    taken = [[space.prices[b][o][0] for o in row] for b, row in enumerate(rows)]
+    most = min(space.budget[0], sum(map(max, taken)))
+    programme = Programme([[damage[b][o] if damage[b][o] < math.inf else least for o in row]
+                           for b, row in enumerate(rows)], [[-price for price in row] for row in taken],
+                          -int(most * (1 - SLACK)))
+    return tuple(row[pick] for row, pick in zip(rows, programme.best(), strict=True))
+
+
+def filled(space: Space, choices: list[list[Option]], damage: Table, gone: list[int], draw: Random) -> dict[str, Plan]:
+    """Full plans by a name: the first few blocks of the greedy order gone, and the rest by the table."""
     found = {}
-    for length in lengths:
+    for length in sorted({round(len(gone) * k / RUNS) for k in range(RUNS + 1)}):
         fixed = {b: len(choices[b]) - 1 for b in gone[:length]}
-        plan = mended(space, cheapest(space, damage, fixed), draw, fixed)
-        found[f"measured, {length} blocks gone" if length else "measured"] = plan
+        found[f"measured, {length} blocks gone"] = mended(space, summed(space, damage, fixed), draw, fixed)
     return {name: plan for name, plan in found.items() if space.attending(plan)}

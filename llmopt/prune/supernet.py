@@ -211,8 +211,8 @@ class Making:
             raise LlmoptError(f"{writer.name}: no calibration token reached it")
         hessian, found = sums.all(old), {}
         if not all_finite(hessian):
-            raise LlmoptError(f"{writer.name}: its units cannot be compared, as what it reads on the calibration data is "
-                              "not finite")
+            raise LlmoptError(f"{writer.name}: its units cannot be compared, as what it reads on the calibration data "
+                              "is not finite")
         units = self.rank(block, writer, part.units.kind, hessian[:writer.in_features, :writer.in_features])
         kept = {taken: survivors(units, taken) for taken in part.thinned}
         inputs = {taken: inputs_of(block, units.kind, of) for taken, of in kept.items()}
@@ -223,7 +223,7 @@ class Making:
             columns = old[:, of] if ridge is None else solve(old, hessian, of, ridge)
             columns = run.ranks.broadcast_(columns.to(writer.weight.dtype).contiguous())
             if not all_finite(columns):
-                raise LlmoptError(f"{writer.name}: cannot be refitted: what it reads on the calibration data is not finite")
+                raise LlmoptError(f"{writer.name}: its refit is not finite")
             found |= {f"{which}.{taken}.units": kept[taken], f"{which}.{taken}.columns": columns}
         return found
 

@@ -33,4 +33,9 @@ class Wanda(ByInputs):
         return Squares()
 
     def rate(self, weight: Tensor, seen: Squares, index: Tensor) -> Tensor:
-        return (weight.abs().mean(0) * seen.sum.sqrt())[index].mean(1)
+        return mean_size(weight, seen.sum.sqrt(), index)
+
+
+def mean_size(weight: Tensor, norms: Tensor, index: Tensor) -> Tensor:
+    """The mean of |W_ij| ||X_j|| over the columns of each unit, index [units, n]; weight [out, in], norms [in]."""
+    return (weight.abs().mean(0) * norms)[index].mean(1)
