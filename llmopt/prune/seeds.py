@@ -16,7 +16,7 @@ from llmopt.prune.supernet import Option
 
 LOOKED_AT = 8       # blocks that are tried at each step of the greedy removal, beside the neighbours of those gone
 RUNS = 6            # lengths of rows of blocks that become seeds
-SLACK = 0.01        # of the budget, so that the programme finds a plan below it
+SLACK = 0.005       # of the budget may be left over; more where there is no such plan
 Table = list[list[float]]       # [b][o]: damage of an option in a block
 
 
@@ -71,19 +71,18 @@ def greedy(space: Space, choices: list[list[Option]], damage: Table, fitness: Fi
 
 
 def summed(space: Space, damage: Table, fixed: dict[int, int]) -> Plan:
-    """The plan whose damages have the least sum, with a little less taken than the budget says; one account.
+    """The plan whose damages have the least sum, of those that take nearly what the budget, one account, says.
 
-    fixed: blocks whose option is given. Where no plan takes so much, the one that takes most.
+    fixed: blocks whose option is given.
     """
-    least = max(value for row in damage for value in row if value < math.inf)
     rows = [[fixed[b]] if b in fixed else [o for o, value in enumerate(row) if value < math.inf]
             for b, row in enumerate(damage)]
-    taken = [[space.prices[b][o][0] for o in row] for b, row in enumerate(rows)]
-    most = min(space.budget[0], sum(map(max, taken)))
-    programme = Programme([[damage[b][o] if damage[b][o] < math.inf else least for o in row]
-                           for b, row in enumerate(rows)], [[-price for price in row] for row in taken],
-                          -int(most * (1 - SLACK)))
-    return tuple(row[pick] for row, pick in zip(rows, programme.best(), strict=True))
+    most = [max(space.prices[b][o][0] for o in row) for b, row in enumerate(rows)]
+    stays = [[high - space.prices[b][o][0] for o in row] for b, (row, high) in enumerate(zip(rows, most, strict=True))]
+    harm, least, slack = [[damage[b][o] for o in row] for b, row in enumerate(rows)], sum(most) - space.budget[0], SLACK
+    while (picks := Programme(harm, stays, max(0, least) + int(slack * space.budget[0]), least).best()) is None:
+        slack *= 4
+    return tuple(row[pick] for row, pick in zip(rows, picks, strict=True))
 
 
 def filled(space: Space, choices: list[list[Option]], damage: Table, gone: list[int], draw: Random) -> dict[str, Plan]:

@@ -25,7 +25,7 @@ from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, blocks, layer_list
 from llmopt.model.finite import all_finite
 from llmopt.prune.allocate import Units, survivors
-from llmopt.prune.refit import Sums, chosen, held_out, solve
+from llmopt.prune.refit import Sums, chosen, held_out, placed, solve, with_bias
 from llmopt.prune.search import Space
 from llmopt.prune.surgery import LayerPlan, head_columns
 
@@ -203,9 +203,9 @@ class Making:
 
     def _candidates(self, visit: Visit, which: str, part: Part, ahead: dict[str, Tensor], run: Run) -> Made:
         block, writer = visit.block, writer_of(visit.block, which)
-        sums = Sums(writer, held_out(visit.masks, run.ranks), run.ranks)
+        sums = Sums(held_out(visit.masks, run.ranks), run.ranks, int(writer.bias is not None))
         visit.observe({writer.name: sums.add}, weights=ahead or None)
-        old = (torch.cat([writer.weight, writer.bias[:, None]], 1) if sums.constant else writer.weight).float()
+        old = with_bias(writer)
         sums.gram.join(old)
         if not sums.gram.tokens:
             raise LlmoptError(f"{writer.name}: no calibration token reached it")
@@ -215,9 +215,8 @@ class Making:
                               "is not finite")
         units = self.rank(block, writer, part.units.kind, hessian[:writer.in_features, :writer.in_features])
         kept = {taken: survivors(units, taken) for taken in part.thinned}
-        inputs = {taken: inputs_of(block, units.kind, of) for taken, of in kept.items()}
-        if sums.constant:
-            inputs = {taken: torch.cat([of, of.new_tensor([writer.in_features])]) for taken, of in inputs.items()}
+        inputs = {taken: torch.cat([inputs_of(block, units.kind, of).to(old.device), torch.arange(
+            writer.in_features, old.shape[1], device=old.device)]) for taken, of in kept.items()}
         ridge = chosen(old, inputs[part.thinned[len(part.thinned) // 2]], sums)[0] if self.refit else None
         for taken, of in inputs.items():
             columns = old[:, of] if ridge is None else solve(old, hessian, of, ridge)
@@ -247,14 +246,11 @@ def written(block: Block, which: str, part: Part, taken: int, made: Made) -> Wri
     writer = writer_of(block, which)
     if not taken:
         return writer.weight, writer.bias
-    weight = torch.zeros_like(writer.weight)
-    bias = None if writer.bias is None else torch.zeros_like(writer.bias)
-    if not part.gone(taken):
-        inputs = inputs_of(block, part.units.kind, made[f"{which}.{taken}.units"]).to(weight.device)
-        columns = made[f"{which}.{taken}.columns"].to(weight.device)
-        weight[:, inputs] = columns[:, :len(inputs)]
-        bias = None if bias is None else columns[:, -1]
-    return weight, bias
+    if part.gone(taken):
+        return torch.zeros_like(writer.weight), None if writer.bias is None else torch.zeros_like(writer.bias)
+    inputs = inputs_of(block, part.units.kind, made[f"{which}.{taken}.units"]).to(writer.weight.device)
+    columns = made[f"{which}.{taken}.columns"].to(writer.weight.device)
+    return placed(columns[:, :len(inputs)], inputs, writer.weight), None if writer.bias is None else columns[:, -1]
 
 
 def mean(block: Block, which: str, part: Part, levels: tuple[int, ...], made: Made) -> Written:

@@ -5,8 +5,8 @@
 For every part of every block some widths around a centre are pruned locally: units leave by `criterion`, the writer is
 refitted on what stays, behind blocks that have errors of their own (prune/supernet.py). Plans of them compete on
 growing numbers of tokens (prune/search.py); the best one is the centre of the next iteration, whose steps are half as
-long. The last one is cut, and its writers refitted once more behind the blocks as they really are. Li et al., 2025,
-Tyr-the-Pruner (arXiv:2503.09657).
+long. The last one is cut, and its writers refitted once more behind the blocks as they really are; in front of what is
+gone as a whole they are repaired as well (prune/repair.py). Li et al., 2025, Tyr-the-Pruner (arXiv:2503.09657).
 
 Beyond the paper: parts and blocks may leave as a whole, and one budget in parameters holds for all kinds of units, so
 that a block is traded for channels (`budgets: each` keeps each kind to its own share, as the paper does). The search
@@ -36,6 +36,7 @@ from llmopt.prune.base import Pruner, Scores, Unit, multiple_of
 from llmopt.prune.ground import Ground
 from llmopt.prune.groups import members
 from llmopt.prune.obs import damped_losses
+from llmopt.prune.repair import repair
 from llmopt.prune.scopes import Local
 from llmopt.prune.search import LAST, Fitness, Plan, Space, evolved, mended
 from llmopt.prune.seeds import filled, greedy, table
@@ -127,9 +128,12 @@ class Tyr(Pruner):
         return Ground(blocks(model), set(self.units), self.ratio, self.budgets == "each", units)
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
-        """Whole parts and blocks go first, so that the refit sees what comes behind them."""
-        apply_plan(model, [replace(layer, heads=None, kv_groups=None, ffn=None) for layer in plan], run)
-        return super()._carry_out(model, run, [replace(layer, skip=()) for layer in plan if not layer.drop])
+        """Whole parts and blocks go first, repaired in front, so that the refit sees what comes behind them."""
+        whole = [replace(layer, heads=None, kv_groups=None, ffn=None) for layer in plan]
+        repairs = self.refit and any(layer.drop or layer.skip for layer in whole)
+        found = {"repair": repair(model, run, whole, f"{self.name} repair")} if repairs else {}
+        apply_plan(model, whole, run)
+        return found | super()._carry_out(model, run, [replace(layer, skip=()) for layer in plan if not layer.drop])
 
     def rank(self, multiple: int, block: Block, writer: Projection, kind: str, hessian: Tensor) -> Units:
         """The units of a writer, compared by the criterion; hessian [in, in]."""
