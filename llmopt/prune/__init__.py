@@ -5,9 +5,10 @@ from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
 from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
+from llmopt.prune.modhifi import ModHiFi
 from llmopt.prune.obs import OBS
 from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]
