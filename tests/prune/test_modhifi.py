@@ -37,7 +37,7 @@ def test_fidelity_is_1_of_all_grows_along_any_chain_and_is_what_least_squares_ex
         now = of([*kept], x, weight)
         rest = torch.linalg.lstsq(x[:, [*kept]].double(), y).solution
         left = (x[:, [*kept]].double() @ rest - y).square().sum(0)
-        torch.testing.assert_close(now, 1 - left / y.square().sum(0), rtol=0, atol=1e-7)
+        torch.testing.assert_close(now, 1 - left / y.square().sum(0), rtol=0, atol=2e-5)     # its ridge
         assert bool((now >= before - 1e-9).all()) and bool((now <= 1).all())
         before = now
     torch.testing.assert_close(before, torch.ones(5, dtype=torch.float64))
@@ -96,6 +96,7 @@ def test_the_record_tells_the_fidelity_of_what_stays(family):
     run = Run(batches=[{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids.split(4)])
     read = {}
     model = tiny.make(family)
+    model.requires_grad_(False)
     writers = {p: m for p, m in model.named_modules() if p.endswith(("down_proj", "mlp.c_proj"))}
     for name, module in writers.items():
         module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].flatten(0, 1)}))
