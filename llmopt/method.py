@@ -107,6 +107,7 @@ class Run:
     ahead: the steps to come, so that this one can leave what they need.
     memory: go through the blocks with walk.each and walk.visits, which bring in their weights.
     layers: blocks of the whole model, where a rehearsal has but one of them.
+    dense: where a step `recalls`, what the decoder of the model as it was opened gives for each batch, [B, T, E].
     ranks: the processes that share this run. A step must leave the same model and record on all of them.
     """
 
@@ -122,6 +123,7 @@ class Run:
     probes: list[Probe] | None = None
     replays: list[Replayed] | None = None
     layers: int | None = None
+    dense: list[Tensor] | None = None
 
     @cached_property
     def own_batches(self) -> list[dict[str, Tensor]]:
@@ -151,6 +153,7 @@ class Method(Part, ABC):
     place: ClassVar[str] = ""                # what a recipe has at most one of, in words; nothing: as many as it likes
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
+    recalls: ClassVar[bool] = False         # True: it asks what the model predicted before any step, see Run.dense
     meta_shape: ClassVar[Any] = {str: object}       # of its record's meta, in the words of files/json_shapes.py
 
     @property
@@ -172,6 +175,10 @@ class Method(Part, ABC):
 
     def backward(self, rows: int, length: int) -> int:
         """Tokens at least through whose blocks it takes gradients at once, in batches of rows x length; 0: none."""
+        return 0
+
+    def learned_numbers(self, model) -> int:
+        """Numbers that it learns by Adam on the whole model; 0: none."""
         return 0
 
     def sample(self, run: Run) -> Sample:

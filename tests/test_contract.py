@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import llmopt
+from llmopt.calibration.logits_loss import outputs
 from llmopt.checkpoint.save import load
 from llmopt.method import Record, Run
 from llmopt.parts import build
@@ -71,7 +72,7 @@ def test_every_architecture_is_among_the_pairs_of_the_default_tier():
 def method(name: str, family: str):
     """The method with fields that suit the tiny models; pruning without the units that the architecture refuses."""
     made = build(name, FIELDS.get(name, {}))
-    if made.stage == "prune":
+    if made.stage == "prune" and "units" in made.to_dict()[name]:
         made = dataclasses.replace(made, units=tuple(u for u in made.units if (family, u) not in REFUSED))
     return made
 
@@ -89,6 +90,7 @@ class Applied(NamedTuple):
 def applied(name: str, family: str) -> tuple[nn.Module, Record, dict]:
     batch = {"input_ids": tiny.ids(8, 48), "attention_mask": torch.ones(8, 48, dtype=torch.long)}
     model, run = dense(name, family), Run(batches=[batch])
+    run.dense = outputs(model, run.batches) if llmopt.get(name).recalls else None
     for before, fields in own_fields(name, "BEFORE").items():
         build(before, fields).apply(model, run)
     return model, method(name, family).apply(model, run), run.scores

@@ -57,13 +57,11 @@ def code_bytes(root: nn.Module) -> int:
 def whole_bytes(step: Method, model: nn.Module, rows: int, length: int) -> int:
     """Bytes beside the weights that a step which needs_whole takes at least, for batches of rows x length tokens.
 
-    A bound from shapes, of a skeleton too: a backward pass where the step says so, copies of the blocks where it
-    changes them.
+    A bound from shapes, of a skeleton too: a backward pass where the step says so, and what it learns: numbers, slopes,
+    two moments, the best state, in float32.
     """
     tokens = step.backward(rows, length)
-    if tokens:
-        return _backward_bytes(model, tokens)
-    return 0
+    return (_backward_bytes(model, tokens) if tokens else 0) + 5 * 4 * step.learned_numbers(model)
 
 
 def _backward_bytes(model: nn.Module, tokens: int) -> int:

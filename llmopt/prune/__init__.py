@@ -3,6 +3,8 @@ from llmopt.prune.base import Pruner
 from llmopt.prune.depth import Depth
 from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
+from llmopt.prune.fuse import Fuse
+from llmopt.prune.heal import Heal
 from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
 from llmopt.prune.modhifi import ModHiFi
@@ -11,4 +13,5 @@ from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Magnitude", "Measured", "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Fuse", "Heal", "Magnitude", "Measured", "ModHiFi", "Pruner", "Taylor",
+            "Tyr", "Wanda"]

@@ -26,7 +26,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.descent import Course, Knobs, descend
+from llmopt.calibration.descent import Course, Knobs, descend, split
+from llmopt.calibration.logits_loss import LogitsLoss, outputs
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.blocks import Projection, layer_list
@@ -36,12 +37,10 @@ from llmopt.quant.base import Quantizer
 from llmopt.quant.block_loss import BlockLoss
 from llmopt.quant.block_solver import BlockSolver
 from llmopt.quant.grid import Spec
-from llmopt.quant.latent import Gain, Held, results
-from llmopt.quant.logits_loss import LogitsLoss, outputs
+from llmopt.quant.latent import Gain, Held, results, substitutes
 from llmopt.quant.start import Start
 from llmopt.quant.together import learned, put
 
-HELD, LEAST = 8, 4              # every which batch is held out, and of how many at least
 REACH, FAR = 0.45, 0.75         # steps of the grid: how far a weight may go from its best place, and from its code
 CODES, SCALES = 0.12, 0.024     # learning rates, times the number of codes
 
@@ -82,7 +81,7 @@ class Tuning(BlockSolver):
 
     def finish(self, model: nn.Module, specs: Mapping[str, Spec], run: Run, prepared: list[Tensor]) -> None:
         def learn(latents: list[Held], gains: list[Gain]) -> tuple[float, float]:
-            loss = LogitsLoss(model, run.batches, prepared, latents, gains)
+            loss = LogitsLoss(model, run.batches, prepared, lambda: substitutes(latents, gains))
             return descend(loss, *split(len(run.batches)), self._knobs(latents, gains, FAR), self._course(run, 2))
 
         for _ in run.progress([0], "all blocks together"):
@@ -103,12 +102,6 @@ class Tuning(BlockSolver):
         until = None if self.minutes is None else time.monotonic() + 60 * self.minutes / parts
         return Course(self.iterations, signs=False, seed=run.seed,
                       late=lambda: until is not None and run.ranks.agree(time.monotonic() > until))
-
-
-def split(count: int) -> tuple[list[int], list[int]]:
-    """The batches to learn from, and those to judge by; few batches are both."""
-    judged = list(range(0, count, HELD)) if count >= LEAST else list(range(count))
-    return [index for index in range(count) if count < LEAST or index not in judged], judged
 
 
 @register("quant.tune")

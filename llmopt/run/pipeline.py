@@ -11,6 +11,7 @@ from torch import nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.logits_loss import outputs
 from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.place import prepare_output
@@ -80,6 +81,8 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
                     dense_bytes=shards.file_bytes(state.plain_state(model)),
                     dense_parameters=model.num_parameters(), cache_before=cache_bytes_per_token(model))
     report.seconds["cache"] = time.perf_counter() - start
+    if batches and any(step.recalls for step in steps):
+        run.dense = outputs(model, batches)
     progress = run.progress
     for i, step in enumerate(steps):
         start, place = time.perf_counter(), f"step {i + 1} of {len(steps)}"

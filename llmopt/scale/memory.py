@@ -48,6 +48,13 @@ class Memory:
         """The tensors that `make` gives; made once in a step, even if the run is cut off and resumed."""
         return make()
 
+    def latest(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep_latest` was last given under this name, even by a run that was cut off."""
+        return None
+
+    def keep_latest(self, name: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+        """Keep the state of long work, tensors and plain JSON data, in the place of the one before."""
+
     def finished(self, place: int | str) -> bool:
         """True if a run that was cut off had done this loop's work on a block; `restored` will put it in place."""
         return False
@@ -122,6 +129,19 @@ class Resumable(Memory):
         key = self.step, KEPT, name
         found = self.journal.found(key)
         return load_file(found[0] if found else self.journal.commit(key, make(), {}))
+
+    def latest(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        found = [kept for half in (0, 1) if (kept := self.journal.found((self.step, KEPT, f"{name}.{half}")))]
+        if not found:
+            return None
+        file, record = max(found, key=lambda kept: kept[1]["number"])
+        return load_file(file), record["told"]
+
+    def keep_latest(self, name: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+        """Two files in turn: a crash while one is written leaves the other."""
+        entries = [self.journal.entries.get(f"{self.step}.{KEPT}.{name}.{half}") for half in (0, 1)]
+        number = 1 + max((entry["record"]["number"] for entry in entries if entry), default=-1)
+        self.journal.commit((self.step, KEPT, f"{name}.{number % 2}"), tensors, {"number": number, "told": told})
 
     def finished(self, place: int | str) -> bool:
         return self.commits and self.lasting and self.journal.found(self.key(place)) is not None

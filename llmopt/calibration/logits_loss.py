@@ -1,17 +1,19 @@
-"""How far a model's predictions are from the dense model's, as a function of its weights and gains.
+"""How far a model's predictions are from the dense model's, as a function of its parameters.
 
     loss = mean over the real tokens of KL(dense || model)          in nats
+         + hidden * sum_t |h_t - dense h_t|^2 / sum_t |dense h_t|^2           h: what the decoder gives
 
 Of the dense model the decoder's outputs are kept, not the logits. Slopes of the logits are taken for some tokens at a
 time, and go back through the blocks together.
 """
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmopt.calibration.data import Batch
 from llmopt.model.head import LOGITS, logits_of
-from llmopt.quant.latent import Gain, Latent, substitutes
 
 
 @torch.no_grad()
@@ -21,19 +23,24 @@ def outputs(model: nn.Module, batches: list[Batch]) -> list[Tensor]:            
 
 
 class LogitsLoss:
-    """The loss with these weights and norms; call it with the index of a batch for that one's part. dense: `outputs`
-    of the unedited model.
+    """The loss with other parameters; call it with the index of a batch for that one's part of it.
+
+    dense: `outputs` of the unedited model. parameters: gives, by their names, those that stand in the place of its own.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch], dense: list[Tensor], latents: list[Latent],
-                 gains: list[Gain]):
+    def __init__(self, model: nn.Module, batches: list[Batch], dense: list[Tensor],
+                 parameters: Callable[[], dict[str, Tensor]], hidden: float = 0.0):
         self.model, self.batches, self.dense = model, batches, dense
-        self.latents, self.gains = latents, gains
+        self.parameters = parameters
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        masks = [batch["attention_mask"].bool() for batch in batches]
+        size = sum(float(then[mask.to(then.device)].float().square().sum())
+                   for then, mask in zip(dense, masks, strict=True)) if hidden else 1.0
+        self.hidden = hidden / max(size, torch.finfo(torch.float32).tiny)
         self.rows = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
 
     def __call__(self, index: int) -> Tensor:
-        hidden = _decoded(self.model, self.batches[index], substitutes(self.latents, self.gains))
+        hidden = _decoded(self.model, self.batches[index], self.parameters())
         real = self.batches[index]["attention_mask"].bool().to(hidden.device)
         now, then = hidden[real], self.dense[index][real]                                               # [N, E]
         found = [self._part(*some) for some in zip(now.detach().split(self.rows), then.split(self.rows), strict=True)]
@@ -47,6 +54,8 @@ class LogitsLoss:
         now.requires_grad_(torch.is_grad_enabled())
         made = logits_of(self.model, now[None])[0].float().log_softmax(-1)
         loss = (wanted.exp() * (wanted - made)).sum() / self.tokens
+        if self.hidden:
+            loss = loss + self.hidden * (now.float() - then.float()).square().sum()
         slope = torch.autograd.grad(loss, now)[0] if now.requires_grad else torch.zeros_like(now)
         return loss.detach(), slope
 

@@ -1,0 +1,203 @@
+"""FuseGPT: a block leaves, and its neighbours learn to use its weights (Pei et al., arXiv:2411.14507).
+
+    W_j' = W_j + B_j A_j + (C_j D_j) (.) W_i      b_j' = b_j + f_j (.) b_i      (.) elementwise; j around the block i
+
+Which block leaves is told by macro influence, measured anew after each fusion: MI_i = 1 - mean_t cos(last hidden
+state, the same without block i). Its group are the `group` blocks around it, itself included. W_j and W_i stay as they
+are; C D (of some rank; rate 1e-3), B A and the gains and biases of the norms (9.65e-6) learn what the group wrote
+before the block left, on what it reads in the model as it is now:
+
+    relative   mean_t |out_t - y_t|^2 / |y_t|^2     each token by its own size: massive activations are not all of it
+    kl         mean_t KL(softmax(y_t) || softmax(out_t)) over the features
+
+C, B and f begin at 0: the first state is the block gone and nothing else. Adam (.9, .95), the rate falling by half a
+cosine after a twentieth of the steps in which it rises. Every eighth batch is held out, and the state that does best on
+those is kept. Then all is folded into plain weights, so that a block that leaves later takes along what it was given,
+and the checkpoint is that of a smaller stock model. Blocks of another kind (attention of another window, other shapes)
+learn B A and norms alone. Other than the paper: the number of blocks is rounded down, the first and the last are
+protected, and every fusion is folded at once.
+
+Streamed, the blocks of one group are in memory together. Each of several processes does all of the work.
+"""
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from llmopt.calibration.calls import record_calls
+from llmopt.calibration.descent import Knobs, split
+from llmopt.calibration.learning import learn
+from llmopt.calibration.walk import Visit, each
+from llmopt.method import Run
+from llmopt.model.blocks import Block, Projection, blocks, layer_list
+from llmopt.parts import register
+from llmopt.prune.influence import left_out
+from llmopt.prune.learned import Learned, LowRank, Whole, factors
+from llmopt.prune.leaving import Leaving, Part, Parts
+
+LISTS = 5           # of activations held at once: what a group reads, what it writes, two on the way, the masks
+
+
+@register("prune.fuse")
+@dataclass(frozen=True)
+class Fuse(Leaving):
+    """Blocks leave one by one, and their neighbours learn to use their weights."""
+
+    group: int = Field(8, ge=2, description="blocks around the one that leaves, itself included")
+    rank: int = Field(128, ge=1, description="of the factors C D and B A")
+    epochs: float = Field(20, gt=0, description="how often each batch is learned from, at most")
+    minutes: float | None = Field(None, gt=0, description="by the clock, for each block that leaves; null: as long as "
+                                                          "the epochs take")
+    loss: Literal["relative", "kl"] = Field("relative", description="how far the group's output is from what it was: "
+                                                                    "by squares, or by softmax over the features")
+    coefficients: float = Field(1e-3, gt=0, description="learning rate of C, D and f")
+    rate: float = Field(9.65e-6, ge=0, description="learning rate of A, B and the norms")
+
+    def take_out(self, model: nn.Module, run: Run) -> tuple[list[Part], dict[str, Any]]:
+        rounds: list[list] = []
+        fusions: list[dict[str, Any]] = []
+
+        def choose(gone: list[Part], fits: Parts) -> list[Part]:
+            found = run.memory.remember(f"round {len(rounds)}", lambda: run.ranks.agree({"scores": [
+                [*part, value] for part, value in
+                left_out(model, run, gone, list(fits), "mi", self.trial_tokens).items()]}))["scores"]
+            index = min(found, key=lambda told: told[2])[0]
+            fusions.append(self._fuse(model, run, [lost for lost, _ in gone], index))
+            rounds.append(found)
+            return [(index, "blocks")]
+
+        gone = self.in_turn(blocks(model), choose)
+        return gone, {"rounds": rounds, "fusions": fusions}
+
+    def _fuse(self, model: nn.Module, run: Run, gone: list[int], index: int) -> dict[str, Any]:
+        """Ready the group around a block for going without it; figures for the record."""
+        here = window([i for i in range(len(layer_list(model))) if i not in gone], index, self.group)
+        found = run.memory.keep_named(f"fused {index}", lambda: self._learned(model, run, gone, here, index))
+        before, after, steps = found.pop("figures").tolist()
+        with torch.no_grad():
+            for block in each(model, run, f"fusing block {index}", only=[i for i in here if i != index]):
+                for name, parameter in block.module.named_parameters():
+                    if (key := f"{block.name}.{name}") in found:
+                        parameter.copy_(found[key])
+        return {"block": index, "group": here, "steps": int(steps), "error_before": before, "error": after}
+
+    def _learned(self, model: nn.Module, run: Run, gone: list[int], here: list[int], index: int) -> dict[str, Tensor]:
+        """By name, the parameters of the group as they are to be; "figures": errors before and after, steps."""
+        memory, drawing = run.memory.reading.holding(LISTS), torch.Generator().manual_seed(run.seed)
+        hidden, calls = record_calls(model, run.batches, memory)
+        masks = [batch["attention_mask"].bool() for batch in run.batches]
+
+        def visit(inner: int, inputs: list[Tensor]) -> Visit:
+            return Visit(model, blocks(model)[inner], inputs, calls[inner], masks)
+
+        for inner in (i for i in range(here[0]) if i not in gone):
+            with memory.block(model, inner):
+                hidden = memory.keep(visit(inner, hidden).outputs())
+        with ExitStack() as stack:
+            wanted = hidden
+            for inner in here:
+                stack.enter_context(memory.block(model, inner))
+                wanted = memory.keep(visit(inner, wanted).outputs())
+            leaving, views = blocks(model)[index], [blocks(model)[inner] for inner in here if inner != index]
+            slow, fast = [], []
+            for block in views:
+                for part in _parts(model, block, leaving, self.rank, drawing):
+                    slow.append(part)
+                    fast += part.coefficients if isinstance(part, Fused) else []
+            knobs = [Knobs(fast, self.coefficients), Knobs([n for part in slow for n in part.numbers], self.rate)]
+            loss = GroupLoss([visit(block.index, hidden) for block in views], wanted, slow, self.loss)
+            first, last, steps = learn(run, f"fusing {index}", loss, knobs, self.epochs, self.minutes)
+            with torch.no_grad():
+                made = {part.key: part.value().contiguous() for part in slow}
+        for tensor in made.values():
+            run.ranks.broadcast_(tensor)
+        share = loss.tokens / sum(int(masks[i].sum()) for i in split(len(masks))[1])
+        return made | {"figures": torch.tensor([first * share, last * share, steps], dtype=torch.float64)}
+
+
+class Fused(LowRank):
+    """W + B A + (C D) (.) R, R the weight [out, in] of the block that leaves."""
+
+    def __init__(self, projection: Projection, removed: Projection, rank: int, drawing: torch.Generator):
+        super().__init__(projection, rank, drawing)
+        self.removed = removed.weight.float()
+        self.coefficients = list(factors(self.weight, rank, drawing))
+
+    def value(self) -> Tensor:
+        left, right = self.coefficients
+        return self.placed(self.weight.float() + self.up @ self.down + (left @ right) * self.removed)
+
+
+class FusedBias(Fused):
+    """b + f (.) r, r the bias of the block that leaves."""
+
+    def __init__(self, projection: Projection, removed: Projection):
+        self.key, self.parameter = f"{projection.path}.bias", projection.module.bias
+        self.removed, self.coefficients = removed.bias.float(), [torch.zeros_like(removed.bias, dtype=torch.float32)]
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        return []
+
+    def value(self) -> Tensor:
+        return (self.parameter.detach().float() + self.coefficients[0] * self.removed).to(self.parameter.dtype)
+
+
+class GroupLoss:
+    """How far the group is from what it wrote, with the parameters that these parts stand for.
+
+    Call it with the index of a batch for that one's part of the mean over all tokens. visits: of the blocks that stay.
+    """
+
+    def __init__(self, visits: list[Visit], wanted: list[Tensor], parts: list[Learned], how: str):
+        self.visits, self.wanted, self.parts, self.how = visits, wanted, parts, how
+        self.tokens = sum(int(mask.sum()) for mask in visits[0].masks)
+
+    def __call__(self, index: int) -> Tensor:
+        values, hidden = {part.key: part.value() for part in self.parts}, self.visits[0].inputs[index]
+        for visit in self.visits:
+            prefix = f"{visit.block.name}."
+            own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            one = Visit(visit.model, visit.block, [hidden], [visit.calls[index]], [visit.masks[index]])
+            hidden = one.forward(0, own)
+        return self.apart(hidden, index)
+
+    def apart(self, hidden: Tensor, index: int) -> Tensor:                              # [B, T, E] -> ()
+        """How far the group is from what it wrote for a batch if it writes `hidden`."""
+        mask = self.visits[0].masks[index].to(hidden.device)
+        out, then = hidden[mask].float(), self.wanted[index].to(hidden.device)[mask].float()             # [N, E]
+        if self.how == "kl":
+            return kl_div(out.log_softmax(-1), then.log_softmax(-1), log_target=True, reduction="sum") / self.tokens
+        size = then.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((out - then).square().sum(1) / size).sum() / self.tokens
+
+
+def window(alive: list[int], index: int, size: int) -> list[int]:
+    """The `size` consecutive blocks of those that are left around one of them, moved inwards at the ends."""
+    start = min(max(0, alive.index(index) - size // 2), max(0, len(alive) - size))
+    return alive[start:start + size]
+
+
+def _parts(model: nn.Module, block: Block, leaving: Block, rank: int, drawing: torch.Generator) -> Iterator[Learned]:
+    """What learns of a block."""
+    alike = _kind(model, block) == _kind(model, leaving)
+    for projection, removed in zip(block.projections(), leaving.projections() if alike else block.projections(),
+                                   strict=True):
+        yield Fused(projection, removed, rank, drawing) if alike else LowRank(projection, rank, drawing)
+        if alike and projection.bias is not None:
+            yield FusedBias(projection, removed)
+    for norm in block.norms.values():
+        for name, parameter in norm.module.named_parameters():
+            yield Whole(f"{norm.name}.{name}", parameter)
+
+
+def _kind(model: nn.Module, block: Block) -> tuple:
+    """What two blocks must have in common for the weights of one to be of use in the other."""
+    types = model.config.to_dict().get("layer_types")
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.module.named_parameters()]
+    return types[block.index] if types else None, block.form, shapes

@@ -1,0 +1,55 @@
+"""Parameters of a model as functions of numbers that have gradients: whole, or with a product of low rank on top."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.model.blocks import Projection
+
+
+class Whole:
+    """A parameter that is learned as it is, in float32."""
+
+    def __init__(self, key: str, parameter: nn.Parameter):
+        self.key, self.parameter = key, parameter
+        self.number = parameter.detach().float().clone()
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        return [self.number]
+
+    def value(self) -> Tensor:
+        """What stands in the place of the parameter."""
+        return self.number.to(self.parameter.dtype)
+
+
+class LowRank:
+    """W + B A, B of zeros [out, rank], A of uniform numbers [rank, in] as large as fit that many inputs."""
+
+    def __init__(self, projection: Projection, rank: int, drawing: torch.Generator):
+        weight = projection.weight
+        self.key, self.parameter = projection.key, getattr(projection.module, projection.parameter)
+        self.weight, self.transposed = weight, projection.transposed
+        self.up, self.down = factors(weight, rank, drawing)
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        return [self.up, self.down]
+
+    def value(self) -> Tensor:
+        """What stands in the place of the parameter."""
+        return self.placed(self.weight.float() + self.up @ self.down)
+
+    def placed(self, weight: Tensor) -> Tensor:                                     # [out, in]
+        """A weight as the module stores it."""
+        return (weight.T if self.transposed else weight).to(self.parameter.dtype)
+
+
+Learned = Whole | LowRank
+
+
+def factors(weight: Tensor, rank: int, drawing: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(B [out, rank], A [rank, in]) for a weight [out, in]; their product is 0."""
+    out, width = weight.shape
+    drawn = torch.rand(rank, width, generator=drawing) * 2 - 1
+    return torch.zeros(out, rank, device=weight.device), (drawn / math.sqrt(width)).to(weight.device)
