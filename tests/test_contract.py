@@ -36,6 +36,14 @@ FIELDS = {
     **{f"kv.{name}": {"ratio": 0.5, "window": 8} for name in ("critical", "dropkv", "ems", "h2o")},
     **{f"kv.{name}": {"ratio": 0.5}
        for name in ("compactor", "keydiff", "knorm", "leverage", "noncausal", "random", "tova")},
+    **{f"attention.{name}": {"block": 8, "min_length": 0} | fields for name, fields in {
+        "anchor": {"step": 2, "theta": 0.5}, "block_topk": {"keep": 1}, "flash_prefill": {"near": 1, "dense": 0},
+        "flexprefill": {"budget": 8, "gamma": 0.5}, "sparge": {"mass": 0.4}, "stem": {"stride": 4},
+        "xattention": {"stride": 4, "threshold": 0.4}}.items()},
+    **{f"attention.{name}": {"min_length": 0} | fields for name, fields in {
+        "core_context": {"window": 8, "group": 4, "tile": 8}, "neighborhood": {"window": 12, "stride": 4},
+        "s2": {"group": 16}, "tri_shape": {"sinks": 2, "window": 8, "dense": 4, "tile": 4},
+        "vertical_slash": {"vertical": 6, "slash": 6, "always": 2, "tile": 8}}.items()},
 }
 NAMES = llmopt.names()
 

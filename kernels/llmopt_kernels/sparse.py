@@ -34,6 +34,7 @@ class Stripes:
     start: instead of a window, the first local key of each row tile: int64 [tiles], or [X, tiles] by head.
     columns: int64 [X, tiles, C], in any order, NONE as filler; None: no columns.
     blocks: int64 [X, tiles, K], n standing for the keys from n * block to (n + 1) * block - 1; NONE as filler.
+    diagonals: int64 [X, S], distances: a tile reads every key that is so far before one of its rows; NONE as filler.
     tile: number of query rows that share one list. A key named twice counts once, a key after its row not at all.
     done: attention over the base, out [H, T, D] and lse [H, T], where the selector has computed it already: it is
     merged with what the lists give, and not computed again.
@@ -48,18 +49,25 @@ class Stripes:
     pooled: Pooled | None = None
     start: Tensor | None = None
     done: Partial | None = None
+    diagonals: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.window is None) == (self.start is None):
             raise ValueError("Stripes: exactly one of window and start")
 
-    def listed(self, number: int, total: int) -> Tensor | None:
-        """The keys below `total` that the lists name for one tile, each once: int64 [X, C], NONE as filler."""
+    def listed(self, number: int, total: int, rows: Tensor) -> Tensor | None:
+        """The keys below `total` that the lists name for one tile, each once: int64 [X, C], NONE as filler.
+
+        rows: int64 [R], the places of its queries.
+        """
         lists = [] if self.columns is None else [self.columns[:, number]]
         if self.blocks is not None:
             picked = self.blocks[:, number].unsqueeze(-1)                            # [X, K, 1]
             inside = torch.arange(self.block, device=picked.device)
             lists.append((picked * self.block + inside).masked_fill(picked == NONE, NONE).flatten(1))
+        if self.diagonals is not None:
+            along = rows - self.diagonals.unsqueeze(-1)                                  # [X, S, R]
+            lists.append(along.masked_fill((self.diagonals == NONE).unsqueeze(-1) | (along < 0), NONE).flatten(1))
         if not lists:
             return None
         joined = torch.cat(_as_many(lists), 1)
@@ -147,7 +155,7 @@ Read = tuple[Tensor, Tensor, Tensor, Tensor | None]    # keys, values [X, C, D],
 def _read(tile: _Tile, kv: tuple[Tensor, Tensor], stripes: Stripes, rule: Rule) -> list[Read]:
     """All that a tile still has to read: the base, the lists, the pooled keys."""
     read = [_base_keys(tile, kv, stripes, rule)]
-    extra = stripes.listed(tile.number, kv[0].shape[1])
+    extra = stripes.listed(tile.number, kv[0].shape[1], tile.rows)
     if extra is not None:
         extra = extra[tile.index(len(extra))]
         owner = torch.arange(len(kv[0]), device=extra.device)[tile.index(len(kv[0]))]

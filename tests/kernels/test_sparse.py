@@ -143,14 +143,21 @@ def lists(columns, blocks):
 
 def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
     """bool [heads, tokens, total], twice: of the base, and of everything; one entry after the other."""
-    window, start, columns, blocks = (None if x is None else torch.as_tensor(x).tolist() for x in
-                                      (stripes.window, stripes.start, stripes.columns, stripes.blocks))
+    window, start, columns, blocks, diagonals = (
+        None if x is None else torch.as_tensor(x).tolist()
+        for x in (stripes.window, stripes.start, stripes.columns, stripes.blocks, stripes.diagonals))
     base, every = ([[[False] * total for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
 
     def own(x, h, t):
         """The entry of a list [X, tiles] (or [tiles] of numbers) for head h and query t."""
         x = x if isinstance(x[0], int) else x[h * len(x) // heads]
         return x[t // stripes.tile]
+
+    def reaches(distances, t, apart):
+        """True if some row of the tile of query t is that far behind the key which t is `apart` from."""
+        first = t // stripes.tile * stripes.tile
+        return any(apart + row - t in distances and apart + row >= t
+                   for row in range(first, min(first + stripes.tile, tokens)))
 
     for h, t in product(range(heads), range(tokens)):
         i = t + total - tokens
@@ -159,7 +166,8 @@ def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
         for j in range(max(0, i - (rule.window or 99) + 1), i + 1):
             base[h][t][j] = j < stripes.sinks or j >= first
             every[h][t][j] = bool(base[h][t][j] or (columns and j in own(columns, h, t))
-                                  or (blocks and j // stripes.block in own(blocks, h, t)))
+                                  or (blocks and j // stripes.block in own(blocks, h, t))
+                                  or (diagonals and reaches(diagonals[h * len(diagonals) // heads], t, i - j)))
     return torch.tensor(base), torch.tensor(every)
 
 
@@ -178,8 +186,9 @@ def masked(query, keys, values, visible, rule):
 def test_every_base_with_every_list_equals_a_mask_built_entry_by_entry(rule, base, offset):
     tokens = TOTAL - offset
     query, keys, values = draw(4, tokens, 8), draw(2, TOTAL, 8, seed=1), draw(2, TOTAL, 8, seed=2)
-    for columns, blocks in ((0, 0), (2, 0), (4, 0), (0, 2), (4, 2), (2, 4)):
-        stripes = Stripes(SINKS, tile=TILE, block=BLOCK, **BASES[base], **lists(columns, blocks))
+    for columns, blocks, lines in ((0, 0, 0), (2, 0, 0), (4, 0, 2), (0, 2, 4), (4, 2, 0), (2, 4, 4), (0, 0, 2)):
+        diagonals = torch.tensor([[7, NONE, 3], [0, 11, 12], [5, 6, NONE], [13, 2, 1]])[:lines] if lines else None
+        stripes = Stripes(SINKS, tile=TILE, block=BLOCK, diagonals=diagonals, **BASES[base], **lists(columns, blocks))
         near, every = visible_by_hand(stripes, rule, 4, tokens)
         want, done = (masked(query, keys, values, seen, rule) for seen in (every, near))
         for given in (stripes, replace(stripes, done=done)):

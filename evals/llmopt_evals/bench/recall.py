@@ -1,0 +1,72 @@
+"""What sparse prefill reads of the attention that there is: recall against density, many selectors on one dense run.
+
+    recall of row i = sum of softmax weights of the keys that it reads = exp(lse over these keys - lse over all keys)
+    density = pairs computed / causal pairs
+
+The model runs densely; at every layer each selector is shown its queries, keys and values. Means over layers, heads and
+rows. Selectors whose far keys are pooled have no recall in this sense.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llmopt_kernels import Stripes, sparse_partial
+from torch import Tensor, nn
+
+from llmopt import runtime
+from llmopt.attention.base import Selector, State
+from llmopt.errors import LlmoptError, naming
+from llmopt.method import Method, Record, Run
+from llmopt.parts import build
+from llmopt_evals.entries import read
+
+
+@dataclass(frozen=True)
+class Watch(Selector):
+    """Reads everything, and notes what others would read. others: (method, its record); found: their figures."""
+
+    name = "bench.watch"
+    min_length: int = 0
+    others: tuple[tuple[Selector, Record], ...] = ()
+    found: tuple[list[tuple[Tensor, float]], ...] = ()
+
+    def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
+        everything = Stripes(0, k.shape[1])
+        dense, pairs = sparse_partial(q, k, state.values, everything, state.rule)
+        for (method, record), found in zip(self.others, self.found, strict=True):
+            own = State(state.layer, state.rule, state.values, state.offset, state.dropped, record,
+                        state.shared.setdefault(id(method), {}))
+            part, computed = sparse_partial(q, k, state.values, method.select(q, k, own), state.rule)
+            found.append(((part.lse - dense.lse).exp().mean(), float((computed / pairs).mean())))
+        return everything
+
+
+def selectors(words: Sequence[str]) -> list[Selector]:
+    """The methods of entries of a recipe's `steps`; raises LlmoptError for others than selectors of sparse prefill."""
+    found: list[Selector] = []
+    for word in words:
+        with naming(word):
+            for name, fields in read(word):
+                made: Method = build(name, fields)
+                if not isinstance(made, Selector):
+                    raise LlmoptError("a selector of sparse prefill expected (attention.*, but for attention.act)")
+                found.append(made)
+    return found
+
+
+@torch.no_grad()
+def measure(model: nn.Module, rows: Sequence[Tensor], methods: Sequence[Selector], run: Run) -> list[dict[str, Any]]:
+    """{"method", "fields", "recall", "density"} of each, over rows [T] of token ids."""
+    watch = Watch(others=tuple((method, method.plan(model, run)) for method in methods),
+                  found=tuple([] for _ in methods))
+    with runtime.attached(model, watch):
+        for row in run.progress(list(rows), "texts"):
+            model(row[None], use_cache=False)
+    told = []
+    for method, found in zip(methods, watch.found, strict=True):
+        fields = method.to_dict()[method.name]
+        recalls, densities = zip(*found, strict=True)
+        told.append({"method": method.name, "fields": fields, "recall": float(torch.stack(recalls).mean()),
+                     "density": sum(densities) / len(densities)})
+    return told

@@ -1,0 +1,76 @@
+"""AnchorAttention: single keys whose logit comes near the largest one of what a row reads anyway.
+
+    M_i = max over the base of row i       base: the first `block` keys, and all from one block before the group on
+    stripes of a group = the keys j before its base with  mean_i q_i . k_j >= mean_i M_i - theta  for one of its tiles
+
+A group is `step` tiles of `block` queries and shares its list. The mean over a tile's rows of the logits of column j is
+one product with the mean query; the mean of M, the anchor, moves with it: a vector added to all keys changes nothing.
+What the base gives is kept and merged with the stripes, so nothing is computed twice, and the two never overlap.
+
+Zhang et al., 2025 (arXiv:2505.23520). Of any length, where the published code reads the last part of a prompt in full.
+Blocks count from the first query of a forward, so that a prompt read in pieces has other groups. theta: 12 is for heads
+of 128, 4 to 6 for small ones.
+"""
+import torch
+from llmopt_kernels import Partial, Stripes, weighted
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmopt.attention.base import Selector, State
+from llmopt.attention.grid import listed
+from llmopt.parts import register
+
+
+@register("attention.anchor")
+@dataclass(frozen=True)
+class Anchor(Selector):
+    """Every key is looked at once for each tile of queries; those that are read are single keys, not blocks."""
+
+    block: int = Field(128, ge=1, description="queries of a tile; first tokens, and tokens before a group, in the base")
+    step: int = Field(4, ge=1, description="tiles that share a list of stripes (16 in the paper, for long prompts)")
+    theta: float = Field(12.0, description="how far below the anchor a logit may lie, in nats")
+    together: bool = Field(False, description="the query heads of a KV head read what any of them needs")
+
+    def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
+        rows, offset, sinks = self.block * self.step, k.shape[1] - q.shape[1], max(0, self.block - state.dropped)
+        groups = range(0, q.shape[1], rows)
+        start = [max(0, offset + begin - self.block) for begin in groups]
+        parts, hits = [], []
+        for begin, first in zip(groups, start, strict=True):
+            tiles = [self._base(q[:, at:at + self.block], k, state, (offset + at, first, sinks))
+                     for at in range(begin, min(begin + rows, q.shape[1]), self.block)]
+            parts += [part for part, _ in tiles]
+            hits.append(self._hits(q[:, begin:begin + rows], k[:, :first], state, sinks, [top for _, top in tiles]))
+        stripes = torch.stack([pad(hit, (0, k.shape[1] - hit.shape[1])) for hit in hits], 1)        # [H, groups, S]
+        if self.together:
+            stripes = stripes.unflatten(0, (len(k), -1)).any(1)
+        base = Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+        return Stripes(self.block, start=torch.tensor(start, device=q.device), columns=listed(stripes), tile=rows,
+                       done=base)
+
+    @staticmethod
+    def _base(q: Tensor, k: Tensor, state: State, places: tuple[int, int, int]) -> tuple[Partial, Tensor]:
+        """Attention of one tile over its base, and its anchor: the mean over rows of the largest logit, [H].
+
+        places: of the first query, of the first key of the base behind the sinks, and how many sinks there are.
+        """
+        row, first, sinks = places
+        rows = torch.arange(row, row + q.shape[1], device=q.device)
+        columns = torch.cat([torch.arange(min(sinks, first), device=q.device),
+                             torch.arange(first, row + q.shape[1], device=q.device)])
+        logits = state.rule.logits(q.unflatten(0, (len(k), -1)), k[:, None, columns])                # [G, h, R, C]
+        seen = state.rule.visible(rows, columns)
+        top = logits.masked_fill(~seen, -torch.inf).amax(-1).mean(-1).flatten()
+        part = weighted(logits, state.values[:, None, columns], seen)
+        return Partial(part.out.flatten(0, 1), part.lse.flatten(0, 1)), top
+
+    def _hits(self, q: Tensor, k: Tensor, state: State, sinks: int, anchors: list[Tensor]) -> Tensor:
+        """bool [H, keys before the base]: those that come near the anchor of one of the group's tiles."""
+        near = torch.zeros(len(q), k.shape[1], dtype=torch.bool, device=q.device)
+        for mean, anchor in zip([part.float().mean(1) for part in q.split(self.block, 1)], anchors, strict=True):
+            logits = state.rule.logits(mean.unflatten(0, (len(k), -1)), k).flatten(0, 1)             # [H, keys]
+            near |= logits + self.theta >= anchor[:, None]
+        near[:, :sinks] = False
+        return near

@@ -1,0 +1,61 @@
+"""Local heads: those that look only near get a window, the others read everything.
+
+Which heads, any head score tells: the `share` of all heads that score lowest (`heads.span`: the shortest mean distance
+between a query and what it reads). Without training, as in DuoAttention (Xiao et al., 2024, arXiv:2410.10819); models
+trained with such heads: arXiv:2505.15548. A cache is no smaller for it: kv methods with `allocate: heads` do that.
+"""
+from typing import Any, ClassVar
+
+import torch
+from llmopt_kernels import Stripes
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from llmopt.attention.base import Selector, State
+from llmopt.calibration.head_scores import FILES, find
+from llmopt.errors import LlmoptError
+from llmopt.method import Record, Run
+from llmopt.model.blocks import blocks
+from llmopt.parts import register
+
+
+@register("attention.local_heads")
+@dataclass(frozen=True)
+class LocalHeads(Selector):
+    """Decided once, from head scores."""
+
+    meta_shape: ClassVar[Any] = {"local": [[int]], str: object}
+
+    heads: str = Field("heads.span", description="head scores: name of a score step, or a .json or .safetensors file")
+    share: float = Field(0.5, ge=0, le=1, description="of all heads, those that get a window")
+    lowest: bool = Field(True, description="heads of the lowest scores; false: of the highest, to see the difference")
+    window: int = Field(1024, ge=1, description="tokens that a local head reads before each one, itself included")
+    sinks: int = Field(4, ge=0, description="first tokens that a local head reads, too")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.heads,) if self.heads.endswith(FILES) else ()
+
+    def plan(self, model: nn.Module, run: Run) -> Record:
+        """{"local": by layer the heads with a window}."""
+        scores = find(self.heads, run, model)
+        order = torch.cat(scores).argsort(descending=not self.lowest, stable=True)
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[:round(self.share * len(order))]] = True
+        return Record({"local": [part.nonzero().flatten().tolist() for part in chosen.split([*map(len, scores)])]})
+
+    def check_record(self, model: nn.Module, record: Record) -> None:
+        super().check_record(model, record)
+        local, views = record.meta["local"], blocks(model)
+        if len(local) != len(views):
+            raise LlmoptError(f"{self.name}: heads of {len(local)} layers; the model has {len(views)}")
+        for view, heads in zip(views, local, strict=True):
+            if heads != sorted(set(heads)) or any(not 0 <= head < view.heads for head in heads):
+                raise LlmoptError(f"{self.name}: layer {view.index} has heads 0 to {view.heads - 1}, in order and each "
+                                  f"once; {heads} given")
+
+    def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
+        windows = torch.full((len(q),), k.shape[1], device=q.device)
+        windows[state.record.meta["local"][state.layer]] = self.window
+        return Stripes(self.sinks, windows)

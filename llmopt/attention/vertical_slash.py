@@ -1,0 +1,66 @@
+"""Vertical and slash lines: keys that the last queries read, and distances at which they read.
+
+    P = softmax of the last `queries` rows      vertical[j] = sum_i P[i, j]      slash[o] = sum_i P[i, i - o]
+    the tile of rows i reads the `vertical` best keys, and those at the `slash` best distances from any of its rows
+
+Jiang et al., 2024 (MInference, arXiv:2407.02490). The first `always` keys and the nearest `always` distances count as
+best. An estimate from the end of the prompt: what only earlier queries need is lost. Left out: the offline search for
+numbers of each head, and its other two patterns, which the published search turns into this one in the end.
+"""
+import torch
+from llmopt_kernels import Stripes
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmopt.attention.base import Selector, State
+from llmopt.parts import register
+
+
+@register("attention.vertical_slash")
+@dataclass(frozen=True)
+class VerticalSlash(Selector):
+    """Costs `queries` rows of attention."""
+
+    vertical: int = Field(1000, ge=1, description="keys that every row reads")
+    slash: int = Field(800, ge=1, description="distances at which every tile of rows reads")
+    queries: int = Field(64, ge=1, description="last queries that the estimate looks at")
+    always: int = Field(30, ge=0, description="first keys, and nearest distances, that are always read")
+    tile: int = Field(64, ge=1, description="rows that share a list")
+
+    def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
+        vertical, slash = self.lines(q, k, state)                                             # [H, S] each
+        count = k.shape[1]
+        columns = vertical.topk(min(self.vertical, count)).indices.sort().values
+        distances = slash.topk(min(self.slash, count)).indices
+        tiles = -(-q.shape[1] // self.tile)
+        return Stripes(0, 1, columns=columns.unsqueeze(1).expand(-1, tiles, -1), tile=self.tile, diagonals=distances)
+
+    def lines(self, q: Tensor, k: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """What the last queries read: by key, and by distance, [H, S] both."""
+        total = k.shape[1]
+        weights = last_weights(q, k, state, self.queries)                                     # [H, R, S]
+        vertical, slash = weights.sum(1), along_diagonals(weights)
+        vertical[:, :max(0, self.always - state.dropped)] = torch.inf
+        slash[:, :self.always] = torch.inf
+        return vertical, slash[:, :total]
+
+
+def last_weights(q: Tensor, k: Tensor, state: State, count: int) -> Tensor:
+    """Attention of the last `count` queries, [H, R, S] float32."""
+    last = q[:, -count:]
+    rows = torch.arange(k.shape[1] - last.shape[1], k.shape[1], device=k.device)
+    seen = state.rule.visible(rows, torch.arange(k.shape[1], device=k.device))
+    logits = state.rule.logits(last.unflatten(0, (len(k), -1)), k.unsqueeze(1)).flatten(0, 1)
+    return logits.masked_fill_(~seen, -torch.inf).softmax(-1)
+
+
+def along_diagonals(weights: Tensor) -> Tensor:
+    """[H, R, S], rows the last R of S tokens -> [H, S]: the sum of each distance between query and key.
+
+    In a row that is turned around, what stands at a distance has moved by one place from row to row.
+    """
+    rows, total = weights.shape[1:]
+    turned = pad(weights.flip(-1), (0, rows))
+    return torch.stack([turned[:, r, rows - 1 - r:rows - 1 - r + total] for r in range(rows)]).sum(0)
