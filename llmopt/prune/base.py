@@ -24,6 +24,7 @@ from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan, layer_plan
 
 LOG = logging.getLogger(__name__)
 
+LOSES_MORE = "without the refit, which would make the rest do the work of what leaves, more is lost"
 Unit = Literal["ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks"]
 Scores = dict[str, Tensor]        # unit -> one score per unit of a block, larger stays longer
 
@@ -71,13 +72,12 @@ class Pruner(Method):
     def backward(self, rows: int, length: int) -> int:
         return self.scope.backward(rows, length)
 
-    @property
-    def notes(self) -> list[str]:
-        """What these fields cost that nobody would guess; for the plan, the log, the record and the model card."""
+    def notes(self, run: Run) -> list[str]:
+        """What these fields cost, or do not save, that nobody would guess; for plan, log, record and model card."""
         if self.refits or set(self.units) & set(COARSE):
             return []
         if self.needs_data:
-            return ["without the refit, which would make the rest do the work of what leaves, more is lost"]
+            return [LOSES_MORE]
         return ["chosen by weights alone and without a refit, no calibration data: on real models worse than channels "
                 "drawn at random; refit: true, or better prune.wanda, loses a fraction of that"]
 
@@ -109,14 +109,11 @@ class Pruner(Method):
         apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
         gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
         return "; ".join([f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of "
-                          f"{', '.join(self.units)}: {gone}", *self.notes])
+                          f"{', '.join(self.units)}: {gone}", *self.notes(run)])
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         self.refuse(model)
-        if self.needs_data and not run.batches:
-            without = not self.uses_inputs and not self.scope.learns
-            raise LlmoptError("this step needs calibration data and there is none"
-                              + "; refit: false does without, and loses far more" * without)
+        self.check_data(run)
         before, shape = model.num_parameters(), shapes(model)
         told = self._decided(model, run)
         plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
@@ -124,13 +121,23 @@ class Pruner(Method):
         check_plan(model, views, plan)          # before the long work
         kept = [describe(block, layer) for block, layer in zip(views, plan, strict=True)]
         meta |= self._carry_out(model, run, plan)
-        if run.layers is None:                          # else it was told of the whole model
-            for note in self.notes:
-                LOG.warning("%s: %s", self.name, note)
+        self.tell(run)
         return Record(meta=meta | {
-            "notes": self.notes, "multiple": multiple_of(run), "layers": kept,
+            "notes": self.notes(run), "multiple": multiple_of(run), "layers": kept,
             "parameters": [before, model.num_parameters()],
             "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
+
+    def check_data(self, run: Run) -> None:
+        """Raise LlmoptError where calibration data are needed and there are none."""
+        if self.needs_data and not run.batches:
+            without = not self.uses_inputs and not self.scope.learns
+            raise LlmoptError("this step needs calibration data and there is none"
+                              + "; refit: false does without, and loses far more" * without)
+
+    def tell(self, run: Run) -> None:
+        """Say the notes; not in a rehearsal, whose plan has them."""
+        for note in self.notes(run) if run.layers is None else []:
+            LOG.warning("%s: %s", self.name, note)
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
         """Cut, after a refit where there is one; its figures for the record."""

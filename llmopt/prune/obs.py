@@ -7,8 +7,17 @@ W [out, in], x: weight and inputs of a writer; g: the columns of a unit, Hinv_g 
 is its loss at the time it leaves, and never less than that of one that left before. Hassibi and Stork, 1993; of
 structures, Kurtic et al., ZipLM (arXiv:2302.04089), Meng et al., OSSCAR (arXiv:2403.12983). What stays is fitted by
 `refit`, at once and exactly. Left out: OSSCAR's exchanges afterwards.
+
+units: [weights] is SparseGPT (Frantar and Alistarh, 2023, arXiv:2301.00774), U upper triangular, U^T U = Hinv:
+
+    of 128 columns at a time:  those of the smallest w_ij^2 / U_jj^2 go; with `pattern`, of M, as the sweep reaches them
+    for column j:  e = (w_j, where it goes) / U_jj,   w_k -= e U_jk  for all k > j
+
+Exact in its count over the whole weight; what has gone never returns. Inputs that are always 0 go first. Left out:
+rounding in the same sweep.
 """
 import math
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,14 +27,20 @@ from torch import Tensor
 from llmopt.calibration.second_moments import Gram
 from llmopt.parts import register
 from llmopt.prune.inputs import ByInputs
+from llmopt.prune.masks import half_of_each, smallest
+from llmopt.prune.sparse import Gone, Sparse
+from llmopt.quant.factor import inverse_factor
 
+BLOCK = 128             # columns of a weight whose zeros are chosen together
 ROUNDS = 64             # a 64th of the units leaves before the others are looked at again
 
 
 @register("prune.obs")
 @dataclass(frozen=True)
-class OBS(ByInputs):
+class OBS(Sparse, ByInputs):
     """One pass over the calibration data, and an inverse for each writer."""
+
+    looks: ClassVar[Literal["gram"]] = "gram"
 
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
 
@@ -34,6 +49,40 @@ class OBS(ByInputs):
 
     def rate(self, weight: Tensor, seen: Gram, index: Tensor) -> Tensor:
         return damped_losses(weight, seen.whole(), index, self.damping)
+
+    def zeroed(self, weight: Tensor, seen: Tensor, gone: Gone) -> tuple[Tensor, Tensor]:
+        hessian = seen.float()                                      # a copy
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        factor, _ = inverse_factor(hessian, self.damping)
+        if factor is None:                                          # singular at every damping up to 1
+            factor = hessian.diagonal().rsqrt().diag()
+        return swept(weight, factor, dead, gone)
+
+
+def swept(weight: Tensor, factor: Tensor, dead: Tensor, gone: Gone) -> tuple[Tensor, Tensor]:
+    """(the weight with its zeros and what stays made up for them, where the zeros are [out, in] bool).
+
+    weight [out, in]; factor: U [in, in], upper triangular; dead [in]: inputs that are always 0.
+    """
+    weight, out = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
+    price = factor.diagonal().square().masked_fill(dead, torch.inf)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        now, corner = weight[:, start:stop], factor[start:stop, start:stop]
+        mask, errors = out[:, start:stop], torch.zeros_like(now)
+        if not gone.group:
+            count = gone.count * stop // weight.shape[1] - gone.count * start // weight.shape[1]
+            mask.copy_(smallest((now.square() / price[start:stop]).flatten(), count).view_as(mask))
+        for j in range(stop - start):
+            if gone.group and j % gone.group == 0:
+                part = slice(j, j + gone.group)
+                mask[:, part] = half_of_each(now[:, part].square() / price[start:stop][part], gone.group)
+            errors[:, j] = now[:, j] * mask[:, j] / corner[j, j]
+            now[:, j:].addr_(errors[:, j], corner[j, j:], alpha=-1)
+        now[mask] = 0
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return weight, out
 
 
 def damped_losses(weight: Tensor, hessian: Tensor, index: Tensor, damping: float, rounds: int = ROUNDS,

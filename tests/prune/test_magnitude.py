@@ -249,17 +249,17 @@ def test_refit_beats_none_on_the_outputs(family):
 
 
 def test_refit_needs_data_and_what_does_without_says_what_it_costs(caplog):
-    assert Magnitude().needs_data and not Magnitude().notes
+    assert Magnitude().needs_data and not Magnitude().notes(Run())
     for coarse in (["blocks"], ["attention", "mlp"]):               # nothing is left to refit
-        assert not Magnitude(units=coarse).needs_data and not Magnitude(units=coarse).notes
+        assert not Magnitude(units=coarse).needs_data and not Magnitude(units=coarse).notes(Run())
     with pytest.raises(LlmoptError, match="needs calibration data and there is none; refit: false does without"):
         Magnitude().apply(tiny.make("llama"), Run())
     plain = Magnitude(refit=False)
     assert not plain.needs_data
     assert "worse than channels drawn at random" in predict(tiny.make("llama"), [plain]).steps[0][1]
-    assert plain.apply(tiny.make("llama"), Run()).meta["notes"] == plain.notes
+    assert plain.apply(tiny.make("llama"), Run()).meta["notes"] == plain.notes(Run())
     assert "prune.magnitude: chosen by weights alone" in caplog.text
-    assert "without the refit" in Wanda(refit=False).notes[0]
+    assert "without the refit" in Wanda(refit=False).notes(Run())[0]
 
 
 def test_a_model_that_loses_nothing_is_not_refitted():
