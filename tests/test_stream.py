@@ -46,7 +46,8 @@ STEPS = {
     "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: false}, "
-           "quant.gptq: {bits: 4, group_size: 16}, attention.a_shape: {sinks: 2, window: 8, min_length: 0}, kv.snapkv: {ratio: 0.5, window: 8}]",
+           "quant.gptq: {bits: 4, group_size: 16}, attention.a_shape: {sinks: 2, window: 8, min_length: 0}, "
+           "kv.snapkv: {ratio: 0.5, window: 8}]",
     "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups], refit: false}, "
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
     "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups]}]",
