@@ -32,6 +32,9 @@ steps:
   - {{ step }}
 {%- endfor %}
 ```
+{% for method, note in notes %}
+- `{{ method }}`: {{ note }}.
+{%- endfor %}
 {% endif %}
 ## Loading
 
@@ -112,6 +115,8 @@ def render(folder: Path, repo: str | None = None) -> str:
         note=SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
         sizes=next((row[1:] for row in facts.get("table", []) if row[0] == "file size"), None),
         steps=[_step(record) for record in facts.get("records", [])],
+        notes=[(one_line(record["method"]), one_line(note)) for record in facts.get("records", [])
+               for note in record["meta"].get("notes", [])],
         loading=" ".join(_loading(facts, config)), tokenizer=(folder / "tokenizer_config.json").is_file(),
         needs_import=facts["loads_with"]["transformers"] != "exact", command=_command(facts),
         calibration=_calibration(facts), scored=_scored(facts),

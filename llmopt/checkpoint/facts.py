@@ -18,7 +18,8 @@ FORMAT_VERSION, MAX_STEPS = 1, 50
 FILE = "llmopt.json"
 # A shape is a type, a range of integers, `finite`, [each item], (item, item), or {key: value}: `?` after a key that may
 # be missing, `str` for the keys that are not named.
-META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]], "bits?": finite, str: object}
+META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]], "bits?": finite, "notes?": [str],
+        str: object}
 FACTS = {
     "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_repo?": str | None,
     "base_ancestor?": str | None, "base_licence": str | None, "base_licence_more?": {str: str}, "recipe?": dict | None,

@@ -49,9 +49,15 @@ def check_wrapping(model: nn.Module) -> None:
 
 
 def _check_layers(model: nn.Module) -> None:
-    """Raise LlmoptError for decoder layers that share weights: an edit of one would be one of the other, made twice."""
+    """Raise LlmoptError for layers or projections that share weights: an edit of one would be one of the other, too."""
     owner: dict[int, int] = {}
     for index, layer in enumerate(layer_list(model)):
+        names: dict[int, str] = {}
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            first = names.setdefault(id(parameter), name)
+            if first != name:
+                raise LlmoptError(f"layer {index}: {first} and {name} are tied, so they cannot be changed one by one; "
+                                  "give each its own (nn.Parameter of a clone)")
         for parameter in layer.parameters():
             first = owner.setdefault(id(parameter), index)
             if first != index:

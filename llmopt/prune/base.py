@@ -42,9 +42,10 @@ class Pruner(Method):
     units: Several[Unit] = Field(("ffn", "kv_groups"), description="what may leave")
     normalize: Literal["lamp", "layer", "none"] = Field(
         "lamp", description="how scope: global makes the scores of different layers comparable")
-    minimum: float = Field(0.05, gt=0, le=1, description="share of its FFN channels that every layer keeps")
-    refit: bool = Field(True, description="refit the writers of the pruned parts by least squares on calibration data; "
-                                          "where whole parts leave there is nothing to refit")
+    minimum: float = Field(
+        0.05, gt=0, le=1, description="share of its FFN channels, or single weights, that every layer keeps")
+    refit: bool = Field(True, description="refit the writers of what leaves, or the weights that stay, by least "
+                                          "squares on calibration data; nothing to do where whole parts leave")
 
     def check(self) -> None:
         chosen = set(self.units)

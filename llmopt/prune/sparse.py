@@ -32,7 +32,7 @@ from llmopt.prune.scopes import Lamp, Local, Scope
 from llmopt.scale.processes import Ranks
 
 RIDGES = (0.01, 0.1)            # of the refit
-FILL = ("transform.rotate",)     # steps after which little is 0
+FILL = ("transform.rotate", "quant.gptq", "quant.tune", "quant.weights")       # the first all zeros, others some
 SAVES_NOTHING = "as many bytes and operations as before"
 FASTER = ", unless an engine packs the pattern for GPUs that multiply it (2:4: NVIDIA from Ampere on)"
 
@@ -102,7 +102,7 @@ class Sparse(Pruner):
         found = [SAVES_NOTHING + FASTER * bool(self.pattern)]
         found += [] if self.refit else [LOSES_MORE]
         fills = [step.name for step in run.ahead if step.name in FILL]
-        return found + ([f"{', '.join(fills)} behind it fills most of the zeros again"] if fills else [])
+        return found + ([f"behind it, {', '.join(fills)} will fill zeros again"] if fills else [])
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         if not self.single:

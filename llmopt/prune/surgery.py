@@ -104,7 +104,11 @@ def apply_plan(model: nn.Module, plan: list[LayerPlan], run: Run) -> None:
 
 
 def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> None:
-    """Raise LlmoptError if `plan` leaves a model that cannot work or cannot be stored."""
+    """Raise LlmoptError if `plan` is of another model, or leaves one that cannot work or cannot be stored."""
+    if len(plan) != len(views):
+        raise LlmoptError(f"the plan is for another model: it has {len(plan)} layers, this model has {len(views)}")
+    for block, layer in zip(views, plan, strict=True):
+        _check_kept(block, layer)
     has_ffn = bool(spec_of(model).ffn_out)
     planned = [layer.shape(block, has_ffn) for block, layer in zip(views, plan, strict=True) if not layer.drop]
     if not any(shape.heads for shape in planned):
@@ -112,6 +116,26 @@ def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> N
     if len(planned) < len(plan):
         check_droppable(model)
     check_storable(model, planned)
+
+
+def _check_kept(block: Block, layer: LayerPlan) -> None:
+    """Raise LlmoptError unless what stays are units of this block, some of each kind, as many heads in each group."""
+    for kind, part, count, kept in (("ffn", "mlp", block.width, layer.ffn),
+                                    ("kv_groups", "attention", block.kv_heads, layer.kv_groups),
+                                    ("heads", "attention", block.heads, layer.heads)):
+        if kept is None:
+            continue
+        if not len(kept):
+            raise LlmoptError(f"{block.name}: the plan keeps no {kind}; skip: [{part}] takes the whole part out")
+        if not 0 <= int(kept.min()) <= int(kept.max()) < count or bool((kept.diff() <= 0).any()):
+            raise LlmoptError(f"{block.name}: the plan is for another model: of its {kind}, 0 to {count - 1}, it keeps "
+                              f"{int(kept.min())} to {int(kept.max())}; ascending numbers of them expected")
+    if layer.heads is not None:
+        groups = torch.arange(block.kv_heads) if layer.kv_groups is None else layer.kv_groups
+        own = torch.bincount(layer.heads // (block.heads // block.kv_heads), minlength=block.kv_heads)
+        if int(own[groups].sum()) < len(layer.heads) or len(own[groups].unique()) > 1:
+            raise LlmoptError(f"{block.name}: the plan keeps {own.tolist()} heads of its KV groups; as many of each "
+                              "group that stays are needed, and none of the others")
 
 
 def reindex(per_layer: list[Tensor], views: list[Block], plan: list[LayerPlan]) -> list[Tensor]:

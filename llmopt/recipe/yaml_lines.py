@@ -47,6 +47,8 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source
         return [_construct(child, (*path, i), lines, source) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, lines, source)
+    if ":" in node.value and node.tag.endswith((":int", ":float")):         # 2:4, which is 124 in YAML 1.1
+        return node.value
     try:
         value = yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:

@@ -285,3 +285,13 @@ def test_widths_fit_the_groups_of_the_steps_ahead_and_of_no_other():
     model = tiny.make("llama")
     assert narrow.apply(model, Run()).meta["multiple"] == 1
     assert {shape.width for shape in shapes(model)} == {58}
+
+
+def test_scores_that_are_no_numbers_and_tied_projections_are_refused(monkeypatch):
+    monkeypatch.setattr(Magnitude, "score", lambda self, block, visit: {"ffn": torch.full((96,), torch.nan)})
+    with pytest.raises(LlmoptError, match="layers.0: the scores of its ffn are not finite"):
+        Magnitude(units=["ffn"], refit=False).apply(tiny.make("llama"), Run())
+    model = tiny.make("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[1].mlp.gate_proj.weight
+    with pytest.raises(LlmoptError, match="layer 1: mlp.gate_proj.weight and mlp.up_proj.weight are tied"):
+        llmopt.compress(model, [Magnitude(units=["ffn"], refit=False)])

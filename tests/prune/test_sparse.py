@@ -12,7 +12,8 @@ from llmopt.prune import FLAP, OBS, Magnitude, Wanda
 from llmopt.prune.masks import comparable, counts_below, fitted, half_of_each, smallest
 from llmopt.prune.obs import swept
 from llmopt.prune.sparse import Gone
-from llmopt.quant import RTN
+from llmopt.quant import GPTQ, RTN
+from llmopt.recipe import reader
 from tests import tiny
 
 METHODS = [Magnitude, Wanda, OBS]
@@ -189,6 +190,15 @@ def test_plan_log_and_record_say_what_it_does_not_save(caplog, tmp_path):
     told = predict(model, [step, RTN(bits=4, group_size=16)])
     assert told.steps[0][1].startswith("zeroes 50.0% of 21 weights, 2:4; as many bytes and operations as before")
     report = llmopt.compress(model, [step, RTN(bits=4, group_size=16)])
+    llmopt.save(model, tmp_path / "out", report=report)
+    assert "\n- `prune.magnitude`: as many bytes and operations as before, unless" in (
+        tmp_path / "out/README.md").read_text()
+    assert "behind it, quant.gptq will fill zeros again" in step.notes(Run(ahead=(GPTQ(bits=4),)))[-1]
     assert "prune.magnitude: as many bytes and operations as before" in caplog.text
     assert report.records[0]["meta"]["notes"][1].startswith("without the refit")
     assert all((found.unflatten(1, (-1, 4)).sum(2) >= 2).all() for found in zeros(model))       # RTN: 0 stays 0
+
+
+def test_a_pattern_without_quotes_is_no_number():
+    text = "model: {id: m}\nsteps: [prune.obs: {ratio: 0.5, units: [weights], pattern: 2:4}]\n"
+    assert reader.parse(text, "r.yaml").steps == (made(OBS, pattern="2:4"),)

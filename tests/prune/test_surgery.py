@@ -171,3 +171,20 @@ def test_members_of_a_kv_group_are_the_rows_of_its_heads():
     assert q.index[1].tolist() == list(range(16, 32))
     assert k.index[1].tolist() == v.index[1].tolist() == list(range(8, 16))
     assert out.columns and out.index[1].tolist() == list(range(16, 32))
+
+
+@pytest.mark.parametrize(("plan", "fact"), [
+    ([LayerPlan()] * 2, "the plan is for another model: it has 2 layers, this model has 3"),
+    ([LayerPlan(), LayerPlan(ffn=torch.arange(0)), LayerPlan()], r"layers.1: the plan keeps no ffn; skip: \[mlp\]"),
+    ([LayerPlan(kv_groups=torch.arange(0))] * 3, r"layers.0: the plan keeps no kv_groups; skip: \[attention\]"),
+    ([LayerPlan(ffn=torch.arange(200))] * 3, "another model: of its ffn, 0 to 95, it keeps 0 to 199"),
+    ([LayerPlan(ffn=torch.tensor([3, 2]))] * 3, "ascending numbers"),
+    ([LayerPlan(ffn=torch.tensor([2, 2]))] * 3, "2 to 2"),
+    ([LayerPlan(heads=torch.tensor([0, 1, 2]))] * 3, r"the plan keeps \[2, 1, 0, 0\] heads of its KV groups"),
+    ([LayerPlan(heads=torch.tensor([0, 2]), kv_groups=torch.tensor([0, 2]))] * 3, r"keeps \[1, 1, 0, 0\] heads")])
+def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(plan, fact):
+    model = model_of("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(LlmoptError, match=fact):
+        apply_plan(model, plan, Run())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
