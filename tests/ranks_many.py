@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from llmopt.calibration.factor import inverse_factor
 from llmopt.calibration.inputs import Inputs, Moments, each_weight
 from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
@@ -14,7 +15,6 @@ from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.prune import Fisher, Magnitude, Wanda
 from llmopt.quant import GPTQ, RTN, Tune
-from llmopt.quant.factor import inverse_factor
 from llmopt.run import pipeline
 from llmopt.scale import launch, processes
 from tests import tiny

@@ -24,12 +24,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.factor import inverse_factor
 from llmopt.calibration.second_moments import Gram
 from llmopt.parts import register
 from llmopt.prune.inputs import ByInputs
 from llmopt.prune.masks import half_of_each, smallest
 from llmopt.prune.sparse import Gone, Sparse
-from llmopt.quant.factor import inverse_factor
 
 BLOCK = 128             # columns of a weight whose zeros are chosen together
 ROUNDS = 64             # a 64th of the units leaves before the others are looked at again

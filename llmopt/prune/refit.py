@@ -93,8 +93,16 @@ class Sums:
             total += float((x @ change.T).double().square_().sum())
         return float(self.ranks.sum_(total))
 
-    def all(self) -> Tensor:
-        """H [in, in] over all tokens, once the others have been joined; those held out are added to them."""
+    def all(self, like: Tensor) -> Tensor:
+        """H [in, in] over all tokens, once the others have been joined."""
+        rest = Gram(self.ranks)
+        for x in self.held:
+            rest.add(x)
+        rest.join(like)
+        return rest.whole().add_(self.gram.whole()) if rest.tokens else self.gram.whole().clone()
+
+    def settled(self) -> Tensor:
+        """The same without another matrix: those held out are added to the others, and there is nothing more to ask."""
         for x, _ in self.ranks.each_of(self.held, self.gram.lower[:1].float()):
             self.gram.add(x)
         return self.gram.whole()
@@ -122,7 +130,7 @@ def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums) -> t
     if not sums.gram.tokens:
         raise LlmoptError(f"{projection.name}: no calibration token reached it")
     ridge, figures = chosen(old, inputs, sums)
-    found = old[:, inputs] if ridge is None else solve(old, sums.all(), inputs, ridge)
+    found = old[:, inputs] if ridge is None else solve(old, sums.settled(), inputs, ridge)
     found = sums.ranks.broadcast_(found.to(projection.weight.dtype))
     if not all_finite(found):
         raise LlmoptError(f"{projection.name}: cannot be refitted: what it reads on the calibration data is not finite")

@@ -27,7 +27,7 @@ from llmopt.model.finite import all_finite
 from llmopt.parts import Several
 from llmopt.prune.base import LOSES_MORE, Pruner, Unit
 from llmopt.prune.masks import comparable, counts_below, fitted, half_of_each, smallest
-from llmopt.prune.refit import Sums, best, held_out
+from llmopt.prune.refit import Sums, best, held_out, with_bias
 from llmopt.prune.scopes import Lamp, Local, Scope
 from llmopt.scale.processes import Ranks
 
@@ -178,7 +178,7 @@ class Sparse(Pruner):
         if sums:
             fits = [Fit(p, weight, *one) for p, weight, one in zip(group, weights, masked, strict=True)]
             ridges = [fit.ridge(sums) for fit in fits]
-            gram = sums.all()
+            gram = sums.settled()
             made = [fit.solved(gram, ridge) for fit, (ridge, _) in zip(fits, ridges, strict=True)]
             found = [one | {"ridge": ridge, **lost} for one, (ridge, lost) in zip(found, ridges, strict=True)]
         for projection, values in zip(group, made, strict=True):
@@ -229,11 +229,10 @@ class Fit:
     """The weights of a projection that stay, on the way to what the whole one writes; a bias is one more column."""
 
     def __init__(self, projection: Projection, weight: Tensor, made: Tensor, out: Tensor):
-        bias = projection.bias
         self.stays, self.start, self.target = ~out, made, weight
-        if bias is not None:
-            self.stays = pad(self.stays, (0, 1), value=True)
-            self.start, self.target = (torch.cat([x, bias.float()[:, None]], 1) for x in (made, weight))
+        if projection.bias is not None:
+            self.stays, self.target = pad(self.stays, (0, 1), value=True), with_bias(projection)
+            self.start = torch.cat([made, self.target[:, -1:]], 1)
 
     def ridge(self, sums: Sums) -> tuple[float | None, dict[str, float]]:
         """The ridge that does best on what is held out, None for no fit; see refit.best."""

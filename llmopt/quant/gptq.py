@@ -28,6 +28,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from llmopt.calibration.factor import MAX_DAMPING, inverse_factor, times_inverse
 from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
@@ -38,7 +39,6 @@ from llmopt.model.finite import all_finite
 from llmopt.parts import register
 from llmopt.quant.alternate import alternate
 from llmopt.quant.base import Quantizer
-from llmopt.quant.factor import MAX_DAMPING, inverse_factor, times_inverse
 from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
 from llmopt.quant.search import fit_groups_to, fit_outputs
 from llmopt.quant.solver import Solver

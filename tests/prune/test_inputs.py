@@ -151,7 +151,8 @@ def test_the_ridge_is_that_of_the_rows_held_out():
     found = {r: (x[6:, :5].double() @ solve(weight, x[:6].T @ x[:6], torch.arange(5), r).T - x[6:] @ weight.T).norm()
              for r in (0.001, 0.01, 0.1, 1.0)}
     assert ridge == min(found, key=found.get) and 0 < figures["refit"] < figures["cut"] < 1
-    torch.testing.assert_close(sums.all().float(), x.T @ x)
+    torch.testing.assert_close(sums.all(weight).float(), x.T @ x)
+    assert torch.equal(sums.all(weight), sums.settled())
 
 
 def test_the_record_tells_what_the_refit_won():
