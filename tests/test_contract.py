@@ -65,7 +65,7 @@ def pairs(names: list[str]) -> list:
     """(method, architecture), those beyond the default marked for the full tier; no transform that is refused."""
     found = []
     for number, name in enumerate(names):
-        families = [family for family in tiny.CONFIGS if (family, name) not in REFUSED]
+        families = [family for family in tiny.CONFIGS if (family, name) not in REFUSED and has_units(name, family)]
         others = [family for family in OTHERS if family in families]
         default = {"llama", others[number % len(others)]}
         found += [pytest.param(name, family, marks=() if family in default else pytest.mark.full)
@@ -83,6 +83,12 @@ def method(name: str, family: str):
     if made.stage == "prune" and "units" in made.to_dict()[name]:
         made = dataclasses.replace(made, units=tuple(u for u in made.units if (family, u) not in REFUSED))
     return made
+
+
+def has_units(name: str, family: str) -> bool:
+    """False for a pruner all of whose units the architecture refuses."""
+    made = build(name, FIELDS.get(name, {})) if name.startswith("prune.") else None
+    return made is None or any((family, unit) not in REFUSED for unit in getattr(made, "units", [family]))
 
 
 class Applied(NamedTuple):

@@ -4,6 +4,7 @@ from llmopt.prune.depth import Depth
 from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
 from llmopt.prune.fuse import Fuse
+from llmopt.prune.heads import Heads
 from llmopt.prune.heal import Heal
 from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
@@ -13,5 +14,5 @@ from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Fuse", "Heal", "Magnitude", "Measured", "ModHiFi", "Pruner", "Taylor",
-            "Tyr", "Wanda"]
+__all__ = ["FLAP", "OBS", "Depth", "Fisher", "Fuse", "Heads", "Heal", "Magnitude", "Measured", "ModHiFi", "Pruner",
+           "Taylor", "Tyr", "Wanda"]

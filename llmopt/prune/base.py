@@ -62,6 +62,11 @@ class Pruner(Method):
             raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
 
     @property
+    def by_weights(self) -> bool:
+        """True if the weights alone tell the scores, to a forecast too."""
+        return not self.uses_inputs
+
+    @property
     def refits(self) -> bool:
         """True if writers are left that can make up for what leaves."""
         return self.refit and not set(self.units) & set(COARSE)
@@ -77,7 +82,7 @@ class Pruner(Method):
         """What these fields cost, or do not save, that nobody would guess; for plan, log, record and model card."""
         if self.refits or set(self.units) & set(COARSE):
             return []
-        if self.needs_data:
+        if self.needs_data or not self.by_weights:
             return [LOSES_MORE]
         return ["chosen by weights alone and without a refit, no calibration data: on real models worse than channels "
                 "drawn at random; refit: true, or better prune.wanda, loses a fraction of that"]
@@ -105,7 +110,7 @@ class Pruner(Method):
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Where the scores cannot be known yet, as many units leave as will leave, whichever they are."""
         self.refuse(skeleton)
-        known = source is not None and not self.uses_inputs and not self.scope.learns
+        known = source is not None and self.by_weights and not self.scope.learns
         told = self._told(self._guess(skeleton, run)) if not known else self._decided(source, run)
         apply_plan(skeleton, [LayerPlan.from_dict(layer) for layer in told["layers"]], Run())
         gone = ", ".join(f"{n} {kind}" for kind, n in told["meta"]["removed_units"].items() if n)
