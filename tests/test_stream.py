@@ -42,7 +42,8 @@ STEPS = {
     "zd": "[quant.rtn: {bits: 3, group_size: 32, allocate: zd, overrides: {down_proj: {bits: 16}}}]",
     "local": "[prune.magnitude: {ratio: 0.3, refit: false}]",
     "global": "[prune.magnitude: {ratio: 0.3, scope: global}]",
-    "widths": "[prune.wanda: {ratio: 0.3, scope: {measured: {shares: [0.5], plans: 1}}}]",
+    "widths": "[prune.wanda: {ratio: 0.3, scope: {measured: {shares: [0.5], plans: 1}}}, "
+              "prune.magnitude: {units: [ffn], refit: false, scope: {ecoflap: {order: first}}}]",
     "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: false}, "

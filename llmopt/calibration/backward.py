@@ -3,7 +3,8 @@
     forwards: what every block reads is kept; backwards: each runs again from that, with gradients,
     and dL/d(what it writes) becomes dL/d(what it reads)
 
-L is the sum over the samples of their mean next-token losses. No weight gets a gradient, and no more than one block's
+L is the sum over the samples of their mean next-token losses. No weight gets a gradient, but in `weights_backward`, one
+block's at a time and for the caller's eyes alone. No more than one block's
 weights and inner activations are there at a time: in memory batch by batch, streamed with all batches at once, as
 every pass over the blocks reads them from disk. Beside them wait the hidden states in front of all blocks.
 """
@@ -22,24 +23,35 @@ from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, layer_list
 
 Batch = dict[str, Tensor]
+Places = Callable[[Block], list[Projection]]
 See = Callable[[Projection, Tensor, Tensor], None]
+Down = Callable[[Visit, list[Tensor]], Iterator[Tensor]]        # through a block, from what it writes to what it reads
 
 
-def backward(model: nn.Module, run: Run, label: str, places: Callable[[Block], list[Projection]], see: See) -> None:
+def backward(model: nn.Module, run: Run, label: str, places: Places, see: See) -> None:
     """Call `see(projection, x, dL/dx)`, x [B, T, in], of every batch of this process and each of a block's `places`.
 
     Both are float32 at least, and 0 at padding. The model comes out of it as it was.
     """
+    _all(model, run, label, partial(_back, places=places, see=see))
+
+
+def weights_backward(model: nn.Module, run: Run, label: str, places: Places,
+                     see: Callable[[Projection, Tensor], None]) -> None:
+    """Call `see(projection, dL/dW [out, in])` of every batch of this process and each of a block's `places`."""
+    _all(model, run, label, partial(_back_to_weights, places=places, see=see))
+
+
+def _all(model: nn.Module, run: Run, label: str, down: Down) -> None:
     refuse_without_data(run)
     parcels = run.memory.parcels(run.own_batches)
     with undisturbed(model):
         model.requires_grad_(False)
         for number, parcel in enumerate(parcels, 1):
-            _through(model, run, parcel, f"{label} {number} of {len(parcels)}", places, see)
+            _through(model, run, parcel, f"{label} {number} of {len(parcels)}", down)
 
 
-def _through(model: nn.Module, run: Run, batches: list[Batch], label: str,
-             places: Callable[[Block], list[Projection]], see: See) -> None:
+def _through(model: nn.Module, run: Run, batches: list[Batch], label: str, down: Down) -> None:
     count = len(layer_list(model))
     memory = run.memory.reading.holding(count + 4)          # hidden states, slopes of two blocks, the walk's masks
     stops = [*walk(model, batches, run.progress, label, memory)]
@@ -48,7 +60,7 @@ def _through(model: nn.Module, run: Run, batches: list[Batch], label: str,
         slopes = memory.keep(_slope_behind(model, *both) for both in zip(batches, hidden, strict=True))
     for index in run.progress(range(count - 1, -1, -1), f"{label}, backwards"):
         with memory.block(model, index):
-            slopes = memory.keep(_back(stops.pop(), places, see, slopes))
+            slopes = memory.keep(down(stops.pop(), slopes))
 
 
 def _slope_behind(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:             # [B, T, E]
@@ -60,8 +72,7 @@ def _slope_behind(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:    
         return torch.autograd.grad(decoded, hidden, loss_slopes(model, decoded.detach(), ids, mask))[0]
 
 
-def _back(visit: Visit, places: Callable[[Block], list[Projection]], see: See,
-          slopes: list[Tensor]) -> Iterator[Tensor]:
+def _back(visit: Visit, slopes: list[Tensor], places: Places, see: See) -> Iterator[Tensor]:
     """dL/d(what the block reads) by dL/d(what it writes), batch by batch."""
     shown = places(visit.block)
     for index, slope in enumerate(slopes):
@@ -74,6 +85,23 @@ def _back(visit: Visit, places: Callable[[Block], list[Projection]], see: See,
         for place, there in zip(shown, found, strict=True):
             see(place, *(_wide(tensor, padding) for tensor in (read[place.name].detach(), there)))
         yield below.masked_fill(padding.to(below.device), 0)
+
+
+def _back_to_weights(visit: Visit, slopes: list[Tensor], places: Places,
+                     see: Callable[[Projection, Tensor], None]) -> Iterator[Tensor]:
+    """The same, where `see` is shown the slopes in weights."""
+    shown = places(visit.block)
+    for index, slope in enumerate(slopes):
+        here = part(visit, slice(index, index + 1))
+        here.inputs[0] = x = here.inputs[0].detach().requires_grad_()
+        weights = [getattr(place.module, place.parameter).detach().requires_grad_() for place in shown]
+        keys = [place.key.removeprefix(f"{visit.block.name}.") for place in shown]
+        with torch.enable_grad():
+            out = here.forward(0, dict(zip(keys, weights, strict=True)))
+        below, *found = torch.autograd.grad(out, [x, *weights], slope.to(out))
+        for place, there in zip(shown, found, strict=True):
+            see(place, there.T if place.transposed else there)
+        yield below.masked_fill(~here.masks[0][..., None].to(below.device), 0)
 
 
 def _wide(x: Tensor, padding: Tensor) -> Tensor:                                        # [B, T, in] float32

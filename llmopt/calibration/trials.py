@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from llmopt.calibration.calls import logits_behind
+from llmopt.calibration.calls import decoded_behind, logits_behind
+from llmopt.calibration.losses import row_losses
 from llmopt.calibration.walk import Visit, walk
 from llmopt.method import Run
 from llmopt.model.blocks import Block
@@ -78,6 +79,19 @@ class Trials:
                     sums[name] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
         return self._mean(sums, count)
 
+    @torch.no_grad()
+    def losses(self) -> dict[Hashable, float]:
+        """The mean next-token loss of every trial, over the rows of all processes, in the same manner."""
+        sums = dict.fromkeys(self.hidden, 0.0)
+        with self.memory.outside(self.model, head=True):
+            for index in self.run.progress(range(len(self.rows)), "losses of trials"):
+                row = self.rows[index]
+                ids, mask = (row[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+                for name, hidden in self.hidden.items():
+                    decoded = decoded_behind(self.model, row, hidden[index])
+                    sums[name] += float(row_losses(self.model, decoded, ids, mask).double().sum())
+        return self._mean(sums, len(self.rows))
+
     def turned(self) -> dict[Hashable, float]:
         """1 - the mean cosine between what the last block gives in every trial and in the dense model."""
         sums = {name: sum(turned(there, dense) for there, dense in zip(hidden, self.dense, strict=True))
@@ -85,10 +99,10 @@ class Trials:
         return self._mean(sums, sum(row["input_ids"].numel() for row in self.rows))
 
     def _mean(self, sums: dict[Hashable, float], count: int) -> dict[Hashable, float]:
-        """Sums over the tokens of this process's rows as means over those of all."""
+        """Sums over this process's `count` tokens, or rows, as means over those of all."""
         parts = self.run.ranks.gather((sums, count))
-        tokens = sum(count for _, count in parts)
-        return {name: sum(found[name] for found, _ in parts) / tokens for name in sums}
+        total = sum(count for _, count in parts)
+        return {name: sum(found[name] for found, _ in parts) / total for name in sums}
 
 
 def part(visit: Visit, batches: slice) -> Visit:

@@ -134,3 +134,22 @@ def locally(units: list[Units], ratio: float) -> list[int]:
             removed[i] = min(fits, key=lambda n, i=i, share=share: abs(units[i].freed(n) - share))
             left -= units[i].freed(removed[i])
     return removed
+
+
+def rounded(units: list[Units], wanted: list[float], ratio: float) -> list[int]:
+    """Units to remove from each entry: what frees `wanted`, rounded down, then up in turn while `ratio` lasts.
+
+    Those that are nearest to their next number are rounded up first.
+    """
+    tiny = 1e-9 * sum(u.total for u in units)
+    steps = [[len(u.scores) - n for n in u.allowed] for u in units]                              # ascending, from 0
+    removed = [max(n for n in some if u.freed(n) <= want + tiny)
+               for u, some, want in zip(units, steps, wanted, strict=True)]
+    left = ratio * sum(u.total for u in units) + tiny - sum(map(Units.freed, units, removed))
+    beyond = [(units[i].freed(up) - wanted[i], i, up) for i, some in enumerate(steps)
+              for up in some[some.index(removed[i]) + 1:][:1] if units[i].freed(removed[i]) + tiny < wanted[i]]
+    for _, i, up in sorted(beyond):
+        price = units[i].freed(up) - units[i].freed(removed[i])
+        if price <= left:
+            removed[i], left = up, left - price
+    return removed

@@ -60,6 +60,7 @@ class Pruner(Method):
                                                         "and heads; use two steps to have both")
         if coarse and not isinstance(self.scope, (Local, Global)):
             raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
+        self.scope.fits(self.ratio)
 
     @property
     def by_weights(self) -> bool:
@@ -74,9 +75,6 @@ class Pruner(Method):
     @property
     def needs_data(self) -> bool:
         return self.uses_inputs or self.refits or self.scope.learns
-
-    def backward(self, rows: int, length: int) -> int:
-        return self.scope.backward(rows, length)
 
     def notes(self, run: Run) -> list[str]:
         """What these fields cost, or do not save, that nobody would guess; for plan, log, record and model card."""

@@ -3,7 +3,7 @@
     D[u, c] = KL(dense || layer part u without its c weakest units, all else dense)    in nats, for u and shares c
 
 The criterion says which units are the weakest, and the refit is in place (stand_ins.py). Between two shares D is taken
-to be straight, in quarters; an integer programme then finds the plan with the least sum that meets the budget, exactly.
+to be straight; an integer programme then finds the plan with the least sum that meets the budget, exactly.
 Damages do not add up: of three parts of SmolLM2-135M that cost least one by one, the going of all three cost as much as
 a tenth of the model. So the best few plans, each of which differs from the others in an eighth of the parts, the same
 share everywhere and LAMP's ranking are measured whole, and the one with the least damage is taken.
@@ -31,7 +31,7 @@ from llmopt.prune.scopes import Demand, Removed, Scope
 from llmopt.prune.stand_ins import Ridges, StandIns
 
 APART = 8           # plans that are measured differ in a part of every so many
-BETWEEN = 4         # choices from one share that is measured to the next
+BETWEEN = 8         # choices from one share that is measured to the next
 DENSE = "dense"
 Table = list[dict[int, float]]          # by the number of units that leave, for each layer part: the damage
 
@@ -128,7 +128,7 @@ def best_plans(units: list[Units], ratio: float, table: Table, count: int) -> li
         reach = 1 - sum(map(min, cost)) / total
         raise BudgetError(f"ratio {ratio:g} cannot be met: with the shares that are measured 0 to {reach:.3f} of the "
                           "chosen units can leave")
-    for slack in (step // 8, step // 2, step):                  # a plan that far below the budget there always is
+    for slack in (step // 32, step // 4, step):                  # a plan that far below the budget there always is
         problem = Programme(damage, cost, least + slack, least)
         if sum(map(min, cost)) <= problem.room and (found := list(problem.plans(count, max(1, len(units) // APART)))):
             return [[some[pick] for some, pick in zip(options, picks, strict=True)] for picks in found]
@@ -136,7 +136,7 @@ def best_plans(units: list[Units], ratio: float, table: Table, count: int) -> li
 
 
 def choices(u: Units, row: dict[int, float]) -> list[int]:
-    """Numbers of units that may leave: those that were measured and, where allowed, three between one and the next."""
+    """Numbers of units that may leave: those that were measured and, where allowed, seven between one and the next."""
     known, able = sorted(row), [len(u.scores) - count for count in u.allowed]
     found = set(known)
     for low, high in pairwise(known):

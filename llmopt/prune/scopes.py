@@ -39,9 +39,8 @@ class Scope(Part, ABC):
     kind = "scope"
     learns: ClassVar[bool] = False
 
-    def backward(self, rows: int, length: int) -> int:
-        """See Method.backward."""
-        return 0
+    def fits(self, ratio: float) -> None:
+        """Raise FieldError for a field that does not go with the step's `ratio`."""
 
     @abstractmethod
     def removed(self, demand: Demand) -> Removed:

@@ -26,7 +26,8 @@ def test_what_is_measured_and_what_lies_between():
     assert grid(ten, (0.1, 0.2)) == [10, 20] and grid(units(0, [1.0]), (0.1,)) == []
     assert grid(units(0, [0.0] * 4), (0.1, 0.2, 0.5)) == [1, 2]           # the smallest step there is, at least
     row = {0: 0.0, 10: 1.0, 20: 5.0}
-    assert choices(ten, row) == [0, 2, 5, 7, 10, 12, 15, 17, 20] and lerp(row, 15) == 3.0 and lerp(row, 10) == 1.0
+    assert choices(ten, row) == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 19, 20]
+    assert lerp(row, 15) == 3.0 and lerp(row, 10) == 1.0
     assert foretold([row, row], [10, 15]) == 4.0 and foretold([row], [30]) is None
 
 
