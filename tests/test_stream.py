@@ -43,7 +43,8 @@ STEPS = {
     "local": "[prune.magnitude: {ratio: 0.3, refit: false}]",
     "global": "[prune.magnitude: {ratio: 0.3, scope: global}]",
     "widths": "[prune.wanda: {ratio: 0.3, scope: {measured: {shares: [0.5], plans: 1}}}, "
-              "prune.magnitude: {units: [ffn], refit: false, scope: {ecoflap: {order: first}}}]",
+              "prune.magnitude: {units: [ffn], refit: false, scope: {ecoflap: {order: first}}}, "
+              "prune.magnitude: {units: [ffn], refit: false, scope: {pagcp: {growth: 1.5}}}]",
     "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: false}, "

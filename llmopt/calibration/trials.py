@@ -61,7 +61,7 @@ class Trials:
             if changed is None:
                 ahead[name] = before
                 continue
-            here, own = replace(visit, inputs=before), _in_block(visit, changed)
+            here, own = replace(visit, inputs=before), in_block(visit.block, changed)
             ahead[name] = [hold(here.forward(index, own)) for index in range(len(self.rows))]
         self.hidden = ahead
 
@@ -137,12 +137,12 @@ def without(block: Block, parts: Collection[str]) -> dict[str, Tensor]:
             for name, parameter in writer.module.named_parameters()}
 
 
-def _in_block(visit: Visit, weights: Weights) -> dict[str, Tensor] | None:
+def in_block(block: Block, weights: Weights) -> dict[str, Tensor] | None:
     """The weights as parameters by their names in the block."""
-    known, found = {p.name: p for p in visit.block.projections()}, {}
+    known, found = {p.name: p for p in block.projections()}, {}
     for name, tensor in weights.items():
         key, turn = (known[name].key, known[name].transposed) if name in known else (name, False)
-        found[key.removeprefix(f"{visit.block.name}.")] = tensor.T if turn else tensor
+        found[key.removeprefix(f"{block.name}.")] = tensor.T if turn else tensor
     return found or None
 
 

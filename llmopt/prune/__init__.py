@@ -11,9 +11,10 @@ from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
 from llmopt.prune.modhifi import ModHiFi
 from llmopt.prune.obs import OBS
+from llmopt.prune.pagcp import PAGCP
 from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude", "Measured", "ModHiFi",
-            "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["FLAP", "OBS", "PAGCP", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude", "Measured",
+            "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from llmopt.calibration.programme import Programme
 from llmopt.calibration.trials import Trials, sample
+from llmopt.calibration.walk import Visit
 from llmopt.errors import BudgetError, FieldError
 from llmopt.parts import Several, register
 from llmopt.prune.allocate import Units, globally, locally, normalise
@@ -73,7 +74,7 @@ class Measured(Scope):
         trials, data = self._trials(demand, (DENSE,)), demand.run.own_batches
         ridges: Ridges = {}
         for visit, own in trials.visits(data, f"{demand.label}, damage"):
-            stand_ins = StandIns(visit, demand.units, demand.run, demand.refit, ridges)
+            stand_ins = self._stand_ins(visit, demand, ridges)
             branches = {(entry, gone): DENSE for entry, u in enumerate(demand.units)
                         if u.layer == own.block.index for gone in counts[entry]}
 
@@ -89,7 +90,7 @@ class Measured(Scope):
         """The damage of whole plans."""
         trials = self._trials(demand, tuple(range(len(plans))))
         for visit, own in trials.visits(demand.run.own_batches, f"{demand.label}, whole plans"):
-            stand_ins = StandIns(visit, demand.units, demand.run, demand.refit, dict(ridges))
+            stand_ins = self._stand_ins(visit, demand, dict(ridges))
             here = own.block.index
 
             def of(index: int, stand_ins: StandIns = stand_ins, here: int = here) -> dict:
@@ -99,6 +100,10 @@ class Measured(Scope):
             trials.through(own, of)
         found = demand.run.ranks.agree(trials.damage())
         return [found[index] for index in range(len(plans))]
+
+    @staticmethod
+    def _stand_ins(visit: Visit, demand: Demand, ridges: Ridges) -> StandIns:
+        return StandIns(visit.block, demand.units, demand.run, visit if demand.refit else None, ridges)
 
     def _trials(self, demand: Demand, start: tuple) -> Trials:
         run = demand.run

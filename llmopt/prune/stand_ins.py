@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
-from llmopt.model.blocks import Projection
+from llmopt.model.blocks import Block, Projection
 from llmopt.prune.allocate import Units
 from llmopt.prune.refit import Sums, chosen, held_out, placed, solve, with_bias, writers
 from llmopt.prune.surgery import layer_plan
@@ -20,12 +20,17 @@ Ridges = dict[str, float | None]            # by the name of a writer; None: it 
 
 
 class StandIns:
-    """The stand-ins of one block. ridges: filled where a writer's is not known yet."""
+    """The stand-ins of one block.
 
-    def __init__(self, data: Visit, units: list[Units], run: Run, refit: bool, ridges: Ridges):
-        self.block, self.ridges = data.block, ridges
-        self.units = [u for u in units if u.layer == data.block.index]
-        self.read = _read(data, [self._cut(u, u.most)[0] for u in self.units if u.most], run) if refit else {}
+    data: a visit with the calibration data, for stand-ins that are refitted; None: cut alone. ridges: filled where a
+    writer's is not known yet.
+    """
+
+    def __init__(self, block: Block, units: list[Units], run: Run, data: Visit | None, ridges: Ridges):
+        self.block, self.ridges = block, ridges
+        self.units = [u for u in units if u.layer == block.index]
+        able = [u for u in self.units if u.most]
+        self.read = _read(data, [self._cut(u, u.most)[0] for u in able], run) if data and able else {}
 
     def weights(self, removed: dict[str, int]) -> dict[str, Tensor]:
         """By the name of a weight or bias, what it is where so many units of each kind leave the block."""

@@ -57,7 +57,8 @@ def test_a_stand_in_is_what_cut_and_refit_leave(family):
     for visit in visits(model, run, "test", edits=False):
         if visit.block.index == 0:
             for refitted in (True, False):
-                found[refitted] = [StandIns(visit, [u], run, refitted, {}).weights({u.kind: u.most}) for u in some]
+                seen = visit if refitted else None
+                found[refitted] = [StandIns(visit.block, [u], run, seen, {}).weights({u.kind: u.most}) for u in some]
     for refitted in (False, True):
         for u, weights in zip(some, found[refitted], strict=True):
             model = tiny.make(family)
