@@ -1,6 +1,7 @@
 """Structural pruning: whole channels, KV groups, sub-blocks and blocks leave the model."""
 from llmopt.prune.base import Pruner
 from llmopt.prune.depth import Depth
+from llmopt.prune.dimap import DIMAP
 from llmopt.prune.ecoflap import ECoFLaP
 from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
@@ -16,5 +17,5 @@ from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["FLAP", "OBS", "PAGCP", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude", "Measured",
-            "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude",
+           "Measured", "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]

@@ -67,11 +67,11 @@ def cost(block: Block, unit: str) -> int:
 def mean_square(block: Block, unit: str) -> Tensor:       # [units]
     """Mean of the squared weights over everything that leaves with each unit, float32."""
     found = members(block, unit)
-    total = sum(m.sums(_weight(block, unit, m.projection).square()) for m in found)
+    total = sum(m.sums(felt(block, unit, m.projection).square()) for m in found)
     return total / sum(m.weights for m in found)
 
 
-def _weight(block: Block, unit: str, projection: Projection) -> Tensor:      # [out, in]
+def felt(block: Block, unit: str, projection: Projection) -> Tensor:      # [out, in]
     """Inside a layer, a reader's columns count with the gain of the norm in front of it, as the stream feels them.
 
     Whole sub-blocks are compared between layers, where gains tell of the depth of a layer and not of its worth.
