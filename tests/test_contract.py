@@ -30,7 +30,7 @@ FIELDS = {
     "quant.rtn": {"bits": 3, "group_size": 32},
     "quant.gptq": {"bits": 3, "group_size": 32},
     "quant.weights": {"bits": 3, "group_size": 32, "solver": {"gptq": {"damping": 0.05}}},
-    "prune.magnitude": {"ratio": 0.5},
+    **{f"prune.{name}": {"ratio": 0.5} for name in ("fisher", "flap", "magnitude", "obs", "taylor", "wanda")},
     "kv.streaming": {"ratio": 0.5},
     "kv.snapkv": {"ratio": 0.5, "window": 8},
     **{f"kv.{name}": {"ratio": 0.5, "window": 8} for name in ("critical", "dropkv", "ems", "h2o")},

@@ -10,7 +10,7 @@ from llmopt.prune.allocate import Units
 from llmopt.prune.dimap import Apart, importance
 from tests import tiny
 
-CONTRACT = {"scope": "local"}           # some architectures keep their layers alike
+CONTRACT = {"ratio": 0.5, "scope": "local"}           # some architectures keep their layers alike
 
 
 def test_importance_by_hand():

@@ -10,6 +10,7 @@ from llmopt.prune import ModHiFi
 from llmopt.prune.modhifi import explained, fidelity
 from tests import tiny
 
+CONTRACT = {"ratio": 0.5}
 EACH = torch.arange(6)[:, None]             # six units of one column
 
 
