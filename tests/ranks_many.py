@@ -13,7 +13,7 @@ from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.prune import Fisher, Magnitude, Wanda
+from llmopt.prune import Depth, Fisher, Fuse, Heal, Magnitude, Wanda
 from llmopt.quant import GPTQ, RTN, Tune
 from llmopt.run import pipeline
 from llmopt.scale import launch, processes
@@ -29,6 +29,8 @@ PLANS = {
     "narrow": [Fisher(ratio=0.3, units=["ffn"]), GPTQ(bits=4, **GROUPS)],
     "widths": [Wanda(ratio=0.3, scope={"measured": {"shares": [0.5], "plans": 1}}),
                Magnitude(refit=False, scope={"ecoflap": {"draws": 1}})],
+    "blocks": [Depth(ratio=0.34), Heal(epochs=1)],
+    "fused": [Fuse(ratio=0.34, epochs=1, rank=2)],
     "tune": [Tune(bits=3, iterations=2, **GROUPS)],
     "fp8": [RTN(scheme="FP8")],
     "nvfp4": [GPTQ(scheme="NVFP4A16")],

@@ -106,6 +106,18 @@ def test_sigkill_between_any_two_writes(made):
     assert sum(code == -9 for ended in codes for code in ended) >= 24
 
 
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_sigkill_while_blocks_leave_and_others_learn(stream, made):
+    """The rounds of the search, repaired and fused blocks, the states of what learns."""
+    steps = """
+  - prune.depth: {ratio: 0.25, score: bi}
+  - prune.fuse: {ratio: 0.34, epochs: 2, rank: 2}
+""" + "  - prune.heal: {epochs: 3, minutes: null}\n" * (not stream)
+    made.write_text(made.read_text().replace(STEPS, steps))
+    codes = killed(made, [{"output": "chain", "stream": stream, "kills": [9] * 5}])
+    assert codes[1].count(-9) == 5
+
+
 @pytest.mark.full
 def test_sigkill_at_random_moments(made):
     """Moments drawn evenly over a run's duration, three in a row; every second run is streamed."""

@@ -113,7 +113,7 @@ class Fuse(Leaving):
             loss = GroupLoss([visit(block.index, hidden) for block in views], wanted, slow, self.loss)
             first, last, steps = learn(run, f"fusing {index}", loss, knobs, self.epochs, self.minutes)
             with torch.no_grad():
-                made = {part.key: part.value().contiguous() for part in slow}
+                made = {part.key: part.value().detach().contiguous() for part in slow}
         for tensor in made.values():
             run.ranks.broadcast_(tensor)
         share = loss.tokens / sum(int(masks[i].sum()) for i in split(len(masks))[1])

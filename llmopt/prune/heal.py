@@ -89,7 +89,7 @@ class Heal(Method):
         _, judged = split(len(run.batches))
         share = loss.tokens / sum(int(run.batches[index]["attention_mask"].sum()) for index in judged)
         with torch.no_grad():
-            made = {part.key: part.value().contiguous() for part in parts}
+            made = {part.key: part.value().detach().contiguous() for part in parts}
         for tensor in made.values():
             run.ranks.broadcast_(tensor)
         return made | {"figures": torch.tensor([first * share, last * share, steps], dtype=torch.float64)}

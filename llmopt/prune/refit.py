@@ -121,7 +121,8 @@ def _refit_one(visit: Visit, projection: Projection, kept: Tensor, apart: list[T
     return figures
 
 
-def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums) -> tuple[Tensor, dict[str, Any]]:
+def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums,
+           ridges: tuple[float, ...] = RIDGES) -> tuple[Tensor, dict[str, Any]]:
     """The columns `inputs` [P] of `old` [out, in] that do best without the others, [out, P] of the weight's type.
 
     With them the projection's name, their ridge and the figures of `chosen`.
@@ -129,7 +130,7 @@ def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums) -> t
     sums.gram.join(old)
     if not sums.gram.tokens:
         raise LlmoptError(f"{projection.name}: no calibration token reached it")
-    ridge, figures = chosen(old, inputs, sums)
+    ridge, figures = chosen(old, inputs, sums, ridges)
     found = old[:, inputs] if ridge is None else solve(old, sums.settled(), inputs, ridge)
     found = sums.ranks.broadcast_(found.to(projection.weight.dtype))
     if not all_finite(found):
@@ -137,12 +138,13 @@ def fitted(projection: Projection, old: Tensor, inputs: Tensor, sums: Sums) -> t
     return found, {"name": projection.name, "ridge": ridge, **figures}
 
 
-def chosen(old: Tensor, inputs: Tensor, sums: Sums) -> tuple[float | None, dict[str, float]]:
+def chosen(old: Tensor, inputs: Tensor, sums: Sums,
+           ridges: tuple[float, ...] = RIDGES) -> tuple[float | None, dict[str, float]]:
     """The ridge that does best on what is held out, None for the cut alone; the parts of the output's energy that the
     cut and the refit miss there."""
     gram = sums.gram.whole()
     return best(old, placed(old[:, inputs], inputs, old),
-                lambda ridge: placed(solve(old, gram, inputs, ridge), inputs, old), RIDGES, sums)
+                lambda ridge: placed(solve(old, gram, inputs, ridge), inputs, old), ridges, sums)
 
 
 def best(old: Tensor, cut: Tensor, fit: Callable[[float], Tensor], ridges: tuple[float, ...],

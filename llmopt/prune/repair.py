@@ -22,7 +22,7 @@ from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.architectures import NORMS_KEPT, UNTURNED
 from llmopt.model.blocks import Projection, spec_of
-from llmopt.prune.refit import Sums, fitted, held_out
+from llmopt.prune.refit import RIDGES, Sums, fitted, held_out
 from llmopt.prune.surgery import LayerPlan
 
 
@@ -56,7 +56,8 @@ def _repaired(visit: Visit, gone: tuple[str, ...], run: Run) -> dict[str, Any]:
     weight = writer.weight
     old = torch.cat([weight.float(), *([writer.bias.float()[:, None]] if bias else []),
                      torch.eye(len(weight), device=weight.device)], 1)
-    found, figures = fitted(writer, old, torch.arange(old.shape[1] - len(weight), device=weight.device), sums)
+    found, figures = fitted(writer, old, torch.arange(old.shape[1] - len(weight), device=weight.device), sums,
+                            (*RIDGES, 10.0))
     writer.write(found[:, :weight.shape[1]])
     if bias:
         writer.bias.copy_(found[:, -1])
