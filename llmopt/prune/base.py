@@ -17,6 +17,7 @@ from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.shapes import shapes
 from llmopt.parts import Several
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally
+from llmopt.prune.budgets import Budget, Parameters
 from llmopt.prune.groups import COARSE, cost, members
 from llmopt.prune.refit import refit
 from llmopt.prune.scopes import Demand, Global, Local, Removed, Scope
@@ -37,7 +38,9 @@ class Pruner(Method):
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
     whole_parts: ClassVar[bool] = True        # False: it does not compare sub-blocks and blocks
 
-    ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters that leaves; never more")
+    ratio: float = Field(0.2, ge=0, lt=1, description="share of the units' parameters, or other budget, that leaves; "
+                                                      "never more")
+    budget: Budget = Field(Parameters(), description="what the ratio is a share of")
     scope: Scope = Field(Local(), description="how many leave from each layer; local: the same share")
     units: Several[Unit] = Field(("ffn", "kv_groups"), description="what may leave")
     normalize: Literal["lamp", "layer", "none"] = Field(
@@ -61,6 +64,10 @@ class Pruner(Method):
         if coarse and not isinstance(self.scope, (Local, Global)):
             raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
         self.scope.fits(self.ratio)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.budget.reads
 
     @property
     def by_weights(self) -> bool:
@@ -104,6 +111,10 @@ class Pruner(Method):
         """Raise LlmoptError if this architecture cannot lose one of the units."""
         for unit in self.units:
             refuse_units(model, unit)
+        if self.scope.learns:                   # before the long work
+            refuse_units(model, "per_layer_shapes")
+            if set(self.units) & {"kv_groups", "q_heads"}:
+                refuse_units(model, "per_layer_heads")
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
         """Where the scores cannot be known yet, as many units leave as will leave, whichever they are."""
@@ -153,8 +164,10 @@ class Pruner(Method):
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of every layer, and figures for the record. A method that searches overrides this."""
         views, rated = blocks(model), self.rate_all(model, run)
-        return self._chosen(views, rated, multiple_of(run), lambda units: self.scope.removed(
+        priced, figures = self.budget.priced(self._all_units(views, rated, multiple_of(run)), views, model, run)
+        plan, told = self._chosen(views, priced, lambda units: self.scope.removed(
             Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
+        return plan, told | figures
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -164,13 +177,17 @@ class Pruner(Method):
         views = blocks(model)
         alike = [{kind: torch.linspace(1, 2, len(found[0].index)) for kind in self.units
                   if (found := members(block, kind))} for block in views]
-        return self._chosen(views, alike, multiple_of(run), lambda units: (self.scope.guess(units, self.ratio), {}))
+        priced = self.budget.priced(self._all_units(views, alike, multiple_of(run)), views, model, None)[0]
+        return self._chosen(views, priced, lambda units: (self.scope.guess(units, self.ratio), {}))
 
-    def _chosen(self, views: list[Block], rated: list[Scores], multiple: int, decide: Callable[[list[Units]], Removed]
-                ) -> tuple[list[LayerPlan], dict[str, Any]]:
+    def _all_units(self, views: list[Block], rated: list[Scores], multiple: int) -> list[Units]:
         units = [u for block, scores in zip(views, rated, strict=True) for u in self._units(block, scores, multiple)]
         if not units:
             raise LlmoptError(f"the model has none of the units {', '.join(self.units)} left")
+        return units
+
+    def _chosen(self, views: list[Block], units: list[Units], decide: Callable[[list[Units]], Removed]
+                ) -> tuple[list[LayerPlan], dict[str, Any]]:
         removed, figures = self._allocate(units, decide)
         plan = [layer_plan([(u, n) for u, n in zip(units, removed, strict=True) if u.layer == block.index])
                 for block in views]
@@ -179,7 +196,14 @@ class Pruner(Method):
             gone[u.kind] += n * u.index.shape[1]
             freed += n * u.cost
         return plan, {"ratio": self.ratio, "removed_share": freed / sum(len(u.scores) * u.cost for u in units),
-                      "removed_units": dict(gone)} | figures
+                      "removed_units": dict(gone)} | self._of_budget(units, removed) | figures
+
+    def _of_budget(self, units: list[Units], removed: list[int]) -> dict[str, Any]:
+        """How much of another budget than parameters leaves."""
+        if isinstance(self.budget, Parameters):
+            return {}
+        freed = sum(u.freed(n) for u, n in zip(units, removed, strict=True))
+        return {"budget": self.budget.name, "removed_budget": freed / sum(u.total for u in units)}
 
     def _decided(self, model: nn.Module, run: Run) -> dict[str, Any]:
         """The plan and its figures, decided once: a forecast may have done it, or a run that was cut off."""

@@ -26,6 +26,7 @@ from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.finite import all_finite
 from llmopt.parts import Several
 from llmopt.prune.base import LOSES_MORE, Pruner, Unit
+from llmopt.prune.budgets import Parameters
 from llmopt.prune.masks import comparable, counts_below, fitted, half_of_each, smallest
 from llmopt.prune.refit import Sums, best, held_out, with_bias
 from llmopt.prune.scopes import Lamp, Local, Scope
@@ -87,6 +88,8 @@ class Sparse(Pruner):
         if not isinstance(self.scope, self.weight_scopes):
             names = " or ".join(scope.name for scope in self.weight_scopes)
             raise FieldError("scope", self.scope.name, f"{names}, as {self.name} compares single weights")
+        if not isinstance(self.budget, Parameters):
+            raise FieldError("budget", self.budget.name, "parameters: zeros among weights save neither flops nor time")
         if self.pattern and self.ratio != 0.5:
             raise FieldError("ratio", self.ratio, f"0.5, as pattern {self.pattern} is half of the weights")
         if self.pattern and not isinstance(self.scope, Local):

@@ -33,6 +33,7 @@ from llmopt.model.blocks import Block, Projection, blocks, refuse_units
 from llmopt.parts import Several, register
 from llmopt.prune.allocate import Units
 from llmopt.prune.base import Pruner, Scores, Unit, multiple_of
+from llmopt.prune.budgets import Parameters
 from llmopt.prune.ground import Ground
 from llmopt.prune.groups import members
 from llmopt.prune.obs import damped_losses
@@ -81,6 +82,8 @@ class Tyr(Pruner):
             raise FieldError("units", list(self.units), "no blocks, as attention and FFN lose a share each")
         if not isinstance(self.scope, Local):
             raise FieldError("scope", self.scope.name, "local: prune.tyr searches across the layers by itself")
+        if not isinstance(self.budget, Parameters):
+            raise FieldError("budget", self.budget.name, "parameters: prune.tyr counts nothing else")
         if self.levels % 2 == 0:
             raise FieldError("levels", self.levels, "an odd number: a centre and as many on both sides")
         if not self.tokens or min(self.tokens) < 2 or list(self.tokens) != sorted(self.tokens):
