@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt_kernels.flash import fits, flash_partial
 from llmopt_kernels.partial import Partial, merged, weighted
 from llmopt_kernels.reference import NONE, Rule
 
@@ -55,6 +56,53 @@ class Stripes:
         if (self.window is None) == (self.start is None):
             raise ValueError("Stripes: exactly one of window and start")
 
+    @property
+    def has_lists(self) -> bool:
+        """True if keys are named besides the base."""
+        return any(x is not None for x in (self.columns, self.blocks, self.diagonals))
+
+    @property
+    def lists(self) -> int:
+        """The largest X."""
+        given = (self.columns, self.blocks, self.diagonals, self.window if isinstance(self.window, Tensor) else None,
+                 self.start if self.start is not None and self.start.ndim > 1 else None)
+        return max((len(x) for x in given if x is not None), default=1)
+
+    def local(self, number: int, row: int) -> list[tuple[int, int | None]]:
+        """(first local key, window) of a tile whose first row is at `row`: one pair for all heads, or one for each X.
+
+        Without a window all rows of the tile begin at the first key.
+        """
+        if self.start is not None:
+            return [(first, None) for first in self.start[..., number].reshape(-1).tolist()]
+        windows = [self.window] if isinstance(self.window, int) else self.window.tolist()
+        return [(max(0, row - window + 1), window) for window in windows]
+
+    def marked(self, number: int, rows: tuple[int, int], total: int) -> Tensor:
+        """The listed keys below `total`: bool [X, total]. rows: places of the tile's first row and of its end."""
+        found = torch.zeros(self.lists, total + 1, dtype=torch.bool, device=self._device)    # the last one: fillers
+        if self.columns is not None:
+            keys = _repeated(self.columns[:, number], self.lists)
+            found.scatter_(1, keys.masked_fill((keys == NONE) | (keys > total), total), True)
+        if self.blocks is not None:
+            count = -(-total // self.block)
+            picked = _repeated(self.blocks[:, number], self.lists)
+            whole = torch.zeros(self.lists, count + 1, dtype=torch.bool, device=self._device)
+            whole.scatter_(1, picked.masked_fill((picked == NONE) | (picked > count), count), True)
+            found[:, :total] |= whole[:, :count].repeat_interleave(self.block, 1)[:, :total]
+        if self.diagonals is not None:
+            far = self.diagonals.masked_fill(self.diagonals == NONE, rows[1] + total)
+            ends = [_repeated((edge - far).clamp(0, total), self.lists) for edge in rows]
+            steps = torch.zeros(self.lists, total + 1, dtype=torch.int32, device=self._device)
+            for places, by in zip(ends, (1, -1), strict=True):
+                steps.scatter_add_(1, places, torch.full_like(places, by, dtype=torch.int32))
+            found[:, :total] |= steps.cumsum(1)[:, :total] > 0
+        return found[:, :total]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(x.device for x in (self.columns, self.blocks, self.diagonals) if x is not None)
+
     def listed(self, number: int, total: int, rows: Tensor) -> Tensor | None:
         """The keys below `total` that the lists name for one tile, each once: int64 [X, C], NONE as filler.
 
@@ -89,6 +137,14 @@ def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Strip
 def sparse_partial(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
                    rule: Rule) -> tuple[Partial, Tensor]:
     """As `sparse_attention`, but fit to be merged with attention over other keys."""
+    if fits(query, keys, values, stripes, rule):
+        return flash_partial(query, keys, values, stripes, rule)
+    return by_gathering(query, keys, values, stripes, rule)
+
+
+def by_gathering(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
+                 rule: Rule) -> tuple[Partial, Tensor]:
+    """What `sparse_partial` means, for all rules and devices."""
     out = query.new_empty(*query.shape[:2], values.shape[-1], dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     pairs = torch.zeros(len(query), dtype=torch.int64, device=query.device)

@@ -4,8 +4,9 @@
     the tile of rows i reads the `vertical` best keys, and those at the `slash` best distances from any of its rows
 
 Jiang et al., 2024 (MInference, arXiv:2407.02490). The first `always` keys and the nearest `always` distances count as
-best. An estimate from the end of the prompt: what only earlier queries need is lost. Left out: the offline search for
-numbers of each head, and its other two patterns, which the published search turns into this one in the end.
+best; of its own tile a row reads all that is not after it. An estimate from the end of the prompt: what only earlier
+queries need is lost. Left out: the offline search for numbers of each head, and its other two patterns, which the
+published search turns into this one in the end.
 """
 import torch
 from llmopt_kernels import Stripes
@@ -34,8 +35,9 @@ class VerticalSlash(Selector):
         count = k.shape[1]
         columns = vertical.topk(min(self.vertical, count)).indices.sort().values
         distances = slash.topk(min(self.slash, count)).indices
-        tiles = -(-q.shape[1] // self.tile)
-        return Stripes(0, 1, columns=columns.unsqueeze(1).expand(-1, tiles, -1), tile=self.tile, diagonals=distances)
+        begins = torch.arange(0, q.shape[1], self.tile, device=q.device) + state.offset
+        return Stripes(0, start=begins, columns=columns.unsqueeze(1).expand(-1, len(begins), -1), tile=self.tile,
+                       diagonals=distances)
 
     def lines(self, q: Tensor, k: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """What the last queries read: by key, and by distance, [H, S] both."""
