@@ -15,6 +15,8 @@ from torch import Tensor
 from llmopt_kernels.partial import Partial, merged
 from llmopt_kernels.reference import Rule
 
+ROWS = 128          # whose local keys are computed at once
+
 
 def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bool:
     """True where `flash_partial` knows all that is asked for.
@@ -43,15 +45,16 @@ def flash_partial(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Ru
         tile, row = rows[:, :, begin:begin + stripes.tile], begin + keys.shape[1] - tokens
         size = tile.shape[2]
         for piece in _pieces(stripes, number, (row, row + size), units):
-            own, mask = tile[piece.units].flatten(1, 2), calls.mask(piece, rows.shape[1], query.dtype)
-            parts = [calls.local(own, piece, mask)] if stripes.done is None else []
-            parts += [calls.far(own, piece)] if piece.count else []
+            own = tile[piece.units]                                                          # [n, h, R, D]
+            parts = [calls.far(own.flatten(1, 2), piece)] if piece.count else []
+            if stripes.done is None:
+                parts.append(calls.local(own, piece))
             for found in parts:
                 at = piece.units, slice(None), slice(begin, begin + size)
                 found = merged(Partial(whole.out[at], whole.lse[at]),
                                Partial(*(x.unflatten(1, (-1, size)) for x in (found.out, found.lse))))
                 whole.out[at], whole.lse[at] = found.out, found.lse
-            pairs[piece.units] += size * (piece.count + piece.known) + int((mask[:size] == 0).sum())
+            pairs[piece.units] += size * (piece.count + piece.known) + _local_pairs(piece)
     joined = Partial(whole.out.flatten(0, 1), whole.lse.flatten(0, 1))
     return joined if stripes.done is None else merged(stripes.done, joined), pairs.repeat_interleave(heads // units)
 
@@ -93,39 +96,60 @@ def _pieces(stripes, number: int, rows: tuple[int, int], units: int) -> Iterator
                      torch.stack([places[unit] for unit in alike]) if marks is not None and count else None)
 
 
+def _local_pairs(piece: _Piece) -> int:
+    """Pairs of the local keys with the rows of one head."""
+    first, end, row = piece.span
+    i = torch.arange(row, end)
+    if piece.window is None:
+        return int((i - first + 1).sum())
+    begin = (i - piece.window + 1).clamp(min=first)
+    return int((i - begin + 1 + (begin.clamp(max=piece.sinks) - first).clamp(min=0)).sum())
+
+
 class _Calls:
     """The products of one call; masks are kept by what they depend on."""
 
     def __init__(self, keys: Tensor, values: Tensor, units: int, scaling: float):
         self.kv, self.scaling, self.units = (keys, values), scaling, units
-        self.masks: dict[tuple[int, ...], Tensor] = {}
+        self.masks: dict[tuple[int | None, ...], Tensor] = {}
 
-    def mask(self, piece: _Piece, heads: int, dtype: torch.dtype) -> Tensor:
-        """[heads * rows, local keys], 0 where a row reads, -inf elsewhere."""
-        first, end, row = piece.span
-        key = first - row, end - row, max(0, min(piece.sinks, end) - first), piece.window or end
+    def local(self, query: Tensor, piece: _Piece) -> Partial:
+        """Attention of rows [n, h, R, D] to their keys from the first local one on, as [n, h R, D].
+
+        A few rows at a time: what comes after the last of them is not computed.
+        """
+        first, _, row = piece.span
+        found = []
+        for at in range(0, query.shape[2], ROWS):
+            some = query[:, :, at:at + ROWS]
+            keys, values = (self._of(x[:, first:row + at + some.shape[2]], piece.units) for x in self.kv)
+            part = self._product(some.flatten(1, 2), keys, values, self._mask(piece, row + at, some))
+            found.append([x.unflatten(1, (query.shape[1], -1)) for x in (part.out, part.lse)])
+        return Partial(*(torch.cat(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True)))
+
+    def _mask(self, piece: _Piece, row: int, rows: Tensor) -> Tensor:
+        """[h R, local keys], 0 where one of the rows [n, h, R, D] from `row` on reads, -inf elsewhere."""
+        first, size, sinks = piece.span[0], rows.shape[2], max(0, piece.sinks - piece.span[0])
+        key = first - row, size, sinks, piece.window
         if key not in self.masks:
-            back, size, sinks, window = key
-            i, j = torch.arange(size)[:, None], torch.arange(back, size)
-            seen = (j <= i) & ((i - j < window) | (j - back < sinks))
-            self.masks[key] = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat(heads, 1)
+            i, j = torch.arange(size)[:, None], torch.arange(first - row, size)
+            seen = j <= i
+            if piece.window is not None:
+                seen &= (i - j < piece.window) | (j - j[0] < sinks)
+            self.masks[key] = torch.zeros(seen.shape, dtype=rows.dtype).masked_fill_(~seen, -torch.inf).repeat(
+                rows.shape[1], 1)
         return self.masks[key]
-
-    def local(self, query: Tensor, piece: _Piece, mask: Tensor) -> Partial:
-        """Attention of rows [n, h R, D] to their keys from the first local one on."""
-        first, end, _ = piece.span
-        return self._product(query, *(self._of(x, piece.units)[:, first:end] for x in self.kv), mask)
 
     def far(self, query: Tensor, piece: _Piece) -> Partial:
         """Attention of rows [n, h R, D] to the keys before those."""
         if piece.places is None:
-            return self._product(query, *(self._of(x, piece.units)[:, :piece.count] for x in self.kv), None)
+            return self._product(query, *(self._of(x[:, :piece.count], piece.units) for x in self.kv), None)
         owners = (piece.units * len(self.kv[0]) // self.units).tolist()
         return self._product(query, *(torch.stack([x[own].index_select(0, at) for own, at in zip(
             owners, piece.places, strict=True)]) for x in self.kv), None)
 
     def _of(self, x: Tensor, units: Tensor) -> Tensor:
-        """[G, S, D] -> [n, S, D], the keys of these units."""
+        """[G, C, D] -> [n, C, D], the keys of these units."""
         return x if len(units) == len(x) == self.units else x[units * len(x) // self.units]
 
     def _product(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Partial:

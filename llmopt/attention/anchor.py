@@ -5,14 +5,17 @@
 
 A group is `step` tiles of `block` queries and shares its list. The mean over a tile's rows of the logits of column j is
 one product with the mean query; the mean of M, the anchor, moves with it: a vector added to all keys changes nothing.
-What the base gives is kept and merged with the stripes, so nothing is computed twice, and the two never overlap.
+Base and stripes never overlap. The base's logits are computed twice, for their maxima and for attention: on the CPU
+that is faster than keeping what the maxima were found in.
 
 Zhang et al., 2025 (arXiv:2505.23520). Of any length, where the published code reads the last part of a prompt in full.
 Blocks count from the first query of a forward, so that a prompt read in pieces has other groups. theta: 12 is for heads
 of 128, 4 to 6 for small ones.
 """
+from dataclasses import replace
+
 import torch
-from llmopt_kernels import Partial, Stripes, weighted
+from llmopt_kernels import Stripes
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -37,34 +40,35 @@ class Anchor(Selector):
         rows, offset, sinks = self.block * self.step, k.shape[1] - q.shape[1], max(0, self.block - state.dropped)
         groups = range(0, q.shape[1], rows)
         start = [max(0, offset + begin - self.block) for begin in groups]
-        parts, hits = [], []
+        base = Stripes(sinks, start=torch.tensor(start, device=q.device), tile=rows)
+        hits = []
         for begin, first in zip(groups, start, strict=True):
-            tiles = [self._base(q[:, at:at + self.block], k, state, (offset + at, first, sinks))
-                     for at in range(begin, min(begin + rows, q.shape[1]), self.block)]
-            parts += [part for part, _ in tiles]
-            hits.append(self._hits(q[:, begin:begin + rows], k[:, :first], state, sinks, [top for _, top in tiles]))
+            anchors = [self._anchor(q[:, at:at + self.block], k, state, (offset + at, first, sinks))
+                       for at in range(begin, min(begin + rows, q.shape[1]), self.block)]
+            hits.append(self._hits(q[:, begin:begin + rows], k[:, :first], state, sinks, anchors))
         stripes = torch.stack([pad(hit, (0, k.shape[1] - hit.shape[1])) for hit in hits], 1)        # [H, groups, S]
         if self.together:
             stripes = stripes.unflatten(0, (len(k), -1)).any(1)
-        base = Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
-        return Stripes(self.block, start=torch.tensor(start, device=q.device), columns=listed(stripes), tile=rows,
-                       done=base)
+        return replace(base, sinks=self.block, columns=listed(stripes))
 
     @staticmethod
-    def _base(q: Tensor, k: Tensor, state: State, places: tuple[int, int, int]) -> tuple[Partial, Tensor]:
-        """Attention of one tile over its base, and its anchor: the mean over rows of the largest logit, [H].
+    def _anchor(q: Tensor, k: Tensor, state: State, places: tuple[int, int, int]) -> Tensor:
+        """The mean over a tile's rows of the largest logit of their base, [H].
 
         places: of the first query, of the first key of the base behind the sinks, and how many sinks there are.
         """
         row, first, sinks = places
         rows = torch.arange(row, row + q.shape[1], device=q.device)
-        columns = torch.cat([torch.arange(min(sinks, first), device=q.device),
-                             torch.arange(first, row + q.shape[1], device=q.device)])
-        logits = state.rule.logits(q.unflatten(0, (len(k), -1)), k[:, None, columns])                # [G, h, R, C]
-        seen = state.rule.visible(rows, columns)
-        top = logits.masked_fill(~seen, -torch.inf).amax(-1).mean(-1).flatten()
-        part = weighted(logits, state.values[:, None, columns], seen)
-        return Partial(part.out.flatten(0, 1), part.lse.flatten(0, 1)), top
+        peaks = []
+        for columns in (slice(0, min(sinks, first)), slice(first, row), slice(row, row + q.shape[1])):
+            keys = k[:, columns]
+            if keys.shape[1]:
+                logits = state.rule.logits(q.reshape(len(k), -1, q.shape[2]), keys).unflatten(1, (-1, q.shape[1]))
+                if columns.start == row or state.rule.window is not None:
+                    seen = state.rule.visible(rows, torch.arange(columns.start, columns.stop, device=q.device))
+                    logits.masked_fill_(~seen, -torch.inf)
+                peaks.append(logits.amax(-1))                                                        # [G, h, R]
+        return torch.stack(peaks).amax(0).mean(-1).flatten()
 
     def _hits(self, q: Tensor, k: Tensor, state: State, sinks: int, anchors: list[Tensor]) -> Tensor:
         """bool [H, keys before the base]: those that come near the anchor of one of the group's tiles."""

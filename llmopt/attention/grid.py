@@ -103,10 +103,12 @@ def top(scores: Tensor, count: Tensor | int) -> Tensor:
 
 def listed(mask: Tensor) -> Tensor:
     """[..., n] bool -> [..., K] int64: the places that are True, NONE as filler."""
-    most = int(mask.sum(-1).max())
-    places = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-    found = places.masked_fill(~mask, mask.shape[-1]).sort(-1).values[..., :most]
-    return found.masked_fill(found == mask.shape[-1], NONE)
+    rows = mask.flatten(0, -2)
+    counts = rows.sum(-1)
+    row, place = rows.nonzero().T
+    found = mask.new_full((len(rows), int(counts.max())), NONE, dtype=torch.int64)
+    found[row, torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]] = place
+    return found.unflatten(0, mask.shape[:-1])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from llmopt_kernels import (
     Rule,
     Stripes,
     dense_attention,
+    flash,
     merged,
     ragged_partial,
     sparse_attention,
@@ -183,7 +184,8 @@ def masked(query, keys, values, visible, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("offset", [0, 5])
-def test_every_base_with_every_list_equals_a_mask_built_entry_by_entry(rule, base, offset):
+def test_every_base_with_every_list_equals_a_mask_built_entry_by_entry(rule, base, offset, monkeypatch):
+    monkeypatch.setattr(flash, "ROWS", 3)
     tokens = TOTAL - offset
     query, keys, values = draw(4, tokens, 8), draw(2, TOTAL, 8, seed=1), draw(2, TOTAL, 8, seed=2)
     for columns, blocks, lines in ((0, 0, 0), (2, 0, 0), (4, 0, 2), (0, 2, 4), (4, 2, 0), (2, 4, 4), (0, 0, 2)):
