@@ -87,45 +87,45 @@ def swept(weight: Tensor, factor: Tensor, dead: Tensor, gone: Gone) -> tuple[Ten
 
 def damped_losses(weight: Tensor, hessian: Tensor, index: Tensor, damping: float, rounds: int = ROUNDS,
                   first_order: bool = False) -> Tensor:
-    """`losses` of a writer's weight [out, in] under a float64 Hessian [in, in]: [units].
+    """`losses` of a writer's weight [out, in] under a float64 Hessian [in, in], which is used up: [units].
 
     first_order: what the unit writes, times the whole output, tr(W_g H_g W^T) of the dense W, is added to each loss.
     """
-    hessian = hessian.clone()
     hessian.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=1e-12))
-    inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(hessian)), weight.double().T
-    return losses(weight, inverse, index.to(weight.device), rounds, hessian @ weight if first_order else None)
+    weight = weight.double().T.contiguous()
+    slopes = hessian @ weight if first_order else None
+    torch.cholesky_inverse(torch.linalg.cholesky(hessian, out=hessian), out=hessian)
+    return losses(weight, hessian, index.to(weight.device), rounds, slopes)
 
 
 def losses(weight: Tensor, inverse: Tensor, index: Tensor, rounds: int = ROUNDS,
            slopes: Tensor | None = None) -> Tensor:
     """What each unit costs when it leaves, the cheapest first: [units].
 
-    weight [in, out] and inverse [in, in], both float64; index [units, n]: rows of both. rounds: how often those left
-    are looked at anew. slopes [in, out]: the inner product of a unit's rows with them comes to its cost.
+    weight [in, out] and inverse [in, in], both float64 and used up, as another matrix [in, in] would be a gigabyte at a
+    width of 11,008. index [units, n]: rows of both. rounds: how often those left are looked at anew. slopes [in, out]:
+    the inner product of a unit's rows with them comes to its cost.
     """
     found, least = weight.new_zeros(len(index)), weight.new_full((), 0 if slopes is None else -math.inf)
     left, step = torch.arange(len(index), device=index.device), -(-len(index) // rounds)
-    weight, inverse, size = weight[index.flatten()], inverse[index.flatten()][:, index.flatten()], index.shape[1]
-    slopes = torch.zeros_like(weight) if slopes is None else slopes[index.flatten()]
     while len(left):
-        now = _now(weight, inverse, size) + (slopes * weight).unflatten(0, (-1, size)).sum((1, 2))
+        now = _now(weight, inverse, index[left])
+        if slopes is not None:
+            now += (slopes * weight).sum(1)[index[left]].sum(1)
         gone = now.argsort(stable=True)[:step]
         found[left[gone]] = now[gone].clamp(min=least)
         least = found[left[gone]].max()
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[gone] = False
-        rows = stays.repeat_interleave(size)
-        across = inverse[rows][:, ~rows]
-        taken = torch.linalg.solve(inverse[~rows][:, ~rows], torch.cat([weight[~rows], across.T], 1))
-        slopes, weight = slopes[rows], weight[rows] - across @ taken[:, :weight.shape[1]]
-        inverse = inverse[rows][:, rows] - across @ taken[:, weight.shape[1]:]
-        left = left[stays]
+        rows = index[left[gone]].flatten()
+        across, corner = inverse[:, rows], inverse[rows[:, None], rows]
+        weight.addmm_(across, torch.linalg.solve(corner, weight[rows]), alpha=-1)
+        inverse.addmm_(across, torch.linalg.solve(corner, across.T), alpha=-1)        # leaves 0 where a unit has gone
+        left = left[torch.ones_like(left, dtype=torch.bool).scatter_(0, gone, False)]
     return found
 
 
-def _now(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """tr(W_g^T (Hinv_gg)^-1 W_g) / 2 of each run of `size` rows of weight [in, out]."""
-    parts = weight.unflatten(0, (-1, size))                                              # [units, n, out]
-    corners = inverse.view(len(parts), size, len(parts), size).diagonal(dim1=0, dim2=2)        # [n, n, units]
-    return (torch.linalg.solve(corners.permute(2, 0, 1), parts) * parts).sum((1, 2)) / 2
+def _now(weight: Tensor, inverse: Tensor, index: Tensor) -> Tensor:
+    """tr(W_g^T (Hinv_gg)^-1 W_g) / 2 of the rows `index` [units, n] of weight [in, out]: [units]."""
+    if index.shape[1] == 1:
+        return weight.square().sum(1)[index[:, 0]] / inverse.diagonal()[index[:, 0]] / 2
+    parts, corners = weight[index], inverse[index[:, :, None], index[:, None, :]]       # [units, n, out], [units, n, n]
+    return (torch.linalg.solve(corners, parts) * parts).sum((1, 2)) / 2

@@ -163,10 +163,14 @@ def solve(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = USUAL) -> T
     """The columns `kept` [P] of `weight` [out, in], changed so that they also do the work of the others: [out, P]."""
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[kept] = False
-    w, h = weight.double(), gram.double()
-    inner = h[kept][:, kept]
-    damped = inner + ridge * inner.diagonal().mean().clamp(min=1e-12) * torch.eye(len(kept), device=h.device)
-    return w[:, kept] + torch.linalg.solve(damped, h[kept][:, gone] @ w[:, gone].T).T
+    h, columns = gram.double(), kept[:, None]
+    lacks = h[columns, gone.nonzero().T] @ weight[:, gone].double().T                             # [P, out]
+    inner = h[columns, kept]
+    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-12))
+    factor, failed = torch.linalg.cholesky_ex(inner, out=(inner, torch.empty(0, dtype=torch.int32, device=h.device)))
+    if failed:                                                                  # it holds what is no number
+        lacks.fill_(torch.nan)
+    return weight[:, kept] + torch.cholesky_solve(lacks, factor).T
 
 
 def with_bias(projection: Projection) -> Tensor:

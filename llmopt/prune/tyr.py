@@ -142,7 +142,7 @@ class Tyr(Pruner):
         """The units of a writer, compared by the criterion; hessian [in, in]."""
         index, weight = members(block, kind)[-1].index, writer.weight.float()
         if self.criterion == "obs":
-            scores = damped_losses(weight, hessian, index, self.damping, self.rounds, bool(self.first_order))
+            scores = damped_losses(weight, hessian.clone(), index, self.damping, self.rounds, bool(self.first_order))
         else:
             scores = mean_size(weight, hessian.diagonal().sqrt(), index)
         return self._ranked(block, kind, scores.float().cpu(), multiple)

@@ -7,7 +7,7 @@ from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.prune import FLAP, OBS, Wanda
 from llmopt.prune.flap import Spread
-from llmopt.prune.obs import losses
+from llmopt.prune.obs import damped_losses, losses
 from llmopt.prune.refit import MOST, Sums, chosen, held_out, refit, solve
 from llmopt.prune.surgery import LayerPlan
 from llmopt.prune.wanda import Squares
@@ -51,7 +51,7 @@ def test_wanda_and_flap_by_hand():
 def test_obs_counts_what_is_lost_after_the_others_have_made_up_for_it():
     x, weight = inputs()
     x, weight = x.double(), weight.double()
-    found = losses(weight.T, torch.linalg.inv(x.T @ x), EACH)
+    found = losses(weight.T.clone(), torch.linalg.inv(x.T @ x), EACH)
 
     def lost(gone):
         kept = [i for i in range(6) if i not in gone]
@@ -161,3 +161,17 @@ def test_the_record_tells_what_the_refit_won():
     told = refit(model, Run(batches=data(16)), plan, "refit")
     assert [one["name"] for one in told] == ["model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
     assert all(one["refit"] <= one["cut"] for one in told)
+
+
+def test_the_refit_and_obs_take_no_more_matrices_than_they_need(monkeypatch):
+    """Beside the sums [in, in] the refit holds one matrix of what stays; OBS works inside the sums themselves."""
+    x, weight = inputs(64)
+    gram = (x.T @ x).double()
+    place = gram.data_ptr()
+    seen, plain = [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda a, out: (seen.append((a.data_ptr(), out.data_ptr())),
+                                                                   plain(a, out=out))[1])
+    damped_losses(weight, gram, EACH, 0.01)
+    assert seen == [(place, place)] and gram.data_ptr() == place
+    first = torch.linalg.inv((x.T @ x).double() + 0.01 * (x.T @ x).double().diagonal().mean() * torch.eye(6).double())
+    assert not torch.allclose(gram, first) and gram.abs().max() < first.abs().max()         # nothing is left of it

@@ -48,7 +48,7 @@ def test_local_pruning_by_hand():
         change[:, kept] = solve(weight, hessian, kept, ridge)
         return float(((change - weight) @ x.T.double()).square().sum())
 
-    order = damped_losses(weight, hessian, EACH, 1e-4, rounds=6).argsort()
+    order = damped_losses(weight, hessian.clone(), EACH, 1e-4, rounds=6).argsort()
     kept = [order[n:].sort().values for n in range(6)]
     for some in kept[1:]:
         fitted = torch.linalg.lstsq(x[:, some].double(), (x @ weight.T).double()).solution.T
@@ -66,7 +66,7 @@ def test_local_pruning_by_hand():
 def test_first_order_adds_what_a_unit_writes_times_the_output():
     x, weight = inputs(200)
     hessian = (x.T @ x).double()
-    plain, more = (damped_losses(weight, hessian, EACH, 0.01, rounds=1, first_order=first) for first in (False, True))
+    plain, more = (damped_losses(weight, hessian.clone(), EACH, 0.01, rounds=1, first_order=first) for first in (False, True))
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(6)
     w = weight.double()
     torch.testing.assert_close(more - plain, (w @ damped * w).sum(0), rtol=1e-5, atol=1e-5)
