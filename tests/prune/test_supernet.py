@@ -66,7 +66,8 @@ def test_local_pruning_by_hand():
 def test_first_order_adds_what_a_unit_writes_times_the_output():
     x, weight = inputs(200)
     hessian = (x.T @ x).double()
-    plain, more = (damped_losses(weight, hessian.clone(), EACH, 0.01, rounds=1, first_order=first) for first in (False, True))
+    plain, more = (damped_losses(weight, hessian.clone(), EACH, 0.01, rounds=1, first_order=first)
+                   for first in (False, True))
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(6)
     w = weight.double()
     torch.testing.assert_close(more - plain, (w @ damped * w).sum(0), rtol=1e-5, atol=1e-5)
