@@ -11,6 +11,7 @@ from llmopt.prune.heal import Heal
 from llmopt.prune.magnitude import Magnitude
 from llmopt.prune.measured import Measured
 from llmopt.prune.modhifi import ModHiFi
+from llmopt.prune.nvit import NViT
 from llmopt.prune.obs import OBS
 from llmopt.prune.pagcp import PAGCP
 from llmopt.prune.taylor import Taylor
@@ -18,4 +19,4 @@ from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
 __all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude",
-           "Measured", "ModHiFi", "Pruner", "Taylor", "Tyr", "Wanda"]
+           "Measured", "ModHiFi", "NViT", "Pruner", "Taylor", "Tyr", "Wanda"]
