@@ -73,7 +73,7 @@ class Heal(Method):
                 for name, parameter in block.module.named_parameters():
                     if (key := f"{block.name}.{name}") in found:
                         parameter.copy_(found[key])
-        return Record(meta={"steps": int(steps), "kl_before": before, "kl": after})
+        return Record(meta={"steps": int(steps), "loss_before": before, "loss": after})
 
     def _learned(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
         """By name, the parameters that have learned; "figures": losses on what was held out before and after, steps."""

@@ -1,4 +1,7 @@
-"""Parameters of a model as functions of numbers that have gradients: whole, or with a product of low rank on top."""
+"""Parameters of a model as functions of numbers that have gradients: whole, or with a product of low rank on top.
+
+Weights that are exactly 0 stay 0: single weights that pruning has taken.
+"""
 import math
 
 import torch
@@ -13,6 +16,7 @@ class Whole:
     def __init__(self, key: str, parameter: nn.Parameter):
         self.key, self.parameter = key, parameter
         self.number = parameter.detach().float().clone()
+        self.zeros = zeros_of(self.number) if parameter.dim() > 1 else None
 
     @property
     def numbers(self) -> list[Tensor]:
@@ -20,7 +24,7 @@ class Whole:
 
     def value(self) -> Tensor:
         """What stands in the place of the parameter."""
-        return self.number.to(self.parameter.dtype)
+        return cleared(self.number, self.zeros).to(self.parameter.dtype)
 
 
 class LowRank:
@@ -29,7 +33,7 @@ class LowRank:
     def __init__(self, projection: Projection, rank: int, drawing: torch.Generator):
         weight = projection.weight
         self.key, self.parameter = projection.key, getattr(projection.module, projection.parameter)
-        self.weight, self.transposed = weight, projection.transposed
+        self.weight, self.transposed, self.zeros = weight, projection.transposed, zeros_of(weight)
         self.up, self.down = factors(weight, rank, drawing)
 
     @property
@@ -42,10 +46,22 @@ class LowRank:
 
     def placed(self, weight: Tensor) -> Tensor:                                     # [out, in]
         """A weight as the module stores it."""
+        weight = cleared(weight, self.zeros)
         return (weight.T if self.transposed else weight).to(self.parameter.dtype)
 
 
 Learned = Whole | LowRank
+
+
+def zeros_of(weight: Tensor) -> Tensor | None:
+    """Where a weight is 0; None if nowhere."""
+    found = weight == 0
+    return found if bool(found.any()) else None
+
+
+def cleared(weight: Tensor, zeros: Tensor | None) -> Tensor:
+    """The weight with 0 at these places."""
+    return weight if zeros is None else weight.masked_fill(zeros, 0)
 
 
 def factors(weight: Tensor, rank: int, drawing: torch.Generator) -> tuple[Tensor, Tensor]:
