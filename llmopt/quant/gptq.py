@@ -32,15 +32,13 @@ from llmopt.calibration.factor import MAX_DAMPING, inverse_factor, times_inverse
 from llmopt.calibration.inputs import Moments
 from llmopt.calibration.second_moments import row_errors
 from llmopt.calibration.walk import Visit
-from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.codes import Quantized
-from llmopt.model.finite import all_finite
 from llmopt.parts import register
 from llmopt.quant.alternate import alternate
 from llmopt.quant.base import Quantizer
-from llmopt.quant.grid import Grid, Spec, encode, fit, fit_groups, nearest, quantized, round_to_nearest, value
-from llmopt.quant.search import fit_groups_to, fit_outputs
+from llmopt.quant.grid import Grid, Spec, encode, fit, nearest, quantized, round_to_nearest, value
+from llmopt.quant.search import fit_outputs, fit_to, hessian_of
 from llmopt.quant.solver import Solver
 from llmopt.quant.tokens import Alike, TokenWeights
 
@@ -97,18 +95,14 @@ class ColumnSweep(Solver):
             return rounded
         weight += pull(weight, moments, made)
         spec = dataclasses.replace(spec, signed=self.signed)
-        rounded = nearest(weight, self.scales(weight, moments.hessian, spec), spec)
+        searched = moments.hessian if self.search == "outputs" else None
+        rounded = nearest(weight, fit_to(weight, searched, spec), spec)
         sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
         fixed = self.static_groups or spec.group_size == -1
         result = sweep.run(self.block, None if fixed else self._refit(made, moments.hessian, spec))
         result.figures |= {"dead_columns": int(made.dead.sum()), "damping": made.damping}
         result = best_rows(result, rounded, weight, moments.hessian, spec)
         return alternate(result, weight, moments.hessian, spec, self.sweeps) if self.sweeps else result
-
-    def scales(self, weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
-        """Scales and zero points [out, groups] of the column groups of `weight` [out, in]."""
-        apart = self.search == "outputs" and spec.form.rows == 1           # else some rows share their scales
-        return fit_groups_to(weight, hessian, spec) if apart else fit_groups(weight, spec)
 
     def _refit(self, made: Prepared, hessian: Tensor, spec: Spec) -> Refit:
         """What gives columns [out, width] of the sweep, from a place on, scales of their own."""
@@ -122,16 +116,12 @@ class ColumnSweep(Solver):
 
     def prepare(self, stats: Moments) -> Prepared:
         """Order and factor; raises LlmoptError for inputs that were never there or are not finite."""
-        if stats.hessian is None:
-            raise LlmoptError("no calibration token reached this weight")
-        if not all_finite(stats.hessian):
-            raise LlmoptError("its calibration inputs overflow (NaN or infinite Hessian): load the model in bfloat16 "
-                              "or float32")
-        diagonal = stats.hessian.diagonal()
+        whole = hessian_of(stats)
+        diagonal = whole.diagonal()
         dead = diagonal == 0
         falling = diagonal.argsort(descending=True, stable=True)
         order = falling if self.act_order else torch.arange(len(diagonal), device=diagonal.device)
-        hessian = stats.hessian.index_select(0, order).index_select(1, order)
+        hessian = whole.index_select(0, order).index_select(1, order)
         hessian.diagonal()[dead[order]] = 1
         return Prepared(order, dead, *inverse_factor(hessian, self.damping, stats.ranks))
 

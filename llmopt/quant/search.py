@@ -8,9 +8,30 @@ The steps are those of GPTQ's code (Frantar et al., arXiv:2210.17323), which cou
 """
 from torch import Tensor, cat, stack, where
 
-from llmopt.quant.grid import CHUNK, Error, Grid, Spec, encode, fit_at_once, off
+from llmopt.calibration.inputs import Moments
+from llmopt.errors import LlmoptError
+from llmopt.model.finite import all_finite
+from llmopt.quant.grid import CHUNK, Error, Grid, Spec, encode, fit_at_once, fit_groups, off
 
 WIDE = 256
+
+
+def hessian_of(stats: Moments) -> Tensor:
+    """The second moments [in, in]; raises LlmoptError for inputs that were never there or are not finite."""
+    if stats.hessian is None:
+        raise LlmoptError("no calibration token reached this weight")
+    if not all_finite(stats.hessian):
+        raise LlmoptError("its calibration inputs overflow (NaN or infinite Hessian): load the model in bfloat16 or "
+                          "float32")
+    return stats.hessian
+
+
+def fit_to(weight: Tensor, hessian: Tensor | None, spec: Spec) -> Grid:
+    """Scales and zero points [out, groups] of `weight` [out, in] float32, searched for its outputs.
+
+    For the errors of its weights where there is no Hessian, or where rows share their scales.
+    """
+    return fit_groups(weight, spec) if hessian is None or spec.form.rows != 1 else fit_groups_to(weight, hessian, spec)
 
 
 def fit_groups_to(weight: Tensor, hessian: Tensor, spec: Spec) -> Grid:
