@@ -51,7 +51,8 @@ def refuse_unequal(model: nn.Module) -> None:
 def _setting(codes: Quantized) -> str:
     """What kernels must know of a weight."""
     groups = f"groups of {codes.group_size}" if codes.group_size > 0 else "one scale per channel"
-    return f"at {codes.bits:g} bits ({codes.form.name}, {groups})"
+    more = (", zero points" if codes.zeros is not None else "") + (", inputs rounded" if codes.inputs else "")
+    return f"at {codes.bits:g} bits ({codes.form.name}, {groups}{more})"
 
 
 def widths(config: dict) -> dict[str, int]:
@@ -91,7 +92,9 @@ def quantization_config(model: nn.Module) -> dict:
     found = coded(model)
     settings: dict[tuple, list] = {}
     for weight in found:
-        settings.setdefault((weight.codes.bits, weight.codes.group_size, weight.codes.form.name), []).append(weight)
+        codes = weight.codes
+        key = codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
+        settings.setdefault(key, []).append(weight)
     shared = [name.removesuffix(".weight") for name in tied_names(model)]
     named = {key: [name for weight in settings[key] for name in (weight.path, *_sharing(weight, shared))]
              for key in sorted(settings)}

@@ -101,7 +101,9 @@ def refuse_unportable(model: nn.Module) -> None:
             raise FieldError("static_groups", False, "true together with act_order (groups of scattered columns cannot "
                              "be stored portably), or format: dense")
     _refuse_types(coded(model))
-    if dequantizes(model) and len({(w.codes.bits, w.codes.group_size, w.codes.form.name) for w in coded(model)}) > 1:
+    alike = {(w.codes.bits, w.codes.group_size, w.codes.form.name, w.codes.zeros is None, w.codes.inputs is None)
+             for w in coded(model)}
+    if dequantizes(model) and len(alike) > 1:
         if any(map(_is_packed_table, coded(model))):
             raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups for "
                               "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "

@@ -1,4 +1,5 @@
 """The quantization step: fields (settings.py), the bits of each weight (deciding.py), codes (making.py), figures."""
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from torch import nn
 from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run
 from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.forms import FORMS
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.quant import floats, vocabulary
@@ -43,7 +45,9 @@ class Quantizer(Settings):
             if t.bits != DENSE:
                 weights[t.name].codes = self.without_values(t, skeleton.dtype)
         vocabulary.sketch(self, skeleton)
-        kind = f" ({self.scheme})" if self.scheme else ""
+        named = Counter(t.scheme for t in found if t.scheme)
+        kind = (f" ({self.scheme})" if self.scheme else "") + "".join(
+            f", {count} of them {name}" for name, count in named.items())
         sizes = sorted({t.group_size for t in found} if self.plan else set(self.group_sizes) or {self.group_size})
         groups = "one scale per channel" if sizes == [-1] else "groups of " + " or ".join(
             "all" if size == -1 else str(size) for size in sizes)
@@ -66,9 +70,14 @@ class Quantizer(Settings):
 
     def _meta(self, model: nn.Module, found: list[Target]) -> dict:
         figures = {weight.name: weight.codes.figures for weight in coded(model)}
-        scale = 8 if self.form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype)).bits
-        modules = {t.name: {"bits": t.bits, "group_size": t.group_size,
+        modules = {t.name: {"bits": t.bits, "group_size": t.group_size, **({"scheme": t.scheme} if t.scheme else {}),
                             **({} if t.bits == DENSE else figures[t.name])} for t in found}
-        return {"bits": average_bits(found),
-                "effective_bits": effective_bits(found, scale, self.symmetric, self.form.rows),
+
+        def beside(target: Target) -> tuple[int, int]:
+            kind = self.scheme_of(target)
+            form = FORMS[kind.form]
+            scale = 8 if form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype, kind)).bits
+            return scale + (0 if kind.symmetric else target.bits), form.rows
+
+        return {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
                 "weights": sum(t.size for t in found), "modules": modules}

@@ -15,6 +15,7 @@ from llmopt.method import Run
 from llmopt.model.blocks import Projection, blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
+from llmopt.model.forms import FORMS
 from llmopt.model.heap import give_back_freed
 from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
@@ -40,16 +41,16 @@ class Making:
             prepared = solver.prepare(self.model, self.run) if solver.whole else None
             for visit in self._stops(todo, edits=True):
                 for projection, made in self._from_block(visit, todo, wholes):
-                    self._write(projection, None, made, Ranks())
+                    self._write(todo[projection.name], projection, None, made, Ranks())
             if solver.whole:
                 types = {p.name: p.weight.dtype for block in blocks(self.model) for p in block.projections()}
                 specs = {name: self.step.spec(target, types[name]) for name, target in todo.items()}
                 solver.finish(self.model, specs, self.run, prepared)
             return
         for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self.collected):
-            team = self._team(projection)
-            spec = self.step.spec(todo[projection.name], projection.weight.dtype, wholes)
-            self._write(projection, stats, self._solve(projection, stats, spec, team), team)
+            target = todo[projection.name]
+            team, spec = self._team(projection, target), self.step.spec(target, projection.weight.dtype, wholes)
+            self._write(target, projection, stats, self._solve(projection, stats, spec, team), team)
             del stats                                       # not there while the next ones are gathered
             give_back_freed()
 
@@ -63,8 +64,8 @@ class Making:
                 yield from ((t, self._lost(p, None, q, Ranks())) for p, t, q in self._of_block(visit, wanted))
             return
         for p, stats in each_weight(self.model, self.run, wanted, f"{self.step.name}, trials", inputs, edits=False):
-            team = self._team(p)
-            yield from ((t, self._lost(p, stats, part, team)) for t, part in self._variants(p, stats, wanted[p.name]))
+            yield from ((t, self._lost(p, stats, part, self._team(p, t)))
+                        for t, part in self._variants(p, stats, wanted[p.name]))
 
     def trials(self, visit: Visit, wanted: Wanted) -> Iterator[tuple[Target, Quantized]]:
         """The weights of a block, visited with `data`, as each of their targets; nothing is written."""
@@ -73,7 +74,7 @@ class Making:
             return
         for p, stats in weights_of(visit, self.run, wanted, self.collected):
             for target, part in self._variants(p, stats, wanted[p.name]):
-                yield target, _whole(part, p, self._team(p))
+                yield target, _whole(part, p, self._team(p, target))
 
     def _stops(self, todo: Collection[str], edits: bool) -> Iterator[Visit]:
         """The blocks and all rows, with the dense model's stream beside the edited one where the solver wants it."""
@@ -94,7 +95,7 @@ class Making:
         """This process's rows of a weight as each of the targets."""
         for target in targets:
             spec = self.step.spec(target, projection.weight.dtype)
-            yield target, self._solve(projection, stats, spec, self._team(projection))
+            yield target, self._solve(projection, stats, spec, self._team(projection, target))
 
     def _of_block(self, visit: Visit, wanted: Wanted) -> Iterator[tuple[Projection, Target, Quantized]]:
         """From a solver of whole blocks: all weights at their first target, then at their second one."""
@@ -116,13 +117,14 @@ class Making:
     @property
     def collected(self) -> Inputs:
         """The statistics to collect of the inputs of each weight."""
-        solver, static = self.step.solver, self.step.says.static
+        solver, static = self.step.solver, self.step.static
         kind = "peak" if static and solver.inputs == "none" else solver.inputs
         return Inputs(kind, peak=static, token_weights=solver.token_weights, dense=solver.dense)
 
-    def _team(self, projection: Projection) -> Ranks:
+    def _team(self, projection: Projection, target: Target) -> Ranks:
         """The processes that share the rows of this weight: all of them, or each by itself."""
-        apart, ranks = self.step.solver.rowwise and self.step.form.rows == 1, self.run.ranks
+        apart = self.step.solver.rowwise and FORMS[self.step.scheme_of(target).form].rows == 1
+        ranks = self.run.ranks
         return ranks if apart and projection.out_features >= ranks.size else Ranks()
 
     @torch.no_grad()
@@ -135,7 +137,7 @@ class Making:
             return self.step.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
 
     @torch.no_grad()
-    def _write(self, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
+    def _write(self, target: Target, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
         """Put the codes of which each of the team has some rows into the model, with what they cost."""
         rounded, sums = part.dequantize(projection.weight.dtype), self.step.solver.sums
         counts = {name: part.figures[name] for name in sums if name in part.figures}
@@ -145,8 +147,8 @@ class Making:
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)
-        says = self.step.says
-        whole.inputs, whole.peak = says.inputs, _peak(stats, projection) if says.static else None
+        kind = self.step.scheme_of(target)
+        whole.inputs, whole.peak = kind.inputs, _peak(stats, projection) if kind.static else None
         projection.write(team.rows(rounded, projection.out_features))
         projection.codes = whole
 

@@ -1,5 +1,5 @@
 """Which weights are quantized, at how many bits and in what groups: decided by name and shape, before data is read."""
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -27,8 +27,8 @@ class Choice(NamedTuple):
 class Target:
     """One weight matrix to be quantized; bits None: not decided yet.
 
-    fixed, sized: its bits, its group size are given by `overrides`. block, group: names of the block and of the first
-    projection that reads the same input. key: its parameter's name.
+    fixed, sized: its bits, its group size are given by `overrides`; scheme: its kind of numbers is, by a name.
+    block, group: names of the block and of the first projection that reads the same input. key: its parameter's name.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Target:
     bits: int | None = None
     fixed: bool = False
     sized: bool = False
+    scheme: str | None = None
 
     @property
     def size(self) -> int:
@@ -62,7 +63,8 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     sizes: of which the largest that divides its columns stands in for a group size that does not.
 
     A name matches a module when it is its full name, a glob, or the end of its name; a parent stands for its children.
-    Of several overrides that match, the last one holds; at 16 bits it leaves a weight dense, as `ignore` does.
+    Of several overrides that match, the last one holds; at 16 bits it leaves a weight dense, as `ignore` does. A scheme
+    has been spelt out (kinds.py); nothing that was said before it holds beside it.
     """
     names = [name for name, _ in model.named_modules() if name]
     skipped = _matching(ignore, names, "ignore")
@@ -71,19 +73,29 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     for block, group, p in [(b, g, p) for b in blocks(model) for g in b.groups() for p in g]:
         if _within(p.name, skipped):
             continue
-        given = {k: v for pattern, v in overrides.items() if _within(p.name, special[pattern]) for k, v in v.items()}
+        given = _settled(entry for pattern, entry in overrides.items() if _within(p.name, special[pattern]))
         known.append(p.name)
         if given.get("bits") == DENSE:
             continue
         sized = "group_size" in given
         width = given["group_size"] if sized else _dividing(group_size, sizes, p.in_features)
-        target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized)
-        check_divides(target)
+        target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized,
+                        scheme=given.get("scheme"))
+        if target.scheme is None:
+            check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
         if not any(_within(name, matched) for name in known):
             raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized{nearest(pattern, known)}")
     return found
+
+
+def _settled(entries: Iterable[dict]) -> dict:
+    """What several overrides of one weight come to."""
+    given: dict = {}
+    for entry in entries:
+        given = dict(entry) if "scheme" in entry or "scheme" in given else given | entry
+    return given
 
 
 def _matching(patterns: Iterable[str], names: list[str], key: str) -> set[str]:
@@ -128,11 +140,13 @@ def average_bits(decided: list[Target]) -> float:
     return sum(t.size * t.bits for t in decided) / max(1, sum(t.size for t in decided))
 
 
-def effective_bits(decided: list[Target], scale_bits: int, symmetric: bool, rows: int = 1) -> float:
-    """Mean bits per weight with scales and zero points; rows: that share a scale, 0: all."""
+def effective_bits(decided: list[Target], extra: Callable[[Target], tuple[int, int]]) -> float:
+    """Mean bits per weight with scales and zero points; extra: (bits beside a run of codes, rows that share them; 0:
+    all).
+    """
     total = 0
     for t in decided:
+        beside, rows = extra(t)
         lines = -(-t.out // rows) if rows else 1
-        extra = 0 if t.bits == DENSE else lines * t.groups * (scale_bits + (0 if symmetric else t.bits))
-        total += t.size * t.bits + extra
+        total += t.size * t.bits + (0 if t.bits == DENSE else lines * t.groups * beside)
     return total / max(1, sum(t.size for t in decided))

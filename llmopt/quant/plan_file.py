@@ -41,12 +41,12 @@ def _choice(entry: Any, place: str) -> Choice:
 
 
 def planned_by(name: str, found: Iterable[Target]) -> list[Target]:
-    """The targets as a file wants them; those at 16 bits are left out.
+    """The targets as a file wants them; those at 16 bits are left out, those with a scheme of their own as they are.
 
     Raises LlmoptError for a plan of other weights, and for groups that do not divide a weight's columns.
     """
     plan, found = read_plan(name), list(found)
-    names = [target.name for target in found]
+    names = [target.name for target in found if not target.scheme]
     for target in names:
         if target not in plan:
             raise LlmoptError(f"{name}: says nothing of {target}, which is quantized: is it the plan of another model? "
@@ -55,8 +55,8 @@ def planned_by(name: str, found: Iterable[Target]) -> list[Target]:
         if weight not in names:
             raise LlmoptError(f"{name}: {weight} is no weight that is quantized here{closest(weight, names)}: is it "
                               "the plan of another model, or of other names in ignore and overrides?")
-    made = [replace(target, bits=plan[target.name].bits, group_size=plan[target.name].group_size, fixed=True)
-            for target in found]
+    made = [target if target.scheme else replace(target, bits=plan[target.name].bits, fixed=True,
+                                                 group_size=plan[target.name].group_size) for target in found]
     for target in made:
         check_divides(target)
     return [target for target in made if target.bits != DENSE]
@@ -66,6 +66,6 @@ def plans_of(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The plan, ready for JSON, of the step of a report that shared out bits, or gave weights different ones."""
     for meta in (record["meta"] for record in records if record["method"].startswith("quant.")):
         plan = {name: {"bits": told["bits"], "group_size": told["group_size"]}
-                for name, told in meta["modules"].items()}
+                for name, told in meta["modules"].items() if "scheme" not in told}
         if "allocation" in meta or len({tuple(entry.values()) for entry in plan.values()}) > 1:
             yield {"modules": plan}

@@ -15,7 +15,7 @@ from llmopt.errors import FieldError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Method
 from llmopt.model.codes import DTYPES, Quantized
-from llmopt.model.forms import FORMS, Form
+from llmopt.model.forms import FORMS
 from llmopt.parts import Several
 from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
@@ -34,6 +34,7 @@ GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
 class Override(TypedDict, total=False):
     """An entry of `overrides`, for the weights that a name matches."""
 
+    scheme: Annotated[kinds.Name, Field(description="a kind of numbers, in the place of bits")]
     bits: Annotated[Width, Field(description="16: as it is")]
     group_size: Annotated[GroupSize, Field(description="-1: one scale per output channel")]
 
@@ -60,7 +61,8 @@ class Settings(Method):
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
     scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
-    overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...}")
+    overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...} or "
+                                           "{scheme: ...}")
     embedding: Outer | None = Field(None, description="{bits: 8}: the input embedding and a head tied to it, as int8 "
                                     "with a scale for each row; fewer bits if all weights have them; null: as it is")
     head: Outer | None = Field(None, description="{bits: ...}: an output head of its own")
@@ -93,9 +95,7 @@ class Settings(Method):
         elif not self.widths or self.bytes is None and not min(self.widths) <= self.bits <= max(self.widths):
             raise FieldError("bits", self.bits, f"an average within the widths {list(self.widths)}")
         _check_allocation(self)
-        for name, given in self.overrides.items():
-            if not given:
-                raise FieldError(f"overrides.{name}", given, "a mapping of bits and/or group_size")
+        kinds.check_overrides(self)
 
     @property
     def solver(self) -> Solver:
@@ -107,21 +107,33 @@ class Settings(Method):
         """All that the scheme says; plain integers where none is named."""
         return kinds.of(self.scheme)
 
+    def scheme_of(self, target: Target) -> Scheme:
+        """All that is said of the numbers of one weight, by `overrides` or for all."""
+        return kinds.of(target.scheme) if target.scheme else replace(self.says, symmetric=self.symmetric)
+
     @property
-    def form(self) -> Form:
-        """The kind of numbers."""
-        return FORMS[self.says.form]
+    def schemes(self) -> list[Scheme]:
+        """Those of all weights and of some."""
+        return [self.says, *(kinds.of(entry["scheme"]) for entry in self.overrides.values() if "scheme" in entry)]
+
+    @property
+    def static(self) -> bool:
+        """True where calibration data tells the range of some inputs."""
+        return any(scheme.static for scheme in self.schemes)
 
     @property
     def needs_data(self) -> bool:
-        return (self.solver.inputs != "none" or self.says.static
+        return (self.solver.inputs != "none" or self.static
                 or self.allocate in ("lim", "sensitivity", "hessian", "lrp"))
 
     @property
     def multiple(self) -> int:
         if self.plan:
             return lcm(*(max(1, choice.group_size) for choice in read_plan(self.plan).values()))
-        return max(1 if self.says.plain else kinds.KERNEL, self.group_size)
+        named = [kinds.spelt(entry) for entry in self.overrides.values() if "scheme" in entry]
+        sizes = [self.group_size, *(entry["group_size"] for entry in named)]
+        return lcm(*(max(1 if scheme.plain else kinds.KERNEL, size)
+                     for scheme, size in zip(self.schemes, sizes, strict=True)))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -137,36 +149,42 @@ class Settings(Method):
 
     def chosen(self, model: nn.Module) -> list[Target]:
         """The weights this step quantizes; their bits are decided where names alone decide them."""
-        plain = self.says.plain
-        found = targets(model, self.ignore, self.overrides, self.group_size if plain and not self.plan else -1,
+        plain, entries = self.says.plain, {name: kinds.spelt(entry) for name, entry in self.overrides.items()}
+        found = targets(model, self.ignore, entries, self.group_size if plain and not self.plan else -1,
                         self.group_sizes)
         if self.plan:
-            return planned_by(self.plan, found)
-        if not plain:
-            kinds.check_widths(found, self.scheme)
-            found = [replace(target, group_size=self.group_size) for target in found]
-        return [t.at(self.bits) for t in found] if self.allocate == "uniform" else found
+            found = planned_by(self.plan, found)
+        found = [t if plain or t.scheme else replace(t, group_size=self.group_size) for t in found]
+        for target in found:
+            kinds.check_width(target, target.scheme or self.scheme)
+        return [t.at(self.bits) for t in found] if self.allocate == "uniform" and not self.plan else found
 
     def without_values(self, target: Target, dtype: torch.dtype) -> Quantized:
         """Codes of a weight on the meta device; their bits may be a fraction."""
-        empty = partial(torch.empty, target.out, device="meta")
-        scales = empty(target.groups, dtype=torch.float32 if self.form.through_bfloat16 else self.scale_type(dtype))
+        empty, kind = partial(torch.empty, target.out, device="meta"), self.scheme_of(target)
+        form = FORMS[kind.form]
+        scales = empty(target.groups, dtype=torch.float32 if form.through_bfloat16 else self.scale_type(dtype, kind))
         return Quantized(empty(target.columns, dtype=torch.int8), scales, target.bits, target.group_size,
-                         None if self.symmetric else torch.empty_like(scales), form=self.form,
-                         inputs=self.says.inputs, peak=1.0 if self.says.static else None)
+                         None if kind.symmetric else torch.empty_like(scales), form=form,
+                         inputs=kind.inputs, peak=1.0 if kind.static else None)
 
     def spec(self, target: Target, dtype: torch.dtype, wholes: kinds.Wholes | None = None) -> Spec:
         """The grid for one weight of type `dtype`. wholes: of the model, for scales that are e4m3 numbers."""
-        return Spec(target.bits, target.group_size, self.symmetric, self.clip, dtype,
-                    self.scale_type(dtype), self.form,
-                    wholes[target.name] if wholes and self.form.scales == "e4m3" else 1.0)
+        kind = self.scheme_of(target)
+        form = FORMS[kind.form]
+        return Spec(target.bits, target.group_size, kind.symmetric, self.clip, dtype, self.scale_type(dtype, kind),
+                    form, wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
 
-    def scale_type(self, dtype: torch.dtype) -> torch.dtype:
-        """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`."""
+    def scale_type(self, dtype: torch.dtype, kind: Scheme | None = None) -> torch.dtype:
+        """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`.
+
+        kind: of the weight's numbers; None: of most.
+        """
         if self.scale_dtype:
             return DTYPES[self.scale_dtype]
+        symmetric, form = (self.symmetric, self.says.form) if kind is None else (kind.symmetric, kind.form)
         at_once = self.embedding is not None and self.embedding["bits"] < 8
-        short = dtype == torch.float32 and self.symmetric and not self.form.is_float and not at_once
+        short = dtype == torch.float32 and symmetric and not FORMS[form].is_float and not at_once
         return torch.float16 if short else dtype        # zero points, unpacked at once: multiplied in the scales' type
 
 

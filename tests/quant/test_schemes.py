@@ -12,7 +12,7 @@ from llmopt.forecast.size import predict
 from llmopt.method import Run
 from llmopt.model.loaded import forget_codes
 from llmopt.model.weights import coded
-from llmopt.quant import GPTQ, RTN
+from llmopt.quant import GPTQ, HQQ, RTN
 from llmopt.recipe.schemes import SCHEMES
 from tests.quant.quant_data import batches, loaded_plain, logits
 from tests.tiny import make
@@ -36,12 +36,31 @@ def compressed(name: str, dtype: torch.dtype, folder):
 
 
 def mixed(other: str, folder):
-    """A model whose down_proj have another scheme than the rest, which two steps make in Python."""
+    """A model of one step whose down_proj have another scheme than the rest, and whose v_proj ... are as q_proj."""
     model = make("llama", torch.bfloat16, **WIDE)
-    RTN(group_size=32, ignore=["down_proj"]).apply(model, Run())
-    RTN(scheme=other, ignore=["self_attn", "gate_proj", "up_proj"]).apply(model, Run(batches()))
+    step = RTN(group_size=32, overrides={"down_proj": {"scheme": other}, "*.self_attn.[qkv]_proj": {"scheme": "W8A8"}})
+    foretold = predict(model, [step]).bytes
+    record = step.apply(model, Run(batches()))
+    assert record.meta["modules"]["model.layers.0.mlp.down_proj"]["scheme"] == other
     save(model, folder)
+    assert written_bytes(folder) == foretold
     return model
+
+
+def test_overrides_of_a_scheme_make_what_two_steps_make():
+    one, two = make("llama", torch.bfloat16, **WIDE), make("llama", torch.bfloat16, **WIDE)
+    step = RTN(scheme="W8A8", overrides={
+        "mlp": {"bits": 16}, "down_proj": {"scheme": "FP8"}, "up_proj": {"scheme": "MXFP8"},
+        "gate_proj": {"scheme": "W3A16", "group_size": 32}})
+    step.apply(one, Run(batches()))
+    RTN(scheme="W8A8", ignore=["mlp"]).apply(two, Run())
+    RTN(bits=3, group_size=32, ignore=["self_attn", "up_proj", "down_proj"]).apply(two, Run())
+    RTN(scheme="MXFP8", ignore=["self_attn", "gate_proj", "down_proj"]).apply(two, Run())
+    RTN(scheme="FP8", ignore=["self_attn", "gate_proj", "up_proj"]).apply(two, Run(batches()))
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    told = {weight.name.rpartition(".")[2]: weight.codes for weight in coded(one)}
+    assert told["down_proj"].peak > 0 and told["q_proj"].peak is None and told["gate_proj"].inputs is None
+    assert step.needs_data and step.multiple == 32
 
 
 def test_every_scheme_runs_in_plain_transformers(tmp_path):
@@ -65,10 +84,26 @@ def test_every_scheme_runs_in_plain_transformers(tmp_path):
     ({"scheme": "FP8", "allocate": "lim"}, "allocate: 'lim' given, uniform"),
     ({"scheme": "MXFP4", "scale_dtype": "float16"}, "scale_dtype: 'float16' given, null"),
     ({"scheme": "FP8", "overrides": {"down_proj": {"bits": 4}}}, "overrides.down_proj.*bits: 16"),
+    ({"overrides": {"down_proj": {"scheme": "FP8", "bits": 4}}}, "overrides.down_proj.bits: 4 given, 8, as scheme FP8"),
+    ({"overrides": {"down_proj": {"scheme": "NVFP4", "group_size": 32}}}, "group_size: 32 given, 16, as"),
+    ({"overrides": {"down_proj": {"scheme": "FP9"}}}, r"overrides.down_proj.scheme: 'FP9' given.*did you mean 'FP8'"),
     ({"scheme": "NVPF4"}, r"scheme: 'NVPF4' given, one of .*\(did you mean 'NVFP4'\?\)")])
 def test_fields_that_contradict_a_scheme_are_refused_by_name(fields, says):
     with pytest.raises(LlmoptError, match=says):
         RTN(**fields)
+
+
+def test_a_scheme_for_one_of_fused_weights_or_a_solver_of_integers_is_refused():
+    unequal = RTN(group_size=32, overrides={"q_proj": {"scheme": "FP8_DYNAMIC"}})
+    with pytest.raises(LlmoptError, match=r"q_proj would be written at 8 bits \(fp8.*rounded\), .*k_proj at 4 bits"):
+        predict(make("llama", **WIDE), [unequal])
+    one_rounded = RTN(bits=8, group_size=-1, overrides={"v_proj": {"scheme": "W8A8"}})
+    with pytest.raises(LlmoptError, match=r"v_proj at 8 bits \(int, one scale per channel, inputs rounded\)"):
+        predict(make("llama", **WIDE), [one_rounded])
+    with pytest.raises(LlmoptError, match="overrides.down_proj.scheme: 'NVFP4A16' given, one of integers"):
+        HQQ(overrides={"down_proj": {"scheme": "NVFP4A16"}})
+    with pytest.raises(LlmoptError, match="down_proj: its 96 input features.* 128, as scheme FP8_BLOCK"):
+        RTN(group_size=16, overrides={"down_proj": {"scheme": "FP8_BLOCK"}}).apply(make("llama"), Run())
 
 
 def test_a_dense_file_cannot_say_that_inputs_are_rounded(tmp_path):
