@@ -1,8 +1,10 @@
+import ctypes
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 
 from llmopt.calibration.programme import Programme
 from llmopt.errors import BudgetError
@@ -71,3 +73,20 @@ def test_further_plans_differ_and_do_ever_more_damage():
                for one, other in itertools.combinations(plans, 2))
     few = list(Programme([[1.0, 0.0]], [[1, 2]], 2).plans(5))
     assert few == [[1], [0]]                                                                # and none is left
+
+
+def test_what_the_solver_prints_is_kept_off_stdout(monkeypatch, capfd):
+    """By compiled code, whose buffer may be flushed long after; what is printed before and after stays there."""
+    compiled, solve = ctypes.CDLL(None), optimize.milp
+
+    def talking(*args, **kwargs):
+        compiled.printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(optimize, "milp", talking)
+    compiled.printf(b"before\n")
+    assert Programme([[1.0, 0.0]], [[1, 2]], 2).best() == [1]
+    compiled.printf(b"after\n")
+    compiled.fflush(None)
+    told = capfd.readouterr()
+    assert told.out == "before\nafter\n" and "Highs" in told.err

@@ -6,8 +6,11 @@ A multiple-choice knapsack, solved exactly by HiGHS (scipy.optimize.milp): x[u, 
 Further plans come of the same programme with a cut for every plan that is known already: at least so many units must
 choose otherwise. Options that cost as much as another one of the unit and do more damage are left out beforehand.
 """
+import ctypes
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +77,10 @@ class Programme:
         for plan in known:
             rows.append(np.array([[float(plan[unit] == option) for unit, option in places]]))
             low, high = [*low, -np.inf], [*high, len(self.cost) - apart]
-        found = milp(FINE * harm / scale, integrality=np.ones(len(places)), bounds=Bounds(0, 1),
-                     constraints=LinearConstraint(np.concatenate(rows), low, high),
-                     options={"mip_rel_gap": 0.0, "time_limit": SECONDS})
+        with _apart_from_stdout():
+            found = milp(FINE * harm / scale, integrality=np.ones(len(places)), bounds=Bounds(0, 1),
+                         constraints=LinearConstraint(np.concatenate(rows), low, high),
+                         options={"mip_rel_gap": 0.0, "time_limit": SECONDS})
         if found.x is None:
             return None
         chosen = [places[index] for index in np.flatnonzero(found.x > 0.5)]
@@ -101,3 +105,22 @@ class Programme:
                 kept.add(option)
                 least = self.damage[unit][option]
         return sorted(kept)
+
+
+@contextmanager
+def _apart_from_stdout() -> Iterator[None]:
+    """Inside, what compiled code prints goes to stderr: HiGHS says a line now and then, and stdout may be JSON."""
+    printed = ctypes.CDLL(None)                 # of this process: its buffer is not Python's
+    try:
+        kept = os.dup(1)
+    except OSError:                             # a process without stdout
+        yield
+        return
+    try:
+        printed.fflush(None)
+        os.dup2(2, 1)
+        yield
+        printed.fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

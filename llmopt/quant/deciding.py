@@ -41,7 +41,7 @@ def decided(step: Settings, model: nn.Module, run: Run) -> tuple[list[Target], d
     if not units:
         return found, {}
     bound = budget(step, model, found, units)
-    bound.check(units)
+    bound.check(units, spent=run.layers is None)                # of a whole model's bytes a rehearsal has one block's
     made = dict(run.memory.remember("allocation", lambda: _allocation(Making(step, model, run), bound, units)))
     found = with_plan(found, {name: Choice(*choice) for name, choice in made.pop("plan").items()})
     _tell(found)

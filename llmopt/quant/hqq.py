@@ -9,13 +9,13 @@ by half-quadratic splitting, each unknown in turn, R = (W - Q) / s the error in 
     s = <c - z, W - s E> / <c - z, c - z>                  what is left is to be small
     beta grows by `growth` a turn
 
-It begins with the grid of quant.rtn, for scales of both signs where `signed` (grid.py), and of all turns keeps the grid
-with the least sum |W - Q|^2.4, so that it never has more of it than quant.rtn.
+It begins with the grid of quant.rtn, for scales of both signs where `signed` (grid.py), and keeps for each group the
+grid with the least sum (W - Q)^2 of all turns, the first one being among them.
 
 Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023 (mobiusml.github.io/hqq_blog). There
 s stays as it was, z is a fraction, R is in the weights' own unit and the turns end when sum |R| grows. Readers of
 compressed-tensors have integers for zero points, which leaves z little room, so that s moves as well; errors in steps
-make one beta right for weights of any size. Keeping the least sum |E|^p, the sum above, was worse than quant.rtn on
+make one beta right for weights of any size. Keeping the least sum |R|^p, the sum above, was worse than quant.rtn on
 SmolLM2 (README).
 """
 from dataclasses import replace
@@ -61,10 +61,10 @@ class HalfQuadratic(Solver):
 
     def _turns(self, weight: Tensor, grid: Grid, spec: Spec) -> Grid:
         """The best grid [..., 1] on the way from this one, for runs of `weight` [..., width]."""
-        best, least, beta = grid, off(weight, grid, spec, norm), self.beta
+        best, least, beta = grid, off(weight, grid, spec, _squares), self.beta
         for _ in range(self.iterations):
             grid = self.turn(weight, grid, beta, spec)
-            found = off(weight, grid, spec, norm)
+            found = off(weight, grid, spec, _squares)
             better = found < least
             best = tuple(None if old is None else torch.where(better, new, old)
                          for new, old in zip(grid, best, strict=True))
@@ -87,6 +87,10 @@ def shrunk(error: Tensor, power: float, beta: float) -> Tensor:
     """E for errors of any shape: near the least of |E|^p / p + beta/2 (error - E)^2."""
     size = error.abs()
     return error.sign() * (size - size.clamp(min=torch.finfo(size.dtype).tiny).pow(power - 1) / beta).clamp(min=0)
+
+
+def _squares(apart: Tensor) -> Tensor:
+    return apart.square_().sum(-1, keepdim=True)
 
 
 @register("quant.hqq")

@@ -50,13 +50,18 @@ class Budget:
     told: Callable[[int], str]
     over: Callable[[Plan], int] = lambda plan: 0
 
-    def check(self, units: Sequence[Unit]) -> None:
-        """Raise BudgetError where not even the cheapest choices fit, telling what can be reached."""
+    def check(self, units: Sequence[Unit], spent: bool = True) -> None:
+        """Raise BudgetError where not even the cheapest choices fit, telling what can be reached.
+
+        spent: also where the checkpoint stays below its bytes with the dearest choices.
+        """
         costs = [[unit.cost(choice, self.price) for choice in unit.choices] for unit in units]
         least, most = sum(map(min, costs)), sum(map(max, costs))
-        if least > self.room:
-            raise BudgetError(f"{self.told(self.room)} cannot be met; what can be chosen takes {self.told(least)} to "
-                              f"{self.told(most)}")
+        dearest = chosen(units, [of.index(max(of)) for of in costs])
+        if least > self.room or spent and self.over(dearest) < 0:
+            verb = "met" if least > self.room else "spent"
+            raise BudgetError(f"{self.told(self.room)} cannot be {verb}; what can be chosen takes {self.told(least)} "
+                              f"to {self.told(most)}")
 
 
 def units_of(step: Settings, found: Sequence[Target]) -> list[Unit]:

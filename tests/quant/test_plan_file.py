@@ -126,6 +126,10 @@ def test_budgets_out_of_reach_tell_what_can_be_reached():
     model = make("llama")
     with pytest.raises(LlmoptError, match=r"1,000 bytes cannot be met; what can be chosen takes .* bytes to .* bytes"):
         predict(model, [RTN(bytes=1000, allocate="zd", group_size=32)])
+    most = predict(model, [RTN(bits=8, group_size=32)]).bytes
+    predict(model, [RTN(bytes=most, allocate="hessian", group_size=32)])
+    with pytest.raises(LlmoptError, match=rf"{most + 8:,} bytes cannot be spent; what can be .* to [0-9,]+ bytes"):
+        predict(model, [RTN(bytes=most + 8, allocate="hessian", group_size=32)])
     step = RTN(bits=2, allocate="hessian", group_size=32, overrides={"mlp": {"bits": 8}})
     with pytest.raises(LlmoptError, match="an average of 2 bits cannot be met; what can be chosen takes an average of "
                                           r"5\.\d+ bits to an average of 8 bits"):
