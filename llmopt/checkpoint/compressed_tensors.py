@@ -10,7 +10,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
-from llmopt.model.packing import format_of
+from llmopt.model.packing import facts_of, format_of
 from llmopt.model.state import tied_names
 from llmopt.model.stored import dequantizes, packed_weights, refuse_unportable
 from llmopt.model.weights import Weight, check_consistent, coded
@@ -63,18 +63,8 @@ def widths(config: dict) -> dict[str, int]:
 
 def facts(config: dict) -> dict[str, dict]:
     """What model.packing.unpacked wants to know of each module that a quantization_config of ours names."""
-    return {name: _facts(group) for group in config["config_groups"].values() for name in group["targets"]}
-
-
-def _facts(group: dict) -> dict:
-    weights = group["weights"]
-    kind, bits = weights["strategy"], weights["num_bits"]
-    form = "bytes" if group.get("format") == "int-quantized" and not group["input_activations"] else "int"
-    if weights["type"] == "float":
-        form = {"channel": "fp8", "tensor": "fp8 tensor", "block": "fp8 block", "tensor_group": "nvfp4",
-                "group": f"mxfp{bits}"}[kind]
-    size = weights["block_structure"][1] if kind == "block" else weights.get("group_size", -1)
-    return {"bits": bits, "group_size": size, "form": form}
+    return {name: facts_of(group["weights"], group.get("format"), group["input_activations"])
+            for group in config["config_groups"].values() for name in group["targets"]}
 
 
 def rounded_inputs(config: dict) -> list[str]:
@@ -110,7 +100,7 @@ def quantization_config(model: nn.Module) -> dict:
 
 def _sharing(weight: Weight, heads: list[str]) -> list[str]:
     """The heads that a loader makes of the same codes: of an embedding in bytes those tied to it."""
-    return heads if weight.codes.form == BYTES else []
+    return heads if weight.codes.form == BYTES and isinstance(weight.module, nn.Embedding) else []
 
 
 def _scheme(codes: Quantized, names: list[str], mixed: bool) -> dict:

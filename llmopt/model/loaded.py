@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
-from llmopt.model.forms import BYTES, INTEGERS
+from llmopt.model.forms import FORMS
+from llmopt.model.packing import facts_of, peak_of, read_off
 from llmopt.model.rounded_inputs import forget_rounding
 from llmopt.model.stay_packed import inflate, is_packed
 from llmopt.model.weights import CODES, Weight
 
-LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale",
-             "input_global_scale")                  # what compressed-tensors keeps beside a weight it has unpacked
+LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+INPUTS = ("input_scale", "input_global_scale")      # what compressed-tensors keeps beside a weight it has unpacked
+WORDS = ("num_bits", "type", "symmetric", "strategy", "dynamic")    # come first in a description of inputs
 
 
 @contextmanager
@@ -76,18 +78,38 @@ def unpack(model: nn.Module) -> None:
 def is_ours(model: nn.Module) -> bool:
     """Whether transformers loaded the model from packed weights of the kind that llmopt writes, and of no other."""
     modules = [module for module in model.modules() if _scheme(module) is not None]
-    return bool(modules) and all(is_packed(module) or _is_read(_scheme(module)) for module in modules) and not any(
-        map(_rounds, modules))
+    return bool(modules) and all(is_packed(module) or _known(module) is not None for module in modules)
 
 
-def _rounds(module: nn.Module) -> bool:
-    """True for a module whose inputs are rounded, too."""
-    return getattr(module.__dict__.get("quantization_scheme"), "input_activations", None) is not None
+def _known(module: nn.Module) -> Quantized | None:
+    """All of a weight's codes but their values; None where these could not be read off the unpacked weight."""
+    scheme, held = module.quantization_scheme, module._parameters
+    told = scheme.weights.model_dump()
+    if not _is_read(told) or scheme.output_activations is not None or held.get("weight_scale") is None:
+        return None
+    inputs = scheme.input_activations and scheme.input_activations.model_dump()
+    said = inputs and {key: inputs[key] for key in (*WORDS, *inputs) if inputs[key] is not None}
+    facts = facts_of(told, getattr(scheme.format, "value", scheme.format), said)
+    form, whole = FORMS[facts.pop("form")], held.get("weight_global_scale")
+    known = Quantized(None, None, **facts, form=form, inputs=said, whole=1.0 if whole is None else whole.item())
+    scales = {name: held[name].data for name in INPUTS if held.get(name) is not None}
+    if not scales:
+        return known if said is None or said["dynamic"] is True else None
+    name, scale = scales.popitem()
+    known.peak = peak_of(name, scale, known) if form.is_float and scale.numel() == 1 and not scales else None
+    return known if known.peak else None
 
 
-def _is_read(scheme: Any) -> bool:
-    """True for weights whose codes can be read off them: plain integers."""
-    return scheme.type == "int" and scheme.symmetric and not scheme.dynamic and scheme.strategy in ("group", "channel")
+def _is_read(told: dict[str, Any]) -> bool:
+    """True for numbers that llmopt writes: symmetric integers, and the small floats of model/forms.py."""
+    strategy, bits = told["strategy"], told["num_bits"]
+    if not told["symmetric"] or told["dynamic"]:
+        return False
+    if told["type"] == "int":
+        return strategy in ("group", "channel")
+    grouping = told["block_structure"] if strategy == "block" else told["group_size"]
+    return (strategy, bits, grouping) in [("channel", 8, None), ("tensor", 8, None), ("block", 8, [128, 128]),
+                                          ("tensor_group", 4, 16), ("group", 4, 32), ("group", 8, 32)]
 
 
 def _scheme(module: nn.Module) -> Any:
@@ -98,19 +120,17 @@ def _scheme(module: nn.Module) -> Any:
 @torch.no_grad()
 def _codes(name: str, module: nn.Module) -> Quantized:
     """The codes of an unpacked weight, from the weight and its scales."""
-    scheme, scales = _scheme(module), module._parameters.get("weight_scale")
-    if scales is None or not _is_read(scheme) or _rounds(module):
+    scheme, known = _scheme(module), _known(module)
+    if known is None:
+        rounded = ", inputs rounded" if module.quantization_scheme.input_activations is not None else ""
         raise LlmoptError(f"{name}: loaded in a form ({scheme.type}, {scheme.strategy}, symmetric: {scheme.symmetric}"
-                          f"{', inputs rounded' if _rounds(module) else ''}) that llmopt writes only where it has just "
-                          "made it; model.save_pretrained(FOLDER) before the first forward keeps the file as it is")
-    short = scales.data.half()              # the type they had in the file, if it was shorter than the model's
-    scales = short if scales.dtype == torch.float32 and torch.equal(short.float(), scales) else scales.data
-    steps = module.weight.float().unflatten(1, (scales.shape[1], -1)) / scales.float().unsqueeze(-1)
-    codes = steps.nan_to_num(0, 0, 0).round().flatten(1).to(torch.int8)                # a scale of 0 stands for zeros
-    kind = module.quantization_scheme.format
-    form = BYTES if getattr(kind, "value", kind) == "int-quantized" else INTEGERS
-    return Quantized(codes, scales, scheme.num_bits, -1 if scheme.strategy == "channel" else scheme.group_size,
-                     form=form)
+                          f"{rounded}) that llmopt does not write; model.save_pretrained(FOLDER) before the first "
+                          "forward keeps the file as it is")
+    scales = module._parameters["weight_scale"].data
+    short = scales.half()                   # the type they had in the file, if it was shorter than the model's
+    if scales.dtype == torch.float32 and not known.form.is_float and torch.equal(short.float(), scales):
+        scales = short
+    return read_off(module.weight.data, scales, known)
 
 
 def _refuse_foreign(model: nn.Module) -> None:
@@ -133,7 +153,7 @@ def forget_codes(model: nn.Module) -> None:
         module.__dict__.pop(CODES, None)
         if _scheme(module) is not None:
             del module.quantization_scheme
-            for key in LEFTOVERS:
+            for key in LEFTOVERS + INPUTS:
                 module._parameters.pop(key, None)
     model.config.__dict__.pop("quantization_config", None)
     for key in ("hf_quantizer", "is_quantized", "quantization_method"):

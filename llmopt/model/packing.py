@@ -9,6 +9,8 @@
 
 Beside them, of inputs whose range is known beforehand, input_scale or input_global_scale [1].
 """
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,6 +114,42 @@ def unpacked(tensors: dict[str, Tensor], stem: str, facts: dict[str, Any]) -> Qu
         known.codes = _apart(numbers) if form.halves else numbers.view(torch.int8)
         known.scales = _spread(scales, form, known)
     return known
+
+
+def facts_of(weights: Mapping[str, Any], kind: str | None, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Bits, group size and form of weights in compressed-tensors' words; kind: how they lie in a file."""
+    strategy, bits = weights["strategy"], weights["num_bits"]
+    form = "bytes" if kind == "int-quantized" and not inputs else "int"
+    if weights["type"] == "float":
+        form = {"channel": "fp8", "tensor": "fp8 tensor", "block": "fp8 block", "tensor_group": "nvfp4",
+                "group": f"mxfp{bits}"}[strategy]
+    size = weights["block_structure"][1] if strategy == "block" else weights.get("group_size") or -1
+    return {"bits": bits, "group_size": size, "form": form}
+
+
+def read_off(weight: Tensor, scales: Tensor, known: Quantized) -> Quantized:
+    """The codes of a weight [out, in] that a loader has unpacked, and its scales; known: all else.
+
+    scales: what compressed-tensors leaves beside it: e4m3 numbers and powers of two as numbers of the model's type.
+    """
+    form, known.codes = known.form, weight
+    known.scales = (_spread(scales, form, known) if form.scales == "model" else
+                    over(scales.to(E4M3), known.whole) if form.scales == "e4m3" else scales.float())
+    steps = weight.float().unflatten(1, (known.scales.shape[1], -1)) / known.scales.float().unsqueeze(-1)
+    steps = steps.nan_to_num(0, 0, 0).flatten(1)                                # a scale of 0 stands for zeros
+    known.codes = form.kept(form.nearest(steps) if form.is_float else steps.round(), known.bits)
+    return known
+
+
+def peak_of(name: str, scale: Tensor, codes: Quantized) -> float | None:
+    """The largest input, of which `input_scale` makes this scale of this name; None where there is no such number."""
+    about = float(scale) * codes.form.most if name == "input_scale" else codes.form.most * 448 / float(scale)
+    about = torch.tensor(about)
+    for peak in (about, *(about.nextafter(torch.tensor(far)) for far in (0.0, torch.inf))):
+        made, value = input_scale(replace(codes, peak=float(peak)), scale.dtype)
+        if made == name and torch.equal(value, scale.cpu()):
+            return float(peak)
+    return None
 
 
 def _spread(scales: Tensor, form: Form, codes: Quantized) -> Tensor:

@@ -1,4 +1,6 @@
 """Every scheme by name: what is written is foretold to the byte, and plain transformers runs it as it was in memory."""
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,6 +12,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files.shards import written_bytes
 from llmopt.forecast.size import predict
 from llmopt.method import Run
+from llmopt.model.forms import BYTES
 from llmopt.model.loaded import forget_codes
 from llmopt.model.weights import coded
 from llmopt.quant import GPTQ, HQQ, RTN
@@ -127,21 +130,55 @@ def test_weights_that_read_one_input_share_a_number_and_a_range_must_be_finite()
         RTN(scheme="FP8").apply(model, Run(batches()))
 
 
-def test_what_was_loaded_is_saved_again_as_it_was(tmp_path):
-    """By transformers, after `import llmopt` too; llmopt.save says so."""
+@pytest.mark.parametrize(("schemes", "used"), [(("NVFP4", "FP8", "FP8_BLOCK", "W8A8"), True),
+                                               (("MXFP4", "MXFP8A16", "NVFP4A16", "FP8_DYNAMIC"), False)])
+def test_what_was_loaded_is_saved_again_to_the_byte(schemes, used, tmp_path):
+    """By transformers, after `import llmopt`, and by llmopt.save, before and behind the first forward."""
+    names = ("*[qkv]_proj", "o_proj", "*.mlp.[gu]*_proj", "down_proj")
     model = make("llama", torch.bfloat16, **WIDE)
-    RTN(scheme="W8A8").apply(model, Run())
+    RTN(scheme=schemes[0], overrides={name: {"scheme": scheme} for name, scheme in zip(names, schemes, strict=True)}
+        ).apply(model, Run(batches()))
     save(model, tmp_path / "one")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    if used:
+        assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "two")
-    assert written_bytes(tmp_path / "one") == written_bytes(tmp_path / "two")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
-    assert torch.equal(logits(again), logits(model))
-    with pytest.raises(LlmoptError, match=r"\(int, channel, symmetric: True, inputs rounded\).*save_pretrained"):
-        save(loaded, tmp_path / "three")
+    save(loaded, tmp_path / "three")
+    for again in ("two", "three"):
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / again / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert torch.equal(logits(loaded), logits(model))
     forget_codes(loaded)
     forget_codes(model)
     for dense in (loaded, model):                   # the same weights, their inputs as they are
         dense.save_pretrained(tmp_path / "dense")
         bare = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-        assert torch.equal(logits(bare), logits(dense)) and not torch.equal(logits(bare), logits(again))
+        assert torch.equal(logits(bare), logits(dense))
+    save(model, tmp_path / "bare")
+
+
+def test_what_could_not_be_read_off_stays_refused(tmp_path):
+    """Such as inputs with more scales than one."""
+    model = make("llama", torch.bfloat16, **WIDE)
+    RTN(scheme="FP8").apply(model, Run(batches()))
+    save(model, tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    loaded.model.layers[0].self_attn.q_proj.input_scale = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(LlmoptError, match=r"q_proj: loaded in a form \(float, tensor, symmetric: True, inputs rounded"):
+        save(loaded, tmp_path / "two")
+
+
+def test_bytes_of_a_linear_map_beside_a_tied_head_are_no_codes_of_the_head(tmp_path):
+    """As other tools write W8A16: int-quantized, which here only embeddings are."""
+    model = make("llama", torch.bfloat16, **WIDE, tie_word_embeddings=True)
+    RTN(bits=8, group_size=-1).apply(model, Run())
+    for weight in coded(model):
+        weight.codes.form = BYTES
+    save(model, tmp_path / "one")
+    told = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    assert told["format"] == "int-quantized" and told["ignore"] == ["lm_head"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
