@@ -80,8 +80,9 @@ def test_what_the_solver_prints_is_kept_off_stdout(monkeypatch, capfd):
     compiled, solve = ctypes.CDLL(None), optimize.milp
 
     def talking(*args, **kwargs):
+        found = solve(*args, **kwargs)
         compiled.printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
-        return solve(*args, **kwargs)
+        return found
 
     monkeypatch.setattr(optimize, "milp", talking)
     compiled.printf(b"before\n")

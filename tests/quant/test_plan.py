@@ -23,6 +23,17 @@ def test_names_globs_and_parents():
     assert found["model.layers.1.self_attn.q_proj"].bits == 4
 
 
+def test_of_several_overrides_the_last_one_says_the_kind_of_numbers():
+    step = RTN(group_size=16, overrides={"mlp": {"scheme": "W8A8"}, "down_proj": {"bits": 3},
+                                         "*.1.mlp.*_proj": {"scheme": "W5A16", "group_size": 32},
+                                         "*.2.mlp.down_proj": {"group_size": 8}})
+    found = {t.name: (t.scheme, t.bits, t.group_size) for t in step.chosen(make("llama"))}
+    assert found["model.layers.0.mlp.up_proj"] == ("W8A8", 8, -1)
+    assert found["model.layers.0.mlp.down_proj"] == (None, 3, 16)
+    assert found["model.layers.1.mlp.down_proj"] == ("W5A16", 5, 32)
+    assert found["model.layers.2.mlp.down_proj"] == (None, 3, 8)
+
+
 def test_sixteen_bits_leave_a_weight_dense_and_uncounted():
     model, dense = make("llama"), make("llama")
     meta = RTN(bits=3, group_size=16, overrides={"mlp": {"bits": 16}}).apply(model, Run()).meta
