@@ -9,8 +9,8 @@ heads read a channel of v, its size is their mean. Lin et al., AWQ, arXiv:2306.0
 
 Without a quantization step behind it, for a tool that comes later: 4 bits, one scale a row.
 
-Left out: a search for clipped ranges (the step to come has its own); scales for groups without a producer, such as the
-writer of an FFN without a gate.
+AWQ's search for clipped ranges is the step's to come: quant.rtn with `search: outputs`. Left out: scales for groups
+without a producer, such as the writer of an FFN without a gate.
 """
 from collections.abc import Callable
 from typing import ClassVar
