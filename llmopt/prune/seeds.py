@@ -1,18 +1,17 @@
 """Plans from which a search begins, so that it can only be better than they are.
 
-    measured    every option by itself in a base plan; then the least sum of damages, as if these added up
+    measured    options one by one in a base plan; then the least sum of damages, as if these added up
     greedy      whole blocks one after the other, each time the one whose going costs least behind all that went before
 
 Damages of neighbours do not add up: a run of blocks costs less than its blocks one by one, and measured sums cannot see
 that. So the greedy rows of blocks, short and long, are each filled up with what the table says of all others.
 """
 import math
-from collections.abc import Callable
 from random import Random
 
 from llmopt.calibration.programme import Programme
 from llmopt.prune.search import Fitness, Plan, Space, mended, step
-from llmopt.prune.supernet import Option
+from llmopt.prune.supernet import Option, Part
 
 LOOKED_AT = 8       # blocks that are tried at each step of the greedy removal, beside the neighbours of those gone
 RUNS = 6            # lengths of rows of blocks that become seeds
@@ -20,35 +19,54 @@ SLACK = 0.005       # of the budget may be left over; more where there is no suc
 Table = list[list[float]]       # [b][o]: damage of an option in a block
 
 
-def table(choices: list[list[Option]], base: Plan, fitness: Fitness) -> Table:
+def table(parts: list[dict[str, Part]], choices: list[list[Option]], base: Plan, fitness: Fitness,
+          far: bool = True) -> Table:
     """What each option adds to the damage of a base plan; of one that differs in both parts, the sum of two.
 
-    Infinity where these two cannot be had one by one.
+    Of a part are measured the levels next to the base's; far: also the longest that leaves some of it, and all of it,
+    and a level between two that were measured lies on the line between them. Infinity for all others.
     """
-    wanted = [(b, of[o]) for b, of in enumerate(choices) for o in _singles(of, base[b]) if o != base[b]]
+    wholes = [_whole(of[o]) for of, o in zip(choices, base, strict=True)]
+    wanted = [(b, option) for b, of in enumerate(choices) for option in of if option != of[base[b]]
+              and option in _singles(parts[b], wholes[b], far or of[base[b]].drop)]
     found = fitness([base, *(step(base, b, choices[b].index(option)) for b, option in wanted)], 0)
     alone = dict(zip(wanted, (value - found[0] for value in found[1:]), strict=True))
     alone |= {(b, of[o]): 0.0 for b, (of, o) in enumerate(zip(choices, base, strict=True))}
-    return [[_sum(option, _reference(of[o]), lambda one, b=b: alone.get((b, one), math.inf)) for option in of]
-            for b, (of, o) in enumerate(zip(choices, base, strict=True))]
+    return [[_sum(option, wholes[b], {known: value for (of, known), value in alone.items() if of == b}, parts[b])
+             for option in of] for b, of in enumerate(choices)]
 
 
-def _reference(base: Option) -> Option:
-    """What parts are compared with: those of the base, whole where it is gone."""
+def _whole(base: Option) -> Option:
+    """What options are compared with: the base, or a whole block where that is gone."""
     return Option(0, 0) if base.drop else base
 
 
-def _singles(of: list[Option], base: int) -> list[int]:
-    """The options that are measured: those that share a part with the reference, and a block that is gone."""
-    whole = _reference(of[base])
-    return [o for o, option in enumerate(of)
-            if option.drop or option.attention == whole.attention or option.mlp == whole.mlp]
+def _singles(own: dict[str, Part], whole: Option, far: bool) -> list[Option]:
+    """The options that are measured: they differ from `whole` in one part, or the block is gone."""
+    found = [whole] + [Option(own["attention"].count, own["mlp"].count, True)] * far
+    for place, part in enumerate(own.values()):
+        at, levels = part.levels.index(whole[place]), part.levels
+        near = [*levels[max(0, at - 1):at], *levels[at + 1:at + 2]]
+        longest = [*part.thinned[-1:], *(taken for taken in levels if part.gone(taken))] if far else []
+        found += [Option(*whole[:place], taken, *whole[place + 1:2]) for taken in dict.fromkeys([*near, *longest])]
+    return found
 
 
-def _sum(option: Option, whole: Option, alone: Callable[[Option], float]) -> float:
-    if option.drop or option.attention == whole.attention or option.mlp == whole.mlp:
-        return alone(option)
-    return alone(Option(option.attention, whole.mlp)) + alone(Option(whole.attention, option.mlp)) - alone(whole)
+def _sum(option: Option, whole: Option, alone: dict[Option, float], own: dict[str, Part]) -> float:
+    if option.drop:
+        return alone.get(option, math.inf)
+    of_parts = [_between(place, option[place], whole, alone, part) for place, part in enumerate(own.values())]
+    return sum(of_parts) - alone.get(whole, math.inf) if math.isfinite(sum(of_parts)) else math.inf
+
+
+def _between(place: int, taken: int, whole: Option, alone: dict[Option, float], part: Part) -> float:
+    """The damage of a level of one part, all else as in `whole`."""
+    known = {option[place]: value for option, value in alone.items()
+             if not option.drop and option[1 - place] == whole[1 - place]}
+    low, high = max((n for n in known if n <= taken), default=None), min((n for n in known if n >= taken), default=None)
+    if low is None or high is None or part.gone(high) and taken < high:
+        return math.inf
+    return known[low] if low == high else known[low] + (known[high] - known[low]) * (taken - low) / (high - low)
 
 
 def greedy(space: Space, choices: list[list[Option]], damage: Table, fitness: Fitness) -> list[int]:

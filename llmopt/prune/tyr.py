@@ -14,6 +14,7 @@ begins at the best of several plans (prune/seeds.py), the same widths everywhere
 criterion is OBS with `first_order: 1`, the default is Wanda's: on SmolLM2-135M a tenth of the channels then costs .141
 nats, by OBS .196. Left out: hidden states in the fitness, unequal numbers of query heads in the groups of a layer.
 """
+import logging
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -41,10 +42,11 @@ from llmopt.prune.repair import repair
 from llmopt.prune.scopes import Local
 from llmopt.prune.search import LAST, Fitness, Plan, Space, evolved, mended
 from llmopt.prune.seeds import filled, greedy, table
-from llmopt.prune.supernet import Making, Option, Supernet, space
+from llmopt.prune.supernet import Making, Option, Part, Supernet, space
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from llmopt.prune.wanda import mean_size
 
+LOG = logging.getLogger(__name__)
 FIRST_STEP = 0.125          # of a part's units, in the first iteration
 
 
@@ -168,28 +170,32 @@ class Search:
         net = making.net(self.model, self.run, parts, choices, f"supernet {number + 1}")
         fitness = partial(self._fitness, net, draw)
         start = tuple(of.index(option) for of, option in zip(choices, centre, strict=True))
-        found = self._seeds(field, choices, start, fitness, draw, bool(before))
+        found = self._seeds(field, parts, choices, start, fitness, draw, bool(before))
         values = dict(zip(found, fitness(list(found.values()), LAST), strict=True))
         best, log = evolved(field, found[min(values, key=values.get)], fitness, step.generations, step.offspring,
                             step.survivors, step.moves, draw, self.run.progress)
+        LOG.info("%s, iteration %d: KL %.4f, of %s", step.name, number + 1, log[-1],
+                 ", ".join(f"{name}: {value:.4f}" for name, value in values.items()))
         return {"seeds": values, "fitness": log, "options": [list(of[o]) for of, o in zip(choices, best, strict=True)],
                 "layers": [net.layer_plan(b, o).to_dict() for b, o in enumerate(best)]}
 
-    def _seeds(self, field: Space, choices: list[list[Option]], start: Plan, fitness: Fitness, draw: Random,
-               later: bool) -> dict[str, Plan]:
-        """Where the search begins: the centre, and plans of what was measured around it, or around the dense model."""
+    def _seeds(self, field: Space, parts: list[dict[str, Part]], choices: list[list[Option]], start: Plan,
+               fitness: Fitness, draw: Random, later: bool) -> dict[str, Plan]:
+        """Where the search begins: the centre, and plans of what was measured a step around it, or in the dense model.
+        """
         found = {"centre" if later else "uniform": mended(field, start, draw)}
         if self.step.budgets == "each":
             return found
-        damage = table(choices, start if later else field.dense, fitness)
+        damage = table(parts, choices, start if later else field.dense, fitness, not later)
         gone = [] if later else greedy(field, choices, damage, fitness)
         return found | filled(field, choices, damage, gone, draw)
 
     @cached_property
     def rows(self) -> Prefixes:
-        """The rows that the search sees, with the dense model's logits."""
-        rows = [row for row in sample(self.run.batches, self.step.seed, self.step.tokens[-1])
-                if row["input_ids"].shape[1] > 1]
+        """The rows that the search sees, none longer than the first stage, with the dense model's logits."""
+        rows = sample(self.run.batches, self.step.seed, self.step.tokens[-1])
+        parts = [zip(*(x.split(self.step.tokens[0], 1) for x in row.values()), strict=True) for row in rows]
+        rows = [dict(zip(rows[0], part, strict=True)) for of in parts for part in of if part[0].shape[1] > 1]
         if not rows:
             raise LlmoptError("the search needs calibration rows of at least two tokens")
         return Prefixes(self.model, self.run, rows, self.step.support)

@@ -76,7 +76,7 @@ def test_seeds_see_that_a_run_of_blocks_is_cheap():
         return found
 
     assert of[0] == Option(0, 0) and of[-1].drop and field.prices[0][-1] == (10,)
-    damage = table([of] * 6, field.dense, fitness)
+    damage = table([own] * 6, [of] * 6, field.dense, fitness)
     assert damage[3] == [0, 2, 4, 5]
     gone = greedy(field, [of] * 6, damage, fitness)
     assert gone == [0, 1]
@@ -87,16 +87,32 @@ def test_seeds_see_that_a_run_of_blocks_is_cheap():
     assert field.spent(summed(field, damage, {0: 3, 1: 3}))[0] == 20
 
 
-def test_a_table_adds_what_two_parts_cost_and_knows_what_it_cannot_measure():
-    own = {"attention": part(2, 5, levels=(0, 1, 2)), "mlp": part(4, 1, levels=(0, 2, 4))}
-    of = options(own, drop=False)
-    harm = {Option(a, m): 3 * a + m + a * m for a in range(3) for m in (0, 2, 4)}
-    damage = table([of], (of.index(Option(1, 2)),), lambda plans, stage: [harm[of[p[0]]] for p in plans])
-    base = harm[1, 2, False]
-    assert damage[0][of.index(Option(0, 0))] == harm[0, 2, False] + harm[1, 0, False] - 2 * base
-    assert damage[0][of.index(Option(1, 2))] == 0 and Option(2, 4) not in of
-    gone = table([of], (of.index(Option(0, 4)),), lambda plans, stage: [harm[of[p[0]]] for p in plans])
-    assert gone[0][of.index(Option(2, 0))] == math.inf
+def test_a_table_adds_what_two_parts_cost_and_knows_what_it_has_not_measured():
+    own = {"attention": part(2, 5, levels=(0, 1, 2)), "mlp": part(9, 1, levels=(0, 2, 4, 6, 9))}
+    of, seen = options(own, drop=True), []
+
+    def harm(option):
+        return 99 if option.drop else 3 * option.attention + option.mlp ** 2 + option.attention * option.mlp
+
+    def fitness(plans, stage):
+        seen.extend(of[plan[0]] for plan in plans)
+        return [harm(of[plan[0]]) for plan in plans]
+
+    def read(base, far):
+        seen.clear()
+        found = table([own], [of], (of.index(base),), fitness, far)[0]
+        return dict(zip(of, found, strict=True))
+
+    found = read(Option(0, 0), True)
+    assert seen == [Option(0, 0), *(Option(0, m) for m in (2, 6, 9)), Option(1, 0), Option(2, 0), Option(2, 9, True)]
+    assert found[Option(0, 4)] == 20 and found[Option(1, 2)] == 3 + 4 and found[of[-1]] == 99
+    base = Option(1, 2)
+    near = read(base, False)
+    assert set(seen) == {base, Option(0, 2), Option(2, 2), Option(1, 0), Option(1, 4)}
+    assert near[base] == 0 and near[Option(0, 0)] == harm(Option(0, 2)) + harm(Option(1, 0)) - 2 * harm(base)
+    assert near[Option(1, 6)] == near[of[-1]] == math.inf
+    back = read(of[-1], False)
+    assert back[of[-1]] == 0 and back[Option(0, 0)] == -99 and back[Option(1, 0)] == 3 - 99
 
 
 @pytest.mark.parametrize("option", [Option(0, 4), Option(1, 0), Option(2, 6, True)])
