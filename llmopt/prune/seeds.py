@@ -108,5 +108,6 @@ def filled(space: Space, choices: list[list[Option]], damage: Table, gone: list[
     found = {}
     for length in sorted({round(len(gone) * k / RUNS) for k in range(RUNS + 1)}):
         fixed = {b: len(choices[b]) - 1 for b in gone[:length]}
-        found[f"measured, {length} blocks gone"] = mended(space, summed(space, damage, fixed), draw, fixed)
+        name = f"measured, {length} blocks gone" if length else "measured"
+        found[name] = mended(space, summed(space, damage, fixed), draw, fixed)
     return {name: plan for name, plan in found.items() if space.attending(plan)}

@@ -128,7 +128,7 @@ class Tyr(Pruner):
         plan = ground.uniform()
         return ground.told(plan, [ground.first(b, option) for b, option in enumerate(plan)])
 
-    def _ground(self, model: nn.Module, run: Run) -> "Ground":
+    def _ground(self, model: nn.Module, run: Run) -> Ground:
         units = partial(self._ranked, multiple=multiple_of(run))
         return Ground(blocks(model), set(self.units), self.ratio, self.budgets == "each", units)
 
@@ -162,7 +162,7 @@ class Search:
         centre = [Option(*option) for option in before["options"]] if before else ground.uniform()
         parts, choices = ground.around(centre, FIRST_STEP / 2 ** number, step.levels // 2)
         field = space(parts, choices, ground.whole, ground.budget)
-        if field.plans <= step.offspring:
+        if field.plans <= step.offspring and self.run.layers is None:           # else of one block, for a forecast
             raise FieldError("offspring", step.offspring, f"less than {field.plans}: so many plans there are of these "
                                                           "units and levels")
         making = Making(partial(step.rank, multiple_of(self.run)), step.refit,
@@ -193,9 +193,9 @@ class Search:
     @cached_property
     def rows(self) -> Prefixes:
         """The rows that the search sees, none longer than the first stage, with the dense model's logits."""
-        rows = sample(self.run.batches, self.step.seed, self.step.tokens[-1])
-        parts = [zip(*(x.split(self.step.tokens[0], 1) for x in row.values()), strict=True) for row in rows]
-        rows = [dict(zip(rows[0], part, strict=True)) for of in parts for part in of if part[0].shape[1] > 1]
+        length, rows = self.step.tokens[0], sample(self.run.batches, self.step.seed, self.step.tokens[-1])
+        rows = [{name: x[:, start:start + length] for name, x in row.items()}
+                for row in rows for start in range(0, row["input_ids"].shape[1] - 1, length)]
         if not rows:
             raise LlmoptError("the search needs calibration rows of at least two tokens")
         return Prefixes(self.model, self.run, rows, self.step.support)
