@@ -126,6 +126,9 @@ def test_blocks_behind_read_what_the_candidates_write(net):
     name = f"mlp.{parts[0]['mlp'].levels[1]}.columns"
     assert torch.equal(made.made[0][name], far.made[0][name])
     assert not torch.equal(made.made[1][name], far.made[1][name])
+    centre = [Option(1, 0)] * 3
+    behind = Making(lambda *given: step.rank(1, *given), True, centre).net(model, run, parts, choices, "net")
+    assert not torch.equal(behind.made[0][name], far.made[0][name])         # an FFN, behind its own block's attention
 
 
 def test_prefixes_of_nothing_taken_are_the_dense_model(net):
