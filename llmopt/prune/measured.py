@@ -9,8 +9,8 @@ a tenth of the model. So the best few plans, each of which differs from the othe
 share everywhere and LAMP's ranking are measured whole, and the one with the least damage is taken.
 
 The exact choice over such a table is that of ZipLM and SPDY (Kurtic et al., 2023, arXiv:2302.04089; Frantar and
-Alistarh, 2022, arXiv:2201.13096), which go by layerwise error or by search. Left out: refits on what cut blocks give
-while plans are tried; the cut itself has them.
+Alistarh, 2022, arXiv:2201.13096), which go by layerwise error or by search. A whole plan is refitted as the cut will
+be, block after block, which costs three passes over the calibration data for each plan and holds what each one reads.
 """
 import dataclasses
 import math
@@ -21,17 +21,19 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from llmopt.calibration.programme import Programme
-from llmopt.calibration.trials import Trials, sample
+from llmopt.calibration.trials import Trials, in_block, sample
 from llmopt.calibration.walk import Visit
 from llmopt.errors import BudgetError, FieldError
 from llmopt.parts import Several, register
 from llmopt.prune.allocate import Units, globally, locally, normalise
 from llmopt.prune.scopes import Demand, Removed, Scope
-from llmopt.prune.stand_ins import Ridges, StandIns
+from llmopt.prune.stand_ins import Ridges, StandIns, in_turn
 
 APART = 8           # plans that are measured differ in a part of every so many
+MORE = 4            # times as many tokens where few plans are compared, which differ little
 BETWEEN = 8         # choices from one share that is measured to the next
 DENSE = "dense"
 Table = list[dict[int, float]]          # by the number of units that leave, for each layer part: the damage
@@ -47,7 +49,8 @@ class Measured(Scope):
     shares: Several[float] | None = Field(
         None, description="shares of a layer's units whose going is measured; null: tenths up to .5, or ratio + .2")
     plans: int = Field(4, ge=1, description="plans that are measured whole, beside two usual ones")
-    trial_tokens: int = Field(2048, ge=1, description="tokens of calibration data on which the KL is measured")
+    trial_tokens: int = Field(2048, ge=1, description="tokens of calibration data on which the KL of a cut is "
+                                                   "measured; four times as many for a whole plan")
 
     def check(self) -> None:
         if self.shares is not None and not (self.shares and all(0 < share <= 1 for share in self.shares)
@@ -87,27 +90,32 @@ class Measured(Scope):
                            for entry, some in enumerate(counts)], "ridges": demand.run.ranks.agree(ridges)}
 
     def _whole(self, demand: Demand, plans: list[list[int]], ridges: Ridges) -> list[float]:
-        """The damage of whole plans."""
-        trials = self._trials(demand, tuple(range(len(plans))))
-        for visit, own in trials.visits(demand.run.own_batches, f"{demand.label}, whole plans"):
-            stand_ins = self._stand_ins(visit, demand, dict(ridges))
-            here = own.block.index
-
-            def of(index: int, stand_ins: StandIns = stand_ins, here: int = here) -> dict:
-                return stand_ins.weights({u.kind: gone for u, gone in zip(demand.units, plans[index], strict=True)
-                                          if u.layer == here})
-
-            trials.through(own, of)
-        found = demand.run.ranks.agree(trials.damage())
+        """The damage of whole plans; every refit is on what the blocks read behind the plan's own cuts."""
+        run, trials = demand.run, self._trials(demand, tuple(range(len(plans))), MORE)
+        read: list[list[Tensor]] = []          # of each plan, what the next block reads of the calibration data
+        for visit, own in trials.visits(run.own_batches, f"{demand.label}, whole plans"):
+            made, ahead = {}, []
+            for index, plan in enumerate(plans):
+                removed = {u.kind: n for u, n in zip(demand.units, plan, strict=True) if u.layer == own.block.index}
+                here = dataclasses.replace(visit, inputs=read[index]) if read else visit
+                if not demand.refit:
+                    made[index] = StandIns(own.block, demand.units, run, None, {}).weights(removed)
+                    continue
+                made[index] = in_turn(here, demand.units, run, removed, dict(ridges))
+                weights, hold = in_block(own.block, made[index]), trials.memory.keeper()
+                ahead.append([hold(here.forward(batch, weights)) for batch in range(len(here.inputs))])
+            read = ahead
+            trials.through(own, made.__getitem__)
+        found = run.ranks.agree(trials.damage())
         return [found[index] for index in range(len(plans))]
 
     @staticmethod
     def _stand_ins(visit: Visit, demand: Demand, ridges: Ridges) -> StandIns:
         return StandIns(visit.block, demand.units, demand.run, visit if demand.refit else None, ridges)
 
-    def _trials(self, demand: Demand, start: tuple) -> Trials:
+    def _trials(self, demand: Demand, start: tuple, times: int = 1) -> Trials:
         run = demand.run
-        return Trials(demand.model, run, sample(run.batches, run.seed, self.trial_tokens), start)
+        return Trials(demand.model, run, sample(run.batches, run.seed, times * self.trial_tokens), start)
 
 
 def tenths(ratio: float) -> tuple[float, ...]:

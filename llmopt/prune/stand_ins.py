@@ -1,14 +1,14 @@
 """What stands in for a cut while plans are tried: the writer with zeros for the units that leave.
 
 All that a unit does goes through its columns of the writer, so zeros there do what the cut will do. With the refit, the
-columns that stay are fitted as refit.py does it, on what the writer reads in the dense model, with one ridge for all
-cuts of the writer; a bias is fitted with them.
+columns that stay are fitted as refit.py does it, with one ridge for all cuts of the writer; a bias is fitted with them.
 """
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmopt.calibration.trials import Weights, in_block
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection
@@ -23,14 +23,15 @@ class StandIns:
     """The stand-ins of one block.
 
     data: a visit with the calibration data, for stand-ins that are refitted; None: cut alone. ridges: filled where a
-    writer's is not known yet.
+    writer's is not known yet. ahead: stand-ins behind which those here read.
     """
 
-    def __init__(self, block: Block, units: list[Units], run: Run, data: Visit | None, ridges: Ridges):
+    def __init__(self, block: Block, units: list[Units], run: Run, data: Visit | None, ridges: Ridges,
+                 ahead: Weights | None = None):
         self.block, self.ridges = block, ridges
         self.units = [u for u in units if u.layer == block.index]
         able = [u for u in self.units if u.most]
-        self.read = _read(data, [self._cut(u, u.most)[0] for u in able], run) if data and able else {}
+        self.read = _read(data, [self._cut(u, u.most)[0] for u in able], run, ahead or {}) if data and able else {}
 
     def weights(self, removed: dict[str, int]) -> dict[str, Tensor]:
         """By the name of a weight or bias, what it is where so many units of each kind leave the block."""
@@ -67,11 +68,21 @@ class StandIns:
         return self.ridges[writer.name]
 
 
-def _read(data: Visit, projections: list[Projection], run: Run) -> dict[str, tuple[Sums, Tensor, Tensor]]:
+def in_turn(data: Visit, units: list[Units], run: Run, removed: dict[str, int], ridges: Ridges) -> Weights:
+    """The stand-ins of a block, refitted on what it reads in `data`, the FFN's behind that of the attention."""
+    found: dict[str, Tensor] = {}
+    for kinds in (("kv_groups", "q_heads"), ("ffn",)):
+        some = [u for u in units if u.kind in kinds and removed.get(u.kind)]
+        found |= StandIns(data.block, some, run, data, ridges, found).weights(removed)
+    return found
+
+
+def _read(data: Visit, projections: list[Projection], run: Run, ahead: Weights
+          ) -> dict[str, tuple[Sums, Tensor, Tensor]]:
     """By the name of a writer: sums over what it reads; its weight, and bias, as one matrix; all of its Gram matrix."""
     apart = held_out(data.masks, run.ranks)
     sums = {p.name: Sums(apart, run.ranks, int(p.bias is not None)) for p in projections}
-    data.observe({name: one.add for name, one in sums.items()})
+    data.observe({name: one.add for name, one in sums.items()}, weights=in_block(data.block, ahead))
     found: dict[str, Any] = {}
     for projection in projections:
         one, whole = sums[projection.name], with_bias(projection)

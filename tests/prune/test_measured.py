@@ -94,6 +94,14 @@ def test_the_damage_is_that_of_the_cut_and_the_best_plan_is_kept():
     assert 0.28 < told["removed_share"] <= 0.3
 
 
+def test_a_whole_plan_is_measured_as_it_will_be_refitted():
+    model, run = tiny.make("llama"), Run(batches=data(16))
+    told = Magnitude(ratio=0.4, scope={"measured": {"shares": [0.5], "plans": 1}}).apply(model, run).meta
+    best = min(plan["measured"] for plan in told["plans"])
+    found = divergence(tiny.make("llama"), model, sample(run.batches, 0, 2048))
+    assert found == pytest.approx(best, rel=0.02)           # its ridges may differ
+
+
 def test_widths_by_measured_damage_with_any_criterion():
     dense = tiny.make("qwen3", norms=True)
     for method in (Wanda, OBS):
