@@ -18,7 +18,7 @@ from llmopt import progress, recipe
 from llmopt.checkpoint import save as checkpoint
 from llmopt.errors import LlmoptError
 from llmopt.forecast import times
-from llmopt.forecast.memory import Peak, advice, private_bytes, whole_bytes
+from llmopt.forecast.memory import Peak, advice, held_bytes, private_bytes, whole_bytes
 from llmopt.heads import Gradient, Hess
 from llmopt.kv import SnapKV
 from llmopt.kv.fisher import CHUNK, Fisher
@@ -27,7 +27,7 @@ from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
-from llmopt.prune import Magnitude
+from llmopt.prune import Magnitude, Taylor
 from llmopt.quant import RTN
 from llmopt.run.dry_run import Rehearsal, dry_run
 from llmopt.run.foresight import Foresight
@@ -326,3 +326,10 @@ def test_what_a_step_on_the_whole_model_takes_is_bounded_from_shapes():
     assert whole_bytes(Hess(), model, 2, 100) == few                # a row at a time
     chunks = [whole_bytes(SnapKV(ratio=0.5, allocate=name), model, 9, 100) for name in ("fisher", "captured")]
     assert chunks == [pytest.approx(few * CHUNK / 100, rel=1e-9), 0]
+
+
+def test_a_step_that_goes_back_block_by_block_holds_what_each_reads():
+    model, batches = tiny.make("llama"), [{"input_ids": tiny.ids(rows, 24)} for rows in (2, 5)]
+    assert held_bytes(Taylor(), model, batches) == 5 * 24 * 64 * 4
+    assert held_bytes(Magnitude(), model, batches) == held_bytes(Gradient(), model, batches) == 0
+    assert held_bytes(Taylor(), model, None) == 0

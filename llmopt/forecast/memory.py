@@ -64,6 +64,17 @@ def whole_bytes(step: Method, model: nn.Module, rows: int, length: int) -> int:
     return (_backward_bytes(model, tokens) if tokens else 0) + 5 * 4 * step.learned_numbers(model)
 
 
+def held_bytes(step: Method, model: nn.Module, batches: list[dict[str, Tensor]] | None) -> int:
+    """Bytes that wait in front of each block while a step goes back through them one by one: one batch's hidden states.
+
+    Nothing for a step that takes no gradients, or those of the whole model at once.
+    """
+    if step.needs_whole or not batches:
+        return 0
+    tokens = max(step.backward(*batch["input_ids"].shape) for batch in batches)
+    return tokens * model.get_input_embeddings().weight.shape[1] * compute_type(model).itemsize
+
+
 def _backward_bytes(model: nn.Module, tokens: int) -> int:
     """The inputs of norms and products, which the backward pass of a batch reads, and its logits, some at a time."""
     size, (vocabulary, hidden) = compute_type(model).itemsize, model.get_input_embeddings().weight.shape

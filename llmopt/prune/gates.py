@@ -35,6 +35,9 @@ class ByGates(Pruner):
 
     over: Over = Field("sequence", description="what a slope is summed over before it is measured")
 
+    def backward(self, rows: int, length: int) -> int:
+        return max(rows * length, super().backward(rows, length))
+
     @abstractmethod
     def measure(self, slopes: Tensor) -> Tensor:
         """What slopes dL/dgate [N, units] are worth: [N, units], not negative."""

@@ -17,7 +17,7 @@ from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
 from llmopt.files.checks import weight_files
-from llmopt.forecast.memory import Peak, advice, code_bytes, private_bytes
+from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
@@ -168,7 +168,8 @@ class Rehearsal:
         streams = 0 if self.streamed else (count - 1) * max(0, loops.high_trials - loops.high)
         trials = loops.high_trials + max(0, stays - codes) + streams        # the hidden states of each block's trials
         self.times.add(part, spent, f"first of {count} blocks, measured")
-        self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays), trials)))
+        held = 0 if self.streamed else (count - 1) * held_bytes(step, self.model, self.run.batches)
+        self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays) + held, trials)))
         self.elsewhere, self.left = self.elsewhere + stays, self.left + added + stays
 
     def _applied(self, index: int, step: Method, run: Run, parts: bool = False) -> Span:
