@@ -13,7 +13,7 @@ from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
 from llmopt.heads import Gradient, Span
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
-from llmopt.prune import Depth, Fisher, Fuse, Heal, Magnitude, Tyr, Wanda
+from llmopt.prune import OBS, Depth, Fisher, Fuse, Heal, Magnitude, Tyr, Wanda
 from llmopt.quant import GPTQ, RTN, Tune
 from llmopt.run import pipeline
 from llmopt.scale import launch, processes
@@ -30,6 +30,7 @@ PLANS = {
     "widths": [Wanda(ratio=0.3, scope={"measured": {"shares": [0.5], "plans": 1}}),
                Magnitude(refit=False, scope={"ecoflap": {"draws": 1}})],
     "blocks": [Depth(ratio=0.34), Heal(epochs=1)],
+    "zeros": [OBS(ratio=0.5, units=["weights"])],
     "fused": [Fuse(ratio=0.34, epochs=1, rank=2)],
     "mixed": [Tyr(ratio=0.3, iterations=1, generations=1, offspring=2, tokens=[48], survivors=[], levels=3)],
     "tune": [Tune(bits=3, iterations=2, **GROUPS)],

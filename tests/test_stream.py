@@ -52,6 +52,7 @@ STEPS = {
            "kv.snapkv: {ratio: 0.5, window: 8}]",
     "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups], refit: false}, "
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",
+    "sparse": "[prune.wanda: {ratio: 0.5, units: [weights], pattern: '2:4'}]",
     "groups": "[prune.magnitude: {ratio: 0.5, units: [kv_groups]}]",
     "kv": "[kv.streaming: {budget: 16}]",
     "nvfp4": "[quant.gptq: {scheme: NVFP4A16}]",

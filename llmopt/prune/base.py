@@ -150,8 +150,8 @@ class Pruner(Method):
                               + "; refit: false does without, and loses far more" * without)
 
     def tell(self, run: Run) -> None:
-        """Say the notes; not in a rehearsal, whose plan has them."""
-        for note in self.notes(run) if run.layers is None else []:
+        """Say the notes, once; not in a rehearsal, whose plan has them."""
+        for note in self.notes(run) if run.layers is None and run.ranks.is_main else []:
             LOG.warning("%s: %s", self.name, note)
 
     def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
