@@ -29,6 +29,7 @@ READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these t
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "pull": "the hub", "m7": "13 GB",
         "world.train": "an hour and more", "synthetic": "gigabytes", "bench scale": "minutes",
         "bench quant": "run by tests/evals/test_quantizers.py", "bench prune": "run by tests/evals/test_pruners.py",
+        "bench attention": "run by tests/evals/test_sparse_speed.py",
         "llmopt_evals.real": "90 MB of the index", "num_fewshot": "data of the hub",
         "continuations": "run by tests/evals/test_continuations.py",
         "recall llmopt/reference": "run by tests/evals/test_recall.py",

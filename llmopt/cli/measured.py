@@ -4,6 +4,7 @@ from typing import Any
 import click
 
 from llmopt.cli.tables import print_json, print_table
+from llmopt.parts import default_of, fields_of, get
 from llmopt.progress import human
 from llmopt.run.table import with_error
 
@@ -112,3 +113,33 @@ def show_lean(found: list[dict[str, Any]], as_json: bool) -> None:
              f"{row['operations'] / 1e9:.2f} G", f"{row['faster']:.2f}", f"{row['of_promise']:.2f}") for row in found]
     print_table("pruned shapes, one thread",
                 ["gone", "work", "CPU time", "operations", "faster", "of the promise"], rows)
+
+
+def show_sparse(found: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench attention`: a row for each prompt and method."""
+    if as_json:
+        print_json(found)
+        return
+    rows = [(row["length"], row["dim"], _entry(row), f"{row['density']:.1%}", f"{1000 * row['selection']:.1f} ms",
+             f"{1000 * row['attention']:.1f} ms", f"{row['faster_attention']:.2f}", f"{row['faster']:.2f}")
+            for row in found]
+    print_table("sparse prefill, 8 query heads on 2, one thread",
+                ["tokens", "dimension", "method", "pairs", "selection", "attention", "faster", "selection included"], rows)
+    for (length, dim), dense in {(row["length"], row["dim"]): row["dense"] for row in found}.items():
+        click.echo(f"dense attention of {length:,} tokens, dimension {dim}: {1000 * dense:.1f} ms")
+
+
+def show_recall(found: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench attention --part recall`: a row for each method."""
+    if as_json:
+        print_json(found)
+        return
+    print_table("of the attention that there is", ["method", "pairs", "read"],
+                [(_entry(row), f"{row['density']:.1%}", f"{row['recall']:.1%}") for row in found])
+
+
+def _entry(row: dict[str, Any]) -> str:
+    """A method with those of its fields that are not as they are by default."""
+    usual = {key: default_of(field) for key, field in fields_of(get(row["method"])).items()}
+    told = ", ".join(f"{key}: {value}" for key, value in row["fields"].items() if value != usual[key])
+    return f"{row['method']}{f' ({told})' if told else ''}"

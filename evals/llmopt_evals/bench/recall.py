@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.attention.base import Selector, State
+from llmopt.calibration.data import load
+from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming
 from llmopt.method import Method, Record, Run
+from llmopt.model.loading import load_dense
 from llmopt.parts import build
+from llmopt.progress import Progress
+from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals.entries import read
 
 
@@ -40,6 +45,19 @@ class Watch(Selector):
             part, computed = sparse_partial(q, k, state.values, method.select(q, k, own), state.rule)
             found.append(((part.lse - dense.lse).exp().mean(), float((computed / pairs).mean())))
         return everything
+
+
+def of_model(name: str, data: DataSpec, methods: Sequence[Selector], progress: Progress) -> list[dict[str, Any]]:
+    """`measure` for a model by its name, on rows of a source of calibration data."""
+    model, tokenizer = load_dense(ModelSpec(id=name, compute_dtype="float32"))
+    batches = load(data.of(name), model.config, tokenizer, Sampler(model, tokenizer))
+    run = Run(batches=batches, tokenizer=tokenizer, progress=progress)
+    for score in dict.fromkeys(method.heads for method in methods if getattr(method, "heads", None)):
+        if score.startswith("heads."):
+            build(score, {}).apply(model, run)
+    rows = [ids[mask.bool()] for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"],
+                                                                       strict=True)]
+    return measure(model, rows, methods, run)
 
 
 def selectors(words: Sequence[str]) -> list[Selector]:
