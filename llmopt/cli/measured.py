@@ -124,7 +124,7 @@ def show_sparse(found: list[dict[str, Any]], as_json: bool) -> None:
              f"{1000 * row['attention']:.1f} ms", f"{row['faster_attention']:.2f}", f"{row['faster']:.2f}")
             for row in found]
     print_table("sparse prefill, 8 query heads on 2, one thread",
-                ["tokens", "dimension", "method", "pairs", "selection", "attention", "faster", "selection included"], rows)
+                ["tokens", "dimension", "method", "pairs", "selection", "attention", "faster", "with selection"], rows)
     for (length, dim), dense in {(row["length"], row["dim"]): row["dense"] for row in found}.items():
         click.echo(f"dense attention of {length:,} tokens, dimension {dim}: {1000 * dense:.1f} ms")
 
