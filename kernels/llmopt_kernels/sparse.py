@@ -68,6 +68,19 @@ class Stripes:
                  self.start if self.start is not None and self.start.ndim > 1 else None)
         return max((len(x) for x in given if x is not None), default=1)
 
+    def about(self, tokens: int, total: int) -> float:
+        """Pairs of a head, about: what lists and base name twice counts twice, a distance as one key for each row."""
+        rows = torch.arange(total - tokens, total)
+        begins = rows[::self.tile]
+        if self.start is not None:
+            first = self.start.reshape(-1, len(begins)).cpu().repeat_interleave(self.tile, 1)[:, :tokens]
+        else:
+            first = (rows - torch.as_tensor(self.window).cpu().reshape(-1, 1) + 1).clamp(min=0)
+        base = (rows + 1 - first + first.clamp(max=self.sinks)).clamp(min=0).double().sum(1).mean()
+        named = [(x, each) for x, each in ((self.columns, self.tile), (self.blocks, self.tile * self.block),
+                                           (self.diagonals, tokens)) if x is not None]
+        return float(base) + sum(int((x != NONE).sum()) / len(x) * each for x, each in named)
+
     def local(self, number: int, row: int) -> list[tuple[int, int | None]]:
         """(first local key, window) of a tile whose first row is at `row`: one pair for all heads, or one for each X.
 

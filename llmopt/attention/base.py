@@ -31,7 +31,7 @@ from llmopt.runtime.compression import ATTENTION
 from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.prompt import Prompt
 
-DENSE_ABOVE = 0.75     # dense where a method expects to compute more than this share of the causal pairs
+DENSE_ABOVE = 0.75     # dense where more than this share of the causal pairs is expected, or has been chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,20 @@ class Selector(PrefillMethod):
         state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
                       live.record(ATTENTION), shared)
         stripes = self.select(one.query, one.keys, state)
+        if self.min_length and not _saves(one, stripes, dense):
+            _count(live, prompt, dense, dense)
+            return one.dense()
         out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
         _count(live, prompt, pairs, dense)
         return out
+
+
+def _saves(one: Sequence, stripes: Stripes, dense: Tensor) -> bool:
+    """False where so much has been chosen that dense attention is faster; dense: its pairs [H]."""
+    total = one.keys.shape[1]
+    if one.old is not None or (one.rule.window or total) < total:               # what is chosen is not all that counts
+        return True
+    return stripes.about(len(one.columns), total) <= DENSE_ABOVE * float(dense.double().mean())
 
 
 def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:

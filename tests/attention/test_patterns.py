@@ -7,6 +7,7 @@ from llmopt_kernels import NONE, Rule, sparse_attention, sparse_partial
 from torch.testing import assert_close
 
 from llmopt import attention as a
+from llmopt import runtime
 from llmopt.attention.antidiagonal import antidiagonals, summed
 from llmopt.attention.base import State
 from llmopt.attention.flexprefill import distance
@@ -18,6 +19,7 @@ from llmopt.errors import FieldError
 from llmopt.method import Record
 from tests.kernels.test_reference import RULES, draw
 from tests.kernels.test_sparse import masked, visible_by_hand
+from tests.tiny import ids, make
 
 H, G, D = 4, 2, 8
 FULL = {
@@ -54,6 +56,30 @@ def test_all_of_it_is_dense_attention(name, rule):
             assert_close(part.out, want.out, atol=1e-5, rtol=1e-5)
             assert_close(part.lse, want.lse, atol=1e-5, rtol=1e-5)
             assert pairs.tolist() == [int(seen.sum())] * H
+
+
+def test_what_chooses_nearly_all_is_computed_densely():
+    model, tokens = make("llama"), ids(1, 40)
+    want = model(tokens).logits
+    for method, share in ((a.FlashPrefill(block=4, dense=99, min_length=8), 1.0),
+                          (a.FlashPrefill(block=4, dense=99, min_length=0), 1.0),
+                          (a.BlockTopK(block=4, keep=0, min_length=8), 244 / 820)):
+        with runtime.attached(model, method):
+            got = model(tokens).logits
+            density = float(runtime.attachment(model).stats[1].density.mean())
+        assert density == pytest.approx(share)
+        assert torch.equal(got, want) == (share == 1.0 and method.min_length > 0)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_pairs_are_known_about(name):
+    q, k, v, state = drawn(40, 60)
+    stripes = FULL[name].select(q, k, state)
+    if stripes.pooled is None:
+        _, pairs = sparse_attention(q, k, v, stripes, state.rule)
+        assert stripes.about(40, 60) >= 0.99 * float(pairs.double().mean())
+        if stripes.diagonals is None and stripes.columns is None:
+            assert stripes.about(40, 60) <= 1.15 * float(pairs.double().mean())
 
 
 # --------------------------------------------------------------------------------------------- what they have in common
