@@ -8,6 +8,7 @@ from llmopt.attention.flash_prefill import FlashPrefill
 from llmopt.attention.flexprefill import FlexPrefill
 from llmopt.attention.local_heads import LocalHeads
 from llmopt.attention.neighborhood import Neighborhood
+from llmopt.attention.reuse import Reuse
 from llmopt.attention.s2 import ShiftedGroups
 from llmopt.attention.sparge import Sparge
 from llmopt.attention.stem import Stem
@@ -16,4 +17,4 @@ from llmopt.attention.vertical_slash import VerticalSlash
 from llmopt.attention.xattention import XAttention
 
 __all__ = ["AShape", "Act", "Anchor", "BlockTopK", "CoreContext", "FlashPrefill", "FlexPrefill", "LocalHeads",
-           "Neighborhood", "ShiftedGroups", "Sparge", "Stem", "TriShape", "VerticalSlash", "XAttention"]
+           "Neighborhood", "Reuse", "ShiftedGroups", "Sparge", "Stem", "TriShape", "VerticalSlash", "XAttention"]
