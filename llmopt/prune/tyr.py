@@ -4,9 +4,10 @@
 
 For every part of every block some widths around a centre are pruned locally: units leave by `criterion`, the writer is
 refitted on what stays, behind blocks that have errors of their own (prune/supernet.py). Plans of them compete on
-growing numbers of tokens (prune/search.py); the best one is the centre of the next iteration, whose steps are half as
-long. The last one is cut, and its writers refitted once more behind the blocks as they really are; in front of what is
-gone as a whole they are repaired as well (prune/repair.py). Li et al., 2025, Tyr-the-Pruner (arXiv:2503.09657).
+growing numbers of tokens (prune/search.py), of rows on which nothing was fitted; the best one is the centre of the next
+iteration, whose steps are half as long. The last one is cut, and its writers refitted once more on all rows, behind the
+blocks as they really are; in front of what is gone as a whole they are repaired as well (prune/repair.py). Li et al.,
+2025, Tyr-the-Pruner (arXiv:2503.09657).
 
 Beyond the paper: parts and blocks may leave as a whole, and one budget in parameters holds for all kinds of units, so
 that a block is traded for channels (`budgets: each` keeps each kind to its own share, as the paper does). The search
@@ -21,12 +22,12 @@ from itertools import accumulate
 from random import Random
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.prefixes import Prefixes
-from llmopt.calibration.trials import sample
 from llmopt.calibration.walk import Visit
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
@@ -48,6 +49,8 @@ from llmopt.prune.wanda import mean_size
 
 LOG = logging.getLogger(__name__)
 FIRST_STEP = 0.125          # of a part's units, in the first iteration
+AT_MOST = 4                 # one row of so many is held out for the search
+Rows = list[dict[str, Tensor]]
 
 
 @register("prune.tyr")
@@ -167,7 +170,8 @@ class Search:
                                                           "units and levels")
         making = Making(partial(step.rank, multiple_of(self.run)), step.refit,
                         centre if step.accumulate == "centre" else None)
-        net = making.net(self.model, self.run, parts, choices, f"supernet {number + 1}")
+        net = making.net(self.model, replace(self.run, batches=self.divided[1]), parts, choices,
+                         f"supernet {number + 1}")
         fitness = partial(self._fitness, net, draw)
         start = tuple(of.index(option) for of, option in zip(choices, centre, strict=True))
         found = self._seeds(field, parts, choices, start, fitness, draw, bool(before))
@@ -191,11 +195,16 @@ class Search:
         return found | filled(field, choices, damage, gone, draw)
 
     @cached_property
+    def divided(self) -> tuple[Rows, Rows]:
+        """See divided."""
+        return divided(self.run.batches, self.step.seed, self.step.tokens[-1])
+
+    @cached_property
     def rows(self) -> Prefixes:
         """The rows that the search sees, none longer than the first stage, with the dense model's logits."""
-        length, rows = self.step.tokens[0], sample(self.run.batches, self.step.seed, self.step.tokens[-1])
+        length = self.step.tokens[0]
         rows = [{name: x[:, start:start + length] for name, x in row.items()}
-                for row in rows for start in range(0, row["input_ids"].shape[1] - 1, length)]
+                for row in self.divided[0] for start in range(0, row["input_ids"].shape[1] - 1, length)]
         if not rows:
             raise LlmoptError("the search needs calibration rows of at least two tokens")
         return Prefixes(self.model, self.run, rows, self.step.support)
@@ -208,3 +217,24 @@ class Search:
             tokens = list(accumulate(self.rows.lengths[row] for row in order))
             order = order[:1 + sum(total < self.step.tokens[stage] for total in tokens)]
         return self.rows.damage(plans, order, net.weights)
+
+
+def divided(batches: Rows, seed: int, tokens: int) -> tuple[Rows, Rows]:
+    """(single rows for the search, without padding; batches of all others, on which the candidates are fitted).
+
+    Rows are drawn by `seed`, up to so many tokens and a quarter of all; of a single row both have it.
+    """
+    places = [(index, row) for index, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
+    drawn, total = set(), 0
+    for place in torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist():
+        index, row = places[place]
+        total += int(batches[index]["attention_mask"][row].sum())
+        if drawn and (total > tokens or AT_MOST * (len(drawn) + 1) > len(places)):
+            break
+        drawn.add((index, row))
+    search = [{name: x[row:row + 1, :int(batches[index]["attention_mask"][row].sum())]
+               for name, x in batches[index].items()} for index, row in sorted(drawn)]
+    others = [[row for row in range(len(batch["input_ids"])) if (index, row) not in drawn]
+              for index, batch in enumerate(batches)]
+    rest = [{name: x[kept] for name, x in batch.items()} for batch, kept in zip(batches, others, strict=True) if kept]
+    return search, rest or batches

@@ -10,6 +10,7 @@ from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.model.shapes import shapes
 from llmopt.prune import Tyr
+from llmopt.prune.tyr import divided
 from tests import tiny
 from tests.test_prefixes import without_last
 
@@ -40,8 +41,8 @@ def test_the_cut_model_is_what_the_last_fitness_says_of_it(family):
     assert len(blocks(model)) == 2 and meta["layers"][1]["dropped"]
     log = meta["search"][-1]
     assert log["fitness"] == sorted(log["fitness"], reverse=True) and log["fitness"][0] == min(log["seeds"].values())
-    rows = [{name: x[i:i + 1] for name, x in batch.items()} for batch in data() for i in range(4)]
-    assert without_last(dense, model, rows) == pytest.approx(log["fitness"][-1], rel=1e-3)
+    rows = divided(data(), 0, 400)[0]
+    assert len(rows) == 2 and without_last(dense, model, rows) == pytest.approx(log["fitness"][-1], rel=1e-3)
 
 
 def test_a_search_is_no_worse_than_the_same_widths_everywhere_and_repeats_itself():
@@ -116,3 +117,16 @@ def test_the_dense_logits_and_the_candidates_are_made_once(monkeypatch):
     Tyr(**SHORT | {"ratio": 0.2, "iterations": 2, "units": ["ffn"]}).apply(
         tiny.make("llama"), Run(batches=data(), memory=Kept()))
     assert len(calls) == 1 and set(made) == {f"supernet {i} {b} mlp" for i in (1, 2) for b in range(3)}
+
+
+def test_what_the_search_sees_is_not_what_candidates_are_fitted_on():
+    batches = data(16, 24)
+    batches[1]["attention_mask"][2, 20:] = 0
+    search, rest = divided(batches, 1, 96)
+    assert len(search) == 4 and sum(len(batch["input_ids"]) for batch in rest) == 12
+    seen = {tuple(row["input_ids"][0, :20].tolist()) for row in search}
+    fitted = {tuple(row[:20].tolist()) for batch in rest for row in batch["input_ids"]}
+    assert not seen & fitted and len(seen | fitted) == 16
+    assert len(divided(batches, 1, 50)[0]) == 2 and len(divided(batches, 1, 9999)[0]) == 4
+    one = [{name: x[:1] for name, x in batches[0].items()}]
+    assert len(divided(one, 0, 50)[0]) == len(divided(one, 0, 50)[1]) == 1
