@@ -30,7 +30,7 @@ from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.plans import contents, dense, plan
-from tests.test_contract import FIELDS
+from tests.test_contract import FIELDS, own_fields
 
 STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
@@ -170,9 +170,9 @@ def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_pa
 
 @pytest.mark.parametrize("name", llmopt.names())
 def test_every_method_streams_or_says_that_it_cannot(name, tmp_path):
-    fields = FIELDS.get(name, {})
-    made = plan(tmp_path, dense(tmp_path, "qwen3"), f"[{{{name}: {json.dumps(fields)}}}]")
-    if made.steps[0].needs_whole:
+    steps = [{before: fields} for before, fields in own_fields(name, "BEFORE").items()]
+    made = plan(tmp_path, dense(tmp_path, "qwen3"), json.dumps([*steps, {name: FIELDS.get(name, {})}]))
+    if any(step.needs_whole for step in made.steps):
         return
     for folder, force in (("memory", False), ("streamed", True)):
         pipeline.run(made, tmp_path / folder, streaming=Streaming(force))
