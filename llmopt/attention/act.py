@@ -23,10 +23,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.attention.helpful import first_rows, helpful
-from llmopt.calibration.head_scores import FILES
-from llmopt.errors import LlmoptError
+from llmopt.calibration.head_scores import FILES, check_chosen
 from llmopt.method import Record, Run, Sample
-from llmopt.model.blocks import blocks
 from llmopt.parts import register
 from llmopt.runtime.attach import AdjustMethod
 from llmopt.runtime.hooks import Attachment
@@ -97,13 +95,7 @@ class Act(AdjustMethod):
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
-        chosen, views = record.meta["heads"], blocks(model)
-        if len(chosen) != len(views):
-            raise LlmoptError(f"{self.name}: heads of {len(chosen)} layers; the model has {len(views)}")
-        for view, heads in zip(views, chosen, strict=True):
-            if heads != sorted(set(heads)) or any(not 0 <= head < view.heads for head in heads):
-                raise LlmoptError(f"{self.name}: layer {view.index} has heads 0 to {view.heads - 1}, in order and each "
-                                  f"once; {heads} given")
+        check_chosen(record.meta["heads"], model, self.name)
 
     # ------------------------------------------------------------------------------------------ in a layer's attention
 

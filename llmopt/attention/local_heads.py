@@ -13,10 +13,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.attention.base import Selector, State
-from llmopt.calibration.head_scores import FILES, find
-from llmopt.errors import LlmoptError
+from llmopt.calibration.head_scores import FILES, check_chosen, find
 from llmopt.method import Record, Run
-from llmopt.model.blocks import blocks
 from llmopt.parts import register
 
 
@@ -47,13 +45,7 @@ class LocalHeads(Selector):
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
-        local, views = record.meta["local"], blocks(model)
-        if len(local) != len(views):
-            raise LlmoptError(f"{self.name}: heads of {len(local)} layers; the model has {len(views)}")
-        for view, heads in zip(views, local, strict=True):
-            if heads != sorted(set(heads)) or any(not 0 <= head < view.heads for head in heads):
-                raise LlmoptError(f"{self.name}: layer {view.index} has heads 0 to {view.heads - 1}, in order and each "
-                                  f"once; {heads} given")
+        check_chosen(record.meta["local"], model, self.name)
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         windows = torch.full((len(q),), k.shape[1], device=q.device)

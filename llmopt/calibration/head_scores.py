@@ -56,6 +56,17 @@ def check_scores(scores: list[Tensor], heads: list[int]) -> None:
             raise LlmoptError(f"layer {layer}: scores that are not finite: {values.tolist()}")
 
 
+def check_chosen(chosen: list[list[int]], model: nn.Module, name: str) -> None:
+    """Raise LlmoptError unless `chosen` lists heads of every layer, in order and each once; name: of the method."""
+    views = blocks(model)
+    if len(chosen) != len(views):
+        raise LlmoptError(f"{name}: heads of {len(chosen)} layers; the model has {len(views)}")
+    for view, heads in zip(views, chosen, strict=True):
+        if heads != sorted(set(heads)) or any(not 0 <= head < view.heads for head in heads):
+            raise LlmoptError(f"{name}: layer {view.index} has heads 0 to {view.heads - 1}, in order and each once; "
+                              f"{heads} given")
+
+
 def save_scores(path: str | Path, name: str, scores: list[Tensor], meta: dict[str, Any]) -> None:
     """Write the scores, and how they came about, to a file that `load_scores` reads.
 

@@ -1,6 +1,7 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
 import logging
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -32,7 +33,7 @@ Scores = dict[str, Tensor]        # unit -> one score per unit of a block, large
 
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Family base: how much leaves, of what, and how layers compare. A method writes `score` alone."""
+    """Family base: how much leaves, of what, and how layers compare. A method that searches writes `plan`."""
 
     stage: ClassVar = "prune"
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
@@ -92,21 +93,6 @@ class Pruner(Method):
         return ["chosen by weights alone and without a refit, no calibration data: on real models worse than channels "
                 "drawn at random; refit: true, or better prune.wanda, loses a fraction of that"]
 
-    def score(self, block: Block, visit: Visit | None) -> Scores:
-        """For each of `self.units` that the block has, a float tensor [number of units]; see prune/groups.py."""
-        raise NotImplementedError
-
-    def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
-        """The scores of all blocks, the same on all processes; a method that cannot rate block by block overrides this.
-        """
-        with torch.no_grad():
-            if self.uses_inputs:
-                stops = visits(model, run, self.name, edits=False)
-                return run.ranks.agree([_plain(self.score(visit.block, visit)) for visit in stops])
-            own = run.ranks.share(range(len(layer_list(model))))
-            rated = [_plain(self.score(block, None)) for block in each(model, run, self.name, edits=False, only=own)]
-            return [scores for part in run.ranks.gather(rated) for scores in part]
-
     def refuse(self, model: nn.Module) -> None:
         """Raise LlmoptError if this architecture cannot lose one of the units."""
         for unit in self.units:
@@ -161,13 +147,9 @@ class Pruner(Method):
         apply_plan(model, plan, run)
         return found
 
+    @abstractmethod
     def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
-        """The plan of every layer, and figures for the record. A method that searches overrides this."""
-        views, rated = blocks(model), self.rate_all(model, run)
-        priced, figures = self.budget.priced(self._all_units(views, rated, multiple_of(run)), views, model, run)
-        plan, told = self._chosen(views, priced, lambda units: self.scope.removed(
-            Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
-        return plan, told | figures
+        """The plan of every layer, and figures for the record."""
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -251,6 +233,41 @@ class Pruner(Method):
                               f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
                               + (" or use scope: global" if isinstance(self.scope, Local) and not coarse else ""))
         return removed, figures
+
+
+@dataclass(frozen=True)
+class Criterion(Pruner):
+    """Scores units; the scope decides by them how many leave from each layer. A method writes `rate_all`."""
+
+    @abstractmethod
+    def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
+        """The scores of all blocks, the same on all processes."""
+
+    def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
+        views, rated = blocks(model), self.rate_all(model, run)
+        priced, figures = self.budget.priced(self._all_units(views, rated, multiple_of(run)), views, model, run)
+        plan, told = self._chosen(views, priced, lambda units: self.scope.removed(
+            Demand(units, self.ratio, self.normalize, self.refits, model, run, self.name)))
+        return plan, told | figures
+
+
+@dataclass(frozen=True)
+class ByBlock(Criterion):
+    """Scores the units of one block at a time. A method writes `score`."""
+
+    @abstractmethod
+    def score(self, block: Block, visit: Visit | None) -> Scores:
+        """For each of `self.units` that the block has, a float tensor [number of units]; see prune/groups.py."""
+
+    def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
+        with torch.no_grad():
+            if self.uses_inputs:
+                stops = visits(model, run, self.name, edits=False)
+                return run.ranks.agree([_plain(self.score(visit.block, visit)) for visit in stops])
+            own = run.ranks.share(range(len(layer_list(model))))
+            rated = [_plain(self.score(block, None)) for block in each(model, run, self.name, edits=False, only=own)]
+            return [scores for part in run.ranks.gather(rated) for scores in part]
+
 
 
 def multiple_of(run: Run) -> int:

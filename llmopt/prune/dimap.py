@@ -22,7 +22,7 @@ from llmopt.calibration.walk import Visit
 from llmopt.model.blocks import Block
 from llmopt.parts import register
 from llmopt.prune.allocate import Units, globally, normalise
-from llmopt.prune.base import Pruner, Scores
+from llmopt.prune.base import ByBlock, Scores
 from llmopt.prune.groups import Member, felt, members
 from llmopt.prune.scopes import Demand, Removed, Scope
 
@@ -47,7 +47,7 @@ class Apart(Scope):
 
 @register("prune.dimap")
 @dataclass(frozen=True)
-class DIMAP(Pruner):
+class DIMAP(ByBlock):
     """By weights alone."""
 
     whole_parts: ClassVar[bool] = False

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from llmopt.calibration.backward import backward
 from llmopt.method import Run
 from llmopt.model.blocks import Projection, blocks
-from llmopt.prune.base import Pruner, Scores
+from llmopt.prune.base import Criterion, Scores
 from llmopt.prune.groups import members
 
 Over = Literal["token", "sequence", "batch"]
 
 
 @dataclass(frozen=True)
-class ByGates(Pruner):
+class ByGates(Criterion):
     """A method writes `measure`."""
 
     uses_inputs: ClassVar[bool] = True

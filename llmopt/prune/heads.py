@@ -17,13 +17,13 @@ from llmopt.calibration import head_scores
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
 from llmopt.parts import Several, register
-from llmopt.prune.base import Pruner, Scores
+from llmopt.prune.base import Criterion, Scores
 from llmopt.prune.groups import members
 
 
 @register("prune.heads")
 @dataclass(frozen=True)
-class Heads(Pruner):
+class Heads(Criterion):
     """No data needed but for the refit."""
 
     heads: str = Field("heads.gradient", description="name of a score step, or a .json or .safetensors file of scores")

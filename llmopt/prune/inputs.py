@@ -15,12 +15,12 @@ from torch import Tensor
 from llmopt.calibration.walk import Visit
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import Block
-from llmopt.prune.base import Pruner, Scores
+from llmopt.prune.base import ByBlock, Scores
 from llmopt.prune.groups import members
 
 
 @dataclass(frozen=True)
-class ByInputs(Pruner):
+class ByInputs(ByBlock):
     """A method writes `watch` and `rate`."""
 
     uses_inputs: ClassVar[bool] = True

@@ -25,7 +25,7 @@ from llmopt.method import Record, Run
 from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.finite import all_finite
 from llmopt.parts import Several
-from llmopt.prune.base import LOSES_MORE, Pruner, Unit
+from llmopt.prune.base import LOSES_MORE, ByBlock, Unit
 from llmopt.prune.budgets import Parameters
 from llmopt.prune.masks import comparable, counts_below, fitted, half_of_each, smallest
 from llmopt.prune.refit import Sums, best, held_out, with_bias
@@ -57,7 +57,7 @@ class Gone:
 
 
 @dataclass(frozen=True)
-class Sparse(Pruner):
+class Sparse(ByBlock):
     """A criterion writes `zeroed`; looks: what of the inputs it sees, sum_t x_t^2 [in] or sum_t x_t x_t^T [in, in]."""
 
     looks: ClassVar[Literal["nothing", "squares", "gram"]] = "nothing"

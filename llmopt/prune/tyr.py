@@ -28,13 +28,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.calibration.prefixes import Prefixes
-from llmopt.calibration.walk import Visit
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, blocks, refuse_units
 from llmopt.parts import Several, register
 from llmopt.prune.allocate import Units
-from llmopt.prune.base import Pruner, Scores, Unit, multiple_of
+from llmopt.prune.base import Pruner, Unit, multiple_of
 from llmopt.prune.budgets import Parameters
 from llmopt.prune.ground import Ground
 from llmopt.prune.groups import members
@@ -100,9 +99,6 @@ class Tyr(Pruner):
     @property
     def refits(self) -> bool:
         return self.refit
-
-    def score(self, block: Block, visit: Visit | None) -> Scores:
-        raise NotImplementedError("prune.tyr plans all blocks together")
 
     def refuse(self, model: nn.Module) -> None:
         super().refuse(model)
