@@ -99,3 +99,16 @@ def test_ctrl_c_twice_at_any_moment_leaves_no_traceback(words, tmp_path, wait):
     assert process.returncode in (0, 130), err
     assert "Traceback" not in err
     assert {path.name for path in tmp_path.iterdir()} - {"m", "r.yaml", "out", "out.llmopt-work"} == set()
+
+
+class _Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_ctrl_c_where_python_drops_exceptions_is_tried_again(capsys):
+    with patient(), pytest.raises(KeyboardInterrupt):
+        _Finalized()
+        time.sleep(10)
+    assert capsys.readouterr().err == ""
