@@ -33,7 +33,8 @@ from llmopt.model.stay_packed import check_packed, packing
 from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
 from llmopt.model.weights import check_consistent
-from llmopt.quant.plan_file import FILE as PLAN
+from llmopt.prune.plan_file import FILE as PLAN
+from llmopt.prune.plan_file import layers_of
 from llmopt.quant.plan_file import plans_of
 from llmopt.specs import ModelSpec
 
@@ -160,7 +161,10 @@ def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
 def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | None, recipe: Any, format: str) -> None:
     if recipe is not None:
         (stage / "recipe.yaml").write_text(recipe_text(recipe))
-    for plan in plans_of(report.records if report is not None else []):
+    records = report.records if report is not None else []
+    layers = layers_of(records)
+    plan = next(plans_of(records), {}) | ({} if layers is None else {"layers": layers})
+    if plan:
         _write_json(stage / PLAN, plan)
     _write_json(stage / FILE, {
         "format_version": FORMAT_VERSION,

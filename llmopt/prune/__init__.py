@@ -14,9 +14,10 @@ from llmopt.prune.modhifi import ModHiFi
 from llmopt.prune.nvit import NViT
 from llmopt.prune.obs import OBS
 from llmopt.prune.pagcp import PAGCP
+from llmopt.prune.plan import ByPlan
 from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal", "Magnitude",
-           "Measured", "ModHiFi", "NViT", "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "ByPlan", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal",
+           "Magnitude", "Measured", "ModHiFi", "NViT", "Pruner", "Taylor", "Tyr", "Wanda"]

@@ -1,6 +1,5 @@
 """Structural pruning: a method scores units, this file decides how many leave and has them cut out."""
 import logging
-import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -13,16 +12,15 @@ from torch import Tensor, nn
 
 from llmopt.calibration.walk import Visit, each, visits
 from llmopt.errors import BudgetError, FieldError, LlmoptError
-from llmopt.method import Method, Record, Run
+from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
-from llmopt.model.shapes import shapes
 from llmopt.parts import Several
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally
 from llmopt.prune.budgets import Budget, Parameters
+from llmopt.prune.cutting import Cutter, multiple_of
 from llmopt.prune.groups import COARSE, cost, members
-from llmopt.prune.refit import refit
 from llmopt.prune.scopes import Demand, Global, Local, Removed, Scope
-from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan, layer_plan
+from llmopt.prune.surgery import LayerPlan, apply_plan, layer_plan
 
 LOG = logging.getLogger(__name__)
 
@@ -32,10 +30,9 @@ Scores = dict[str, Tensor]        # unit -> one score per unit of a block, large
 
 
 @dataclass(frozen=True)
-class Pruner(Method):
+class Pruner(Cutter):
     """Family base: how much leaves, of what, and how layers compare. A method that searches writes `plan`."""
 
-    stage: ClassVar = "prune"
     uses_inputs: ClassVar[bool] = False       # True: `score` gets the calibration data's visit of the block
     whole_parts: ClassVar[bool] = True        # False: it does not compare sub-blocks and blocks
 
@@ -112,22 +109,6 @@ class Pruner(Method):
         return "; ".join([f"removes {'about ' * (not known)}{told['meta']['removed_share']:.1%} of "
                           f"{', '.join(self.units)}: {gone}", *self.notes(run)])
 
-    def apply(self, model: nn.Module, run: Run) -> Record:
-        self.refuse(model)
-        self.check_data(run)
-        before, shape = model.num_parameters(), shapes(model)
-        told = self._decided(model, run)
-        plan, meta = [LayerPlan.from_dict(layer) for layer in told["layers"]], told["meta"]
-        views = blocks(model)
-        check_plan(model, views, plan)          # before the long work
-        kept = [describe(block, layer) for block, layer in zip(views, plan, strict=True)]
-        meta |= self._carry_out(model, run, plan)
-        self.tell(run)
-        return Record(meta=meta | {
-            "notes": self.notes(run), "multiple": multiple_of(run), "layers": kept,
-            "parameters": [before, model.num_parameters()],
-            "dense": [dict(s._asdict(), skip=list(s.skip)) for s in shape]})
-
     def check_data(self, run: Run) -> None:
         """Raise LlmoptError where calibration data are needed and there are none."""
         if self.needs_data and not run.batches:
@@ -139,17 +120,6 @@ class Pruner(Method):
         """Say the notes, once; not in a rehearsal, whose plan has them."""
         for note in self.notes(run) if run.layers is None and run.ranks.is_main else []:
             LOG.warning("%s: %s", self.name, note)
-
-    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
-        """Cut, after a refit where there is one; its figures for the record."""
-        cuts = any(layer.cuts for layer in plan)
-        found = {"refit": refit(model, run, plan, f"{self.name} refit")} if self.refits and cuts else {}
-        apply_plan(model, plan, run)
-        return found
-
-    @abstractmethod
-    def plan(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
-        """The plan of every layer, and figures for the record."""
 
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """A plan of the right size while the scores cannot be known: every layer's units rank alike; shapes are enough.
@@ -186,15 +156,6 @@ class Pruner(Method):
             return {}
         freed = sum(u.freed(n) for u, n in zip(units, removed, strict=True))
         return {"budget": self.budget.name, "removed_budget": freed / sum(u.total for u in units)}
-
-    def _decided(self, model: nn.Module, run: Run) -> dict[str, Any]:
-        """The plan and its figures, decided once: a forecast may have done it, or a run that was cut off."""
-        return run.memory.remember("plan", lambda: self._told(self.plan(model, run)))
-
-    @staticmethod
-    def _told(found: tuple[list[LayerPlan], dict[str, Any]]) -> dict[str, Any]:
-        plan, meta = found
-        return {"layers": [layer.to_dict() for layer in plan], "meta": meta}
 
     def _units(self, block: Block, scores: Scores, multiple: int) -> list[Units]:
         found = []
@@ -269,12 +230,6 @@ class ByBlock(Criterion):
             return [scores for part in run.ranks.gather(rated) for scores in part]
 
 
-
-def multiple_of(run: Run) -> int:
-    """The number of channels to which widths are rounded, so that every step to come fits."""
-    return math.lcm(*(step.multiple for step in run.ahead))
-
-
 def _plain(scores: Scores) -> Scores:
     return {kind: values.detach().float().cpu() for kind, values in scores.items()}
 
@@ -285,12 +240,3 @@ def _slices(scores: Tensor) -> tuple[Tensor, Tensor]:     # [G, H/G] -> [H/G], [
     heads = order + torch.arange(len(scores))[:, None] * scores.shape[1]
     return ordered.mean(dim=0), heads.T
 
-
-def describe(block: Block, layer: LayerPlan) -> dict[str, Any]:
-    """What stays of a block, for the record."""
-    shape = layer.shape(block)
-    told: dict[str, Any] = {"layer": block.index, "dropped": layer.drop, "skip": list(layer.skip),
-                            "ffn": shape.width, "heads": layer.kept_heads(block).tolist()}
-    if layer.kv_groups is not None:
-        told["kv_groups"] = layer.kv_groups.tolist()
-    return told

@@ -15,7 +15,7 @@ from llmopt.errors import BudgetError
 from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks, refuse_units
 from llmopt.model.shapes import check_droppable, shapes
-from llmopt.prune.base import describe
+from llmopt.prune.cutting import describe
 from llmopt.prune.groups import cost
 from llmopt.prune.surgery import LayerPlan, apply_plan, check_plan
 

@@ -33,17 +33,17 @@ from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, blocks, refuse_units
 from llmopt.parts import Several, register
 from llmopt.prune.allocate import Units
-from llmopt.prune.base import Pruner, Unit, multiple_of
+from llmopt.prune.base import Pruner, Unit
 from llmopt.prune.budgets import Parameters
+from llmopt.prune.cutting import multiple_of
 from llmopt.prune.ground import Ground
 from llmopt.prune.groups import members
 from llmopt.prune.obs import damped_losses
-from llmopt.prune.repair import repair
 from llmopt.prune.scopes import Local
 from llmopt.prune.search import LAST, Fitness, Plan, Space, evolved, mended
 from llmopt.prune.seeds import filled, greedy, table
 from llmopt.prune.supernet import Making, Option, Part, Supernet, space
-from llmopt.prune.surgery import LayerPlan, apply_plan
+from llmopt.prune.surgery import LayerPlan
 from llmopt.prune.wanda import mean_size
 
 LOG = logging.getLogger(__name__)
@@ -130,14 +130,6 @@ class Tyr(Pruner):
     def _ground(self, model: nn.Module, run: Run) -> Ground:
         units = partial(self._ranked, multiple=multiple_of(run))
         return Ground(blocks(model), set(self.units), self.ratio, self.budgets == "each", units)
-
-    def _carry_out(self, model: nn.Module, run: Run, plan: list[LayerPlan]) -> dict[str, Any]:
-        """Whole parts and blocks go first, repaired in front, so that the refit sees what comes behind them."""
-        whole = [replace(layer, heads=None, kv_groups=None, ffn=None) for layer in plan]
-        repairs = self.refit and any(layer.drop or layer.skip for layer in whole)
-        found = {"repair": repair(model, run, whole, f"{self.name} repair")} if repairs else {}
-        apply_plan(model, whole, run)
-        return found | super()._carry_out(model, run, [replace(layer, skip=()) for layer in plan if not layer.drop])
 
     def rank(self, multiple: int, block: Block, writer: Projection, kind: str, hessian: Tensor) -> Units:
         """The units of a writer, compared by the criterion; hessian [in, in]."""

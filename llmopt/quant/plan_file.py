@@ -13,7 +13,6 @@ from llmopt.errors import LlmoptError, closest
 from llmopt.files.checks import load_json
 from llmopt.quant.plan import DENSE, Choice, Target, check_divides
 
-FILE = "plan.json"
 BITS = (*range(2, 9), DENSE)
 
 
