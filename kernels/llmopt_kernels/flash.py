@@ -1,21 +1,29 @@
 """Sparse attention on the CPU by torch's flash kernel: what `sparse.sparse_partial` means, faster.
 
-A tile of rows reads two pieces, each a product of the kernel that tells the sum of its softmax, so that they can be
-merged: its local keys, a slice, under a mask that is alike for most tiles; and the keys before these, gathered, which
-all of its rows see. A unit is what shares its keys: the query heads of a KV head as rows of one product, or one query
-head where each has lists of its own. Units that read as much are computed together.
+First every row meets its local keys: tiles of rows whose local keys lie alike are one call of the kernel, under one
+mask, over pieces of the keys that overlap in memory and are not copied. Then the keys before the local ones, which all
+rows of a tile see: the first keys of all, or gathered ones. Each call tells the sum of its softmax, by which its result
+is merged into what there is. U units share their keys: KV heads, h query heads each, whose rows are rows of one
+product; or query heads, where each has lists of its own.
+
+The kernel is faster where keys come in multiples of 32 (bfloat16: by a third): keys that nobody reads fill them up.
 """
+import math
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmopt_kernels.partial import Partial, merged
+from llmopt_kernels.partial import Partial
 from llmopt_kernels.reference import Rule
 
-ROWS = 128          # whose local keys are computed at once
+ROWS = 64               # of each head, whose local keys are computed at once, of less than four heads twice as many
+KEYS = 32               # in multiples of which the kernel is fast
+AT_ONCE = 1 << 20       # numbers of the keys of one call, about: what the processor's cache holds
 
 
 def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bool:
@@ -34,125 +42,234 @@ def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bo
 
 
 def flash_partial(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> tuple[Partial, Tensor]:
-    """See `sparse.sparse_partial`: attention [H, T, D] with lse [H, T], and pairs [H]."""
+    """See `sparse.sparse_partial`: attention [H, T, D], of the queries' type, with lse [H, T] fp32; and pairs [H]."""
     heads, tokens, _ = query.shape
-    units = len(keys) if stripes.lists <= len(keys) else heads
-    rows = query.unflatten(0, (units, -1))                                                   # [U, h, T, D]
-    whole = Partial(query.new_zeros(rows.shape, dtype=torch.float32),
-                    query.new_full(rows.shape[:3], -torch.inf, dtype=torch.float32))
-    pairs, calls = torch.zeros(units, dtype=torch.int64), _Calls(keys, values, units, rule.scaling)
-    for number, begin in enumerate(range(0, tokens, stripes.tile)):
-        tile, row = rows[:, :, begin:begin + stripes.tile], begin + keys.shape[1] - tokens
-        size = tile.shape[2]
-        for piece in _pieces(stripes, number, (row, row + size), units):
-            own = tile[piece.units]                                                          # [n, h, R, D]
-            parts = [calls.far(own.flatten(1, 2), piece)] if piece.count else []
-            if stripes.done is None:
-                parts.append(calls.local(own, piece))
-            for found in parts:
-                at = piece.units, slice(None), slice(begin, begin + size)
-                found = merged(Partial(whole.out[at], whole.lse[at]),
-                               Partial(*(x.unflatten(1, (-1, size)) for x in (found.out, found.lse))))
-                whole.out[at], whole.lse[at] = found.out, found.lse
-            pairs[piece.units] += size * (piece.count + piece.known) + _local_pairs(piece)
-    joined = Partial(whole.out.flatten(0, 1), whole.lse.flatten(0, 1))
-    return joined if stripes.done is None else merged(stripes.done, joined), pairs.repeat_interleave(heads // units)
+    whole = (Partial(torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32))
+             if stripes.done is None else Partial(stripes.done.out.clone(), stripes.done.lse.clone()))
+    pairs = torch.zeros(heads, dtype=torch.int64)
+    for part in _parts(stripes, len(keys), heads):
+        spans = part.spans(query.shape, keys.shape[1], stripes.tile)
+        if stripes.done is None:
+            given, out, lse = (x.unflatten(0, (part.of, -1)) for x in (query, whole.out, whole.lse))
+            base = _Base(part.own(given), *(part.shared(x) for x in (keys, values)), rule.scaling,
+                         Partial(part.own(out), part.own(lse)))
+            base.add_local(spans, part.window, 0 if stripes.has_lists else stripes.sinks)
+            if not stripes.has_lists:
+                base.add_first(spans, stripes.sinks)
+            if part.units is not None:
+                out[part.units], lse[part.units] = base.found.out, base.found.lse
+        pairs.unflatten(0, (part.of, -1))[slice(None) if part.units is None else part.units] += _base_pairs(
+            spans, part.window, stripes.sinks)
+    if stripes.has_lists:
+        _add_listed(whole, query, keys, values, stripes, rule.scaling, pairs)
+    return whole, pairs
 
 
-class _Piece(NamedTuple):
-    """What some units of a tile read, as many keys each.
+class _Span(NamedTuple):
+    """Query rows from `begin` on, of which the first stands at `row`.
 
-    units: int64 [n]. span: (first local key, end, first row). window, sinks: that cut the local keys of a row. places:
-    int64 [n, count] of the keys before the local ones; None: they are the first `count` of all. known: sinks among the
-    keys before the local ones that the selector has read itself.
+    first: the first local key of that one; read: the first key that is looked at.
     """
 
-    units: Tensor
-    span: tuple[int, int, int]
+    begin: int
+    size: int
+    row: int
+    first: int
+    read: int
+
+
+class _Part(NamedTuple):
+    """Some units of `of` in all, or all (None), that share a window, or else the first local key of each tile."""
+
+    of: int
+    units: Tensor | None
     window: int | None
-    sinks: int
-    count: int
-    known: int
-    places: Tensor | None
+    starts: Sequence[int]
+
+    def own(self, x: Tensor) -> Tensor:
+        """Their part of what is given by unit."""
+        return x if self.units is None else x[self.units]
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Keys or values [G, S, D] by unit."""
+        return x if self.units is None else x[self.units * len(x) // self.of]
+
+    def spans(self, shape: Sequence[int], total: int, tile: int) -> list[_Span]:
+        """All rows of queries [H, T, D], as many at once as their tile divides well into."""
+        heads, tokens, offset = shape[0] // self.of, shape[1], total - shape[1]
+        most = ROWS if heads >= 4 else 2 * ROWS
+        whole = min(tile, tokens) if self.window is None else most
+        size = max((n for n in range(1, most + 1) if whole % n == 0), default=1)
+        size = size if 4 * size >= min(most, whole) else whole
+        return [self._span(begin, min(size, tokens - begin), begin + offset, tile) for begin in range(0, tokens, size)]
+
+    def _span(self, begin: int, size: int, row: int, tile: int) -> _Span:
+        first = max(0, row - self.window + 1) if self.window is not None else self.starts[begin // tile]
+        fill = -(row + size - first) % KEYS
+        return _Span(begin, size, row, first, first - fill if first >= fill else first)
 
 
-def _pieces(stripes, number: int, rows: tuple[int, int], units: int) -> Iterator[_Piece]:
-    """The pieces of one tile, whose rows are those from rows[0] to rows[1] - 1."""
-    local = stripes.local(number, rows[0])
-    marks = stripes.marked(number, rows, max(first for first, _ in local)) if stripes.has_lists else None
-    sinks = stripes.sinks if stripes.done is None else 0
-    if marks is not None:
-        marks[:, :stripes.sinks] = stripes.done is None
-    together: dict[tuple[int, int | None, int], list[int]] = defaultdict(list)
-    places: list[Tensor] = []
+def _parts(stripes, groups: int, heads: int) -> list[_Part]:
+    """Units that begin alike: all KV heads together, where they can be."""
+    local = stripes.window if stripes.start is None else stripes.start
+    given = local.tolist() if isinstance(local, Tensor) else local
+    lists = given if isinstance(given, list) and (stripes.start is None or isinstance(given[0], list)) else [given]
+    units = groups if len(lists) <= groups else heads
+    alike: dict[int | tuple[int, ...], list[int]] = defaultdict(list)
     for unit in range(units):
-        first, window = local[unit * len(local) // units]
-        if marks is not None:
-            places.append(marks[unit * len(marks) // units, :first].nonzero().flatten())
-        together[first, window, min(sinks, first) if marks is None else len(places[unit])].append(unit)
-    for (first, window, count), alike in together.items():
-        yield _Piece(torch.tensor(alike), (first, rows[1], rows[0]), window, stripes.sinks, count,
-                     min(stripes.sinks, first) if stripes.done is not None else 0,
-                     torch.stack([places[unit] for unit in alike]) if marks is not None and count else None)
+        one = lists[unit * len(lists) // units]
+        alike[tuple(one) if isinstance(one, list) else one].append(unit)
+    together = len(alike) == 1
+    return [_Part(groups if together else units, None if together else torch.tensor(members),
+                  None if isinstance(one, tuple) else one, one if isinstance(one, tuple) else ())
+            for one, members in alike.items()]
 
 
-def _local_pairs(piece: _Piece) -> int:
-    """Pairs of the local keys with the rows of one head."""
-    first, end, row = piece.span
-    i = torch.arange(row, end)
-    if piece.window is None:
-        return int((i - first + 1).sum())
-    begin = (i - piece.window + 1).clamp(min=first)
-    return int((i - begin + 1 + (begin.clamp(max=piece.sinks) - first).clamp(min=0)).sum())
+def _base_pairs(spans: list[_Span], window: int | None, sinks: int) -> int:
+    """Pairs of the base, for one head."""
+    last = spans[-1]
+    i = torch.arange(spans[0].row, last.row + last.size)
+    if window is None:
+        begin = torch.tensor([span.first for span in spans]).repeat_interleave(torch.tensor([s.size for s in spans]))
+    else:
+        begin = (i - window + 1).clamp(min=0)
+    return int((i - begin + 1 + begin.clamp(max=sinks)).sum())
 
 
-class _Calls:
-    """The products of one call; masks are kept by what they depend on."""
+class _Base(NamedTuple):
+    """Queries [U, h, T, D] of units, their keys and values [U, S, D], and what has been found: [U, h, T, D], [U, h, T].
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor, units: int, scaling: float):
-        self.kv, self.scaling, self.units = (keys, values), scaling, units
-        self.masks: dict[tuple[int | None, ...], Tensor] = {}
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    found: Partial
 
-    def local(self, query: Tensor, piece: _Piece) -> Partial:
-        """Attention of rows [n, h, R, D] to their keys from the first local one on, as [n, h R, D].
+    def add_local(self, spans: list[_Span], window: int | None, sinks: int) -> None:
+        """Attention of all rows to their keys from the first local one on."""
+        alike: dict[tuple[int, int, int, int], list[_Span]] = defaultdict(list)
+        for span in spans:
+            alike[span.row - span.read, span.size, max(0, sinks - span.read), span.first - span.read].append(span)
+        units, heads, _, dim = self.query.shape
+        for (before, size, near, gap), same in alike.items():
+            mask = _mask(before, size, near, window, gap, self.query.dtype).repeat(heads, 1)
+            for run, step in _in_steps(same, max(1, AT_ONCE // (units * (before + size) * dim))):
+                rows = _pieces(self.query, run[0].begin, size, step, len(run)).flatten(2, 3)       # [n, U, h R, D]
+                keys, values = (_pieces(x, run[0].read, before + size, step, len(run))
+                                for x in (self.keys, self.values))
+                got = _attention(rows, keys, values, self.scaling, mask)
+                for whole, x in ((self.found.out, got.out), (self.found.lse.unsqueeze(-1), got.lse.unsqueeze(-1))):
+                    _pieces(whole, run[0].begin, size, step, len(run)).copy_(x.unflatten(2, (heads, size)))
 
-        A few rows at a time: what comes after the last of them is not computed.
-        """
-        first, _, row = piece.span
-        found = []
-        for at in range(0, query.shape[2], ROWS):
-            some = query[:, :, at:at + ROWS]
-            keys, values = (self._of(x[:, first:row + at + some.shape[2]], piece.units) for x in self.kv)
-            part = self._product(some.flatten(1, 2), keys, values, self._mask(piece, row + at, some))
-            found.append([x.unflatten(1, (query.shape[1], -1)) for x in (part.out, part.lse)])
-        return Partial(*(torch.cat(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True)))
+    def add_first(self, spans: list[_Span], sinks: int) -> None:
+        """Attention to the first keys of all, as far as they are not local."""
+        for count, same in groupby(spans, lambda span: min(sinks, span.read)):
+            rows = list(same)
+            for some in (rows[at:at + 8] for at in range(0, len(rows) if count else 0, 8)):
+                part = slice(some[0].begin, some[-1].begin + some[-1].size)
+                got = _attention(self.query[:, :, part].flatten(1, 2)[None], self.keys[None, :, :count],
+                                 self.values[None, :, :count], self.scaling)
+                _merge(self.found.out, self.found.lse, (slice(None), slice(None), part), got)
 
-    def _mask(self, piece: _Piece, row: int, rows: Tensor) -> Tensor:
-        """[h R, local keys], 0 where one of the rows [n, h, R, D] from `row` on reads, -inf elsewhere."""
-        first, size, sinks = piece.span[0], rows.shape[2], max(0, piece.sinks - piece.span[0])
-        key = first - row, size, sinks, piece.window
-        if key not in self.masks:
-            i, j = torch.arange(size)[:, None], torch.arange(first - row, size)
-            seen = j <= i
-            if piece.window is not None:
-                seen &= (i - j < piece.window) | (j - j[0] < sinks)
-            self.masks[key] = torch.zeros(seen.shape, dtype=rows.dtype).masked_fill_(~seen, -torch.inf).repeat(
-                rows.shape[1], 1)
-        return self.masks[key]
 
-    def far(self, query: Tensor, piece: _Piece) -> Partial:
-        """Attention of rows [n, h R, D] to the keys before those."""
-        if piece.places is None:
-            return self._product(query, *(self._of(x[:, :piece.count], piece.units) for x in self.kv), None)
-        owners = (piece.units * len(self.kv[0]) // self.units).tolist()
-        return self._product(query, *(torch.stack([x[own].index_select(0, at) for own, at in zip(
-            owners, piece.places, strict=True)]) for x in self.kv), None)
+def _mask(before: int, size: int, near: int, window: int | None, gap: int, dtype: torch.dtype) -> Tensor:
+    """[size, before + size], 0 where a row reads, else -inf.
 
-    def _of(self, x: Tensor, units: Tensor) -> Tensor:
-        """[G, C, D] -> [n, C, D], the keys of these units."""
-        return x if len(units) == len(x) == self.units else x[units * len(x) // self.units]
+    near: keys that all rows read, as first ones; gap: keys before the first local one, which no row reads besides.
+    """
+    i, j = torch.arange(before, before + size)[:, None], torch.arange(before + size)
+    local = j >= gap if window is None else i - j < window
+    return torch.zeros(size, before + size, dtype=dtype).masked_fill_((j > i) | ~(local | (j < near)), -torch.inf)
 
-    def _product(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Partial:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[None], keys[None], values[None], 0.0, False, attn_mask=mask, scale=self.scaling)
-        return Partial(out[0].float(), lse[0])
+
+def _in_steps(spans: list[_Span], most: int) -> Iterator[tuple[list[_Span], int]]:
+    """Runs of at most so many spans that are equally far apart, and how far."""
+    run, step = spans[:1], spans[0].size
+    for span in spans[1:]:
+        apart = span.begin - run[-1].begin
+        if len(run) == most or (len(run) > 1 and apart != step):
+            yield run, step
+            run = []
+        step = apart if len(run) == 1 else step
+        run.append(span)
+    yield run, step
+
+
+def _pieces(x: Tensor, begin: int, size: int, step: int, count: int) -> Tensor:
+    """[..., N, D] -> [count, ..., size, D], a view: pieces that begin `step` apart."""
+    return x[..., begin:begin + (count - 1) * step + size, :].unfold(-2, size, step).transpose(-1, -2).movedim(-3, 0)
+
+
+def _add_listed(whole: Partial, query: Tensor, keys: Tensor, values: Tensor, stripes, scaling: float,
+                pairs: Tensor) -> None:
+    """Merge attention of each tile to the keys that its lists name before its local ones, the first keys among them."""
+    units, offset = len(keys) if stripes.lists <= len(keys) else len(query), keys.shape[1] - query.shape[1]
+    given, out, lse, counted = (x.unflatten(0, (units, -1)) for x in (query, whole.out, whole.lse, pairs))
+    lists, grain = _in_grains(stripes)
+    flat = [_runs(x, grain) for x in (keys, values)]
+    owner = torch.arange(units) * len(keys) // units * (keys.shape[1] // grain)
+    starts = lists.start.reshape(-1, lists.start.shape[-1])
+    starts = starts.repeat_interleave(units // len(starts), 0)                                     # [U, tiles]
+    for number, (first, of_unit) in enumerate(zip(starts.T, starts.T.tolist(), strict=True)):
+        part = slice(number * stripes.tile, min((number + 1) * stripes.tile, query.shape[1]))
+        marks = lists.marked(number, (part.start + offset, part.stop + offset), max(of_unit))
+        marks[:, :lists.sinks] = stripes.done is None
+        marks = marks if len(marks) == units else marks.repeat_interleave(units // len(marks), 0)
+        if len(set(of_unit)) > 1:
+            marks &= torch.arange(marks.shape[1]) < first[:, None]
+        counts = marks.sum(1)
+        known = first.clamp(max=lists.sinks) if stripes.done is None else 0
+        counted += ((counts - known) * grain * (part.stop - part.start))[:, None]
+        for some, places, mask in _alike(marks, counts, grain, query.dtype):
+            read = [x.index_select(0, (places + owner[some, None]).flatten()).view(1, len(places), -1, keys.shape[-1])
+                    for x in flat]
+            got = _attention(given[some, :, part].flatten(1, 2)[None], *read, scaling, mask)
+            _merge(out, lse, (some, slice(None), part), got)
+
+
+def _in_grains(stripes) -> tuple[Any, int]:
+    """Stripes counted in runs of so many keys that are listed all together or not at all: whole blocks, or single keys.
+    """
+    whole = stripes.columns is None and stripes.diagonals is None and stripes.sinks % stripes.block == 0
+    if not whole or bool((stripes.start % stripes.block != 0).any()):
+        return stripes, 1
+    return replace(stripes, columns=stripes.blocks, blocks=None, start=stripes.start // stripes.block,
+                   sinks=stripes.sinks // stripes.block), stripes.block
+
+
+def _runs(x: Tensor, grain: int) -> Tensor:
+    """[G, S, D] -> [G S / grain, grain D]; what is left over at the end of S is listed by nobody."""
+    return x[:, :x.shape[1] // grain * grain].unflatten(1, (-1, grain)).flatten(2).flatten(0, 1)
+
+
+def _alike(marks: Tensor, counts: Tensor, grain: int,
+           dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+    """Units that read about as many of the grains marked [U, S]: (which, their places [n, C], a mask of what fills up).
+    """
+    step = KEYS // math.gcd(KEYS, grain)
+    unit, place = marks.nonzero().T
+    filled = -(-counts // step) * step
+    places = torch.zeros(len(counts), int(filled.max()), dtype=torch.int64)
+    places[unit, torch.arange(len(unit)) - (counts.cumsum(0) - counts)[unit]] = place
+    sizes = sorted(set(filled.tolist()))
+    for size in sizes if sizes[0] else sizes[1:]:
+        some = slice(None) if len(sizes) == 1 else (filled == size).nonzero().flatten()
+        beyond = torch.arange(size * grain) >= counts[some, None] * grain
+        mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[None, :, None]
+        yield some, places[some, :size], mask if bool(beyond.any()) else None
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Partial:
+    """[n, U, R, D] over [n, U, C, D]."""
+    return Partial(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, False, attn_mask=mask, scale=scaling))
+
+
+def _merge(out: Tensor, lse: Tensor, at: tuple, got: Partial) -> None:
+    """Merge [1, n, h R, D] into out [U, h, T, D] and lse [U, h, T], where that is; no row of it is without keys."""
+    here, known = out[at], lse[at]
+    more, other = got.out.view(here.shape), got.lse.view(known.shape)
+    share = torch.sigmoid(other - known).unsqueeze(-1)
+    out[at] = torch.lerp(here, more.to(here.dtype), share.to(here.dtype))
+    lse[at] = torch.logaddexp(known, other)

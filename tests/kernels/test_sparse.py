@@ -18,6 +18,7 @@ from llmopt_kernels import (
     sparse_attention,
     sparse_partial,
 )
+from llmopt_kernels.sparse import by_gathering
 from torch.testing import assert_close
 
 from tests.kernels.test_reference import RULES, draw, one_query
@@ -245,3 +246,58 @@ def test_gradients_are_those_of_dense_attention(rule):
     want = dense_attention(query[None], keys[None], values[None], None, 0, rule)[0]
     for mine, theirs in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (got, want)), strict=True):
         assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------- the flash kernel, at lengths it is for
+
+def some_blocks(heads, tiles, count, near):
+    """int64 [heads, tiles, 3], of those before the block `near` tiles back; fewer in the second half of the heads."""
+    g = torch.Generator().manual_seed(6)
+    found = torch.stack([torch.randperm(count, generator=g)[:3] for _ in range(heads * tiles)]).view(heads, tiles, 3)
+    found[heads // 2:, :, 1] = NONE
+    return found.masked_fill(found > torch.arange(tiles)[:, None] - near, NONE)
+
+
+TILES_64 = torch.arange(7) * 64
+LONG = {
+    "window": Stripes(5, 70), "windows": Stripes(3, torch.tensor([70, 9, 70, 200, 1, 9, 9, 400])),
+    "start": Stripes(40, start=(TILES_64 - 40).clamp(min=0), tile=64),
+    "starts": Stripes(7, start=torch.stack([TILES_64, (TILES_64 - 33).clamp(min=0)]), tile=64),
+    "blocks": Stripes(64, start=TILES_64, tile=64, block=64, blocks=some_blocks(8, 7, 6, 1)),
+    "blocks of a group": Stripes(0, start=(TILES_64 - 64).clamp(min=0), tile=64, block=64,
+                                 blocks=some_blocks(2, 7, 6, 2)),
+    "columns": Stripes(9, start=(TILES_64 - 50).clamp(min=0), tile=64,
+                       columns=random_columns(8, 7, 400)),
+    "columns and blocks": Stripes(9, start=TILES_64, tile=64, columns=random_columns(2, 7, 400), block=64,
+                                  blocks=some_blocks(8, 7, 6, 1), diagonals=torch.tensor([[70, NONE], [3, 300]])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LONG)
+def test_the_flash_kernel_computes_what_is_meant(name, dtype):
+    query, keys, values = (draw(n, 400, 64, seed=n + x).to(dtype) for x, n in enumerate((8, 2, 2)))
+    stripes = LONG[name]
+    assert flash.fits(query, keys, values, stripes, Rule(0.125))
+    want, pairs = by_gathering(query.float(), keys.float(), values.float(), stripes, Rule(0.125))
+    base = replace(stripes, columns=None, blocks=None, diagonals=None)
+    done = by_gathering(query.float(), keys.float(), values.float(), base, Rule(0.125))[0]
+    for given in (stripes, replace(stripes, done=done)):
+        got, count = flash.flash_partial(query, keys, values, given, Rule(0.125))
+        assert (got.out - want.out).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * want.out.norm()
+        assert_close(got.lse, want.lse, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=0)
+        assert count.tolist() == pairs.tolist()
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_prompt_in_pieces_reads_the_same(name):
+    """The last 208 queries alone, whose tiles begin where those of the whole prompt do."""
+    query, keys, values = draw(8, 400, 64, seed=1), draw(2, 400, 64, seed=2), draw(2, 400, 64, seed=3)
+    stripes, tiles = LONG[name], slice(3, None)
+    later = {field: getattr(stripes, field)[:, tiles] for field in ("columns", "blocks")
+             if getattr(stripes, field) is not None}
+    if stripes.start is not None:
+        later["start"] = stripes.start[..., tiles]
+    whole, _ = sparse_attention(query, keys, values, stripes, Rule(0.125))
+    piece, _ = sparse_attention(query[:, 192:], keys, values, replace(stripes, **later), Rule(0.125))
+    assert_close(piece, whole[:, 192:], atol=1e-5, rtol=1e-5)
