@@ -41,17 +41,25 @@ ComputeDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"],
 class ModelSpec(Checked):
     """The model to compress."""
 
-    id: str = Field(REFERENCE, description="a folder or a hub name; llmopt/reference is the embedded model")
+    id: str = Field(REFERENCE, description="a folder, a hub name or a GGUF file; llmopt/reference is the "
+                                       "embedded model")
     dtype: Dtype | None = Field(None, description="null: the checkpoint's own; bf16, fp16, fp32 are known too")
     compute_dtype: ComputeDtype = Field(
         "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
+    gguf_file: str | None = Field(None, description="the GGUF file to read in the folder or hub model (llama.cpp's)")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
 
     def check(self) -> None:
         if not self.id:
             raise FieldError("id", self.id, "a folder or a hub name")
+        if self.gguf_file is not None and (self.gguf_file in (".", "..") or "/" in self.gguf_file):
+            raise FieldError("gguf_file", self.gguf_file, "the name of a file in the model's folder")
+
+    def at(self, folder: str) -> "ModelSpec":
+        """This spec for a folder from which the model can be read as it lies there."""
+        return replace(self, id=folder, gguf_file=None)
 
 
 @in_our_words

@@ -234,7 +234,7 @@ def test_a_config_that_does_not_fit(compress, model, changes, expected):
 
 def test_folders_of_other_kinds(compress, model, tmp_path):
     (model / "model.safetensors").rename(model / "m.gguf")
-    assert "m.gguf is not read" in compress(model)
+    assert "m.gguf: not a GGUF file" in compress(model)
     (model / "m.gguf").rename(model / "pytorch_model.bin")
     assert "pickled" in compress(model)
     (model / "config.json").rename(model / "adapter_config.json")

@@ -32,7 +32,8 @@ def imported(paths: list[Path]) -> dict[str, str]:
 def test_every_import_of_the_packages_is_a_dependency_and_every_dependency_is_imported():
     ours = [path for path in sources() if "peers" not in path.parts]         # those run in environments of their own
     found, declared = imported(ours), {distribution(name) for name in PROJECT["dependencies"]}
-    optional = {distribution(name) for name in PROJECT["optional-dependencies"]["triton"]}     # imported on GPUs alone
+    optional = {distribution(name) for extra in ("triton", "gguf")
+                for name in PROJECT["optional-dependencies"][extra]}     # imported where they are there
     assert {name: path for name, path in found.items() if name not in declared | optional} == {}
     assert declared - found.keys() == set()
 
@@ -40,7 +41,7 @@ def test_every_import_of_the_packages_is_a_dependency_and_every_dependency_is_im
 def test_what_the_tests_import_is_in_the_dev_extra():
     tests = imported(list((ROOT / "tests").rglob("*.py")))
     extras = PROJECT["optional-dependencies"]
-    dev = {distribution(name) for name in extras["dev"]} - {"llmopt"}
+    dev = {distribution(name) for name in (*extras["dev"], *extras["gguf"])} - {"llmopt"}
     declared = {distribution(name) for name in PROJECT["dependencies"]} | dev
     assert {name: path for name, path in tests.items() if name not in declared} == {}
     assert dev - COMMANDS - tests.keys() == set()

@@ -23,6 +23,7 @@ from llmopt.files.json_shapes import check_shape
 from llmopt.files.shards import write_text
 from llmopt.model.computing import fast_type
 from llmopt.model.loading import read_config, resolve
+from llmopt.model.ways import view
 from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals import FIGURES, texts
@@ -32,8 +33,8 @@ from llmopt_evals.preflight import tokenizer_of
 
 SHIPPED = Path(__file__).parent / "world" / "scores"
 OURS = ("world", "text_ppl", "needles")                 # tasks that no version of lm-eval changes
-NOT_READ = ("llmopt.json", "training.json")             # files of a model's folder that no score depends on
-SUFFIXES = (".safetensors", ".json", ".py", ".model", ".jinja", ".txt")
+NOT_READ = ("llmopt.json", "training.json", view.FILE)             # files of a model's folder that no score depends on
+SUFFIXES = (".safetensors", ".gguf", ".json", ".py", ".model", ".jinja", ".txt")
 PARTS = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 LARGEST = 4 << 20       # bytes of a file of scores
 SHAPE = {"key": dict, "date": str, "part": {"results": {str: {str: object}}, str: object}}
@@ -47,7 +48,7 @@ def scores(spec: ModelSpec, tasks: list[str], limit: int | None, batch_size: int
     anew: measure all, and keep what comes of it. asking: see `evaluate`; where questions and answers are wanted, all is
     measured. A checkpoint that llmopt has written is measured every time, and tasks of files whose code may change.
     """
-    files = Path(resolve(spec.id)) if Path(resolve(spec.id)).is_dir() else fetch(spec.id, spec.revision)
+    files = Path(resolve(spec)) if Path(resolve(spec)).is_dir() else fetch(spec.id, spec.revision)
     if (files / FILE).is_file() or asking.include_path or runs.task_files(tasks):
         return runs.evaluate(spec, tasks, None, limit, batch_size, text, ranks, None, asking), {}
     keys = keys_of(spec, files, tasks, limit, text, asking)
@@ -73,7 +74,7 @@ def keys_of(spec: ModelSpec, files: Path, tasks: list[str], limit: int | None, t
     computed = spec.compute_dtype if spec.compute_dtype != "auto" else _fast(stored, spec.device)
     model = {"figures": FIGURES, "limit": limit, "dtype": stored, "computed": computed,
              "device": spec.device.partition(":")[0],
-             "files": {file.name: _digest(file) for file in sorted(files.iterdir())
+             "files": {file.name: _digest(file) for file in sorted({*files.iterdir(), *view.files(files)})
                        if file.suffix in SUFFIXES and file.name not in NOT_READ and not file.name.startswith("eval-")}}
     model |= {"asked": asked} if (asked := asking.changed()) else {}        # older keys stay what they are
     manager = runs.prepared(tasks, spec.trust_remote_code, metadata)

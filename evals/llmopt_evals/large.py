@@ -25,13 +25,14 @@ from llmopt.checkpoint.compressed_tensors import facts, rounded_inputs
 from llmopt.checkpoint.facts import FILE
 from llmopt.errors import LlmoptError
 from llmopt.files import shards, tensors
-from llmopt.files.checks import check_folder, read_json
+from llmopt.files.checks import read_json
 from llmopt.files.hub import fetch
 from llmopt.model import skeleton
 from llmopt.model.architectures import SPECS
 from llmopt.model.computing import choose, convert
 from llmopt.model.loading import load_model, read_config, resolve
 from llmopt.model.packing import unpacked
+from llmopt.model.ways import view
 from llmopt.scale.available import available
 from llmopt.specs import ModelSpec
 
@@ -45,7 +46,7 @@ def opened(spec: ModelSpec, needs_words: bool = True) -> Iterator[tuple[nn.Modul
     needs_words: without a tokenizer it cannot be scored.
     Raises the errors of `load_model`, and LlmoptError where there is no tokenizer, or no room for what is inflated.
     """
-    source = resolve(spec.id)
+    source = resolve(spec)
     if spec.device != "cpu":
         yield _with_tokenizer(spec, needs_words)
         return
@@ -54,10 +55,12 @@ def opened(spec: ModelSpec, needs_words: bool = True) -> Iterator[tuple[nn.Modul
     if size <= available():
         yield _with_tokenizer(spec, needs_words)
         return
-    if fact := _too_full(folder, size if _is_packed(folder) or _has_experts(folder) else 0):
+    if fact := _too_full(folder, size if _is_inflated(folder) else 0):
         raise LlmoptError(fact)
     with scratch(folder) as work:
-        if _is_packed(folder):
+        if view.of(folder):
+            spec = spec.at(str(written(folder, work / "dense")))
+        elif _is_packed(folder):
             spec = replace(spec, id=str(inflate(folder, work / "dense")))
         yield _with_tokenizer(spec, needs_words, device_map=on_disk(spec), offload_folder=str(work))
 
@@ -97,23 +100,23 @@ def obstacle(model: ModelSpec, output: Path, packed: bool) -> str | None:
 
     packed: the output will be.
     """
-    source = Path(resolve(model.id))
+    source = Path(resolve(model))
     if model.device != "cpu" or not source.is_dir():
         return None
     size = memory_bytes(source, model.dtype)
     if size <= available():
         return None
-    return _too_full(source, size if _has_experts(source) else 0) or _too_full(output, size if packed else 0)
+    return _too_full(source, size if _is_inflated(source) else 0) or _too_full(output, size if packed else 0)
 
 
 def memory_bytes(folder: Path, dtype: str | None) -> int:
     """Bytes that a folder's weights take while they are computed with, as `dtype` or in the types of the files."""
-    check_folder(folder)
-    places, size = tensors.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
+    view.check(folder)
+    places, size = view.places(folder), getattr(torch, dtype or _dtype(folder)).itemsize
     shapes = tensors.read({name: place for name, place in places.items() if name.endswith(".weight_shape")})
     pairs = tensors.read({name: place for name, place in places.items() if name.endswith(".weight_packed")
                           and name.replace("_packed", "_shape") not in places})             # two numbers in a byte
-    return (tensors.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
+    return (view.dense_bytes(folder, dtype) + sum(size * int(shape.prod()) for shape in shapes.values())
             + sum(2 * size * packed.numel() for packed in pairs.values()))
 
 
@@ -129,6 +132,11 @@ def beside(folder: Path) -> Path:
     """The place for files of an evaluation: the folder around `folder`, or the working directory."""
     home = next(above for above in folder.absolute().parents if above.is_dir())
     return home if os.access(home, os.W_OK) else Path.cwd()
+
+
+def _is_inflated(folder: Path) -> bool:
+    """True for weights that cannot be read from their files as they are used."""
+    return view.of(folder) is not None or _is_packed(folder) or _has_experts(folder)
 
 
 def _has_experts(folder: Path) -> bool:
@@ -166,12 +174,24 @@ def inflate(folder: Path, into: Path) -> Path:
         if f"{stem}_global_scale" in read:
             known["whole"] = read[f"{stem}_global_scale"].item()
         writer.add({stem: unpacked(read, stem, known).dequantize(dtype)})
+    _finish(places, writer, folder, into)
+    (into / "config.json").write_text(json.dumps(config))
+    return into
+
+
+def written(folder: Path, into: Path) -> Path:
+    """Write the tensors of a view, which are made when they are read, into files that hold them as they are."""
+    into.mkdir()
+    _finish(view.places(folder), shards.Writer(into, SHARD), folder, into)
+    return into
+
+
+def _finish(places: tensors.Places, writer: shards.Writer, folder: Path, into: Path) -> None:
+    """Write these tensors one by one, and the small files beside them."""
     for name in places:
         writer.add(tensors.read({name: places[name]}))
     writer.close()
     for file in folder.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copyfile(file, into / file.name)
-    (into / "config.json").write_text(json.dumps(config))
-    return into
 

@@ -48,7 +48,7 @@ def results(dense: Given, compressed: Given, data: Any, wanted: EvalSpec,
 
     wanted: its `limit` is the number of rows, its `batch_size` how many are read together at most.
     """
-    near = resolve(compressed.id) if isinstance(compressed, ModelSpec) else "model"
+    near = resolve(compressed) if isinstance(compressed, ModelSpec) else "model"
     rows = compare(_opened(dense), _opened(compressed), draw(data, wanted.limit or ROWS), beside(Path(near)), ranks,
                    wanted.batch_size)
     before, after = figures(rows)
@@ -134,7 +134,7 @@ def obstacle(dense: ModelSpec, data: DataSpec) -> str | None:
     Raises LlmoptError for a file that is not there, or a dataset that cannot be had.
     """
     check_source(data)
-    folder = Path(resolve(dense.id))
+    folder = Path(resolve(dense))
     if data.name not in (None, "self") or dense.device != "cpu" or not folder.is_dir():
         return None
     return TOO_LARGE if memory_bytes(folder, dense.dtype) > available() else None
@@ -174,12 +174,13 @@ def source_of(compressed: ModelSpec) -> ModelSpec:
 
     Raises LlmoptError where nothing is recorded, or the model is not there any more.
     """
-    folder = Path(resolve(compressed.id))
+    folder = Path(resolve(compressed))
     if not (folder / FILE).is_file():
         raise LlmoptError(f"{NAME} measures a model against the dense one that it was made of, and {compressed.id} "
                           "does not tell which: --compare DENSE")
-    name = _recorded(compressed).get("model", {}).get("id") or read_facts(folder)["base_model"]
-    found = replace(compressed, id=str(name), revision=None)
+    recorded = _recorded(compressed).get("model", {})
+    name = recorded.get("id") or read_facts(folder)["base_model"]
+    found = replace(compressed.at(str(name)), revision=None, gguf_file=recorded.get("gguf_file"))
     try:
         read_config(found)
     except LlmoptError as error:
@@ -190,6 +191,6 @@ def source_of(compressed: ModelSpec) -> ModelSpec:
 
 def _recorded(compressed: ModelSpec) -> dict[str, dict[str, Any]]:
     """The sections of the recipe that a checkpoint was made by."""
-    folder = Path(resolve(compressed.id))
+    folder = Path(resolve(compressed))
     recipe = read_facts(folder).get("recipe") if (folder / FILE).is_file() else None
     return {key: value for key, value in recipe.items() if isinstance(value, dict)} if isinstance(recipe, dict) else {}

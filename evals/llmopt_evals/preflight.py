@@ -57,4 +57,4 @@ def later(model: ModelSpec, output: Path, tasks: list[str]) -> str:
 
 def tokenizer_of(spec: ModelSpec) -> Any:
     """The tokenizer beside a model, or None."""
-    return load_tokenizer(resolve(spec.id), spec.revision, spec.trust_remote_code)
+    return load_tokenizer(resolve(spec), spec.revision, spec.trust_remote_code)

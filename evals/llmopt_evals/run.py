@@ -72,7 +72,7 @@ def evaluate(model: nn.Module | str | os.PathLike | Report, tasks: str | list[st
     """
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     if isinstance(model, Report) and compare is None and model.recipe is not None:
-        compare = model.recipe.model.id
+        compare = model.recipe.model
     given, results = _given(model, tokenizer), None
     if pairs.NAME in names:
         pair = pairs.pair_of(given, None if compare is None else _given(compare, tokenizer), data)
@@ -95,6 +95,8 @@ def _given(model: Any, tokenizer: Any) -> pairs.Given:
         model, tokenizer = model.output or model.model, model.tokenizer
     if isinstance(model, (str, os.PathLike)):
         return ModelSpec(id=os.fspath(model))
+    if isinstance(model, ModelSpec):
+        return model
     return model, _tokenizer_beside(model) if tokenizer is None else tokenizer
 
 

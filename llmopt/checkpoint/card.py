@@ -22,6 +22,10 @@ TEMPLATE = """---
 
 {{ origin }}, compressed with llmopt {{ versions["llmopt"] }}
 {%- if sizes %}: {{ sizes[0] }} of weights became {{ sizes[1] }}{% endif %}.
+{%- for told in told %}
+
+What was compressed came from {{ told }}.
+{%- endfor %}
 {% if note %}
 Compressed are the {{ note }}.
 {% endif %}
@@ -112,6 +116,7 @@ def render(folder: Path, repo: str | None = None) -> str:
     title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
         title=title, repo=repo, name=name, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
+        told=[one_line(told) for told in facts.get("base_told", [])],
         note=SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
         sizes=next((row[1:] for row in facts.get("table", []) if row[0] == "file size"), None),
         steps=[_step(record) for record in facts.get("records", [])],

@@ -22,7 +22,8 @@ META = {"modules?": {str: {"bits": finite, str: object}}, "shares?": [[finite]],
         str: object}
 FACTS = {
     "format_version": COUNT, "versions": {"llmopt": str, str: str}, "base_model": str, "base_repo?": str | None,
-    "base_ancestor?": str | None, "base_licence": str | None, "base_licence_more?": {str: str}, "recipe?": dict | None,
+    "base_ancestor?": str | None,
+    "base_told?": [str], "base_licence": str | None, "base_licence_more?": {str: str}, "recipe?": dict | None,
     "format": str, "bytes": SIZE, "loads_with": {"transformers": str, str: str}, "changes?": [str],
     "calibration?": {"samples?": COUNT, "tokens?": COUNT},
     "records?": [{"method": str, "fields": {str: object}, "meta": META}], "table?": [(str, str, str)],

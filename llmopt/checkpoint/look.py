@@ -8,13 +8,14 @@ import torch
 from llmopt.checkpoint.compressed_tensors import rounded_inputs, widths
 from llmopt.checkpoint.facts import FILE, read_layers
 from llmopt.errors import LlmoptError
-from llmopt.files.checks import refusals, weight_files
+from llmopt.files.checks import refusals
 from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model.abilities import abilities
 from llmopt.model.architectures import SPECS, unsupported
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
+from llmopt.model.ways import view
 from llmopt.specs import ModelSpec
 
 SHAPE = {"layers": "num_hidden_layers", "hidden size": "hidden_size", "query heads": "num_attention_heads",
@@ -24,12 +25,12 @@ PACKED = {"quantization_config": {"config_groups": {str: {"weights": {"num_bits"
                                                           str: object}}, str: object}, str: object}
 
 
-def checkpoint_folder(name: str, revision: str | None = None) -> Path | None:
+def checkpoint_folder(spec: ModelSpec) -> Path | None:
     """The folder with llmopt.json and config.json of what llmopt has written; None for any other model.
 
     Of a hub name these two files alone are fetched. Raises LlmoptError for a name that is not to be had.
     """
-    source = resolve(name)
+    source, revision = resolve(spec), spec.revision
     if Path(source).exists() or source.startswith((".", "/", "~")):
         return Path(source) if not Path(source).is_dir() or (Path(source) / FILE).exists() else None
     check_name(source, revision)
@@ -51,7 +52,8 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         "model": spec.id, "architecture": config.model_type, "supported": known,
         "shape": {word: value for word, key in SHAPE.items() if (value := _of_all_layers(text, key)) is not None},
         "parameters": count, "dtype": stored,
-        "bytes": sum(file.stat().st_size for file in weight_files(Path(source))) if Path(source).is_dir() else
+        "made_from": seen.told if (seen := view.of(source)) else [],
+        "bytes": sum(file.stat().st_size for file in view.files(Path(source))) if Path(source).is_dir() else
         count * size if count and size and not made_by else None,
         "bits": made_by["bits"] if made_by else [8 * size] if size else [],
         "quantized_by": made_by["by"] if made_by else None,

@@ -32,6 +32,7 @@ from llmopt.model.state import packs, plain_state
 from llmopt.model.stay_packed import check_packed, packing
 from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
+from llmopt.model.ways import view
 from llmopt.model.weights import check_consistent
 from llmopt.prune.plan_file import FILE as PLAN
 from llmopt.prune.plan_file import layers_of
@@ -170,6 +171,7 @@ def _write_provenance(stage: Path, model: nn.Module, report: Any, source: str | 
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "base_model": recipe.model.id if recipe is not None else model.config._name_or_path,
+        "base_told": seen.told if source and (seen := view.of(source)) else [],
         **origin(source, model.config._name_or_path, recipe.model.revision if recipe is not None else None),
         "recipe": recipe.resolved() if recipe is not None else None,
         "changes": list(recipe.changes) if recipe is not None else [],

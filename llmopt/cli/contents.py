@@ -15,16 +15,22 @@ def show_dense(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     count, size = facts["parameters"], facts["bytes"]
-    rows = [("architecture", facts["architecture"]), *facts["shape"].items(),
+    rows = [*(("source", told) for told in facts["made_from"]), ("architecture", facts["architecture"]),
+            *facts["shape"].items(),
             ("parameters", f"{count:,}" if count else "unknown"), ("weights", human(size) if size else "unknown"),
-            ("type", facts["dtype"] or "unknown"), ("bits", _each(facts["bits"]) + (
-                f", quantized by {facts['quantized_by']}" if facts["quantized_by"] else ", not quantized"))]
+            ("type", facts["dtype"] or "unknown"), ("bits", f"{_each(facts['bits'])}, {_rounding(facts)}")]
     print_table(facts["model"], ["", "value"], rows)
     if facts["works"]:
         parts = ((f"pruning of {part}" if part in UNITS else part, answer) for part, answer in facts["works"].items())
         print_table("what llmopt can do with it", ["part", "works"], parts)
     if facts["note"]:
         click.echo(facts["note"])
+
+
+def _rounding(facts: dict[str, Any]) -> str:
+    if facts["quantized_by"]:
+        return f"quantized by {facts['quantized_by']}"
+    return "as it is read" if facts["made_from"] else "not quantized"
 
 
 def _each(bits: list[int]) -> str:
@@ -36,7 +42,8 @@ def show_checkpoint(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    rows = [("base model", facts["base_model"]), ("file size", human(facts["bytes"])),
+    rows = [("base model", facts["base_model"]), *(("source", told) for told in facts.get("base_told", [])),
+            ("file size", human(facts["bytes"])),
             ("format", ", ".join(filter(None, (facts["format"], facts["packing"])))), ("layers", facts["layers"]),
             ("bits", _bits(facts["bits"]))]
     if told := facts.get("calibration"):

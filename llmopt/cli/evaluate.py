@@ -104,7 +104,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, data, output, anew,
     check_target(output)
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
-        models.append(ModelSpec(id=compare, **loading | {"revision": None}))
+        models.append(ModelSpec(id=compare, **loading | {"revision": None, "gguf_file": None}))
     check_device(loading["device"])
     pair = pairs.asked_for(chosen, models, data)     # as this: before the first is scored
     tasks = [task for task in chosen if task != pairs.NAME]

@@ -30,12 +30,14 @@ class HomePath(click.Path):
 FILE = HomePath(path_type=Path)
 
 
-MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "trust_remote_code")
+GGUF_FILE = click.option("--gguf-file", metavar="NAME", help="The GGUF file to read in a folder or hub model; a file "
+                         "itself can be MODEL.")
+MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "gguf_file", "trust_remote_code")
 
 
 def model_options(command):
     """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
-    for option in (TRUST, click.option("--revision", help="Branch, tag or commit of a hub name."),
+    for option in (TRUST, GGUF_FILE, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's."),
                    click.option("--compute-dtype", default="auto", show_default=True,
                                 help="fp32, bf16 or fp16 to compute in; auto: what is fast here."),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmopt.errors import LlmoptError
+from llmopt.files.gguf_head import is_gguf
 from llmopt.files.packaged import recipes
 from llmopt.recipe.schemes import SCHEMES
 
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 
 COMMON = ("--scheme W4A16", "--bits 3.5", "--recipe quickstart")
 KINDS = {".yaml": "a recipe goes behind --recipe", ".yml": "a recipe goes behind --recipe",
-         ".safetensors": "give the folder that it lies in", ".bin": "give the folder that it lies in",
-         ".gguf": "GGUF files are not read; give the folder of the model that it was made of"}
+         ".safetensors": "give the folder that it lies in", ".bin": "give the folder that it lies in"}
 
 
 def one_model(given: tuple[str, ...]) -> str | None:
@@ -30,7 +30,7 @@ def one_model(given: tuple[str, ...]) -> str | None:
     if name in recipes() and not Path(name).exists():
         raise LlmoptError(f"{name} is a packaged recipe, not a model: --recipe {name}")
     file = Path(name).expanduser()
-    if file.is_file():
+    if file.is_file() and not is_gguf(file):
         kind = KINDS.get(file.suffix, "give the folder of the model")
         raise LlmoptError(f"{name}: not a model folder but a file; {kind}")
     return name

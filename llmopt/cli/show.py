@@ -3,17 +3,18 @@ import click
 
 from llmopt.cli import completion
 from llmopt.cli.help import Command
-from llmopt.cli.options import JSON
+from llmopt.cli.options import GGUF_FILE, JSON
 
 
 @click.command(cls=Command, examples=("llmopt show llmopt/reference", "llmopt show out", "llmopt show out --json"))
 @click.argument("model", shell_complete=completion.models)
 @click.option("--revision", help="Branch, tag or commit of a hub name.")
+@GGUF_FILE
 @JSON
-def show(model, revision, as_json) -> None:
+def show(model, revision, gguf_file, as_json) -> None:
     """What is inside a folder or hub model: shapes, bits, sizes, provenance, how it loads, what can be done to it.
 
-    Of a hub model only its small files are fetched.
+    Of a hub model only its small files are fetched, and a GGUF file.
     """
     from llmopt.cli.tables import quiet_libraries
 
@@ -23,7 +24,8 @@ def show(model, revision, as_json) -> None:
     from llmopt.cli import contents
     from llmopt.specs import ModelSpec
 
-    spec, folder = ModelSpec(id=model, revision=revision), checkpoint_folder(model, revision)
+    spec = ModelSpec(id=model, revision=revision, gguf_file=gguf_file)
+    folder = checkpoint_folder(spec)
     if folder is None:
         contents.show_dense(dense_facts(spec), as_json)
         return

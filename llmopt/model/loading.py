@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from llmopt.errors import LlmoptError, closest
-from llmopt.files.checks import check_config, check_folder, fact_of, read_header, refusals, weight_files
+from llmopt.files.checks import check_config, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.limited import limited
-from llmopt.files.tensors import places, read
+from llmopt.files.tensors import file_of, read
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
+from llmopt.model.ways import view
 from llmopt.specs import REFERENCE, ModelSpec
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")       # one of them is there
@@ -26,18 +27,25 @@ PAGE = f"{string.printable} The fox runs . {'a' * 60}! {'x' * 60} {'ab ' * 30}\u
 EXPANSION = 32          # values that one stored number can stand for: int32 words of one-bit weights
 
 
-def resolve(name: str) -> str:
-    """The folder or hub name behind a model id; `llmopt/reference` is the embedded model, `~` the user's home."""
+def resolve(model: str | ModelSpec) -> str:
+    """The folder or hub name behind a model, or its id; `llmopt/reference` is the embedded one, `~` the user's home.
+
+    What does not lie there as plain safetensors is opened: the folder is then its view (model/ways/view.py).
+    """
+    name = model if isinstance(model, str) else model.id
     if name == REFERENCE:
         from llmopt_evals import world
 
         return str(world.reference_path())
+    spec = ModelSpec(id=name) if isinstance(model, str) and name else model
+    if isinstance(spec, ModelSpec) and view.needs_view(spec):
+        return str(view.opened(spec))
     return os.path.expanduser(name)
 
 
 def local_folder(spec: ModelSpec) -> Path:
     """The folder with a model's files; for a hub model the one in the cache, once it has been loaded."""
-    source = resolve(spec.id)
+    source = resolve(spec)
     return Path(source) if Path(source).is_dir() else companion(source, "config.json", spec.revision).parent
 
 
@@ -64,7 +72,7 @@ def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
     placement: device_map and what belongs to it, for weights that are to stay in their files.
     """
     source, config = examine(spec)
-    model = _from_pretrained(source, spec, placement)
+    model = _from_view(spec.at(source)) if view.of(source) else _from_pretrained(source, spec, placement)
     if not Path(source).is_dir():
         check_types(local_folder(spec), config)
     tokenizer = fitting_tokenizer(model, source, spec)
@@ -77,18 +85,18 @@ def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
 
 def _blame_overflow(folder: Path, dtype: torch.dtype) -> None:
     """Raise LlmoptError if the files hold good values that `dtype` cannot hold."""
-    for name, place in places(folder).items():
+    for name, place in view.places(folder).items():
         for tensor in read({name: place}).values():
-            cast(tensor, dtype, f"{place[0]}: {name}")
+            cast(tensor, dtype, f"{file_of(place)}: {name}")
 
 
 def examine(spec: ModelSpec) -> tuple[str, Any]:
     """(folder or hub name, config) of a model, after all that can be checked before a weight is read."""
     check_device(spec.device)
     source, config = read_config(spec)
-    if config.get_text_config().max_position_embeddings < 2:
+    if getattr(config.get_text_config(), "max_position_embeddings", 2) < 2:
         raise LlmoptError(f"{source}: config.json says that the model reads fewer than 2 tokens")
-    if Path(source).is_dir():
+    if Path(source).is_dir() and view.of(source) is None:
         check_types(Path(source), config)
         _check_shapes(Path(source), config, spec.trust_remote_code)
     return source, config
@@ -98,9 +106,9 @@ def read_config(spec: ModelSpec) -> tuple[str, Any]:
     """(folder or hub name, its config); a folder's files are looked at first."""
     from transformers import AutoConfig
 
-    source = resolve(spec.id)
+    source = resolve(spec)
     if Path(source).is_dir():
-        check_folder(Path(source))
+        view.check(Path(source))
     elif Path(source).exists() or source.startswith((".", "/", "~")):
         raise LlmoptError(f"{source}: not a model folder")
     else:
@@ -143,6 +151,12 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:     # the second: "Torch not compiled with CUDA enabled"
         raise LlmoptError(f"device {name!r} cannot be used on this machine: {fact_of(error)}") from error
+
+
+def _from_view(spec: ModelSpec) -> nn.Module:
+    from llmopt.model.ways.whole import filled
+
+    return filled(spec)
 
 
 def _from_pretrained(source: str, spec: ModelSpec, placement: dict[str, Any]) -> nn.Module:

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.files.checks import read_header, refusals, weight_files
-from llmopt.files.tensors import TYPES, Places, places, read
+from llmopt.files.checks import refusals
+from llmopt.files.tensors import Made, Places, outlines, read
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.fit import refuse_foreign
 from llmopt.model.loading import check_dense, examine
+from llmopt.model.ways import view
 from llmopt.specs import ModelSpec
 
 
 def converted(model: nn.Module, folder: Path) -> frozenset[str]:
     """The model's parameters that are not mapped from the folder's files: of another type there, or put together."""
-    stored = {name: TYPES.get(entry["dtype"]) for file in weight_files(folder)
-              for name, entry in read_header(file)[0].items()}
+    found = {name: place for name, place in view.places(folder).items() if not isinstance(place, Made)}
+    stored = {name: dtype for name, (_, dtype) in outlines(found).items()}
     prefix = f"{model.base_model_prefix}."
     return frozenset(name for name, parameter in model.named_parameters()
                      if parameter.dtype not in (stored.get(name), stored.get(name.removeprefix(prefix))))
@@ -40,12 +41,18 @@ def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
 
     What can be known of single values, NaN and Inf, is found when they are read.
     """
-    from transformers import GenerationConfig
-
     check_dense(spec)
+    return outlined(spec)
+
+
+def outlined(spec: ModelSpec) -> tuple[nn.Module, Places]:
+    """The same of any causal language model; only `open_model` asks whether llmopt can work on it."""
+    from transformers import GenerationConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     source, config = examine(spec)
     folder = Path(source)
-    found = places(folder)
+    found = view.places(folder)
     model = skeleton(config, getattr(torch, spec.dtype) if spec.dtype else config.dtype or _first_dtype(found),
                      spec.trust_remote_code)
     for module in model.modules():
@@ -55,13 +62,15 @@ def open_model(spec: ModelSpec) -> tuple[nn.Module, Places]:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model.generation_config = GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
-    return model, match(model, found, source)
+    matched = match(model, found, source)
+    if any(isinstance(place, Made) for place in found.values()):        # named as in the model: written as usual
+        model._weight_conversions = get_model_conversion_mapping(model)
+    return model, matched
 
 
 def _first_dtype(found: Places) -> torch.dtype:
     """The type of the first floating-point tensor: what transformers takes where the config names none."""
-    for file, name in found.values():
-        dtype = TYPES.get(read_header(file)[0][name]["dtype"])
+    for _, dtype in outlines(found).values():
         if dtype is not None and dtype.is_floating_point:
             return dtype
     return torch.float32
@@ -130,8 +139,7 @@ def converters(model: nn.Module) -> list[Any]:
 
 def _merged_shapes(model: nn.Module, known: Places, source: str) -> dict[str, torch.Size]:
     """The shapes of the model's tensors that these places make."""
-    headers = {file: read_header(file)[0] for file in {file for file, _ in known.values()}}
-    parts = {name: torch.empty(headers[file][key]["shape"], device="meta") for name, (file, key) in known.items()}
+    parts = {name: torch.empty(shape, device="meta") for name, (shape, _) in outlines(known).items()}
     with refusals(f"{source}: the experts do not fit together"):
         return {name: tensor.shape for name, tensor in merged(converters(model), parts).items()}
 

@@ -16,7 +16,6 @@ from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
-from llmopt.files.checks import weight_files
 from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
@@ -29,6 +28,7 @@ from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.heap import give_back_freed
 from llmopt.model.loading import local_folder
 from llmopt.model.usable import check_numbers
+from llmopt.model.ways import view
 from llmopt.model.weights import coded
 from llmopt.recipe.reader import Recipe
 from llmopt.run.calibrating import load_batches, needs_data
@@ -97,7 +97,7 @@ class Rehearsal:
     def play(self, spec: ModelSpec, format: str, max_shard_size: str) -> None:
         """Note all parts but loading; format, max_shard_size: of the checkpoint."""
         model, steps = self.model, list(enumerate(self.steps))
-        self.note("checksums of the model", *_summing(weight_files(local_folder(spec))))
+        self.note("checksums of the model", *_summing(view.files(local_folder(spec))))
         self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")

@@ -12,6 +12,7 @@ from llmopt.files import own
 from llmopt.files.hub import companion
 from llmopt.method import Method
 from llmopt.model.loading import load_tokenizer, read_config, resolve
+from llmopt.model.ways import view
 from llmopt.recipe.reader import Recipe
 from llmopt.run.calibrating import needs_data
 from llmopt.run.opening import Streaming
@@ -37,12 +38,13 @@ def _files(model: ModelSpec) -> dict[str, list[int]]:
 
     Of the hub's cache config and weights alone: all its files are of one commit, fetched as they are needed.
     """
-    source = resolve(model.id)
+    source = resolve(model)
     home = companion(source, "config.json", model.revision).parent
     found = [*home.iterdir(), *home.glob("additional_chat_templates/*")] if Path(source).is_dir() else \
         [home / "config.json", *home.glob("*.safetensors")]
     names = {file.relative_to(home).as_posix(): file for file in sorted(found)}
-    return {name: _mark(file) for name, file in names.items() if READ.fullmatch(name) and file.is_file()}
+    elsewhere = {file.name: _mark(file) for file in view.files(home)} if view.of(home) else {}
+    return {name: _mark(file) for name, file in names.items() if READ.fullmatch(name) and file.is_file()} | elsewhere
 
 
 def _mark(file: Path) -> list[int] | None:
@@ -62,7 +64,7 @@ def is_finished(output: Path, recipe: Recipe, streaming: Streaming = Streaming()
     if facts.get("recipe") != recipe.resolved():
         return False
     _, config = read_config(recipe.model)
-    tokenizer = load_tokenizer(resolve(recipe.model.id), recipe.model.revision, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(resolve(recipe.model), recipe.model.revision, recipe.model.trust_remote_code)
     made_from, sampled = facts.get("made_from"), recipe.data.name == "self"
     wanted = needs_data(recipe.steps) and not sampled
     batches = data.load(recipe.data, config, tokenizer) if wanted else None

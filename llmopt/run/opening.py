@@ -1,7 +1,7 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,7 @@ from torch import nn
 
 from llmopt.calibration import data
 from llmopt.errors import LlmoptError
-from llmopt.files import shards, tensors
-from llmopt.files.checks import check_folder
+from llmopt.files import shards
 from llmopt.files.hub import fetch
 from llmopt.forecast.memory import whole_bytes
 from llmopt.method import Method
@@ -19,6 +18,7 @@ from llmopt.model.blocks import layer_list, replace_layers
 from llmopt.model.computing import choose
 from llmopt.model.loading import fitting_tokenizer, load_dense, resolve
 from llmopt.model.shapes import slice_config
+from llmopt.model.ways import view
 from llmopt.scale.available import available
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
@@ -47,7 +47,7 @@ class Streaming:
 
     def wanted(self, model: ModelSpec) -> bool:
         """True if a run on this model is to be streamed."""
-        source = Path(resolve(model.id))
+        source = Path(resolve(model))
         if self.force is not None or self.blocks:
             return bool(self.force or self.blocks)
         fits = model.device != "cpu" or not source.is_dir()
@@ -55,8 +55,8 @@ class Streaming:
 
 
 def _dense_bytes(folder: Path, dtype: str | None) -> int:
-    check_folder(folder)
-    return tensors.dense_bytes(folder, dtype)
+    view.check(folder)
+    return view.dense_bytes(folder, dtype)
 
 
 def open_model(spec: ModelSpec, format: str, journal: Journal,
@@ -76,9 +76,9 @@ def open_model(spec: ModelSpec, format: str, journal: Journal,
 def _open_streamed(spec: ModelSpec, format: str, journal: Journal,
                    streaming: Streaming) -> tuple[nn.Module, Any, Streamed]:
     """(skeleton, tokenizer, memory); the room for activations is shared by the processes."""
-    source = resolve(spec.id)
+    source = resolve(spec)
     local = source if Path(source).is_dir() else str(fetch(source, spec.revision))
-    model, places = skeleton.open_model(replace(spec, id=local))
+    model, places = skeleton.open_model(spec.at(local))
     memory = Streamed(journal, places, model, format, spec.device, streaming.activations // journal.ranks.size)
     if streaming.blocks:
         cut_short(model, streaming.blocks)

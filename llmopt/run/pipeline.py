@@ -126,7 +126,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     Raises LlmoptError, with nothing written, for bad input, and for an unfinished run that is not resumed.
     """
     clock = time.perf_counter()
-    source = resolve(recipe.model.id)
+    source = resolve(recipe.model)
     output = prepare_output(output, source, overwrite)
     journal = journal_of(output, ranks)
     if ranks.is_main:

@@ -72,7 +72,7 @@ class Report:
 
     def save(self, output: str | Path, **options: Any) -> Path:
         """Write the checkpoint with tokenizer and card to a folder; options: those of `llmopt.save`."""
-        source = resolve(self.recipe.model.id) if self.recipe else None
+        source = resolve(self.recipe.model) if self.recipe else None
         self.output = save(self.model, output, **{"tokenizer": self.tokenizer, "source": source, "recipe": self.recipe,
                                                   "report": self} | options)
         return self.output

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import naming
 from llmopt.files import shards, tensors
+from llmopt.files.tensors import file_of
 from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.finite import cast, check_finite
@@ -159,7 +160,8 @@ class Streamed(Resumable):
 
     def _check(self, tensors: dict[str, Tensor], places: tensors.Places) -> None:
         """Raise LlmoptError for NaN or Inf in what was read from the model's own files."""
-        files = {name: file for name, (file, _) in places.items() if not file.is_relative_to(self.work)}
+        files = {name: file for name, place in places.items()
+                 if not (file := file_of(place)).is_relative_to(self.work)}
         for name, tensor in tensors.items() if files else ():
             check_finite({name: tensor}, str(files.get(name) or ", ".join(sorted({f.name for f in files.values()}))))
 
@@ -172,7 +174,7 @@ class Streamed(Resumable):
             file = self.journal.commit(self.key(index), tensors, record)
         else:
             file = self.journal.write(self.journal.path(self.key(index)).with_suffix(SCRATCH), tensors)
-        for old in {home for home, _ in self.layers[layer].values()} - {file} if self.journal.writes else ():
+        for old in set(map(file_of, self.layers[layer].values())) - {file} if self.journal.writes else ():
             if old.suffix == SCRATCH and old.is_relative_to(self.work):
                 old.unlink()
         self.layers[layer] = {name: (file, name) for name in tensors}

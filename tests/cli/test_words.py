@@ -129,11 +129,11 @@ def test_words_say_what_to_do_or_how():
     (("a", "b"), "one MODEL expected, 2 given: a, b"),
     (("m", "W4A16"), "W4A16 is a scheme, not a model: --scheme W4A16"),
     (("quickstart",), "quickstart is a packaged recipe, not a model"),
-    (("r.yaml",), "a recipe goes behind --recipe"), (("m.gguf",), "GGUF files are not read"),
+    (("r.yaml",), "a recipe goes behind --recipe"), (("m.bin",), "give the folder that it lies in"),
     (("m.safetensors",), "give the folder that it lies in"), (("x.txt",), "not a model folder but a file")])
 def test_what_is_no_model(tmp_path, monkeypatch, given, expected):
     monkeypatch.chdir(tmp_path)
-    for name in ("r.yaml", "m.gguf", "m.safetensors", "x.txt"):
+    for name in ("r.yaml", "m.bin", "m.safetensors", "x.txt"):
         (tmp_path / name).touch()
     with pytest.raises(LlmoptError) as caught:
         one_model(given)
