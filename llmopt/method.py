@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmopt.files.json_shapes import check_shape
 from llmopt.model.head_numbers import HeadNumbers
+from llmopt.model.levels import Level
 from llmopt.parts import Part
 from llmopt.progress import Progress, silent
 from llmopt.scale.memory import Memory
@@ -154,6 +155,7 @@ class Method(Part, ABC):
     needs_data: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False     # True: all weights at once, so that it cannot run block by block
     recalls: ClassVar[bool] = False         # True: it asks what the model predicted before any step, see Run.dense
+    level: ClassVar[Level] = "structure"    # what it must know of a model, see model/levels.py
     meta_shape: ClassVar[Any] = {str: object}       # of its record's meta, in the words of files/json_shapes.py
 
     @property

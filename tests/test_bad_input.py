@@ -211,7 +211,7 @@ def test_a_file_of_the_model(compress, model, name, content, expected):
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"model_type": "lama"}, "lama"),
-    ({"model_type": "bloom"}, "architecture 'bloom' is not supported"),
+    ({"model_type": "bitnet"}, "architecture 'bitnet' is not supported: its weights are ternary already"),
     ({"model_type": "bert"}, "architecture 'bert' is not supported"),
     ({"model_type": "t5"}, "architecture 't5' is not supported"),
     ({"hidden_size": 10**9}, "embed_tokens.weight is [512, 64], the config wants [512, 1000000000]"),

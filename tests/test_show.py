@@ -7,7 +7,7 @@ from llmopt_evals.world import reference_path
 import llmopt
 from llmopt.checkpoint.look import checkpoint_facts, dense_facts
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import SPECS
+from llmopt.model.architectures import NO_ENTRY, SPECS
 from llmopt.specs import ModelSpec
 from tests import table, tiny
 from tests.command import call
@@ -37,12 +37,14 @@ def test_the_embedded_model_is_shown_by_its_name(said):
 
 
 def test_an_architecture_that_is_not_known_is_shown_and_named(said, tmp_path):
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import BitNetConfig, BitNetForCausalLM, BloomConfig, BloomForCausalLM
 
     BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "m")
-    text = said("show", tmp_path / "m")
-    assert "architecture 'bloom' is not supported" in text
+    text = " ".join(said("show", tmp_path / "m").replace("│", " ").split())
+    assert "weights; not run time: " in text and NO_ENTRY in text
     assert "32, not quantized" in text
+    BitNetForCausalLM(BitNetConfig(**tiny.GATED)).save_pretrained(tmp_path / "b")
+    assert "architecture 'bitnet' is not supported: its weights are ternary" in said("show", tmp_path / "b")
 
 
 def test_bits_are_shown_whatever_they_are(said, tmp_path):

@@ -11,7 +11,7 @@ from llmopt.calibration import head_scores
 from llmopt.calibration.losses import row_losses
 from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run, Sample
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, decoder
 from llmopt.runtime.attach import attach, attached, attachment
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _masses(act: "Act", model: nn.Module, rows: list[Row], places: list[Place]) 
     with attached(model):
         attach(model, replace(act, beta=1.0), Record(_by_layer(places, len(found))))
         for row in rows:
-            model.get_decoder()(**row, use_cache=False)
+            decoder(model)(**row, use_cache=False)
         for layer, counter in attachment(model).stats.items():
             found[layer] = counter.mass.cpu()
     return found
@@ -107,7 +107,7 @@ def _losses(act: "Act", model: nn.Module, rows: list[Row], places: list[Place]) 
     """The mean loss of each row with these heads calibrated, in nats a token: [rows]."""
     with attached(model):
         attach(model, act, Record(_by_layer(places, len(blocks(model)))))
-        return torch.cat([row_losses(model, model.get_decoder()(**row, use_cache=False)[0], row["input_ids"],
+        return torch.cat([row_losses(model, decoder(model)(**row, use_cache=False)[0], row["input_ids"],
                                      row["attention_mask"]).double().cpu() for row in rows])
 
 

@@ -1,12 +1,13 @@
 """The calls that a forward makes of the blocks, none of which runs: hidden states in front, and all other arguments."""
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from llmopt.model.blocks import layer_list
+from llmopt.model.blocks import decoder, layer_list, returned
+from llmopt.model.discovery import split
 from llmopt.scale.memory import Memory
 
 
@@ -37,16 +38,17 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
     shared = Shared(memory.keeper())
 
     def recorder(index):
-        def forward(hidden, *args, **kwargs):
+        def forward(*args, **kwargs):
+            hidden, args, kwargs = split(args, kwargs)
             if index == 0:
                 first.append(hidden)
             calls[index].append(recursively_apply(shared, (args, kwargs)))
-            return hidden
+            return returned(model, hidden)
         return forward
 
     def inputs() -> Iterator[Tensor]:
         for batch in batches:
-            model.get_decoder()(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            decoder(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
             shared.next_batch()
             yield first.pop()
 
@@ -57,14 +59,19 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
 @torch.no_grad()
 def logits_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:      # [B, T, E] -> [B, T, V]
     """The logits of a batch whose last block gave `hidden`; no block runs."""
-    with _in_place_of(layer_list(model), lambda index: lambda *args, **kwargs: hidden):
+    with _behind_all(model, hidden):
         return model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
 
 
 def decoded_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:     # [B, T, E] -> [B, T, E]
     """What the decoder gives for a batch whose last block gave `hidden`, differentiable in it; no block runs."""
-    with _in_place_of(layer_list(model), lambda index: lambda *args, **kwargs: hidden):
-        return model.get_decoder()(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)[0]
+    with _behind_all(model, hidden):
+        return decoder(model)(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)[0]
+
+
+def _behind_all(model: nn.Module, hidden: Tensor) -> AbstractContextManager:
+    """Inside, every block gives `hidden` whatever it reads."""
+    return _in_place_of(layer_list(model), lambda index: lambda *args, **kwargs: returned(model, hidden))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmopt.calibration.data import Batch
+from llmopt.model.blocks import decoder
 from llmopt.model.head import LOGITS, logits_of
 
 
@@ -61,8 +62,8 @@ class LogitsLoss:
 
 
 def _decoded(model: nn.Module, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder) + "."
+    inner = decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is inner) + "."
     own = {name.removeprefix(prefix): value for name, value in weights.items()}
     given = {name: value.to(model.device) for name, value in batch.items()}
-    return functional_call(decoder, own, (), given | {"use_cache": False}).last_hidden_state
+    return functional_call(inner, own, (), given | {"use_cache": False}).last_hidden_state

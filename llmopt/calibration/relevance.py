@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2CLS
 
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import blocks, final_norm
+from llmopt.model.blocks import blocks, decoder, final_norm
 from llmopt.runtime.interface import attending_by, llmopt_mask
 
 NAME = "llmopt_relevance"       # of the attention function
@@ -47,7 +47,7 @@ def relevance(model: nn.Module, ids: Tensor, places: Mapping[str, nn.Module]) ->
     with torch.enable_grad(), _rules(model), ExitStack() as hooks:
         for name, module in places.items():
             hooks.callback(module.register_forward_hook(kept(name)).remove)
-        hidden = model.get_decoder()(input_ids=ids[None], use_cache=False)[0]                  # [1, T, E]
+        hidden = decoder(model)(input_ids=ids[None], use_cache=False)[0]                  # [1, T, E]
         slope = torch.zeros_like(hidden)
         slope[0, :-1] = model.get_output_embeddings().weight[ids[1:]].to(hidden.dtype)
         slopes = torch.autograd.grad(hidden, list(outputs.values()), slope)

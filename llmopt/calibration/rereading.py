@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from llmopt.calibration.losses import drawn_slopes
+from llmopt.model.blocks import decoder
 from llmopt.runtime.interface import attending_by, llmopt_mask
 from llmopt.runtime.replay import chunks
 
@@ -39,16 +40,16 @@ def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, see: Call
     """
     found: list[tuple[int, Tensor, Tensor, Tensor]] = []
     drawing = torch.Generator(model.device).manual_seed(0)
-    decoder, ids = model.get_decoder(), ids.to(model.device)
+    read, ids = decoder(model), ids.to(model.device)
     model.requires_grad_(False)
     with attending_by(model, NAME, KEY, lambda layer, module: (found, layer)):
         whole = DynamicCache(config=model.config)
         with torch.no_grad():
-            decoder(input_ids=ids[None], past_key_values=whole, use_cache=True)
+            read(input_ids=ids[None], past_key_values=whole, use_cache=True)
         for chunk in chunks(ids, asked, size):
             found.clear()
             with torch.enable_grad():
-                hidden = decoder(input_ids=chunk[None], past_key_values=deepcopy(whole), use_cache=True)[0]
+                hidden = read(input_ids=chunk[None], past_key_values=deepcopy(whole), use_cache=True)[0]
                 outputs = [output for *_, output in found]
                 slopes = torch.autograd.grad(hidden, outputs, drawn_slopes(model, hidden, drawing))
             for (layer, weights, values, output), slope in zip(found, slopes, strict=True):

@@ -11,8 +11,9 @@ from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
+from llmopt.model import levels
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import SPECS, unsupported
+from llmopt.model.architectures import SPECS
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
@@ -46,10 +47,11 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     source, config = read_config(spec)
     text, made_by = config.get_text_config(), _quantized(config)
     stored = str(config.dtype).removeprefix("torch.") if config.dtype else None     # before a model is made of it
-    count, known = _parameters(config, source), config.model_type in SPECS
+    known = config.model_type in SPECS
+    count, level, refusal = _of_skeleton(config, source)
     size = getattr(torch, stored).itemsize if stored else None
     return {
-        "model": spec.id, "architecture": config.model_type, "supported": known,
+        "model": spec.id, "architecture": config.model_type, "supported": level is not None, "level": level,
         "shape": {word: value for word, key in SHAPE.items() if (value := _of_all_layers(text, key)) is not None},
         "parameters": count, "dtype": stored,
         "made_from": seen.told if (seen := view.of(source)) else [],
@@ -58,7 +60,7 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         "bits": made_by["bits"] if made_by else [8 * size] if size else [],
         "quantized_by": made_by["by"] if made_by else None,
         "works": {part: why or "yes" for part, why in abilities(config.model_type).items()} if known else {},
-        "note": _note(config.model_type, made_by),
+        "note": "already quantized; llmopt compress starts from the dense checkpoint" if made_by else refusal,
     }
 
 
@@ -70,13 +72,17 @@ def _of_all_layers(config: Any, key: str) -> Any:
         return None
 
 
-def _parameters(config: Any, source: str) -> int | None:
-    """The number of a causal LM's parameters, tied ones once; None for a config that makes none."""
+def _of_skeleton(config: Any, source: str) -> tuple[int | None, str | None, str]:
+    """(number of a causal LM's parameters, tied ones once, the levels that hold, why none does); None: not known."""
     try:
         with refusals(source):
-            return skeleton(config, torch.float32).num_parameters()
-    except LlmoptError:
-        return None
+            model = skeleton(config, torch.float32)
+    except LlmoptError as error:
+        return None, None, str(error)
+    try:
+        return model.num_parameters(), levels.described(model), ""
+    except LlmoptError as error:
+        return model.num_parameters(), None, str(error)
 
 
 def _quantized(config: Any) -> dict[str, Any] | None:
@@ -90,13 +96,6 @@ def _quantized(config: Any) -> dict[str, Any] | None:
     found = {part.get("num_bits", part.get("bits")) for part in weights}
     return {"by": str(known.get("quant_method", "another tool")),
             "bits": sorted(bits for bits in found if isinstance(bits, int))}
-
-
-def _note(kind: str, made_by: dict[str, Any] | None) -> str:
-    """What stands in the way of compressing this model; empty: nothing."""
-    if made_by:
-        return "already quantized; llmopt compress starts from the dense checkpoint"
-    return "" if kind in SPECS else unsupported(kind)
 
 
 def weight_bits(facts: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, int]:

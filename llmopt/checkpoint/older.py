@@ -20,9 +20,10 @@ def with_rotary_names(config: dict[str, Any]) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     parameters = config.get("rope_parameters")
-    if not parameters:
+    spec = SPECS.get(config["model_type"])
+    if not parameters or spec is None:
         return config
-    both = config | _rotary_names(SPECS.get(config["model_type"], Spec()), parameters)
+    both = config | _rotary_names(spec, parameters)
     kind = CONFIG_MAPPING[config["model_type"]]             # whose own reader undoes how infinity is written
     read = [kind.from_dict(kind._decode_special_floats(c)).rope_parameters for c in (config, both)]
     return both if read[0] == read[1] else config

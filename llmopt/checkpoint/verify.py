@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model.computing import computing
+from llmopt.model.context import context_length
 from llmopt.model.stay_packed import packing
+
+CACHES = ("past_key_values", "cache_params", "state")     # what models call that which they read on from
 
 
 class VerificationError(LlmoptError):
@@ -45,14 +48,14 @@ def probe(model: nn.Module) -> Tensor:
 
 def probe_length(model: nn.Module) -> int:
     """Tokens in a row of the probe."""
-    return min(64, model.config.max_position_embeddings // 2)
+    return min(64, context_length(model.config) // 2)
 
 
 def greedy(model: nn.Module, ids: Tensor, count: int = 8) -> list[int]:
     """The next `count` tokens; without `generate`, which listens to whatever the model's generation config says."""
-    cache, written = None, []
+    kept, written = {}, []
     for _ in range(count):
-        step = model(ids, past_key_values=cache, use_cache=True)
-        cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+        step = model(ids, use_cache=True, **kept)
+        kept, ids = {key: step[key] for key in CACHES if key in step}, step.logits[:, -1:].argmax(-1)
         written.append(ids.item())
     return written

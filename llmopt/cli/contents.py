@@ -19,6 +19,8 @@ def show_dense(facts: dict[str, Any], as_json: bool) -> None:
             *facts["shape"].items(),
             ("parameters", f"{count:,}" if count else "unknown"), ("weights", human(size) if size else "unknown"),
             ("type", facts["dtype"] or "unknown"), ("bits", f"{_each(facts['bits'])}, {_rounding(facts)}")]
+    if facts["level"]:
+        rows.append(("level", facts["level"]))
     print_table(facts["model"], ["", "value"], rows)
     if facts["works"]:
         parts = ((f"pruning of {part}" if part in UNITS else part, answer) for part, answer in facts["works"].items())

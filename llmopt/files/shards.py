@@ -71,7 +71,7 @@ def by_block(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors of each decoder layer together, every other tensor by itself, in their order."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        block = re.match(r".*?\.(?:layers|h)\.\d+(?=\.)", name)
+        block = re.match(r".*?\.\d+(?=\.)", name)
         groups.setdefault(block.group() if block else name, {})[name] = tensor
     return list(groups.values())
 

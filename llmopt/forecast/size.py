@@ -15,6 +15,7 @@ from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
 from llmopt.method import UNCHANGED, Method, Run
+from llmopt.model.levels import refuse_below
 from llmopt.model.outline import filed, outline
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs
@@ -54,6 +55,7 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
         run.ahead = tuple(steps[i + 1:])
         run.memory.begin(i)
         with naming(f"steps.{i} {step.name}"):
+            refuse_below(skeleton, step.level, step.name)
             told.append([step.name, step.sketch(skeleton, run, source)])
         layers.append(shapes(skeleton))
         source = source if step.stage in UNCHANGED else None

@@ -16,7 +16,7 @@ from llmopt.calibration.head_scores import check_scores
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Method, Probe, Record, Run
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, decoder
 from llmopt.model.head import logits_of
 
 Batch = dict[str, Tensor]
@@ -32,6 +32,7 @@ class HeadScore(Method):
     """
 
     stage: ClassVar = "score"
+    level: ClassVar = "run time"
     needs_whole: ClassVar[bool] = True
     eats: ClassVar[Literal["batches", "probes"]] = "batches"
     mean_over: ClassVar[Literal["samples", "tokens"] | None] = None
@@ -136,7 +137,7 @@ class ProbeScore(HeadScore):
 
 def answer_logits(model: nn.Module, probe: Probe) -> Tensor:      # [n, V]
     """The model's logits in front of each token of the probe's answer; differentiable."""
-    hidden = model.get_decoder()(input_ids=probe.ids[None].to(model.device), use_cache=False)[0][:, probe.asked]
+    hidden = decoder(model)(input_ids=probe.ids[None].to(model.device), use_cache=False)[0][:, probe.asked]
     return logits_of(model, hidden)[0]
 
 

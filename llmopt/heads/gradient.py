@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmopt.calibration.losses import loss_slopes
 from llmopt.heads.base import Batch, HeadScore
 from llmopt.method import Run
-from llmopt.model.blocks import Block, blocks
+from llmopt.model.blocks import Block, blocks, decoder
 from llmopt.parts import register
 
 
@@ -50,7 +50,7 @@ def slopes_of(model: nn.Module, batch: Batch, wanted: list[Tensor]) -> tuple[Ten
     """d(sum of the samples' mean losses)/dw for every w in `wanted`; None where the loss does not hang on it."""
     ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
     with torch.enable_grad():
-        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [B, T, E]
+        hidden = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]      # [B, T, E]
         return torch.autograd.grad(hidden, wanted, loss_slopes(model, hidden, ids, mask), allow_unused=True)
 
 

@@ -19,7 +19,7 @@ from llmopt.calibration.losses import row_losses
 from llmopt.heads.base import Batch, HeadScore, single_rows
 from llmopt.heads.masking import begun_at, block_inputs, masked, silenced
 from llmopt.method import Record, Run
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, decoder
 from llmopt.parts import register
 
 
@@ -53,5 +53,5 @@ class Influence(HeadScore):
 
     @staticmethod
     def _loss(model: nn.Module, row: Batch) -> float:
-        hidden = model.get_decoder()(**row, use_cache=False)[0]
+        hidden = decoder(model)(**row, use_cache=False)[0]
         return float(row_losses(model, hidden, row["input_ids"], row["attention_mask"]))

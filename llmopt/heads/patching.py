@@ -24,7 +24,7 @@ from llmopt.heads.base import ProbeScore
 from llmopt.heads.divergence import corrupted, refuse_without
 from llmopt.heads.masking import begun_at, block_inputs, masked, silenced
 from llmopt.method import Probe, Run
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, decoder
 from llmopt.model.head import logits_of
 from llmopt.parts import register
 
@@ -60,7 +60,7 @@ def head_outputs(model: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 def logits_at(model: nn.Module, probe: Probe, place: int) -> Tensor:      # [V]
     """The logits behind one query of a probe."""
-    hidden = model.get_decoder()(input_ids=probe.ids[None].to(model.device), use_cache=False)[0]
+    hidden = decoder(model)(input_ids=probe.ids[None].to(model.device), use_cache=False)[0]
     return logits_of(model, hidden[:, place:place + 1])[0, 0].float()
 
 

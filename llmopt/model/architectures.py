@@ -14,9 +14,10 @@ EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are l
 CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
-UNLIKE = {                                    # well-known architectures whose attention is none of ours, and why
-    "gpt_oss": "its heads have learned attention sinks", "gemma3n": "its last layers read the cache of earlier ones",
-    "gemma3n_text": "its last layers read the cache of earlier ones"}
+NO_ENTRY = "no table tells what its layers are made of"
+
+REFUSED = {                                   # architectures that are not compressed at all, and why
+    "bitnet": "its weights are ternary already, 1.58 bits each", "rwkv": "its forward rescales its own weights"}
 NORMS_KEPT: dict[Form, str] = {               # forms whose norms feed no reader: why nothing can be moved out of them
     "branch_post": "its norms stand behind the writers",
     "residual_post": "its norms normalise the residual stream itself"}
@@ -52,6 +53,9 @@ class Spec:
     old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
     served: bool = False                          # servers run its layers with shapes of their own (nemotron-nas)
     note: str = ""                                # what every plan and card of such a model says
+    known: bool = True                            # False: no entry of SPECS, its linear maps are found (discovery.py)
+    at_once: bool = False                         # transformers can only unpack its packed weights while it loads
+    entries: int = 0                              # of the tuple that a layer returns; 0: the hidden state alone
     refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads, packed
 
 
@@ -93,7 +97,14 @@ SPECS: dict[str, Spec] = {
 }
 
 
+def found(layers: str, entries: int, at_once: bool, note: str) -> Spec:
+    """The entry of a model without one: where its layers are, and that no more is known of them."""
+    parts = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "per_layer_shapes", "per_layer_heads")
+    return Spec(layers=layers, attention="", ffn=None, qkv=(), out="", ffn_in=(), ffn_out="", norms=(), rotary=None,
+                note=note, known=False, at_once=at_once, entries=entries, refuse=dict.fromkeys(parts, NO_ENTRY))
+
+
 def unsupported(kind: Any) -> str:
-    """What is said of an architecture that is none of these."""
-    reason = f": {UNLIKE[kind]}. Supported: {', '.join(SPECS)}" if kind in UNLIKE else nearest(str(kind), SPECS)
+    """What is said of an architecture that is not compressed."""
+    reason = f": {REFUSED[kind]}" if kind in REFUSED else nearest(str(kind), SPECS)
     return f"architecture {kind!r} is not supported{reason}"

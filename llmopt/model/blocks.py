@@ -7,20 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, UNTURNED, Form, Spec, unsupported
+from llmopt.model import discovery
+from llmopt.model.architectures import NORMS_KEPT, REFUSED, SPECS, UNITS, UNTURNED, Form, Spec, found, unsupported
 from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
 from llmopt.model.weights import Projection
 
 
 def spec_of(model: nn.Module) -> Spec:
-    """The architecture's table entry; an unknown one is refused with the list of those supported."""
+    """The architecture's table entry, or one that says where its layers are and no more.
+
+    Raises LlmoptError for a model whose layers cannot be told apart or run one by one, and for those of REFUSED.
+    """
     kind = model.config.model_type
-    if kind not in SPECS:
+    if kind in REFUSED:
         raise LlmoptError(unsupported(kind))
-    return SPECS[kind]
+    return SPECS[kind] if kind in SPECS else _found(model)
+
+
+def _found(model: nn.Module) -> Spec:
+    kind = model.config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model.config.is_encoder_decoder:
+        raise LlmoptError(f"architecture {kind!r} is not supported: it has an encoder, whose tokens see later ones")
+    path = discovery.layers_path(model)
+    layers = discovery.found_of(model, path)
+    for index, layer in enumerate(layers):
+        if layer.earlier:
+            raise LlmoptError(f"architecture {kind!r} is not supported: {path}.{index} is given what earlier layers "
+                              f"made beside the hidden state ({', '.join(layer.earlier)})")
+    return found(path, layers[0].entries, any(layer.at_once for layer in layers), discovery.note_of(layers))
 
 
 def refuse_units(model: nn.Module, unit: str) -> None:
@@ -50,7 +68,10 @@ def refuse_turning(model: nn.Module) -> None:
 
 @dataclass
 class Block:
-    """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists."""
+    """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists.
+
+    read: of a layer that no table describes, what was found to read one input together; its parts are not told apart.
+    """
 
     index: int
     name: str
@@ -66,9 +87,12 @@ class Block:
     ffn_out: Projection | None       # writer
     norms: dict[str, Norm]
     form: Form
+    read: list[list[Projection]] | None = None
 
     def groups(self) -> list[list[Projection]]:
         """Projections that read the same input together, in the order of the data flow."""
+        if self.read is not None:
+            return self.read
         listed = [self.attn_in, [self.attn_out] if self.attn_out else [],
                   self.ffn_in, [self.ffn_out] if self.ffn_out else []]
         return [group for group in listed if group]
@@ -88,6 +112,8 @@ class Block:
 
         An FFN without a gate has a nonlinearity there, and no link.
         """
+        if self.read is not None:
+            return []
         found = [] if self.form in NORMS_KEPT else [Link(self.norms[role], readers) for role, readers in
                                                     (("attn_in", self.attn_in), ("ffn_in", self.ffn_in))
                                                     if readers and role in self.norms]
@@ -112,6 +138,17 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
     return at(model, spec_of(model).layers)
 
 
+def decoder(model: nn.Module) -> nn.Module:
+    """The model around the decoder layers, without the output head."""
+    return model.get_submodule(discovery.decoder_path(model, spec_of(model).layers))
+
+
+def returned(model: nn.Module, hidden: Tensor) -> Tensor | tuple:
+    """A hidden state in the form in which a decoder layer returns it."""
+    entries = spec_of(model).entries
+    return (hidden, *[None] * (entries - 1)) if entries else hidden
+
+
 def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
     """Put `layers` in place of the decoder layers and renumber what looks up a cache by layer."""
     parent, _, leaf = spec_of(model).layers.rpartition(".")
@@ -124,7 +161,7 @@ def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
 
 def tell_shapes(model: nn.Module) -> None:
     """Bring the numbers that modules keep about themselves in line with the present shapes of their weights."""
-    for block in blocks(model):
+    for block in blocks(model) if spec_of(model).known else ():
         told = {"intermediate_size": block.width}
         if block.attention is not None:
             told |= {"num_heads": block.heads, "num_key_value_heads": block.kv_heads,
@@ -135,8 +172,10 @@ def tell_shapes(model: nn.Module) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module | None]:
-    """The attention module of every layer; None where attention is skipped."""
+    """The attention module of every layer; None where attention is skipped, or is none of transformers' interface."""
     spec = spec_of(model)
+    if not spec.known:
+        return [block.attention for block in blocks(model)]
     found = [layer.get_submodule(spec.attention) for layer in layer_list(model)]
     return [None if is_skipped(m) else m for m in found]
 
@@ -155,6 +194,8 @@ def blocks(model: nn.Module) -> list[Block]:
 
 def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     name = f"{spec.layers}.{index}"
+    if not spec.known:
+        return _found_block(index, name, layer, vars(layer)[discovery.FOUND])
     attention = layer.get_submodule(spec.attention)
     ffn_skipped = not spec.ffn_out or (spec.ffn is not None and is_skipped(layer.get_submodule(spec.ffn)))
     shape = dict(heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
@@ -166,6 +207,18 @@ def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     norms = {role: _norm(role, f"{name}.{child}", layer.get_submodule(child), spec.norm_offset)
              for role, child in spec.norms if not isinstance(layer.get_submodule(child), nn.Identity)}
     return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn)
+
+
+def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found) -> Block:
+    """A layer that no table describes; of its attention the sizes are known that it showed."""
+    read = [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group] for group in known.groups]
+    shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0)
+    if len(known.attention) == 1:
+        (child, seen), = known.attention.items()
+        shape = dict(attention=layer.get_submodule(child), heads=seen.heads, kv_heads=seen.kv_heads,
+                     head_dim=seen.head_dim)
+    return Block(index, name, layer, **shape, width=0, attn_in=[], attn_out=None, ffn_in=[], ffn_out=None, norms={},
+                 form="pre", read=read)
 
 
 def _form(spec: Spec, layer: nn.Module) -> Form:

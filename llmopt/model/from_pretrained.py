@@ -113,9 +113,9 @@ def _extend_quantizer(quantizers: ModuleType) -> None:
 def _keep_codes(model: Any) -> None:
     """Let save_pretrained of a model that was loaded packed write it packed, as AutoModelForCausalLM's does."""
     from llmopt.model.loaded import is_ours
-    from llmopt.model.modeling import FAMILIES, let_save
+    from llmopt.model.modeling import let_save
 
-    if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None and is_ours(model):
+    if model.get_output_embeddings() is not None and is_ours(model):
         let_save(model)
 
 

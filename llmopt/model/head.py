@@ -3,6 +3,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmopt.model.blocks import decoder
+
 LOGITS = 1 << 24        # of a backward pass, held at a time, in three copies: 200 MB of fp32
 
 
@@ -22,9 +24,9 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:      # [B, t, E] -> [
 
     All logits of a batch take B x T x V numbers; this takes those of as many tokens as `hidden` has.
     """
-    decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: _Decoded((hidden,))
+    inner = decoder(model)
+    inner.forward = lambda *args, **kwargs: _Decoded((hidden,))
     try:
         return model(inputs_embeds=hidden, use_cache=False).logits
     finally:
-        del decoder.forward
+        del inner.forward

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmopt.errors import LlmoptError, closest
+from llmopt.errors import LlmoptError, closest, naming
 from llmopt.files.checks import check_config, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.limited import limited
 from llmopt.files.tensors import file_of, read
+from llmopt.model.context import context_length
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
 from llmopt.model.ways import view
@@ -61,7 +62,7 @@ def load_dense(spec: ModelSpec) -> tuple[nn.Module, Any]:
 def check_dense(spec: ModelSpec) -> None:
     """Raise LlmoptError for a model that cannot be compressed: not supported, or already quantized."""
     source, config = read_config(spec)
-    _check_known(config.model_type, source)
+    _check_known(config, source, spec.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise LlmoptError(f"{source}: the model is already quantized; start from the dense checkpoint")
 
@@ -94,7 +95,7 @@ def examine(spec: ModelSpec) -> tuple[str, Any]:
     """(folder or hub name, config) of a model, after all that can be checked before a weight is read."""
     check_device(spec.device)
     source, config = read_config(spec)
-    if getattr(config.get_text_config(), "max_position_embeddings", 2) < 2:
+    if context_length(config) < 2:
         raise LlmoptError(f"{source}: config.json says that the model reads fewer than 2 tokens")
     if Path(source).is_dir() and view.of(source) is None:
         check_types(Path(source), config)
@@ -234,8 +235,19 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
                       "(model.resize_token_embeddings(len(tokenizer)))")
 
 
-def _check_known(kind: Any, source: str) -> None:
-    from llmopt.model.architectures import SPECS, unsupported
+def _check_known(config: Any, source: str, trust: bool) -> None:
+    """Raise LlmoptError for a model whose layers are neither in the table nor to be found."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if kind not in SPECS:
+    from llmopt.model.architectures import REFUSED, SPECS, unsupported
+    from llmopt.model.blocks import spec_of
+    from llmopt.model.skeleton import skeleton
+
+    kind = config.model_type
+    own = getattr(config, "auto_map", None) or {}
+    ours = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    if kind in REFUSED or not ours:
         raise LlmoptError(f"{source}: {unsupported(kind)}")
+    if kind not in SPECS:
+        with naming(source), refusals("the model cannot be loaded"):
+            spec_of(skeleton(config, torch.float32, trust))

@@ -293,10 +293,10 @@ def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
         config.tie_word_embeddings = (
             head._parameters.get("weight") is model.get_input_embeddings()._parameters.get("weight"))
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
-    if not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
+    if family and not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
         config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)
     config.validate()
-    return json.loads(config.to_json_string(use_diff=True)), config.is_heterogeneous
+    return json.loads(config.to_json_string(use_diff=True)), bool(family) and config.is_heterogeneous
 
 
 def checks_heads(config) -> bool:

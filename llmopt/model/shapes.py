@@ -1,15 +1,16 @@
 """From the shapes of the layers to a config that describes them, or a reason why none can."""
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llmopt.errors import LlmoptError
+from llmopt.model import places
 from llmopt.model.blocks import Block, blocks, refuse_units, spec_of
 from llmopt.model.modeling import FAMILIES, heads_fit, write_layers
 
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")
+NOT_BY_LAYER = ("token_id", "architectures")        # keys with lists that may happen to be as long
 
 
 class LayerShape(NamedTuple):
@@ -22,7 +23,12 @@ class LayerShape(NamedTuple):
 
 
 def shape_of(block: Block, has_ffn: bool = True) -> LayerShape:
-    """The present shape of a block; has_ffn: False for Mixture-of-Experts, whose FFN is not seen as one."""
+    """The present shape of a block; has_ffn: False for Mixture-of-Experts, whose FFN is not seen as one.
+
+    No figure of a block whose parts no table tells apart.
+    """
+    if block.read is not None:
+        return LayerShape(0, 0, 0)
     skip = ("attention",) * (block.attention is None) + ("mlp",) * (has_ffn and block.ffn_out is None)
     return LayerShape(block.heads, block.kv_heads, block.width, skip)
 
@@ -65,9 +71,14 @@ def _check_heads(config, heads: int, kv_heads: int) -> None:
         raise LlmoptError(f"{config.model_type}: its config refuses {heads} query heads: {error.__cause__}") from error
 
 
-def check_droppable(model: nn.Module) -> None:
-    """Raise LlmoptError if a layer of this model depends on its place among the others."""
+def check_droppable(model: nn.Module, kept: list[int] | None = None) -> None:
+    """Raise LlmoptError if a layer of this model depends on its place among the others.
+
+    kept: the layers that will stay; without them it is not looked at whether those of an unknown model would do.
+    """
     config = model.config.to_dict()
+    if not spec_of(model).known and kept is not None:
+        places.check(model, kept, sliced(model.config, kept))
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise LlmoptError(f"{config['model_type']}: blocks cannot be pruned: attention is scaled by the layer's number")
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
@@ -76,18 +87,32 @@ def check_droppable(model: nn.Module) -> None:
 
 def slice_config(model: nn.Module, kept: list[int]) -> None:
     """Let the lists with one entry per layer follow the layers that remain."""
-    config = model.config
-    config.per_layer_config = None
-    for key in PER_LAYER_LISTS:
-        entries = config.to_dict().get(key)
-        if entries is not None:
+    if spec_of(model).known:
+        model.config.per_layer_config = None
+    _slice(model.config, kept)
+
+
+def sliced(config: Any, kept: list[int]) -> Any:
+    """A config of the layers that remain."""
+    made = copy.deepcopy(config)
+    _slice(made, kept)
+    return made
+
+
+def _slice(config: Any, kept: list[int]) -> None:
+    count = config.num_hidden_layers
+    for key, entries in config.to_dict().items():
+        if isinstance(entries, list) and len(entries) == count and not key.endswith(NOT_BY_LAYER):
             setattr(config, key, [entries[i] for i in kept])
-    config.num_hidden_layers = len(kept)
+    if config.num_hidden_layers == count:               # some count their layers by such a list
+        config.num_hidden_layers = len(kept)
 
 
 def sync_config(model: nn.Module) -> None:
     """Make `model.config` describe the model's present shapes; raises LlmoptError where it cannot."""
     layers, config = shapes(model), model.config
+    if not spec_of(model).known:            # whose layers stay as they are, or leave
+        return
     check_storable(model, layers)
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = False

@@ -3,8 +3,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REBUILT
 
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.model.blocks import spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
 from llmopt.model.packing import format_of, kept, packed, unpacked
@@ -100,7 +103,10 @@ def refuse_unportable(model: nn.Module) -> None:
         if weight.codes.groups is not None:
             raise FieldError("static_groups", False, "true together with act_order (groups of scattered columns cannot "
                              "be stored portably), or format: dense")
-    _refuse_types(coded(model))
+    if rebuilt_experts := {type(module).__name__ for module in model.modules()} & REBUILT.keys():
+        raise LlmoptError(f"beside packed weights transformers builds the experts anew, one by one "
+                          f"({min(rebuilt_experts)}), and does not find them: use format: dense")
+    _refuse_types(coded(model), at_once(model) or any(map(_is_packed_table, coded(model))))
     alike = {(w.codes.bits, w.codes.group_size, w.codes.form.name, w.codes.zeros is None, w.codes.inputs is None)
              for w in coded(model)}
     if dequantizes(model) and len(alike) > 1:
@@ -108,20 +114,22 @@ def refuse_unportable(model: nn.Module) -> None:
             raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups for "
                               "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "
                               "or give all weights the bits of the embedding, or use format: dense")
-        raise LlmoptError("weights with zero points, or small floats of a model that is not bfloat16, must be alike in "
-                          "bits and groups for plain transformers to load them: use symmetric: true, or format: dense")
+        way = "" if at_once(model) else "symmetric: true, or "
+        what = "the weights of this architecture" if at_once(model) else \
+            "weights with zero points, or small floats of a model that is not bfloat16,"
+        raise LlmoptError(f"{what} must be alike in bits and groups for plain transformers to load them: use {way}"
+                          "format: dense")
 
 
-def _refuse_types(weights: list[Weight]) -> None:
+def _refuse_types(weights: list[Weight], at_once: bool) -> None:
     """Raise LlmoptError for types in which transformers would compute other weights or inputs than the solver saw."""
-    at_once = any(map(_is_packed_table, weights))
     for weight in weights:
         dtype, codes = str(weight.dtype).removeprefix("torch."), weight.codes
         scales = str(codes.scales.dtype).removeprefix("torch.")
         if (codes.zeros is not None or at_once) and scales != dtype:
-            raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, or an "
-                             "embedding at less than 8 bits, transformers multiplies in the type of the scales; or "
-                             "format: dense")
+            raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, an "
+                             "embedding at less than 8 bits, or a model that is unpacked at once, transformers "
+                             "multiplies in the type of the scales; or format: dense")
         if codes.inputs and codes.form.through_bfloat16 and dtype != "bfloat16":
             raise LlmoptError(f"{weight.name}: transformers unpacks {codes.form.name} as bfloat16, and the model is "
                               f"{dtype}: give dtype: bfloat16 under model (--dtype bf16)")
@@ -130,11 +138,16 @@ def _refuse_types(weights: list[Weight]) -> None:
 def dequantizes(model: nn.Module) -> bool:
     """True where plain transformers loads the weights only unpacked at once, by a word in their config.
 
-    It makes room for zero points that are not packed and none for a packed embedding, and its packed small floats
-    become bfloat16 weights.
+    Some models ask for their weights before they are loaded (Spec.at_once). For all, it makes room for zero points
+    that are not packed and none for a packed embedding, and its packed small floats become bfloat16 weights.
     """
-    return any(w.codes.zeros is not None or _is_packed_table(w) or
+    return at_once(model) or any(w.codes.zeros is not None or _is_packed_table(w) or
                w.codes.form.through_bfloat16 and w.dtype != torch.bfloat16 for w in coded(model))
+
+
+def at_once(root: nn.Module) -> bool:
+    """True for a model whose weights plain transformers can only unpack while it loads them; a layer does not say."""
+    return isinstance(root, PreTrainedModel) and spec_of(root).at_once and bool(coded(root))
 
 
 def _is_packed_table(weight: Weight) -> bool:

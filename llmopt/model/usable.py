@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.context import context_length
 from llmopt.model.unfinished import check_finished
 
 CHECKED = 16        # tokens of the forward that tells whether a model computes numbers
@@ -71,7 +72,7 @@ def check_numbers(model: nn.Module, tokens: int = CHECKED) -> None:
     if next(model.parameters()).is_meta:
         return
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, min(tokens, model.config.max_position_embeddings)),
+    ids = torch.randint(0, model.config.vocab_size, (1, min(tokens, context_length(model.config))),
                         generator=generator)
     if bool(model(ids.to(model.device), use_cache=False).logits.isnan().any()):
         raise LlmoptError("the model computes NaN from ordinary tokens; its config or its weights are damaged")

@@ -14,6 +14,7 @@ from llmopt.calibration.walk import Visit, each, visits
 from llmopt.errors import BudgetError, FieldError, LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
+from llmopt.model.levels import Level
 from llmopt.parts import Several
 from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally
 from llmopt.prune.budgets import Budget, Parameters
@@ -62,6 +63,10 @@ class Pruner(Cutter):
         if coarse and not isinstance(self.scope, (Local, Global)):
             raise FieldError("scope", self.scope.name, "local or global: whole sub-blocks are ranked across the model")
         self.scope.fits(self.ratio)
+
+    @property
+    def level(self) -> Level:
+        return "weights" if set(self.units) == {"blocks"} else "structure"
 
     @property
     def reads(self) -> tuple[str, ...]:

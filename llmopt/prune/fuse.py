@@ -21,7 +21,7 @@ Streamed, the blocks of one group are in memory together. Each of several proces
 """
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -47,6 +47,8 @@ LISTS = 5           # of activations held at once: what a group reads, what it w
 @dataclass(frozen=True)
 class Fuse(Leaving):
     """Blocks leave one by one, and their neighbours learn to use their weights."""
+
+    level: ClassVar = "structure"
 
     group: int = Field(8, ge=2, description="blocks around the one that leaves, itself included")
     rank: int = Field(128, ge=1, description="of the factors C D and B A")

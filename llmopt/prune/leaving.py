@@ -14,6 +14,7 @@ from torch import nn
 from llmopt.errors import BudgetError
 from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Block, blocks, refuse_units
+from llmopt.model.levels import Level
 from llmopt.model.shapes import check_droppable, shapes
 from llmopt.prune.cutting import describe
 from llmopt.prune.groups import cost
@@ -34,6 +35,10 @@ class Leaving(Method):
     ratio: float = Field(0.1, ge=0, lt=1, description="share of the parts' parameters that leaves; never more")
     protect: bool = Field(True, description="the first and the last block stay as they are")
     trial_tokens: int = Field(1024, ge=1, description="damage and mi are measured on so many tokens")
+
+    @property
+    def level(self) -> Level:
+        return "weights" if set(self.units) == {"blocks"} else "structure"
 
     def refuse(self, model: nn.Module) -> None:
         """Raise LlmoptError if this architecture cannot lose one of the units."""

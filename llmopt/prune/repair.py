@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmopt.calibration.leaving import visits_in_place
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
-from llmopt.model.architectures import NORMS_KEPT, UNTURNED
+from llmopt.model.architectures import NO_ENTRY, NORMS_KEPT, UNTURNED
 from llmopt.model.blocks import Projection, spec_of
 from llmopt.prune.refit import RIDGES, Sums, fitted, held_out
 from llmopt.prune.surgery import LayerPlan
@@ -49,7 +49,8 @@ def _repaired(visit: Visit, gone: tuple[str, ...], run: Run) -> dict[str, Any]:
     if block.form in UNTURNED or block.form in NORMS_KEPT:
         return {"name": block.name, "ridge": None, "note": "a norm stands between its writers and the stream"}
     if not spec_of(visit.model).ffn_out:
-        return {"name": block.name, "ridge": None, "note": "its last writers are experts"}
+        why = "its last writers are experts" if spec_of(visit.model).known else NO_ENTRY
+        return {"name": block.name, "ridge": None, "note": why}
     sums, bias = Sums(held_out(visit.masks, run.ranks), run.ranks), writer.bias is not None
     for x in _augmented(visit, writer, bias):
         sums.add(x)

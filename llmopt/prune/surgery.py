@@ -48,10 +48,9 @@ class LayerPlan:
         """The query heads that stay."""
         if block.attention is None or "attention" in self.skip:
             return torch.arange(0)
-        if self.heads is not None:
-            return self.heads
-        groups = torch.arange(block.kv_heads) if self.kv_groups is None else self.kv_groups
-        return torch.arange(block.heads).view(block.kv_heads, -1)[groups].flatten()
+        if self.heads is not None or self.kv_groups is None:
+            return torch.arange(block.heads) if self.heads is None else self.heads
+        return torch.arange(block.heads).view(block.kv_heads, -1)[self.kv_groups].flatten()
 
     def shape(self, block: Block, has_ffn: bool = True) -> LayerShape:
         """The shape that the layer will have."""
@@ -88,7 +87,7 @@ def apply_plan(model: nn.Module, plan: list[LayerPlan], run: Run) -> None:
     numbers = run.heads or HeadNumbers.of(block.heads for block in views)
     run.heads = HeadNumbers(numbers.before, reindex(numbers.left, views, plan))
     kept = [i for i, layer in enumerate(plan) if not layer.drop]
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES.get(model.config.model_type)      # None: no part of a block leaves, which refuse_units sees to
     for block in reshaped(model, run, "cutting", [i for i in kept if plan[i].cuts]):
         layer = plan[block.index]
         cut_ffn(block, layer)
@@ -111,11 +110,13 @@ def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> N
         _check_kept(block, layer)
     has_ffn = bool(spec_of(model).ffn_out)
     planned = [layer.shape(block, has_ffn) for block, layer in zip(views, plan, strict=True) if not layer.drop]
-    if not any(shape.heads for shape in planned):
+    kept = [block for block, layer in zip(views, plan, strict=True) if not layer.drop and "attention" not in layer.skip]
+    if all(block.attention is None for block in kept) and any(block.attention is not None for block in views):
         raise LlmoptError("no layer with attention would remain")
     if len(planned) < len(plan):
-        check_droppable(model)
-    check_storable(model, planned)
+        check_droppable(model, [index for index, layer in enumerate(plan) if not layer.drop])
+    if spec_of(model).known:
+        check_storable(model, planned)
 
 
 def _check_kept(block: Block, layer: LayerPlan) -> None:

@@ -76,8 +76,10 @@ class Quantizer(Settings):
         def beside(target: Target) -> tuple[int, int]:
             kind = self.scheme_of(target)
             form = FORMS[kind.form]
-            scale = 8 if form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype, kind)).bits
+            scale = 8 if form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype, kind, target.at_once)).bits
             return scale + (0 if kind.symmetric else target.bits), form.rows
 
-        return {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
+        note = spec_of(model).note
+        told = {} if spec_of(model).known or not note else {"notes": [note]}
+        return told | {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
                 "weights": sum(t.size for t in found), "modules": modules}

@@ -24,6 +24,7 @@ from llmopt.calibration.relevance import relevance
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks
+from llmopt.model.levels import refuse_below
 from llmopt.quant import scores
 from llmopt.quant.making import Making
 from llmopt.quant.options import Table, Unit
@@ -48,6 +49,8 @@ def _importance(making: Making) -> dict[str, float]:
     """w by the name of a unit: the first of the weights that read one input."""
     step, model, run = making.step, making.model, making.run
     views = blocks(model)
+    if step.allocate in ("heads", "lrp"):
+        refuse_below(model, "structure", f"allocate: {step.allocate}")
     if step.allocate == "hessian":
         return {group[0].name: share for block, share in zip(views, scores.written(model, run), strict=True)
                 for group in block.groups()}

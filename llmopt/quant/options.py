@@ -15,7 +15,7 @@ from torch import nn
 
 from llmopt.calibration.programme import Programme
 from llmopt.errors import BudgetError, LlmoptError
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.outline import filed_bytes, outline
 from llmopt.quant import vocabulary
 from llmopt.quant.plan import DENSE, Choice, Target
@@ -97,7 +97,7 @@ def _widths(step: Settings, size: int, members: list[Target]) -> list[int]:
 def budget(step: Settings, model: nn.Module, found: Sequence[Target], units: Sequence[Unit]) -> Budget:
     """What the units, which are the open ones of the targets, may cost."""
     fixed = [target for target in found if target.fixed]
-    scale = torch.finfo(step.scale_type(model.dtype)).bits
+    scale = torch.finfo(step.scale_type(model.dtype, at_once=spec_of(model).at_once)).bits
     if step.bytes is None:
         extra = scale + (0 if step.symmetric else math.ceil(step.bits))
         price = partial(_bits, extra=extra)

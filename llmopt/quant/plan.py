@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, spec_of
 
 KERNELS = (128, 64, 32)     # group sizes that inference kernels are written for
 DENSE = 16    # this many bits: the weight is left as it is
@@ -29,6 +29,7 @@ class Target:
 
     fixed, sized: its bits, its group size are given by `overrides`; scheme: its kind of numbers is, by a name.
     block, group: names of the block and of the first projection that reads the same input. key: its parameter's name.
+    at_once: plain transformers will unpack it while it loads.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Target:
     fixed: bool = False
     sized: bool = False
     scheme: str | None = None
+    at_once: bool = False
 
     @property
     def size(self) -> int:
@@ -69,7 +71,7 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     names = [name for name, _ in model.named_modules() if name]
     skipped = _matching(ignore, names, "ignore")
     special = {pattern: _matching([pattern], names, "overrides") for pattern in overrides}
-    found, known = [], []
+    found, known, unpacked = [], [], spec_of(model).at_once
     for block, group, p in [(b, g, p) for b in blocks(model) for g in b.groups() for p in g]:
         if _within(p.name, skipped):
             continue
@@ -80,7 +82,7 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
         sized = "group_size" in given
         width = given["group_size"] if sized else _dividing(group_size, sizes, p.in_features)
         target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized,
-                        scheme=given.get("scheme"))
+                        scheme=given.get("scheme"), at_once=unpacked)
         if target.scheme is None:
             check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)

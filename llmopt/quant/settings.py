@@ -51,6 +51,7 @@ class Settings(Method):
 
     stage: ClassVar = "quant"
     place: ClassVar = "quantization step"
+    level: ClassVar = "weights"
     meta_shape: ClassVar = {"bits": finite, "modules": {str: {"bits": finite, str: object}}, str: object}
 
     bits: int | float = Field(4, description="average over all weights quantized; a fraction: see allocate; 16: as is",
@@ -163,7 +164,8 @@ class Settings(Method):
         """Codes of a weight on the meta device; their bits may be a fraction."""
         empty, kind = partial(torch.empty, target.out, device="meta"), self.scheme_of(target)
         form = FORMS[kind.form]
-        scales = empty(target.groups, dtype=torch.float32 if form.through_bfloat16 else self.scale_type(dtype, kind))
+        scales = empty(target.groups, dtype=torch.float32 if form.through_bfloat16 else self.scale_type(
+            dtype, kind, target.at_once))
         return Quantized(empty(target.columns, dtype=torch.int8), scales, target.bits, target.group_size,
                          None if kind.symmetric else torch.empty_like(scales), form=form,
                          inputs=kind.inputs, peak=1.0 if kind.static else None)
@@ -172,18 +174,19 @@ class Settings(Method):
         """The grid for one weight of type `dtype`. wholes: of the model, for scales that are e4m3 numbers."""
         kind = self.scheme_of(target)
         form = FORMS[kind.form]
-        return Spec(target.bits, target.group_size, kind.symmetric, self.clip, dtype, self.scale_type(dtype, kind),
-                    form, wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
+        scales = self.scale_type(dtype, kind, target.at_once)
+        return Spec(target.bits, target.group_size, kind.symmetric, self.clip, dtype, scales, form,
+                    wholes[target.name] if wholes and form.scales == "e4m3" else 1.0)
 
-    def scale_type(self, dtype: torch.dtype, kind: Scheme | None = None) -> torch.dtype:
+    def scale_type(self, dtype: torch.dtype, kind: Scheme | None = None, at_once: bool = False) -> torch.dtype:
         """The type in which scales that are not numbers of the scheme's own are stored, for a model of type `dtype`.
 
-        kind: of the weight's numbers; None: of most.
+        kind: of the weight's numbers; None: of most. at_once: see Spec.at_once of model/architectures.py.
         """
         if self.scale_dtype:
             return DTYPES[self.scale_dtype]
         symmetric, form = (self.symmetric, self.says.form) if kind is None else (kind.symmetric, kind.form)
-        at_once = self.embedding is not None and self.embedding["bits"] < 8
+        at_once = at_once or self.embedding is not None and self.embedding["bits"] < 8
         short = dtype == torch.float32 and symmetric and not FORMS[form].is_float and not at_once
         return torch.float16 if short else dtype        # zero points, unpacked at once: multiplied in the scales' type
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmopt.calibration.walk import outside
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
+from llmopt.model.blocks import spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.model.forms import BYTES, INTEGERS
@@ -26,22 +27,22 @@ from llmopt.quant.settings import Settings
 
 def chosen(step: Settings, model: nn.Module) -> list[tuple[Weight, Spec]]:
     """The matrices that the step names, with their grids."""
-    rest, found = Outside(model), []
+    rest, found, at_once = Outside(model), [], spec_of(model).at_once
     if step.head and rest.tied:
         raise FieldError("head", step.head, "null, as it is tied to the embedding here and shares what embedding gives")
     if step.embedding:
-        found.append((rest.table, _spec(step, rest.table, step.embedding["bits"], model.dtype)))
+        found.append((rest.table, _spec(step, rest.table, step.embedding["bits"], model.dtype, at_once)))
     if step.head:
-        found.append((rest.head, _spec(step, rest.head, step.head["bits"], model.dtype)))
+        found.append((rest.head, _spec(step, rest.head, step.head["bits"], model.dtype, at_once)))
     return found
 
 
-def _spec(step: Settings, weight: Weight, bits: int, dtype: torch.dtype) -> Spec:
+def _spec(step: Settings, weight: Weight, bits: int, dtype: torch.dtype, at_once: bool) -> Spec:
     """In bytes, or by the groups and zero points of the other weights."""
     in_bytes = bits == 8 and isinstance(weight.module, nn.Embedding)
     size = -1 if in_bytes or not step.says.plain else step.group_size
     check_divides(Target(weight.name, weight.key, "", weight.name, *_shape(weight), size))
-    return Spec(bits, size, in_bytes or step.symmetric, step.clip, dtype, step.scale_type(dtype),
+    return Spec(bits, size, in_bytes or step.symmetric, step.clip, dtype, step.scale_type(dtype, at_once=at_once),
                 BYTES if in_bytes else INTEGERS)
 
 

@@ -21,7 +21,7 @@ from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
 from llmopt.forecast.times import Loops, Span, Times, Watch, timed
 from llmopt.method import UNCHANGED, Method, Run
-from llmopt.model import state
+from llmopt.model import levels, state
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:    
         batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory)
         told = predict(model, list(recipe.steps), recipe.format, run)
-        dense = shards.file_bytes(state.plain_state(model))
+        dense, level = shards.file_bytes(state.plain_state(model)), levels.described(model)
         rehearsal = Rehearsal(recipe.steps, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")
         if sampler.spent.high:
@@ -71,7 +71,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:    
     peaks, seconds = rehearsal.peaks, rehearsal.times
     highest = max(peaks, key=lambda peak: peak.private)
     return Foretold({
-            "model": recipe.model.id, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
+            "model": recipe.model.id, "level": level, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": highest.private, "available_memory": free,
             "predicted_seconds": seconds.total, "peaks": [list(peak) for peak in peaks], "seconds": seconds.parts,
             "advice": advice(highest, free, streamed, bool(run.batches))})

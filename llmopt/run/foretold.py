@@ -13,6 +13,7 @@ class Foretold(dict[str, Any]):
     def _rows(self) -> list[list[str]]:
         low, high = map(duration, self["predicted_seconds"])
         return [*([step, act] for step, act in self["steps"]),
+                ["level", self["level"]],
                 ["size", f"{human(self['predicted_bytes'])}, dense {human(self['dense_bytes'])}"],
                 ["peak memory", f"{human(self['predicted_memory'])}, {human(self['available_memory'])} available"],
                 ["time without evaluation", low if low == high else f"{low} - {high}"],

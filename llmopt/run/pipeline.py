@@ -25,6 +25,7 @@ from llmopt.forecast.times import Watch
 from llmopt.method import UNCHANGED, Method, Record, Run
 from llmopt.model import skeleton, state, unfinished
 from llmopt.model.computing import choose, compute_type, computing
+from llmopt.model.levels import refuse_below
 from llmopt.model.loaded import evaluating
 from llmopt.model.loading import load_dense, local_folder, resolve
 from llmopt.model.modeling import let_save
@@ -92,6 +93,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
         run.memory.begin(i)
         run.ahead = tuple(steps[i + 1:])
         with naming(f"steps.{i} {step.name}"):
+            refuse_below(model, step.level, step.name)
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
@@ -198,6 +200,7 @@ def score_heads(spec: ModelSpec, steps: list[Method], source: DataSpec, progress
     for step in steps:
         watch = Watch()
         with naming(step.name), computing(model):
+            refuse_below(model, step.level, step.name)
             records.append(step.apply(model, run))
         LOG.info("%s took %s, %s of processor time", step.name, duration(watch.read().high), duration(watch.spent()))
     return model, run, records

@@ -34,6 +34,7 @@ class RuntimeMethod(Method):
     """A method that acts while the model runs; at most one for each place is attached."""
 
     stage = "runtime"
+    level = "run time"
     place: ClassVar[str]
     adjusts: ClassVar[bool] = False
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.method import Record
+from llmopt.model.blocks import decoder
 from llmopt.runtime.attach import RuntimeMethod, attached, attachment, frozen
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.cache_layer import RaggedLayer
@@ -45,7 +46,7 @@ class Whole:
     def further(self, ids: Tensor) -> "Whole":
         """What this becomes when the model reads ids [B, T] behind it; this one stays as it is."""
         cache = self.cache.fork()
-        self.model.get_decoder()(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
+        decoder(self.model)(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
         return Whole(self.model, cache)
 
     @contextmanager

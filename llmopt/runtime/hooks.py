@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Method, Record
-from llmopt.model.blocks import attention_modules, blocks, spec_of
+from llmopt.model.blocks import attention_modules, blocks, decoder, spec_of
+from llmopt.model.levels import refuse_below
 from llmopt.model.modeling import drop_tensors, let_save, put_tensor, tensors_below
 from llmopt.model.positions import attention_windows, refuse_bidirectional, refuse_far
 from llmopt.model.usable import check_wrapping
@@ -30,6 +31,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module):
         check_wrapping(model)
+        refuse_below(model, "run time", "what acts while the model runs")
         refuse_bidirectional(model)
         self.model = model
         self.parts: dict[str, tuple[Method, dict[str, Any]]] = {}    # place -> method, meta; in order of attachment
@@ -42,9 +44,9 @@ class Attachment:
         self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
         self.looking: list = []                         # hooks on attention modules, while a method asks for its inputs
-        decoder = model.get_decoder()
-        self.arguments = list(inspect.signature(decoder.forward).parameters)
-        self._switch_on(decoder)
+        inner = decoder(model)
+        self.arguments = list(inspect.signature(inner.forward).parameters)
+        self._switch_on(inner)
 
     def _switch_on(self, decoder: nn.Module) -> None:
         self.model.set_attn_implementation(NAME)

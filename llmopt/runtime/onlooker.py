@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.method import Record
+from llmopt.model.blocks import decoder
 from llmopt.runtime.attach import CacheMethod, attached
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
@@ -29,4 +30,4 @@ class Onlooker(CacheMethod):
 def show(model: nn.Module, ids: Tensor, onlooker: Onlooker) -> None:
     """Let `onlooker` look at a text `ids` [n]."""
     with attached(model, onlooker):
-        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=True)
+        decoder(model)(input_ids=ids[None].to(model.device), use_cache=True)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from llmopt.model.blocks import Block, blocks
+from llmopt.model.context import context_length
 from llmopt.runtime.attach import attachment
 
 
@@ -20,11 +21,14 @@ def cache_bytes(model: nn.Module, length: int) -> int:
                   for block in views)
         with _noisy([block.attn_out.module for block in views if block.attn_out is not None], generator):
             return live.rehearse(length, layers).nbytes()
-    cache = DynamicCache(config=model.config)
-    for index, block in enumerate(blocks(model)):
+    cache, views = DynamicCache(config=model.config), blocks(model)
+    for index, block in enumerate(views):
+        if block.read is not None and block.attention is None:      # whatever else it keeps, it does not grow
+            continue
         _, keys, values = (torch.empty(shape, dtype=model.dtype, device="meta") for shape in _shapes(block, length))
         cache.update(keys, values, index)
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -53,7 +57,7 @@ def _shapes(block: Block, length: int) -> list[tuple[int, ...]]:
 
 def prompt_length(model: nn.Module) -> int:
     """Tokens of the prompt whose cache is measured."""
-    return min(512, model.config.max_position_embeddings // 2)
+    return min(512, context_length(model.config) // 2)
 
 
 def cache_bytes_per_token(model: nn.Module) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Record
-from llmopt.model.blocks import Block, blocks, layer_list, spec_of
+from llmopt.model.blocks import Block, blocks, decoder, layer_list, spec_of
 from llmopt.runtime.attach import frozen
 from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
@@ -63,7 +63,7 @@ def _read(live: Attachment, cache: LlmoptCache, row: int, chunk: Tensor) -> Llmo
         first = int(copy.position_ids.max()) + 1
         places["position_ids"] = torch.arange(first, first + len(chunk), device=chunk.device)[None]
     with live.now.nested(), frozen(live.model, recording=True):
-        live.model.get_decoder()(input_ids=chunk[None], past_key_values=copy, use_cache=True, **places)
+        decoder(live.model)(input_ids=chunk[None], past_key_values=copy, use_cache=True, **places)
     return copy
 
 

@@ -19,7 +19,7 @@ from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.files.tensors import file_of
 from llmopt.model import skeleton
-from llmopt.model.blocks import layer_list, spec_of
+from llmopt.model.blocks import decoder, layer_list, spec_of
 from llmopt.model.finite import cast, check_finite
 from llmopt.model.heap import give_back_freed
 from llmopt.model.outside import Outside
@@ -44,7 +44,7 @@ class Streamed(Resumable):
     def __init__(self, journal: Journal, places: tensors.Places, model: nn.Module, format: str, device: str,
                  room: int):
         super().__init__(journal)
-        self.layers, self.rest = skeleton.by_layer(model, places)
+        self.layers, self.rest = skeleton.by_layer(model, _without_tables(model, places))
         self.merging = skeleton.converters(model)
         self.work, self.format, self.room = journal.folder, format, room
         self.device = torch.device(device)
@@ -86,8 +86,8 @@ class Streamed(Resumable):
 
     @contextmanager
     def _reading_outside(self, rest: Outside, head: bool) -> Iterator[None]:
-        model, tied, decoder = rest.model, rest.tied, rest.model.get_decoder()
-        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        model, tied, inner = rest.model, rest.tied, decoder(rest.model)
+        prefix = next(name for name, module in model.named_modules() if module is inner)
         before, places = ({name: it for name, it in found.items() if head or name.startswith(f"{prefix}.")}
                           for found in (rest.parameters(), self.rest))
         self._fill(model, places, described([weight for weight in rest.coded if weight.key in before]), before)
@@ -144,7 +144,10 @@ class Streamed(Resumable):
               like: dict[str, Tensor] | None = None) -> None:
         """Give the parameters of `root` their values, in the model's type; record, like: see model.stored.rebuilt."""
         fresh, read = {}, self._read(places, root, record or {}, like)
+        tables = dict(root.named_buffers())
         for name, tensor in read.items():
+            if name in tables:                          # of a layer that was written back: they are there already
+                continue
             dtype = root.get_parameter(name).dtype
             fresh[name] = nn.Parameter(cast(tensor.to(self.device), dtype, name), requires_grad=False)
         self._check(fresh, places)
@@ -207,6 +210,14 @@ class Streamed(Resumable):
         """The places of these parameters outside the blocks, or of what their codes lie in."""
         return {key: place for key, place in self.rest.items()
                 if any(key == name or key.startswith(f"{name}_") for name in names)}
+
+
+def _without_tables(model: nn.Module, places: tensors.Places) -> tensors.Places:
+    """The places of the parameters; buffers that lie in files, small tables, are read now and stay in the model."""
+    tables = {name: buffer for name, buffer in model.named_buffers() if name in places}
+    for name, tensor in tensors.read({name: places[name] for name in tables}).items():
+        tables[name].copy_(tensor)
+    return {name: place for name, place in places.items() if name not in tables}
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -13,8 +13,8 @@ from tests import tiny
 SHAPE = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              intermediate_size=64)
 FOREIGN = {
-    "learned attention sinks": GptOssConfig(**SHAPE, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1),
-    "read the cache of earlier ones": Gemma3nTextConfig(
+    "level 'run time'": GptOssConfig(**SHAPE, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1),
+    "earlier layers made": Gemma3nTextConfig(
         **SHAPE, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
         vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2,
         activation_sparsity_pattern=[0.0] * 4)}
@@ -25,7 +25,7 @@ SMALL = kv.SnapKV(budget=10, window=4)
 def test_attention_of_another_kind(reason):
     model = AutoModelForCausalLM.from_config(FOREIGN[reason])
     for attempt in (lambda: runtime.attach(model, SMALL), lambda: llmopt.compress(model, SMALL)):
-        with pytest.raises(LlmoptError, match=f"'{model.config.model_type}' is not supported: .*{reason}.*Supported"):
+        with pytest.raises(LlmoptError, match=reason):
             attempt()
     assert runtime.attachment(model) is None
 

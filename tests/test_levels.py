@@ -1,0 +1,117 @@
+"""Models that no table describes: their linear maps are found, quantized, and loaded again, layer by layer."""
+import re
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+
+import llmopt
+from llmopt.calibration.calls import logits_behind
+from llmopt.calibration.walk import walk
+from llmopt.checkpoint.save import load
+from llmopt.errors import LlmoptError
+from llmopt.forecast.size import predict
+from llmopt.model import levels
+from llmopt.model.architectures import NO_ENTRY
+from llmopt.model.blocks import blocks
+from llmopt.parts import build
+from tests import tiny
+
+UNKNOWN = list(tiny.MORE)
+STAY = {                                # whose layers know their places, or which would lose all attention
+    "gemma4_text": "tells of every layer by its number", "diffllama": "self_attn.lambda_init",
+    "gemma3n_text": "embed_tokens_per_layer.weight has a part for each",
+    "llama4_text": "would be another one at place 0", "gpt_neo": "less than one unit of blocks",
+    "minimax": "self_attn.num_hidden_layers"}
+
+
+def some(every):
+    """Every so many kinds in the quick tier, all in the full one."""
+    return [pytest.param(kind, marks=[] if i % every == 0 or kind in STAY else pytest.mark.full)
+            for i, kind in enumerate(UNKNOWN)]
+
+
+
+def padded():
+    ids, mask = tiny.ids(4, 24), torch.ones(4, 24, dtype=torch.long)
+    mask[1, 17:] = 0
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)]
+
+
+@pytest.mark.parametrize("kind", some(2))
+@torch.no_grad()
+def test_a_walk_through_found_layers_is_the_plain_forward(kind):
+    model, last = tiny.make(kind), None
+    for visit in walk(model, padded()):
+        assert visit.block.groups()
+        last = visit
+    for batch, hidden in zip(padded(), last.outputs_after_edit, strict=True):
+        real = batch["attention_mask"].bool()
+        assert torch.equal(logits_behind(model, batch, hidden)[real], model(**batch, use_cache=False).logits[real])
+
+
+@pytest.mark.parametrize("kind", some(4))
+def test_what_reads_one_input_is_found(kind):
+    """In front of a real forward, the linear maps of a group read equal numbers, those of two groups do not."""
+    model = tiny.make(kind)
+    read = {}
+    views = blocks(model)
+
+    def note(name, module, args):
+        read[name] = args[0].flatten()
+
+    for p in (p for block in views for p in block.projections()):
+        p.module.register_forward_pre_hook(partial(note, p.name))
+    model(tiny.ids(2, 20), use_cache=False)
+    for block in views:
+        firsts = []
+        for group in block.groups():
+            assert all(torch.equal(read[p.name], read[group[0].name]) for p in group)
+            firsts.append(read[group[0].name])
+        assert not any(torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
+
+
+@pytest.mark.parametrize("kind", some(8))
+def test_blocks_leave(kind, tmp_path):
+    model, ids = tiny.make(kind), tiny.ids(4, 24)
+    count = len(blocks(model))
+    steps = [build("prune.magnitude", {"ratio": 0.45, "units": ["blocks"]})]
+    try:
+        llmopt.compress(model, steps, batches=ids)
+    except LlmoptError as error:
+        assert re.search(STAY.get(kind, "no layer with attention would remain"), str(error))
+        return
+    assert kind not in STAY and len(blocks(model)) == count - 1
+    llmopt.save(model, tmp_path / "out")
+    fresh, _ = load(tmp_path / "out")
+    assert torch.equal(fresh(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_what_takes_more_than_weights_is_refused_by_its_level(tmp_path):
+    model = tiny.make("qwen3_5_text")
+    assert levels.described(model).startswith("weights; not run time: ")
+    for name, fields in (("prune.magnitude", {"units": ["ffn"]}), ("transform.rotate", {}),
+                         ("prune.depth", {"units": ["mlp"]})):
+        with pytest.raises(LlmoptError, match=f"steps.0 {name}: qwen3_5_text: .* level 'structure'.*{NO_ENTRY}"):
+            llmopt.compress(model, [build(name, fields)], batches=tiny.ids())
+    with pytest.raises(LlmoptError, match="allocate: heads takes the level 'structure'"):
+        llmopt.compress(model, [build("quant.rtn", {"bits": 3.5, "group_size": 16, "allocate": "heads",
+                                                    "heads": "heads.span"})], batches=tiny.ids())
+
+
+@pytest.mark.parametrize(("kind", "fields", "expected"), [
+    ("gemma4_text", {"num_kv_shared_layers": 1, "layer_types": tiny.TYPES}, "made beside the hidden state"),
+    ("gemma3n_text", {"num_kv_shared_layers": 1}, "made beside the hidden state"),
+    ("bert", {}, "has an encoder")])
+def test_layers_that_cannot_run_one_by_one_are_refused_by_name(kind, fields, expected):
+    config = BertConfig(**tiny.BASE) if kind == "bert" else AutoConfig.for_model(kind, **tiny.MORE[kind] | fields)
+    with pytest.raises(LlmoptError, match=f"architecture '{kind}' is not supported: .*{expected}"):
+        llmopt.compress(AutoModelForCausalLM.from_config(config), [build("quant.rtn", {})])
+
+
+def test_a_plan_tells_what_stays_dense():
+    model = tiny.make("deepseek_v3")
+    told = predict(model, [build("quant.rtn", {"group_size": 16})]).steps[0][1]
+    assert "left dense: 2 gate_up_proj, 2 down_proj (it is a stack of matrices, as experts are)" in told
+    assert "mlp.experts.gate_up_proj" not in {p.name for block in blocks(model) for p in block.projections()}

@@ -1,0 +1,50 @@
+"""Models that no table describes, quantized: what was found is what is written, and plain transformers reads it."""
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmopt
+from llmopt.model.blocks import blocks
+from llmopt.parts import build
+from llmopt.run import pipeline
+from llmopt.run.opening import Streaming
+from tests import tiny
+from tests.plans import contents, dense, plan
+
+UNKNOWN = list(tiny.MORE)
+DENSE = ("gpt_bigcode", "llama4_text")                  # what compressed-tensors, or its loader, cannot hold
+WAYS = {"rtn": {"bits": 3, "group_size": 16}, "gptq": {"bits": 4, "group_size": 16, "sweeps": 0}}
+BYTES = 0.01                                            # of a checkpoint: the headers of its shards
+
+
+def pairs(every, ways=tuple(WAYS)):
+    """(kind, way): every so many kinds one way in the quick tier, the ways in turn; all in the full one."""
+    return [pytest.param(kind, way, marks=[] if (i % every, i // every % len(ways)) == (0, j) else pytest.mark.full)
+            for i, kind in enumerate(UNKNOWN) for j, way in enumerate(ways)]
+
+
+
+@pytest.mark.parametrize(("kind", "way"), pairs(1))
+def test_quantized_and_loaded_again(kind, way, tmp_path):
+    model, ids = tiny.make(kind), tiny.ids(4, 24)
+    before = model(ids, use_cache=False).logits
+    report = llmopt.compress(model, [build(f"quant.{way}", WAYS[way])], batches=ids)
+    after = model(ids, use_cache=False).logits
+    assert set(report.records[0]["meta"]["modules"]) == {p.name for block in blocks(model) for p in block.projections()}
+    assert torch.isfinite(after).all() and not torch.allclose(after, before, atol=1e-3)
+    llmopt.save(model, tmp_path / "out", format="dense" if kind in DENSE else "portable")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert torch.equal(fresh(ids, use_cache=False).logits, after)
+
+
+@pytest.mark.parametrize(("kind", "way"), pairs(12))
+def test_streamed_they_are_the_bytes_of_a_run_in_memory(kind, way, tmp_path):
+    step = f"[quant.{way}: {json.dumps(WAYS[way])}]"
+    made = plan(tmp_path, dense(tmp_path, kind), step, "format: dense\n" if kind in DENSE else "")
+    for name, force in (("memory", False), ("streamed", True)):
+        report = pipeline.run(made, tmp_path / name, streaming=Streaming(force, activations=1 << 14))
+    assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
+    written = sum(file.stat().st_size for file in (tmp_path / "memory").glob("*.safetensors"))
+    assert kind in DENSE or report.predicted_bytes == pytest.approx(written, rel=BYTES)
