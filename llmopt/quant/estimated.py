@@ -3,32 +3,37 @@
     D[u, c] = w_u sum over its weights of tr((W - Q) H (W - Q)^T) / tr(W H W^T)         H = sum_t x_t x_t^T
 
 Q by the step's own solver from the dense model's inputs; where no moments are collected (quant.rtn with head scores),
-H = 1: the share of the weights that is lost. No run of the rounded model.
+H = 1: the share of the weights that is lost. No run of the rounded model beyond one block.
 
-    hessian  w_u = mean over tokens of |x_l+1 - x_l|^2 / |x_l+1|^2: how much of the stream the block has written
+    hessian  w_u = gain(u): what of its block's output is lost, as shares (gains.py)
     heads    w_u = the mean head score of the layer over the mean of all layers, of attention; FFNs, of which head
-             scores say nothing, count 1
+             scores say nothing, count 1; where there are calibration data, times gain(u) / gain(the half's writer)
     lrp      w_u = sum over tokens and channels of |R| at what the unit's half of the block writes (relevance.py),
-             the shares of all halves of blocks adding up to 1
+             the shares of all halves of blocks adding up to 1, times gain(u) / gain(the half's writer)
 
 lrp is of the kind of LRP-QViT (Ranjan & Savakis, arXiv:2401.11243), whose code is not public; ours are the rules, and
 the error instead of its rank by width.
 """
 from collections.abc import Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt.calibration.head_scores import find
 from llmopt.calibration.inputs import Inputs
 from llmopt.calibration.relevance import relevance
+from llmopt.calibration.trials import sample
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
-from llmopt.model.blocks import Block, blocks
+from llmopt.model.blocks import Block, Projection, blocks
 from llmopt.model.levels import refuse_below
-from llmopt.quant import scores
+from llmopt.quant.gains import gains
+from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
 from llmopt.quant.options import Table, Unit
 from llmopt.quant.plan import DENSE, Choice
+
+BITS = 4            # at which an error is made to see what becomes of it
 
 
 def table(making: Making, units: Sequence[Unit]) -> Table:
@@ -48,18 +53,37 @@ def table(making: Making, units: Sequence[Unit]) -> Table:
 def _importance(making: Making) -> dict[str, float]:
     """w by the name of a unit: the first of the weights that read one input."""
     step, model, run = making.step, making.model, making.run
-    views = blocks(model)
     if step.allocate in ("heads", "lrp"):
         refuse_below(model, "structure", f"allocate: {step.allocate}")
     if step.allocate == "hessian":
-        return {group[0].name: share for block, share in zip(views, scores.written(model, run), strict=True)
-                for group in block.groups()}
+        return _gains(making)
+    views = blocks(model)
     halves = [_by_heads(views, step.heads, run, model), {}] if step.allocate == "heads" else _by_relevance(model, run)
-    return {group[0].name: halves[not _attends(block, group)].get(block.name, 1.0)
-            for block in views for group in block.groups()}
+    gained, found = _gains(making) if run.batches else {}, {}
+    for block in views:
+        for group in block.groups():
+            half, name = not _attends(block, group), group[0].name
+            writer = (block.ffn_out if half else block.attn_out).name
+            passed = gained[name] / max(gained[writer], 1e-30) if gained else 1.0
+            found[name] = halves[half].get(block.name, 1.0) * passed
+    return found
 
 
-def _attends(block: Block, group: list) -> bool:
+def _gains(making: Making) -> dict[str, float]:
+    """What of each share that a unit loses its block loses, on a part of the calibration data."""
+    step, targets = making.step, {target.name: target for target in making.step.chosen(making.model)}
+
+    def rounded(p: Projection) -> Tensor:
+        if p.name not in targets:                                               # stays dense, but for this trial
+            return round_to_nearest(p.weight.float(), Spec(BITS)).dequantize(p.weight.dtype)
+        spec = step.spec(targets[p.name].at(BITS), p.weight.dtype)
+        return round_to_nearest(p.weight.float(), spec).dequantize(p.weight.dtype)
+
+    rows = sample(making.run.batches, step.seed, step.trial_tokens)
+    return gains(making.model, replace(making.run, batches=rows), rounded)
+
+
+def _attends(block: Block, group: list[Projection]) -> bool:
     """True for the weights of a block's attention."""
     return group[0].name in [p.name for p in (*block.attn_in, block.attn_out) if p is not None]
 

@@ -1,13 +1,12 @@
-"""How much each block matters: LIM and ZD (Dumitru et al., arXiv:2406.17415), and how much of the stream it writes.
+"""How much each block matters: LIM and ZD (Dumitru et al., arXiv:2406.17415).
 
     LIM_l = - mean over tokens of cos(x_l, x_{l+1})     a block that turns the residual stream more matters more
     ZD_l  = |{w : (w - mean w) / std w > 1}| / N_l      over all weights of the block; SMALLER matters more
-    S_l   = mean over tokens of |x_{l+1} - x_l|^2 / |x_{l+1}|^2
 
 The paper's official code is not public: cosine per token (not of the flattened sequence) is our reading of LIM, "z > 1"
 (not |z| > 1) that of ZD. On small models LIM can be worse than chance.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +15,18 @@ from llmopt.calibration.walk import each, visits
 from llmopt.method import Run
 from llmopt.model.blocks import layer_list
 
-Measure = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[float, int]]
-
-def lim(model: nn.Module, run: Run) -> list[float]:
-    """LIM of every block; one forward pass over the calibration set."""
-    return [-mean for mean in _between(model, run, "LIM", alignment)]
-
-
-def written(model: nn.Module, run: Run) -> list[float]:
-    """S of every block; one forward pass over the calibration set."""
-    return _between(model, run, "shares of the stream", change)
-
 
 @torch.no_grad()
-def _between(model: nn.Module, run: Run, label: str, measure: Measure) -> list[float]:
-    """The mean over all real tokens of something between what goes into a block and what comes out of it, by block."""
+def lim(model: nn.Module, run: Run) -> list[float]:
+    """LIM of every block; one forward pass over the calibration set."""
     found, before = [], None
-    for visit in visits(model, run, label, edits=False, shared=True):
+    for visit in visits(model, run, "LIM", edits=False, shared=True):
         if before is not None:
-            found.append(measure(before.inputs, before.outputs_after_edit, visit.masks))
+            found.append(alignment(before.inputs, before.outputs_after_edit, visit.masks))
         before = visit
-    found.append(measure(before.inputs, before.outputs_after_edit, before.masks))
+    found.append(alignment(before.inputs, before.outputs_after_edit, before.masks))
     shares = zip(*run.ranks.gather(found), strict=True)          # of one block after the other, by rank
-    return [sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
-
-
-def change(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> tuple[float, int]:
-    """(sum of |y - x|^2 / |y|^2 over a block's inputs and outputs [B, T, E], count) over the real tokens."""
-    total, count = 0.0, 0
-    for x, y, mask in zip(before, after, masks, strict=True):
-        old, new = x[mask].float(), y[mask].float()                                        # [N, E]
-        shares = (new - old).square().sum(-1) / new.square().sum(-1).clamp(min=1e-30)
-        total, count = total + float(shares.double().sum()), count + len(shares)
-    return total, count
+    return [-sum(total for total, _ in block) / sum(count for _, count in block) for block in shares]
 
 
 def alignment(before: list[Tensor], after: list[Tensor], masks: list[Tensor]) -> tuple[float, int]:

@@ -158,5 +158,5 @@ def test_heads_that_matter_keep_their_attention():
     scores = {"heads.any": [torch.ones(4), torch.full((4,), 50.0), torch.ones(4)]}
     step = GPTQ(bits=2.5, group_size=32, allocate="heads", heads="heads.any", widths=(2, 3), sweeps=0)
     modules = step.apply(make("llama"), Run(batches(), scores=scores)).meta["modules"]
-    kept = {name.split(".")[2]: entry["bits"] for name, entry in modules.items() if "o_proj" in name}
+    kept = {name.split(".")[2]: entry["bits"] for name, entry in modules.items() if "q_proj" in name}
     assert kept["1"] > max(kept["0"], kept["2"])
