@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmopt
 from llmopt.errors import LlmoptError
+from llmopt.model.computing import choose, computing
 from llmopt.model.loaded import forget_codes
-from llmopt.model.packed_linear import PackedLinear
+from llmopt.model.packed_modules import PackedEmbedding, PackedLinear
 from tests import tiny
 
 RTN = llmopt.quant.RTN
@@ -67,6 +68,32 @@ def test_logits_are_those_of_the_inflated_model_and_the_file_comes_out_again(fam
         for name in ("model.safetensors", "config.json"):
             assert (again / name).read_bytes() == (source / name).read_bytes()
     assert len(layers(packed)) == len(layers(llmopt.load(again, packed=True)[0]))
+
+
+@pytest.mark.parametrize(("family", "changes", "fields"), [
+    ("llama", {}, {}), ("gemma3_text", {}, {}), ("opt", {}, {}),           # tied; one whose table scales what is read
+    ("qwen2", {"tie_word_embeddings": False}, {"head": {"bits": 3}})])
+def test_a_table_of_bytes_stays_packed_and_a_tied_head_shares_it(family, changes, fields, tmp_path):
+    model = tiny.make(family, torch.bfloat16, **changes)
+    llmopt.compress(model, [RTN(group_size=16, embedding={"bits": 8}, **fields)])
+    source = llmopt.save(model, tmp_path / "a")
+    dense, packed = llmopt.load(source)[0], llmopt.load(source, packed=True)[0]
+    table, head = packed.get_input_embeddings(), packed.get_output_embeddings()
+    ids = torch.cat([tiny.ids(), tiny.ids()[:, :1]], 1)
+    with torch.no_grad(), fixed("blocks"):
+        assert torch.equal(packed(ids).logits, dense(ids).logits)
+        choose(packed, "float32", "cpu")
+        with computing(packed):
+            found = table(ids)
+            assert found.dtype == torch.float32 and torch.equal(found, dense.get_input_embeddings()(ids))
+    assert isinstance(table, PackedEmbedding) and isinstance(head, PackedLinear)
+    assert (table.codes is head.codes) == (not changes)
+    packed.save_pretrained(tmp_path / "b")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    forget_codes(packed)
+    assert type(table) is type(dense.get_input_embeddings()) and (table.weight is head.weight) == (not changes)
+    assert torch.equal(table.weight, dense.get_input_embeddings().weight)
 
 
 def test_padded_rows_are_computed_as_alone(folder):
@@ -123,12 +150,14 @@ def test_the_environment_asks_plain_transformers(folder, tmp_path, monkeypatch):
         AutoModelForCausalLM.from_pretrained(source)
 
 
-@pytest.mark.parametrize(("scheme", "words"), [
-    ("NVFP4A16", "it holds 4-bit numbers of type float"), ("W8A8", "what it reads is rounded"), (None, "no packed")])
-def test_what_cannot_stay_packed_is_named(scheme, words, tmp_path):
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"scheme": "NVFP4A16"}, "it holds 4-bit numbers of type float"), ({"scheme": "W8A8"}, "what it reads is rounded"),
+    ({"group_size": 16, "embedding": {"bits": 4}}, "embed_tokens cannot stay packed: it is a table of less"),
+    ({}, "no packed")])
+def test_what_cannot_stay_packed_is_named(fields, words, tmp_path):
     model = tiny.make("llama")
-    if scheme:
-        llmopt.compress(model, [RTN(scheme=scheme)], batches=tiny.ids(8, 32))
+    if fields:
+        llmopt.compress(model, [RTN(**fields)], batches=tiny.ids(8, 32))
     llmopt.save(model, tmp_path / "a")
     with pytest.raises(LlmoptError, match=words):
         llmopt.load(tmp_path / "a", packed=True)

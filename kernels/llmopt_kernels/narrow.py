@@ -15,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from llmopt_kernels.words import PIECE, Codes, Way, Words, pieces
+from llmopt_kernels.words import PIECE, Codes, Rows, Way, Words, pieces
 
 SIZES = (256, 128, 64, 32)          # of groups that the kernel for 4 bits knows
 TAIL = torch.tensor([1, -8], dtype=torch.float16).view(torch.uint8)         # what fbgemm reads behind a row
@@ -96,7 +96,7 @@ class Int8(Codes):
         return (source.bits == 8 and source.zeros is None and dtype == source.scales.dtype == torch.bfloat16
                 and source.shape[1] // source.scales.shape[1] % 16 == 0)
 
-    def numbers(self, rows: slice) -> Tensor:
+    def numbers(self, rows: Rows) -> Tensor:
         return self.grouped[:, rows].transpose(0, 1).float().flatten(1)
 
     def ways(self, x: Tensor) -> dict[str, Way]:

@@ -13,7 +13,7 @@ The layout takes four bytes more for each row and part than a file does. Codes o
 import torch
 from torch import Tensor
 
-from llmopt_kernels.words import PIECE, Codes, Words, pieces, unsigned
+from llmopt_kernels.words import PIECE, Codes, Rows, Words, pieces, unsigned
 
 PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 TAIL = 4                        # bytes of a scale and a bias
@@ -36,7 +36,7 @@ class Planes(Codes):
         for index, parts in enumerate(zip(*made, strict=True)):
             setattr(self, f"part{index}", torch.cat(parts))
 
-    def numbers(self, rows: slice) -> Tensor:
+    def numbers(self, rows: Rows) -> Tensor:
         if self.bits == 8:
             return self.part0[rows].float()
         fast = self.fast and self.part0.device.type == "cpu"

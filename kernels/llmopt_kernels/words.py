@@ -16,6 +16,7 @@ from torch.utils._triton import has_triton
 
 PIECE = 1 << 19             # values made dense at once: in float32 they fit into a cache of 2 MiB
 BLOCK = 1 << 22             # values multiplied with at once
+Rows = slice | Tensor       # of a weight: a run of them, or [R] indices, which all layouts but Int4 can take
 Way = Callable[[Tensor, Tensor | None], Tensor]         # x [M, K], bias [N] or none -> y [M, N]
 
 
@@ -38,14 +39,14 @@ class Codes(nn.Module, ABC):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @abstractmethod
-    def numbers(self, rows: slice) -> Tensor:
+    def numbers(self, rows: Rows) -> Tensor:
         """The codes of some rows [R, K], signed, as float32; the caller may write into them."""
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dense(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Some rows [R, K] as a loader would make them for a model of this type."""
         return self.values(rows, dtype).to(dtype)       # exact products, or nearly, rounded once, as in `dtype`
 
-    def values(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def values(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Dense rows [R, K] before they are rounded to this type, as float32."""
         scales = self.scales[rows].to(dtype).float().unsqueeze(-1)                           # [R, G, 1]
         steps = self.numbers(rows).unflatten(1, (scales.shape[1], -1))                       # [R, G, width]
@@ -67,7 +68,7 @@ class Codes(nn.Module, ABC):
             out[:, rows] = F.linear(x, self.block(rows, x.dtype), None if bias is None else bias[rows])
         return out
 
-    def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def block(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Dense rows, made in pieces that stay in the cache."""
         if dtype == torch.float32:
             return self.dense(rows, dtype)
@@ -100,7 +101,7 @@ class Words(Codes):
             ways["triton"] = lambda x, bias: product(x, self, bias)
         return ways
 
-    def numbers(self, rows: slice) -> Tensor:
+    def numbers(self, rows: Rows) -> Tensor:
         return (unsigned(self.words[rows], self.bits, self.shape[1]) - (1 << self.bits - 1)).float()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import FORMS
+from llmopt.model.modeling import tied
 from llmopt.model.packing import facts_of, peak_of, read_off
 from llmopt.model.rounded_inputs import forget_rounding
 from llmopt.model.stay_packed import inflate, is_packed
@@ -62,6 +63,8 @@ def _tied_again(model: nn.Module) -> nn.Module | None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or _scheme(head) is None or _scheme(table) is None or not model.config.tie_word_embeddings:
         return None
+    if is_packed(table):
+        return head if tied(model) else None
     if not torch.equal(table.weight, head.weight):
         return None
     del head.weight                         # compressed-tensors' parameters copy what they are set to

@@ -282,16 +282,21 @@ def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- the config on disk
 
+def tied(model: nn.Module) -> bool:
+    """True if the output head is the table of the input tokens again: by one weight, or one packed weight's codes."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and all(held(head) is held(table) for held in (
+        lambda module: module._parameters.get("weight"), lambda module: module._modules.get("codes")))
+
+
 def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     """(config.json of a checkpoint of `model`, whether it needs the code of this file to be read)."""
     config = copy.deepcopy(model.config)
     family = FAMILIES.get(config.model_type)
     config.architectures = [family.model if family else type(model).__name__]
     config.dtype = model.dtype
-    head = model.get_output_embeddings()
-    if head is not None:                        # as the weights are: by hand, or by files that contradict their config
-        config.tie_word_embeddings = (
-            head._parameters.get("weight") is model.get_input_embeddings()._parameters.get("weight"))
+    if model.get_output_embeddings() is not None:
+        config.tie_word_embeddings = tied(model)        # by hand, or by files that contradict their config
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
     if family and not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
         config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)

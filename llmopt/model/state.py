@@ -1,6 +1,7 @@
 """The tensors of a model under the names of its files."""
 from torch import Tensor, nn
 
+from llmopt.model.modeling import tied
 from llmopt.model.stay_packed import as_weights
 from llmopt.model.weights import coded
 
@@ -16,7 +17,7 @@ def tied_names(model: nn.Module) -> set[str]:
     By the weights themselves: heads are tied by hand, and files hold another head than their config promises.
     """
     head = model.get_output_embeddings()
-    if head is None or head._parameters.get("weight") is not model.get_input_embeddings()._parameters.get("weight"):
+    if not tied(model):
         return set()
     return {f"{name}.weight" for name, module in model.named_modules() if module is head}
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.codes import unpack
 from llmopt.model.heap import give_back_freed
-from llmopt.model.packed_linear import PackedLinear
+from llmopt.model.modeling import tied
+from llmopt.model.packed_modules import Packed, packed_class, plain_class
 
 VARIABLE = "LLMOPT_PACKED"
 SWITCH = {"": False, "0": False, "1": True}
+TABLE = "it is a table of less than 8 bits, or not of whole bytes"
 OF_FILES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 _packing: ContextVar[bool | None] = ContextVar("packing", default=None)
@@ -59,6 +61,10 @@ def extend_quantizer(quantizers: ModuleType) -> None:
     def prepared(self: Any, model: nn.Module, **kwargs: Any) -> None:
         before(self, model, **kwargs)
         if asked_for():
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Embedding) and "weight" not in module._parameters:
+                    raise LlmoptError(f"{name} cannot stay packed: {TABLE}. Load the checkpoint without packed=True "
+                                      f"({VARIABLE})")
             for module in filter(_has_packed_zeros, model.modules()):
                 height, groups = module.weight_zero_point.shape
                 words = torch.empty(-(-height * module.quantization_scheme.weights.num_bits // 32), groups,
@@ -83,8 +89,11 @@ def keep_packed(model: nn.Module, source: str) -> None:
         _refuse(name, module, source)
     if found:
         model.hf_quantizer.compressor.remove_decompression_hook(model)
+    shared = tied(model) and model.get_input_embeddings() in found.values()
     for module in found.values():
         _keep(module)
+    if shared:
+        model.get_input_embeddings().codes = model.get_output_embeddings().codes
     for parameter in model.parameters() if found else ():
         parameter.data = parameter.data.clone()     # while one of them lies in the file, all of it stays mapped
     give_back_freed()
@@ -101,8 +110,10 @@ def _refuse(name: str, module: nn.Module, source: str) -> None:
     """Raise LlmoptError for a weight that cannot stay packed."""
     scheme = module.quantization_scheme
     weights, reason = scheme.weights, None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
         reason = f"it belongs to a {type(module).__name__}"
+    elif isinstance(module, nn.Embedding) and module._parameters["weight"].dtype != torch.int8:
+        reason = TABLE
     elif scheme.input_activations is not None or scheme.output_activations is not None:
         reason = "what it reads is rounded, too"
     elif weights.type != "int" or not 2 <= weights.num_bits <= 8:
@@ -120,7 +131,7 @@ def _keep(module: nn.Module) -> None:
     weights = module.quantization_scheme.weights
     stored = {key: module._parameters.pop(key).data for key in OF_FILES if key in module._parameters}
     vars(module).pop("forward", None)                   # compressed-tensors' own, which reads `weight`
-    module.__class__ = PackedLinear
+    module.__class__ = packed_class(type(module))
     module.dtype = stored["weight_scale"].dtype
     module.group_size = -1 if weights.strategy == "channel" else weights.group_size
     module.codes = laid_out(_words(stored, weights.num_bits, module), module.dtype)
@@ -139,17 +150,20 @@ def _words(stored: dict[str, Tensor], bits: int, module: nn.Linear) -> Words:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """True for a layer that multiplies with its packed weight."""
-    return isinstance(module, PackedLinear)
+    """True for a layer that multiplies with its packed weight, or looks up in it."""
+    return isinstance(module, Packed)
 
 
 @torch.no_grad()
 def inflate(model: nn.Module) -> None:
     """Give layers whose weights stay packed dense weights, and transformers' class again."""
+    made: dict[nn.Module, nn.Parameter] = {}
     for module in filter(is_packed, list(model.modules())):
-        weight = nn.Parameter(module.dense(), requires_grad=False)
+        if module.codes not in made:
+            made[module.codes] = nn.Parameter(module.dense(), requires_grad=False)
+        weight = made[module.codes]
         del module.codes, module.group_size, module.dtype
-        module.__class__ = nn.Linear
+        module.__class__ = plain_class(type(module))
         module.weight = weight
 
 

@@ -21,34 +21,33 @@ def test_gains_are_those_of_blocks_run_by_hand(family):
     mask[1, 7:] = 0
     batch = {"input_ids": ids(2, 12), "attention_mask": mask}
     found = gains(model, Run([batch]), coarse)
-    for block in (blocks(model)[1],):
-        for group in block.groups():
-            seen = {}
+    block = blocks(model)[1]
+    for group in block.groups():
+        seen = {}
 
-            def see(name, seen=seen):
-                def hook(module, args, out):
-                    seen[name] = args[0], out[0] if isinstance(out, tuple) else out
-                return hook
+        def see(name, seen=seen):
+            def hook(module, args, out):
+                seen[name] = args[0], out[0] if isinstance(out, tuple) else out
+            return hook
 
-            handles = [block.module.register_forward_hook(see("block")), *(
-                p.module.register_forward_hook(see(p.name)) for p in group)]
-            with torch.no_grad():
-                model(**batch)
-                dense, before = dict(seen), [p.weight.clone() for p in group]
-                for p in group:
-                    p.write(coarse(p))
-                model(**batch)
-                for p, weight in zip(group, before, strict=True):
-                    p.write(weight)
-            for handle in handles:
-                handle.remove()
-            real = mask.bool()
-            energy = {what: sum(float(part(p).square().sum()) for p in group) for what, part in {
-                "all": lambda p, dense=dense: dense[p.name][0][real] @ p.weight.T,
-                "lost": lambda p, dense=dense, seen=seen: (seen[p.name][1] - dense[p.name][1])[real]}.items()}
-            old, new = dense["block"][1][real], seen["block"][1][real]
-            behind = float(((new - old).square().sum(-1) / old.square().sum(-1)).mean())
-            assert found[group[0].name] == pytest.approx(behind * energy["all"] / energy["lost"], rel=1e-3)
+        handles = [block.module.register_forward_hook(see("block")), *(
+            p.module.register_forward_hook(see(p.name)) for p in group)]
+        with torch.no_grad():
+            model(**batch)
+            dense, before = dict(seen), [p.weight.clone() for p in group]
+            for p in group:
+                p.write(coarse(p))
+            model(**batch)
+            for p, weight in zip(group, before, strict=True):
+                p.write(weight)
+        for handle in handles:
+            handle.remove()
+        real = mask.bool()
+        energy = [sum(float(part[real].square().sum()) for part in parts) for parts in (
+            [dense[p.name][0] @ p.weight.T for p in group], [seen[p.name][1] - dense[p.name][1] for p in group])]
+        old, new = dense["block"][1][real], seen["block"][1][real]
+        behind = float(((new - old).square().sum(-1) / old.square().sum(-1)).mean())
+        assert found[group[0].name] == pytest.approx(behind * energy[0] / energy[1], rel=1e-3)
 
 
 def test_a_reader_whose_errors_go_nowhere_gets_the_fewest_bits():
