@@ -33,7 +33,8 @@ FULL = {
     "tri_shape": a.TriShape(window=99), "asking": a.TriShape(window=1, dense=99),
     "neighborhood": a.Neighborhood(window=99, stride=1), "s2": a.ShiftedGroups(group=200),
     "core_context": a.CoreContext(window=99), "cores of one": a.CoreContext(group=1, window=5, tile=8),
-    "local_heads": a.LocalHeads(window=99), "together": a.Anchor(block=8, step=2, theta=1e9, together=True)}
+    "local_heads": a.LocalHeads(window=99), "together": a.Anchor(block=8, step=2, theta=1e9, together=True),
+    "sums": a.Anchor(block=8, step=2, theta=1e9, anchor="sum")}
 
 
 def drawn(tokens, total, rule=RULES[0], seed=0):
@@ -132,17 +133,19 @@ def by_hand(method, q, k, state):
         hit = torch.zeros(H, total, dtype=torch.bool)
         for at in range(begin, end, method.block):
             tile = slice(at, min(at + method.block, end))
-            peak = logits[:, tile].masked_fill(~seen[:, tile], -math.inf).amax(-1).mean(-1)
-            hit |= logits[:, tile].mean(1) + method.theta >= peak[:, None]
+            base = logits[:, tile].masked_fill(~seen[:, tile], -math.inf)
+            anchor = (base.amax(-1) if method.anchor == "peak" else base.logsumexp(-1)).mean(-1)
+            hit |= logits[:, tile].mean(1) + method.theta >= anchor[:, None]
         hit[:, :method.block] = hit[:, first:] = False
         seen[:, begin:end] |= hit[:, None]
     return seen
 
 
+@pytest.mark.parametrize("anchor", [{"theta": 2.0}, {"anchor": "sum", "theta": 4.5}])
 @pytest.mark.parametrize(("tokens", "total"), [(64, 64), (50, 64), (33, 70)])
-def test_anchor_by_hand(tokens, total):
+def test_anchor_by_hand(tokens, total, anchor):
     q, k, v, state = drawn(tokens, total)
-    method = a.Anchor(block=4, step=3, theta=2.0)
+    method = a.Anchor(block=4, step=3, **anchor)
     part, pairs = sparse_partial(q, k, v, method.select(q, k, state), state.rule)
     seen = by_hand(method, q, k, state)
     want = masked(q, k, v, seen, state.rule)

@@ -72,6 +72,7 @@ def drawn(length: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     q, k, v, liked = (torch.randn(*shape, generator=generator) for shape in (
         (HEADS, length, dim), (GROUPS, length, dim), (GROUPS, length, dim), (GROUPS, 1, dim)))
     liked = normalize(liked, dim=-1)
+    liked *= (dim / 64) ** 0.25                    # logits alike at every dimension
     q += 4 * liked.repeat_interleave(HEADS // GROUPS, 0)
     k[:, torch.randperm(length, generator=generator)[:length // 40]] += 8 * liked
     k[:, :4] += 12 * liked
