@@ -80,6 +80,7 @@ class Selector(PrefillMethod):
 
     min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely, each row of a batch by its "
                                                     "own length; 0: none, however small the gain")
+    last: int = Field(0, ge=0, description="last tokens of every forward, where questions stand, that read everything")
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
@@ -119,20 +120,30 @@ class Selector(PrefillMethod):
         """One sequence by itself: [H, T, D]."""
         if len(one.columns) == 1:                           # no prompt, though a neighbour's may have come with it
             return one.dense()
-        dense = one.dense_pairs()
-        if not self._is_sparse(one.length):
-            _count(live, prompt, dense, dense)
-            return one.dense()
+        if not self._is_sparse(one.length) or len(one.columns) <= self.last:
+            return _dense(one, prompt, live)
+        early, late = one.divided(len(one.columns) - self.last)
+        out = self._selected(early, prompt, live)
+        return out if late is None else torch.cat([out, _dense(late, prompt, live)], 1)
+
+    def _selected(self, one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
+        """One sequence by selected keys, or densely where they are nearly all."""
         shared = live.now.shared.setdefault((ATTENTION, one.number), {})
         state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
                       live.record(ATTENTION), shared)
-        stripes = self.select(one.query, one.keys, state)
+        stripes, dense = self.select(one.query, one.keys, state), one.dense_pairs()
         if self.min_length and not _saves(one, stripes, dense):
-            _count(live, prompt, dense, dense)
-            return one.dense()
+            return _dense(one, prompt, live)
         out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
         _count(live, prompt, pairs, dense)
         return out
+
+
+def _dense(one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
+    """One sequence, all of it, which is counted."""
+    pairs = one.dense_pairs()
+    _count(live, prompt, pairs, pairs)
+    return one.dense()
 
 
 def _saves(one: Sequence, stripes: Stripes, dense: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """One sequence of a batch by itself: a row without its padding, or one of several packed into a row."""
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from llmopt_kernels import NONE, Ragged, Rule, dense, dense_attention, dense_visible, ragged_attention
@@ -37,6 +37,16 @@ class Sequence:
     def dropped(self) -> int:
         """Tokens in front of the run."""
         return self.length - self.keys.shape[1]
+
+    def divided(self, count: int) -> "tuple[Sequence, Sequence | None]":
+        """(the first `count` queries with what they may read, the others)."""
+        more = len(self.columns) - count
+        if more == 0:
+            return self, None
+        end = self.keys.shape[1] - more
+        return (replace(self, columns=self.columns[:count], query=self.query[:, :count], keys=self.keys[:, :end],
+                        values=self.values[:, :end]),
+                replace(self, columns=self.columns[count:], query=self.query[:, count:], first=self.first + count))
 
     def dense(self) -> Tensor:
         """Attention over all that is held: [H, T, D]."""

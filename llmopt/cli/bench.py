@@ -154,43 +154,59 @@ def prune(model, methods, ratios, units, data, score, samples, length, rows, pee
 
 @bench.command(examples=("llmopt bench attention --quick",
                          'llmopt bench attention "attention.a_shape: {ratio: 0.9}" --lengths 1024 --dims 64',
-                         "llmopt bench attention attention.anchor --part recall --length 128 --rows 1"))
+                         "llmopt bench attention attention.anchor --part recall --length 128 --rows 1",
+                         'llmopt bench attention "attention.anchor: {min_length: 0}" --part answers --rows 1'))
 @log.verbosity
 @click.argument("methods", nargs=-1)
-@click.option("--part", type=click.Choice(["speed", "recall"]), default="speed", show_default=True,
-              help="Times dense attention, on noise; or what is read of the attention of a model.")
+@click.option("--part", type=click.Choice(["speed", "recall", "answers"]), default="speed", show_default=True,
+              help="Times dense attention, on noise; what is read of the attention of a model; what the model answers, "
+                   "and its time to the first token.")
 @click.option("--lengths", default="4096,16384", show_default=True, help="Tokens of the prompt (speed).")
 @click.option("--dims", default="64,128", show_default=True, help="Head dimensions (speed).")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The fastest of so many (speed).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+              help="What is computed in.")
 @click.option("--model", default="llmopt/reference", show_default=True, shell_complete=completion.models,
-              help="Whose attention (recall).")
-@click.option("--data", default="self", show_default=True, help="A file, self, world, ...: what it reads (recall).")
-@click.option("--length", type=COUNT, default=512, show_default=True, help="Tokens of a row (recall).")
-@click.option("--rows", type=COUNT, default=2, show_default=True, help="Rows of data (recall).")
+              help="Whose attention (recall, answers).")
+@click.option("--data", default="self", show_default=True,
+              help="A file, self, world, ...: what it reads (recall); what head scores are measured on.")
+@click.option("--text", help="The file to plant facts in (answers); default: documents of the embedded world.")
+@click.option("--length", type=COUNT, default=512, show_default=True, help="Tokens of a row (recall, answers).")
+@click.option("--rows", type=COUNT, default=2, show_default=True, help="Rows of data, or texts (recall, answers).")
+@click.option("--plot", "target", type=FILE, help="Draw it against the share of the pairs: .png, .pdf or .svg (recall, "
+                                                  "answers).")
 @click.option("--quick", is_flag=True, help="One short prompt.")
 @JSON
-def attention(methods, part, lengths, dims, rounds, model, data, length, rows, quick, as_json) -> None:
-    """Sparse prefill against torch's dense attention, selection included; or how much of the attention it reads.
+def attention(methods, part, lengths, dims, rounds, dtype, model, data, text, length, rows, target, quick,
+              as_json) -> None:
+    """Sparse prefill against torch's dense attention, selection included; how much of the attention it reads; what a
+    model still answers.
 
     METHODS are entries of a recipe's `steps`, of selectors (attention.*); without any, some of them.
     """
     from llmopt.cli import measured, tables
 
     tables.quiet_libraries()
-    from llmopt_evals.bench import attention, recall
+    from llmopt_evals.bench import answers, attention, plots, recall
 
     from llmopt.recipe.sources import source
     from llmopt.specs import DataSpec
 
+    plots.check(target)
     chosen = recall.selectors(methods or attention.METHODS)
     with log.progress() as progress:
-        if part == "recall":
-            spec = DataSpec(**source(data), samples=rows, length=length)
-            measured.show_recall(recall.of_model(model, spec, chosen, progress), as_json)
-            return
-        plan = attention.Plan(_numbers("--lengths", lengths, "4096"), _numbers("--dims", dims, "64"), rounds)
-        found = attention.measure(attention.QUICK if quick else plan, chosen, progress)
-    measured.show_sparse(found, as_json)
+        if part == "speed":
+            plan = attention.Plan(_numbers("--lengths", lengths, "4096"), _numbers("--dims", dims, "64"), rounds, dtype)
+            found = attention.measure(attention.QUICK if quick else plan, chosen, progress)
+        else:
+            loaded = recall.Loaded.of(model, DataSpec(**source(data), samples=rows, length=length), chosen, progress,
+                                      dtype)
+            found = (recall.measure(loaded.model, loaded.rows, chosen, loaded.run) if part == "recall" else
+                     answers.measure(loaded.model, loaded.texts(text, length, rows), chosen, loaded.run))
+    if target and part != "speed":
+        plots.draw(found, target)
+    show = {"speed": measured.show_sparse, "recall": measured.show_recall, "answers": measured.show_answers}[part]
+    show(found, as_json)
 
 
 @bench.command(examples=("llmopt bench packed --quick", "llmopt bench packed --model SMALL --dense MODEL"))

@@ -138,6 +138,16 @@ def show_recall(found: list[dict[str, Any]], as_json: bool) -> None:
                 [(_entry(row), f"{row['density']:.1%}", f"{row['recall']:.1%}") for row in found])
 
 
+def show_answers(found: list[dict[str, Any]], as_json: bool) -> None:
+    """`llmopt bench attention --part answers`: a row for dense attention and one for each method."""
+    if as_json:
+        print_json(found)
+        return
+    print_table("answers", ["method", "pairs", "right", "CPU s to the first token", "faster"],
+                [("dense" if row["method"] == "dense" else _entry(row), f"{row['density']:.1%}",
+                  f"{row['exact']}/{row['asked']}", f"{row['seconds']:.2f}", f"{row['faster']:.2f}") for row in found])
+
+
 def _entry(row: dict[str, Any]) -> str:
     """A method with those of its fields that are not as they are by default."""
     usual = {key: default_of(field) for key, field in fields_of(get(row["method"])).items()}

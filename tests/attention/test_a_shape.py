@@ -9,6 +9,7 @@ from llmopt.attention.a_shape import a_shape_pairs, window_for
 from llmopt.attention.sequences import causal_pairs
 from llmopt.errors import FieldError
 from llmopt.runtime import hooks
+from llmopt.runtime.attach import frozen
 from tests.tiny import ids, make
 
 CONTRACT = {"sinks": 2, "window": 8, "min_length": 0}       # fields for tests/test_contract.py
@@ -122,3 +123,26 @@ def test_a_bad_field_is_named(given, key):
 
 def test_dense_attention_is_the_module_that_is_replaced():
     assert hooks.dense_attention is dense_attention
+
+
+def test_the_last_tokens_read_everything():
+    """As if they came in a forward of their own, read densely."""
+    model, tokens = build("llama"), ids(2, 60)
+    mask = torch.ones_like(tokens)
+    mask[1, :20] = 0
+    more = dict(attention_mask=mask, **positions_of(model, mask))
+    fields = {"sinks": 2, "window": 7, "min_length": 0}
+    with runtime.attached(model, attention.AShape(**fields)):
+        early = model(tokens[:, :50], attention_mask=mask[:, :50], use_cache=True,
+                      position_ids=more["position_ids"][:, :50])
+        with frozen(model):
+            late = model(tokens[:, 50:], past_key_values=early.past_key_values, attention_mask=mask,
+                         position_ids=more["position_ids"][:, 50:])
+    with runtime.attached(model, attention.AShape(**fields, last=10)):
+        got = model(tokens, use_cache=True, **more).logits
+        assert runtime.attachment(model).stats[1].computed.tolist() == [
+            sum(a_shape_pairs(n - 10, 2, 7) + sum(range(n - 9, n + 1)) for n in (60, 40))] * 4
+    assert_close(got[:, 20:], torch.cat([early.logits, late.logits], 1)[:, 20:], atol=1e-5, rtol=1e-5)
+    want = model(tokens, **more).logits
+    with runtime.attached(model, attention.AShape(**fields, last=60)):
+        assert_close(model(tokens, **more).logits[:, 20:], want[:, 20:], atol=1e-5, rtol=1e-5)

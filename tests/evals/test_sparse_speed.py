@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from llmopt_evals.bench import attention, recall
+from llmopt_evals.bench import answers, attention, recall
 
 from llmopt import runtime
 from llmopt.attention import AShape, BlockTopK
@@ -40,7 +40,8 @@ def test_recall_is_the_share_of_the_softmax(monkeypatch):
 @pytest.mark.parametrize(("words", "says"), [
     (["quant.rtn"], "a selector of sparse prefill expected"), (["attention.act"], "a selector of sparse prefill"),
     (["attention.ancor"], "did you mean 'attention.anchor'?"), (["--lengths", "0"], "--lengths: '0' given"),
-    (["attention.local_heads"], "decides beforehand by a model")])
+    (["attention.local_heads"], "decides beforehand by a model"),
+    (["--part", "recall", "--plot", "a.gif"], "a plot is a .png")])
 def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
     assert call(monkeypatch, "bench", "attention", *words) == 2
     out, errors = capfd.readouterr()
@@ -56,6 +57,40 @@ def test_the_tables(monkeypatch, capfd):
     assert call(monkeypatch, "bench", "attention", *words, "--length", "64", "--rows", "1", "--json") == 0
     anchor, local = json.loads(capfd.readouterr().out)
     assert 0.3 < anchor["density"] < 1 and anchor["recall"] > 0.8 and local["density"] < 1
+
+
+def test_answers_are_counted_as_generated(monkeypatch):
+    """Of a prompt that holds its questions, and of questions in turns of their own."""
+    model, tokens = tiny.make("llama"), tiny.ids(1, 40)[0].tolist()
+    first = model(torch.tensor([tokens])).logits[0].argmax(-1)
+    inside = answers.Text([*tokens[:21], int(first[20]), *tokens[22:]], [21, 30], [])
+    greedy = model.generate(torch.tensor([[*tokens, 5, 6]]), max_new_tokens=2, do_sample=False)[0, -2:].tolist()
+    behind = answers.Text(tokens, [], [answers.Question([5, 6], greedy), answers.Question([5, 6], greedy[::-1])])
+    found = answers.measure(model, [inside, behind], [AShape(sinks=0, window=99, min_length=0), AShape(
+        sinks=1, window=2, min_length=0)], Run())
+    assert greedy[0] != greedy[1]
+    assert [(row["exact"], row["asked"], row["density"]) for row in found[:2]] == [(2, 4, 1.0)] * 2
+    assert found[2]["density"] == pytest.approx((2 * (3 + 38 * 3) + 2 * 2 * 3) / (2 * 820 + 2 * (41 + 42)), rel=0.01)
+    assert not runtime.runtime_config(model)["steps"]
+
+
+def test_documents_of_the_world_hold_their_questions():
+    one, other = answers.of_world(256, 2)
+    assert len(one.ids) == len(other.ids) == 256 and one.places and other.places
+    assert min(one.places) < 128 < min(other.places)
+    for text in (one, other):
+        for place in text.places:                           # `tell key has VALUE`: the statement stands before
+            key, value = text.ids[place - 2], text.ids[place]
+            assert any(text.ids[i] == key and text.ids[i + 2] == value for i in range(place - 4))
+
+
+def test_answers_on_the_command_line(monkeypatch, capfd, tmp_path):
+    words = ["attention.a_shape: {window: 20, min_length: 0}", "attention.a_shape: {window: 60, min_length: 0}"]
+    more = ["--part", "answers", "--length", "128", "--rows", "1", "--plot", str(tmp_path / "a.svg")]
+    assert call(monkeypatch, "bench", "attention", *words, *more) == 0
+    told = capfd.readouterr().out
+    assert "window: 60" in told and "dense" in told and "100.0%" in told
+    assert "right answers" in (tmp_path / "a.svg").read_text()
 
 
 def test_nothing_is_selected_without_a_model():

@@ -32,7 +32,7 @@ class Plan:
     lengths: tuple[int, ...] = (4096, 16384)
     dims: tuple[int, ...] = (64, 128)
     rounds: int = 3
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
 
 
 QUICK = Plan(lengths=(512,), dims=(64,), rounds=2)
@@ -54,7 +54,7 @@ def measure(plan: Plan, methods: Sequence[Selector], progress: Progress) -> list
 
 @torch.inference_mode()
 def _compared(length: int, dim: int, plan: Plan, methods: Sequence[Selector]) -> Iterator[dict[str, Any]]:
-    q, k, v = drawn(length, dim, plan.dtype)
+    q, k, v = drawn(length, dim, getattr(torch, plan.dtype))
     rule, causal = Rule(dim ** -0.5), length * (length + 1) / 2
     dense, _ = _fastest(lambda: scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True,
                                                              enable_gqa=True), plan.rounds)

@@ -24,7 +24,9 @@ from llmopt.model.loading import load_dense
 from llmopt.parts import build
 from llmopt.progress import Progress
 from llmopt.specs import DataSpec, ModelSpec
+from llmopt_evals.bench import answers
 from llmopt_evals.entries import read
+from llmopt_evals.world import speaks_world
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Watch(Selector):
 
     name = "bench.watch"
     min_length: int = 0
+    last: int = 0
     others: tuple[tuple[Selector, Record], ...] = ()
     found: tuple[list[tuple[Tensor, float]], ...] = ()
 
@@ -47,17 +50,37 @@ class Watch(Selector):
         return everything
 
 
-def of_model(name: str, data: DataSpec, methods: Sequence[Selector], progress: Progress) -> list[dict[str, Any]]:
-    """`measure` for a model by its name, on rows of a source of calibration data."""
-    model, tokenizer = load_dense(ModelSpec(id=name, compute_dtype="float32"))
-    batches = load(data.of(name), model.config, tokenizer, Sampler(model, tokenizer))
-    run = Run(batches=batches, tokenizer=tokenizer, progress=progress)
-    for score in dict.fromkeys(method.heads for method in methods if getattr(method, "heads", None)):
-        if score.startswith("heads."):
-            build(score, {}).apply(model, run)
-    rows = [ids[mask.bool()] for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"],
-                                                                       strict=True)]
-    return measure(model, rows, methods, run)
+@dataclass(frozen=True)
+class Loaded:
+    """A model with rows [T] of token ids, and the scores of heads that methods ask for."""
+
+    model: nn.Module
+    tokenizer: Any
+    rows: list[Tensor]
+    run: Run
+
+    @classmethod
+    def of(cls, name: str, data: DataSpec, methods: Sequence[Selector], progress: Progress,
+           dtype: str = "float32") -> "Loaded":
+        """A model by its name, and rows of a source of calibration data."""
+        model, tokenizer = load_dense(ModelSpec(id=name, dtype=dtype))
+        batches = load(data.of(name), model.config, tokenizer, Sampler(model, tokenizer))
+        run = Run(batches=batches, tokenizer=tokenizer, progress=progress)
+        for score in dict.fromkeys(method.heads for method in methods if getattr(method, "heads", None)):
+            if score.startswith("heads."):
+                build(score, {}).apply(model, run)
+        rows = [ids[mask.bool()] for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"],
+                                                                           strict=True)]
+        return cls(model, tokenizer, rows, run)
+
+    def texts(self, path: str | None, length: int, count: int) -> list[answers.Text]:
+        """Texts with questions: of a file, or documents of the world where none is given."""
+        if path is not None:
+            limit = self.model.config.get_text_config().max_position_embeddings
+            return [*answers.of_file(path, self.tokenizer, length, count, limit)]
+        if not speaks_world(self.tokenizer):
+            raise LlmoptError("--text FILE is needed: this model does not speak the embedded world's language")
+        return [*answers.of_world(length, count)]
 
 
 def selectors(words: Sequence[str]) -> list[Selector]:
