@@ -47,6 +47,8 @@ class ModelSpec(Checked):
     compute_dtype: ComputeDtype = Field(
         "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
+    adapter: str | None = Field(None, description="a folder with a LoRA adapter of peft, to be merged into the weights")
+    dequantize: bool = Field(False, description="read a checkpoint in fp8, mxfp4 or compressed-tensors as a dense one")
     gguf_file: str | None = Field(None, description="the GGUF file to read in the folder or hub model (llama.cpp's)")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
@@ -59,7 +61,7 @@ class ModelSpec(Checked):
 
     def at(self, folder: str) -> "ModelSpec":
         """This spec for a folder from which the model can be read as it lies there."""
-        return replace(self, id=folder, gguf_file=None)
+        return replace(self, id=folder, gguf_file=None, dequantize=False, adapter=None)
 
 
 @in_our_words

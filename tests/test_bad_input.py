@@ -238,7 +238,7 @@ def test_folders_of_other_kinds(compress, model, tmp_path):
     (model / "m.gguf").rename(model / "pytorch_model.bin")
     assert "pickled" in compress(model)
     (model / "config.json").rename(model / "adapter_config.json")
-    assert "merge it into its model" in compress(model)
+    assert "is an adapter: give its model" in compress(model)
     assert "not a model folder" in compress(model / "tokenizer.json")
     assert "''" in compress("")
     assert "a b c: not a folder" in compress("a b c")

@@ -180,7 +180,8 @@ def source_of(compressed: ModelSpec) -> ModelSpec:
                           "does not tell which: --compare DENSE")
     recorded = _recorded(compressed).get("model", {})
     name = recorded.get("id") or read_facts(folder)["base_model"]
-    found = replace(compressed.at(str(name)), revision=None, gguf_file=recorded.get("gguf_file"))
+    found = replace(compressed.at(str(name)), revision=None, **{
+        key: recorded[key] for key in ("gguf_file", "dequantize", "adapter") if key in recorded})
     try:
         read_config(found)
     except LlmoptError as error:

@@ -17,6 +17,7 @@ from llmopt.model.architectures import SPECS
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
+from llmopt.model.ways.dequantized import advice
 from llmopt.specs import ModelSpec
 
 SHAPE = {"layers": "num_hidden_layers", "hidden size": "hidden_size", "query heads": "num_attention_heads",
@@ -60,7 +61,7 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         "bits": made_by["bits"] if made_by else [8 * size] if size else [],
         "quantized_by": made_by["by"] if made_by else None,
         "works": {part: why or "yes" for part, why in abilities(config.model_type).items()} if known else {},
-        "note": "already quantized; llmopt compress starts from the dense checkpoint" if made_by else refusal,
+        "note": f"already quantized; {advice(made_by['by'])}" if made_by else refusal,
     }
 
 

@@ -7,7 +7,7 @@ import click
 
 from llmopt.cli import completion, log
 from llmopt.cli.help import Command
-from llmopt.cli.options import ANEW, COUNT, DATA, FILE, GGUF_FILE, JSON, TRUST, join
+from llmopt.cli.options import ANEW, COUNT, DATA, FILE, JSON, TRUST, WAYS, join, ways
 from llmopt.cli.plans import check_words, one_model, plan_of
 from llmopt.errors import LlmoptError
 from llmopt.scale import launch
@@ -18,7 +18,7 @@ EXAMPLES = ("llmopt compress MODEL --scheme W4A16 --output out",
             "llmopt compress --recipe quickstart --output out        # all families on the embedded model",
             "llmopt compress MODEL --scheme W4A16 --dry-run          # size, memory and time beforehand")
 GROUPS = {"What to do": ("scheme", "bits", "method", "group_size", "recipe_name", "sets"),
-          "Model": ("model_option", "dtype", "device", "revision", "gguf_file", "trust_remote_code"),
+          "Model": ("model_option", "dtype", "device", "revision", *WAYS, "trust_remote_code"),
           "Calibration data": ("data", "samples", "length", "seed"),
           "The run": ("output", "dry_run", "overwrite", "resume", "no_eval", "anew", "stream", "activation_memory",
                       "max_blocks")}
@@ -41,7 +41,7 @@ GROUPS = {"What to do": ("scheme", "bits", "method", "group_size", "recipe_name"
 @click.option("--dtype", help="Load the model as fp32, bf16 or fp16.  [default: the checkpoint's]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cpu]")
 @click.option("--revision", help="Branch, tag or commit of a hub name.")
-@GGUF_FILE
+@ways
 @TRUST
 @DATA
 @click.option("--samples", type=COUNT, help="Rows of data.  [default: 128]")

@@ -6,7 +6,7 @@ import click
 from llmopt.cli import completion, log
 from llmopt.cli.help import Command
 from llmopt.cli.log import LOG
-from llmopt.cli.options import ANEW, COUNT, FILE, JSON, MODEL_GROUP, check_target, join, model_options
+from llmopt.cli.options import ANEW, COUNT, FILE, JSON, MODEL_GROUP, WAYS, check_target, join, model_options
 from llmopt.errors import LlmoptError
 
 
@@ -104,7 +104,7 @@ def evaluate(model, tasks, compare, limit, batch_size, text, data, output, anew,
     check_target(output)
     models = [ModelSpec(id=model, **loading)]
     if compare is not None:
-        models.append(ModelSpec(id=compare, **loading | {"revision": None, "gguf_file": None}))
+        models.append(ModelSpec(id=compare, **loading | {"revision": None, **WAYS}))
     check_device(loading["device"])
     pair = pairs.asked_for(chosen, models, data)     # as this: before the first is scored
     tasks = [task for task in chosen if task != pairs.NAME]

@@ -30,14 +30,26 @@ class HomePath(click.Path):
 FILE = HomePath(path_type=Path)
 
 
-GGUF_FILE = click.option("--gguf-file", metavar="NAME", help="The GGUF file to read in a folder or hub model; a file "
-                         "itself can be MODEL.")
-MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", "gguf_file", "trust_remote_code")
+WAYS = {"adapter": None, "dequantize": False, "gguf_file": None}         # options on a model, with their defaults
+MODEL_GROUP = ("dtype", "compute_dtype", "device", "revision", *WAYS, "trust_remote_code")
+
+
+def ways(command):
+    """Options on a model that is no folder of plain safetensors: see llmopt/model/README.md."""
+    for option in (
+        click.option("--gguf-file", metavar="NAME", help="The GGUF file to read in a folder or hub model; MODEL can be "
+                     "a GGUF file itself."),
+        click.option("--dequantize", is_flag=True, help="Read a model in fp8, mxfp4 or compressed-tensors as a "
+                     "dense one."),
+        click.option("--adapter", metavar="FOLDER", help="Merge this LoRA adapter of peft into the weights."),
+    ):
+        command = option(command)
+    return command
 
 
 def model_options(command):
     """Options on loading a MODEL argument: the keys of a recipe's `model` section."""
-    for option in (TRUST, GGUF_FILE, click.option("--revision", help="Branch, tag or commit of a hub name."),
+    for option in (TRUST, ways, click.option("--revision", help="Branch, tag or commit of a hub name."),
                    click.option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's."),
                    click.option("--compute-dtype", default="auto", show_default=True,
                                 help="fp32, bf16 or fp16 to compute in; auto: what is fast here."),

@@ -3,15 +3,15 @@ import click
 
 from llmopt.cli import completion
 from llmopt.cli.help import Command
-from llmopt.cli.options import GGUF_FILE, JSON
+from llmopt.cli.options import JSON, ways
 
 
 @click.command(cls=Command, examples=("llmopt show llmopt/reference", "llmopt show out", "llmopt show out --json"))
 @click.argument("model", shell_complete=completion.models)
 @click.option("--revision", help="Branch, tag or commit of a hub name.")
-@GGUF_FILE
+@ways
 @JSON
-def show(model, revision, gguf_file, as_json) -> None:
+def show(model, revision, as_json, **opened) -> None:
     """What is inside a folder or hub model: shapes, bits, sizes, provenance, how it loads, what can be done to it.
 
     Of a hub model only its small files are fetched, and a GGUF file.
@@ -24,7 +24,7 @@ def show(model, revision, gguf_file, as_json) -> None:
     from llmopt.cli import contents
     from llmopt.specs import ModelSpec
 
-    spec = ModelSpec(id=model, revision=revision, gguf_file=gguf_file)
+    spec = ModelSpec(id=model, revision=revision, **opened)
     folder = checkpoint_folder(spec)
     if folder is None:
         contents.show_dense(dense_facts(spec), as_json)

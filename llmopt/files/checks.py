@@ -26,7 +26,7 @@ def check_folder(folder: Path) -> None:
         adapter = (folder / "adapter_config.json").is_file()
         unfinished = folder.name.endswith(WORK)
         raise LlmoptError(f"{folder}: no config.json; this is " + (
-            "an adapter: merge it into its model first (peft: merge_and_unload)" if adapter else
+            f"an adapter: give its model, and --adapter {folder} (adapter: in a recipe)" if adapter else
             "the unfinished work of llmopt compress, which --resume goes on with" if unfinished else
             "not a model folder"))
     config = check_config(file)

@@ -23,7 +23,7 @@ def refuse_foreign(names: Iterable[str], source: str) -> None:
 def _reason(name: str) -> str:
     """The likely reason for a tensor without a place, where its name tells."""
     if "lora_" in name:
-        return ": merge the adapter into its model first (peft: merge_and_unload)"
+        return ": merge the adapter into its model first (--adapter FOLDER, or peft's merge_and_unload)"
     if re.search(r"(scale|scale_inv|zero_point|absmax|qweight|qzeros|g_idx)$", name):
         return ": the weights are quantized; start from the dense checkpoint"
     return ": a bias that a flag of config.json switches off?" if name.endswith(".bias") else ""

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from llmopt.files.tensors import file_of, read
 from llmopt.model.context import context_length
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
-from llmopt.model.ways import view
+from llmopt.model.ways import dequantized, view
+from llmopt.model.ways.write import needs_view, opened
 from llmopt.specs import REFERENCE, ModelSpec
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")       # one of them is there
@@ -33,15 +35,15 @@ def resolve(model: str | ModelSpec) -> str:
 
     What does not lie there as plain safetensors is opened: the folder is then its view (model/ways/view.py).
     """
-    name = model if isinstance(model, str) else model.id
+    name = os.path.expanduser(model if isinstance(model, str) else model.id)
     if name == REFERENCE:
         from llmopt_evals import world
 
-        return str(world.reference_path())
+        name = str(world.reference_path())
     spec = ModelSpec(id=name) if isinstance(model, str) and name else model
-    if isinstance(spec, ModelSpec) and view.needs_view(spec):
-        return str(view.opened(spec))
-    return os.path.expanduser(name)
+    if isinstance(spec, ModelSpec) and needs_view(spec):
+        return str(opened(replace(spec, id=name)))
+    return name
 
 
 def local_folder(spec: ModelSpec) -> Path:
@@ -63,8 +65,8 @@ def check_dense(spec: ModelSpec) -> None:
     """Raise LlmoptError for a model that cannot be compressed: not supported, or already quantized."""
     source, config = read_config(spec)
     _check_known(config, source, spec.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise LlmoptError(f"{source}: the model is already quantized; start from the dense checkpoint")
+    if method := dequantized.method_of(config.to_dict()):
+        raise LlmoptError(f"{source}: the model is already quantized by {method}; {dequantized.advice(method)}")
 
 
 def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:

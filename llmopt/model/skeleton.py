@@ -49,6 +49,7 @@ def outlined(spec: ModelSpec) -> tuple[nn.Module, Places]:
     """The same of any causal language model; only `open_model` asks whether llmopt can work on it."""
     from transformers import GenerationConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
 
     source, config = examine(spec)
     folder = Path(source)
@@ -63,8 +64,9 @@ def outlined(spec: ModelSpec) -> tuple[nn.Module, Places]:
     else:
         model.generation_config = GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
     matched = match(model, found, source)
-    if any(isinstance(place, Made) for place in found.values()):        # named as in the model: written as usual
-        model._weight_conversions = get_model_conversion_mapping(model)
+    if (seen := view.of(folder)) and seen.is_gguf:        # nothing tells how its files name the tensors: as usual
+        model._weight_conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False)
+                                     if not isinstance(entry, PrefixChange)]
     return model, matched
 
 

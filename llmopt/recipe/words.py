@@ -29,6 +29,8 @@ class Words(Checked):
     device: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
+    adapter: str | None = None
+    dequantize: bool = False
     data: str | None = Field(None, description="a file, the name of a source, or a dataset of the hub")
     samples: int | None = Field(None, ge=1, le=MAX_SAMPLES)
     length: int | None = Field(None, ge=2)
@@ -52,7 +54,8 @@ class Words(Checked):
 
     def assignments(self) -> tuple[str, ...]:
         """All other words, as `--set` takes them: what they change in any recipe."""
-        made = {f"model.{key}": getattr(self, key) for key in ("dtype", "device", "revision", "gguf_file")}
-        made |= {"data": source(self.data) if self.data is not None else None, "data.samples": self.samples,
+        made = {f"model.{key}": getattr(self, key) for key in ("dtype", "device", "revision", "gguf_file", "adapter")}
+        made |= {"model.dequantize": self.dequantize or None,
+                 "data": source(self.data) if self.data is not None else None, "data.samples": self.samples,
                  "data.length": self.length, "data.seed": self.seed, "seed": self.seed}
         return tuple(f"{key}={json.dumps(value)}" for key, value in made.items() if value is not None)
