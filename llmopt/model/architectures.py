@@ -97,10 +97,10 @@ SPECS: dict[str, Spec] = {
 }
 
 
-def found(layers: str, entries: int, at_once: bool, note: str) -> Spec:
+def found(layers: str, rotary: str | None, entries: int, at_once: bool, note: str) -> Spec:
     """The entry of a model without one: where its layers are, and that no more is known of them."""
     parts = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "per_layer_shapes", "per_layer_heads")
-    return Spec(layers=layers, attention="", ffn=None, qkv=(), out="", ffn_in=(), ffn_out="", norms=(), rotary=None,
+    return Spec(layers=layers, attention="", ffn=None, qkv=(), out="", ffn_in=(), ffn_out="", norms=(), rotary=rotary,
                 note=note, known=False, at_once=at_once, entries=entries, refuse=dict.fromkeys(parts, NO_ENTRY))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from llmopt.errors import LlmoptError
@@ -38,7 +39,8 @@ def _found(model: nn.Module) -> Spec:
         if layer.earlier:
             raise LlmoptError(f"architecture {kind!r} is not supported: {path}.{index} is given what earlier layers "
                               f"made beside the hidden state ({', '.join(layer.earlier)})")
-    return found(path, layers[0].entries, any(layer.at_once for layer in layers), discovery.note_of(layers))
+    rotary = discovery.rotary_path(model, path)
+    return found(path, rotary, layers[0].entries, any(layer.at_once for layer in layers), discovery.note_of(layers))
 
 
 def refuse_units(model: nn.Module, unit: str) -> None:
@@ -138,9 +140,24 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
     return at(model, spec_of(model).layers)
 
 
+def windows_found(model: nn.Module) -> list[int | None]:
+    """The windows of a model that no table describes, by layer, as its attention was seen to ask for them."""
+    seen = [next(iter(found.attention.values()), None) for found in known_layers(model)]
+    return [None if attends is None else attends.window for attends in seen]
+
+
+def known_layers(model: nn.Module) -> list[discovery.Found]:
+    """What was found of every layer of a model that no table describes."""
+    return [vars(layer)[discovery.FOUND] for layer in layer_list(model)]
+
+
 def decoder(model: nn.Module) -> nn.Module:
     """The model around the decoder layers, without the output head."""
-    return model.get_submodule(discovery.decoder_path(model, spec_of(model).layers))
+    found = root = model.base_model
+    for part in spec_of(model).layers.removeprefix(f"{model.base_model_prefix}.").split(".")[:-1]:
+        root = root.get_submodule(part)
+        found = root if isinstance(root, PreTrainedModel) else found
+    return found
 
 
 def returned(model: nn.Module, hidden: Tensor) -> Tensor | tuple:
@@ -212,13 +229,14 @@ def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
 def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found) -> Block:
     """A layer that no table describes; of its attention the sizes are known that it showed."""
     read = [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group] for group in known.groups]
-    shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0)
+    shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0, attn_out=None)
     if len(known.attention) == 1:
         (child, seen), = known.attention.items()
+        writer = Projection(f"{name}.{seen.writer}", layer.get_submodule(seen.writer)) if seen.writer else None
         shape = dict(attention=layer.get_submodule(child), heads=seen.heads, kv_heads=seen.kv_heads,
-                     head_dim=seen.head_dim)
-    return Block(index, name, layer, **shape, width=0, attn_in=[], attn_out=None, ffn_in=[], ffn_out=None, norms={},
-                 form="pre", read=read)
+                     head_dim=seen.head_dim, attn_out=writer)
+    return Block(index, name, layer, **shape, width=0, attn_in=[], ffn_in=[], ffn_out=None, norms={},
+                 form="branch_post", read=read)
 
 
 def _form(spec: Spec, layer: nn.Module) -> Form:

@@ -23,6 +23,8 @@ from llmopt.files.checks import refusals
 
 FOUND = "_llmopt_found"         # where a decoder layer keeps what was found of it
 LOOKING = "llmopt_looking"      # the attention function of the copy, and where its attention modules keep what they did
+GIVEN = "llmopt_given"          # where they keep what they were given by it
+ASKS = {"s_aux": "attention sinks (s_aux)", "position_bias": "a bias by position"}
 ROWS, TOKENS = 3, 7             # of what the copy reads: no other size of a model is likely to be 21
 NARROW = 8                      # rows or columns of a linear map that is not worth its codes,
 TINY = 400                      # or less than so small a part of its layer's weights
@@ -50,9 +52,13 @@ class Found:
     at_once: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attends:
-    """How a module attends: H query heads, G KV heads, D channels of queries and keys, of values; what else it asks."""
+    """How a module attends: H query heads, G KV heads, D channels of queries and keys, and as many of values.
+
+    window: tokens that a query sees. asks: what else it wants of the attention function. writer: the linear map that
+    reads what the heads give, as they give it; empty: none does.
+    """
 
     heads: int
     kv_heads: int
@@ -60,6 +66,7 @@ class Attends:
     value_dim: int
     window: int | None
     asks: tuple[str, ...]
+    writer: str = ""
 
 
 def layers_path(model: nn.Module) -> str:
@@ -137,6 +144,14 @@ def decoder_path(model: nn.Module, path: str) -> str:
     return ""
 
 
+def rotary_path(model: nn.Module, path: str) -> str | None:
+    """The name of the module that makes rotary tables for the decoder; None where there is none."""
+    inside = decoder_path(model, path)
+    prefix = f"{inside}." if inside else ""
+    return next((prefix + name for name, module in model.get_submodule(inside).named_children()
+                 if "RotaryEmbedding" in type(module).__name__), None)
+
+
 def _look(model: nn.Module, path: str) -> list[Found]:
     """By the attention interface, which needs no masks; a model with a loop of its own may need them."""
     try:
@@ -152,6 +167,7 @@ def _seen(model: nn.Module, path: str, attention: str | None) -> list[Found]:
     if attention:
         for config in {id(c): c for c in (vars(m).get("config") for m in decoder.modules()) if c is not None}.values():
             config._attn_implementation_internal = attention
+    decoder.warn_if_padding_and_no_attention_mask = lambda *_: None         # which looks at the values of ids
     layers = decoder.get_submodule(path.removeprefix(f"{inside}."))
     looks = [_Look(layer) for layer in layers]
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device="meta")
@@ -190,10 +206,14 @@ def _without_weights(decoder: nn.Module) -> nn.Module:
 
 def _looking(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple:
     """Stands in for attention: notes what is asked, gives [B, T, H, D] of the right shape."""
-    asks = tuple(sorted(name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None))
-    vars(module)[LOOKING] = Attends(query.shape[1], key.shape[1], query.shape[3], value.shape[3],
-                                    kwargs.get("sliding_window"), asks)
-    return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2), None
+    mask = args[0] if args else kwargs.get("attention_mask")
+    asks = [word for name, word in ASKS.items() if kwargs.get(name) is not None]
+    asks += ["a mask of its own"] * (mask is not None) + ["more than one attention"] * (LOOKING in vars(module))
+    batch, heads, tokens, dim = query.shape
+    vars(module)[LOOKING] = Attends(heads, key.shape[1], dim, value.shape[3], kwargs.get("sliding_window"), tuple(asks))
+    out = query.new_empty(batch, tokens, heads, value.shape[3])
+    vars(module)[GIVEN] = out
+    return out, None
 
 
 AttentionInterface.register(LOOKING, _looking)
@@ -259,8 +279,12 @@ class _Look:
         for name, place, _ in self.calls:
             if name not in left and name not in groups.get(place, ()):
                 groups.setdefault(place, []).append(name)
-        attention = {name: vars(module)[LOOKING] for name, module in self.layer.named_modules()
-                     if LOOKING in vars(module)}
+        attention = {}
+        for name, module in self.layer.named_modules():
+            if LOOKING in vars(module):
+                attention[name], given = vars(module)[LOOKING], vars(module)[GIVEN]
+                place = given.untyped_storage()._cdata, 0, given.numel()
+                attention[name].writer = next((linear for linear, read, _ in self.calls if read[:3] == place), "")
         return Found([*groups.values()], left, self.entries, self.earlier, attention)
 
     def _left(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 from llmopt.errors import LlmoptError
 
 REFERENCE = "llmopt/reference"
+CAUSAL = ("ForCausalLM", "LMHeadModel")         # how the classes of causal LMs end
 
 
 def _extend_auto_model(auto: ModuleType) -> None:
@@ -72,12 +73,13 @@ def _by_config(cls: type) -> type:
     from llmopt.model.modeling import FAMILIES, shaped
 
     def make(_: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = config.is_heterogeneous or getattr(config, "llmopt", None)
+        ours = kind in FAMILIES and config.is_heterogeneous or getattr(config, "llmopt", None)
         model = (shaped(cls) if ours else cls)(config, *args, **kwargs)
         _refuse_strange_names(model)
         return model
 
-    if hasattr(cls, "_llmopt_family") or getattr(cls.config_class, "model_type", None) not in FAMILIES:
+    kind = getattr(cls.config_class, "model_type", None)
+    if hasattr(cls, "_llmopt_family") or kind not in FAMILIES and not cls.__name__.endswith(CAUSAL):
         return cls
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": make})
 

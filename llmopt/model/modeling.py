@@ -151,11 +151,12 @@ class _Saving:
 class _Shaped(_Saving):
     """The mixin that `shaped` puts in front of a stock class."""
 
-    _llmopt_family: Family
+    _llmopt_family: Family | None
     _keys_to_ignore_on_load_unexpected = [r"^llmopt\."]
 
     def __init__(self, config, *args, **kwargs):
-        with _layers_by_config(self._llmopt_family, config):
+        family = self._llmopt_family
+        with _layers_by_config(family, config) if family else contextlib.nullcontext():
             super().__init__(config, *args, **kwargs)
         declare_tensors(self)
 
@@ -243,17 +244,17 @@ def _attach(model: nn.Module) -> None:
 
 @functools.cache
 def shaped(stock: type) -> type:
-    """The subclass of a stock model class, of a supported family, that reads our keys of its config."""
+    """The subclass of a stock model class that reads our keys of its config; per-layer shapes where it has a family."""
     keys = [*(stock._keys_to_ignore_on_load_unexpected or []), *_Shaped._keys_to_ignore_on_load_unexpected]
     return type(stock.__name__, (_Shaped, stock), {
-        "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": FAMILIES[stock.config_class.model_type],
+        "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": FAMILIES.get(stock.config_class.model_type),
         "_keys_to_ignore_on_load_unexpected": keys})
 
 
 def __getattr__(name: str) -> type:
     """Remote code and pickle look classes up by name: those of transformers, `shaped` when they are asked for."""
     stock = getattr(transformers, name, None)
-    if getattr(getattr(stock, "config_class", None), "model_type", None) in FAMILIES:
+    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) and stock.config_class is not None:
         return shaped(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -275,7 +276,7 @@ def let_save(model: nn.Module) -> None:
 
 def remote_files(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """(files to put beside a checkpoint of `model`, its config's `auto_map`), which let trust_remote_code load it."""
-    name = FAMILIES[saved_config(model)[0]["model_type"]].model
+    name, = saved_config(model)[0]["architectures"]
     source = inspect.getsource(sys.modules[__name__])
     return {REMOTE_FILE: source}, {"AutoModelForCausalLM": f"{REMOTE_FILE.removesuffix('.py')}.{name}"}
 

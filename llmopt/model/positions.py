@@ -3,7 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
-from llmopt.model.blocks import at, attention_modules, spec_of
+from llmopt.model.architectures import NO_ENTRY
+from llmopt.model.blocks import at, attention_modules, spec_of, windows_found
 
 
 def refuse_bidirectional(model: nn.Module) -> None:
@@ -31,6 +32,8 @@ def refuse_far(model: nn.Module, position_ids: Tensor | None, columns: int, mask
 def attention_windows(model: nn.Module) -> list[int | None]:
     """Per layer, how many tokens back its queries see, themselves included; None: all."""
     spec, config = spec_of(model), model.config
+    if not spec.known:
+        return windows_found(model)
     layers = range(len(attention_modules(model)))
     if not spec.sliding:
         return [None for _ in layers]
@@ -47,6 +50,8 @@ def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tu
     positions that the model has seen, for scalings that depend on it.
     """
     spec = spec_of(model)
+    if not spec.known:
+        raise LlmoptError(f"{model.config.model_type}: how positions turn its keys is not known: {NO_ENTRY}")
     if spec.rotary is None:
         return None
     typed = "rope_type" not in model.config.rope_parameters          # one entry per layer type, as in Gemma-3
