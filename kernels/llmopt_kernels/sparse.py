@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from llmopt_kernels.flash import fits, flash_partial
 from llmopt_kernels.partial import Partial, merged, weighted
@@ -149,10 +150,19 @@ def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Strip
 
 def sparse_partial(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
                    rule: Rule) -> tuple[Partial, Tensor]:
-    """As `sparse_attention`, but fit to be merged with attention over other keys."""
+    """As `sparse_attention`, but fit to be merged with attention over other keys; out is fp32, or as the query is."""
+    if _for_triton(query):
+        from llmopt_kernels import sparse_on_gpu  # Triton is not everywhere
+
+        if sparse_on_gpu.fits(query, keys, values, stripes, rule):
+            return sparse_on_gpu.triton_partial(query, keys, values, stripes, rule)
     if fits(query, keys, values, stripes, rule):
         return flash_partial(query, keys, values, stripes, rule)
     return by_gathering(query, keys, values, stripes, rule)
+
+
+def _for_triton(query: Tensor) -> bool:
+    return query.is_cuda and has_triton()
 
 
 def by_gathering(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
