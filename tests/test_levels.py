@@ -12,13 +12,14 @@ from llmopt.calibration.walk import walk
 from llmopt.checkpoint.save import load
 from llmopt.errors import LlmoptError
 from llmopt.forecast.size import predict
-from llmopt.model import levels
-from llmopt.model.architectures import NO_ENTRY
-from llmopt.model.blocks import blocks
+from llmopt.model import discovery, levels
+from llmopt.model.architectures import NO_ENTRY, SPECS
+from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.positions import attention_windows, rotary_tables
 from llmopt.parts import build
 from tests import tiny
 
-UNKNOWN = list(tiny.MORE)
+UNKNOWN = [kind for kind in tiny.MORE if kind not in SPECS]
 STAY = {                                # whose layers know their places, or which would lose all attention
     "gemma4_text": "tells of every layer by its number", "diffllama": "self_attn.lambda_init",
     "gemma3n_text": "embed_tokens_per_layer.weight has a part for each",
@@ -115,3 +116,35 @@ def test_a_plan_tells_what_stays_dense():
     told = predict(model, [build("quant.rtn", {"group_size": 16})]).steps[0][1]
     assert "left dense: 2 gate_up_proj, 2 down_proj (it is a stack of matrices, as experts are)" in told
     assert "mlp.experts.gate_up_proj" not in {p.name for block in blocks(model) for p in block.projections()}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_the_table_says_what_a_forward_shows(kind):
+    model = tiny.make(kind)
+    seen = discovery.found_of(model, spec_of(model).layers)
+    for block, found, window in zip(blocks(model), seen, attention_windows(model), strict=True):
+        groups = {frozenset(p.name.removeprefix(f"{block.name}.") for p in group) for group in block.groups()}
+        assert groups <= set(map(frozenset, found.groups)) and (groups == set(map(frozenset, found.groups)) or
+                                                                "moe" in kind)
+        attends, = found.attention.values()
+        assert (attends.heads, attends.kv_heads, attends.head_dim, attends.window) == (
+            block.heads, block.kv_heads, block.head_dim, window)
+        assert f"{block.name}.{next(iter(found.attention))}.{spec_of(model).out}" == block.attn_out.name
+        assert found.entries == spec_of(model).entries and not found.earlier
+
+
+@pytest.mark.parametrize("flag", ["use_parallel_residual", "qk_layernorm"])
+def test_a_config_that_the_table_does_not_know_is_looked_at(flag):
+    config = AutoConfig.for_model("stablelm", **tiny.MORE["stablelm"], **{flag: True})
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tiny.ids()
+    assert levels.described(model).startswith("run time; not structure")
+    llmopt.compress(model, [build("quant.rtn", {"bits": 3, "group_size": 16})])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_keys_that_the_table_cannot_turn_back_are_refused_by_name():
+    model = tiny.make("ernie4_5")
+    with pytest.raises(LlmoptError, match="ernie4_5: its keys cannot be turned back .*neighbouring channels"):
+        rotary_tables(model, 0, 8, torch.zeros(1))
+    with pytest.raises(LlmoptError, match=f"cohere: how positions turn its keys is not known: {NO_ENTRY}"):
+        rotary_tables(tiny.make("cohere"), 0, 8, torch.zeros(1))

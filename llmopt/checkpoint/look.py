@@ -13,7 +13,6 @@ from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model import levels
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import SPECS
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
@@ -48,8 +47,8 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     source, config = read_config(spec)
     text, made_by = config.get_text_config(), _quantized(config)
     stored = str(config.dtype).removeprefix("torch.") if config.dtype else None     # before a model is made of it
-    known = config.model_type in SPECS
     count, level, refusal = _of_skeleton(config, source)
+    known = level == "structure"
     size = getattr(torch, stored).itemsize if stored else None
     return {
         "model": spec.id, "architecture": config.model_type, "supported": level is not None, "level": level,

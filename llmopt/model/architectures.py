@@ -10,6 +10,7 @@ from llmopt.errors import nearest
 Form = Literal["pre", "parallel", "sandwich", "branch_post", "residual_post"]
 UNITS = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "blocks")      # what pruning may take away
 HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_heads, so fewer heads cannot be stored"
+WIDE_HEADS = "its forward reads num_attention_heads from the model-wide config"
 EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
 CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
@@ -48,10 +49,12 @@ class Spec:
     sliding: Literal["", "all", "typed"] = ""     # layers that sliding_window holds for; typed: see layer_types
     positions: str | None = None                  # table of learned positions
     rotary: str | None = "model.rotary_emb"       # module that makes the tables of cosines and sines
+    turned: str = ""                              # why keys cannot be turned back by these tables; empty: they can
     old_theta: str = "rope_theta"                 # what transformers 4 calls the base of its rotary frequencies,
     old_share: str | None = None                  # and the share of dimensions that is rotated
     old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
     served: bool = False                          # servers run its layers with shapes of their own (nemotron-nas)
+    unless: tuple[str, ...] = ()                  # flags of the config with which the entry does not hold
     note: str = ""                                # what every plan and card of such a model says
     known: bool = True                            # False: no entry of SPECS, its linear maps are found (discovery.py)
     at_once: bool = False                         # transformers can only unpack its packed weights while it loads
@@ -61,6 +64,10 @@ class Spec:
 
 _SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
              ("ffn_in", "pre_feedforward_layernorm"), ("ffn_out", "post_feedforward_layernorm"))
+_BEHIND = (("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm"))
+_PAIRS, _SOME = "its rotary embedding turns neighbouring channels", "some of its layers have no rotary embedding"
+_ALL_HEADS = dict.fromkeys(("kv_groups", "q_heads"), "its query and key norms span all heads")
+_UP = dict(ffn_in=("mlp.up_proj",), ffn_gated=False)
 _NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
 _NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS, "attention": ALIKE, "per_layer_shapes": ALIKE}
 
@@ -71,12 +78,31 @@ SPECS: dict[str, Spec] = {
     "qwen3": Spec(sliding="typed"),
     "phi3": Spec(old_share="partial_rotary_factor", old_scaling=("short_factor", "long_factor"),
                  qkv=("qkv_proj",), ffn_in=("mlp.gate_up_proj",), sliding="all", refuse={
-        "per_layer_heads": "its forward reads num_attention_heads from the model-wide config"}),
+        "per_layer_heads": WIDE_HEADS}),
     "gemma2": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
     "gemma3_text": Spec(norms=_SANDWICH, norm_offset=1.0, form="sandwich", sliding="typed"),
-    "olmo2": Spec(norms=(("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforward_layernorm")),
-                  form="branch_post", refuse={
-        "kv_groups": "its query and key norms span all heads", "q_heads": "its query and key norms span all heads"}),
+    "olmo2": Spec(norms=_BEHIND, form="branch_post", refuse=_ALL_HEADS),
+    "olmo3": Spec(norms=_BEHIND, form="branch_post", sliding="typed", refuse=_ALL_HEADS,
+                  turned="its layers turn keys by tables of their own"),
+    "exaone4": Spec(norms=_BEHIND, form="branch_post", sliding="typed", turned=_SOME),
+    "ministral3": Spec(sliding="all", refuse={"per_layer_heads": WIDE_HEADS}),
+    "gemma": Spec(norm_offset=1.0),
+    "smollm3": Spec(sliding="typed", turned=_SOME),
+    "granite": Spec(),
+    "ernie4_5": Spec(turned=_PAIRS),
+    "hunyuan_v1_dense": Spec(turned="norms stand behind its rotary embedding"),
+    "seed_oss": Spec(),
+    "helium": Spec(turned=_PAIRS, refuse=dict.fromkeys(
+        ("kv_groups", "q_heads"), "its attention writes from as many channels as the hidden state has")),
+    "glm4": Spec(ffn_in=("mlp.gate_up_proj",), form="sandwich", turned=_PAIRS, norms=(
+        ("attn_in", "input_layernorm"), ("attn_out", "post_self_attn_layernorm"),
+        ("ffn_in", "post_attention_layernorm"), ("ffn_out", "post_mlp_layernorm"))),
+    "arcee": Spec(**_UP),
+    "nemotron": Spec(**_UP, norm_offset=1.0, old_share="partial_rotary_factor"),
+    "apertus": Spec(**_UP, norms=(("attn_in", "attention_layernorm"), ("ffn_in", "feedforward_layernorm"))),
+    "starcoder2": Spec(ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj", sliding="all"),
+    "stablelm": Spec(old_share="partial_rotary_factor", refuse=_NO_HEADS,
+                     unless=("use_parallel_residual", "qk_layernorm")),
     "gpt_neox": Spec(old_theta="rotary_emb_base", old_share="rotary_pct",
                      layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attention="attention",
                      head_dim="head_size", qkv=("query_key_value",), interleaved=True, out="dense",

@@ -26,7 +26,10 @@ def spec_of(model: nn.Module) -> Spec:
     kind = model.config.model_type
     if kind in REFUSED:
         raise LlmoptError(unsupported(kind))
-    return SPECS[kind] if kind in SPECS else _found(model)
+    known = SPECS.get(kind)
+    if known is None or any(getattr(model.config, flag, False) for flag in known.unless):
+        return _found(model)
+    return known
 
 
 def _found(model: nn.Module) -> Spec:

@@ -72,6 +72,7 @@ class Family(NamedTuple):
 
 _SANDWICH = dict(attention_norms=("input_layernorm", "post_attention_layernorm"),
                  mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+_BEHIND = dict(attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",))
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", "LlamaForCausalLM", "LlamaDecoderLayer"),
@@ -81,8 +82,26 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", "Phi3ForCausalLM", "Phi3DecoderLayer"),
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", "Gemma2DecoderLayer", **_SANDWICH),
     "gemma3_text": Family("gemma3", "Gemma3ForCausalLM", "Gemma3DecoderLayer", **_SANDWICH),
-    "olmo2": Family("olmo2", "Olmo2ForCausalLM", "Olmo2DecoderLayer",
-                    attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)),
+    "olmo2": Family("olmo2", "Olmo2ForCausalLM", "Olmo2DecoderLayer", **_BEHIND),
+    "olmo3": Family("olmo3", "Olmo3ForCausalLM", "Olmo3DecoderLayer", **_BEHIND),
+    "exaone4": Family("exaone4", "Exaone4ForCausalLM", "Exaone4DecoderLayer", **_BEHIND),
+    "ministral3": Family("ministral3", "Ministral3ForCausalLM", "Ministral3DecoderLayer"),
+    "gemma": Family("gemma", "GemmaForCausalLM", "GemmaDecoderLayer"),
+    "smollm3": Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3DecoderLayer"),
+    "granite": Family("granite", "GraniteForCausalLM", "GraniteDecoderLayer"),
+    "ernie4_5": Family("ernie4_5", "Ernie4_5ForCausalLM", "Ernie4_5DecoderLayer"),
+    "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1DecoderLayer"),
+    "seed_oss": Family("seed_oss", "SeedOssForCausalLM", "SeedOssDecoderLayer"),
+    "helium": Family("helium", "HeliumForCausalLM", "HeliumDecoderLayer"),
+    "glm4": Family("glm4", "Glm4ForCausalLM", "Glm4DecoderLayer",
+                   attention_norms=("input_layernorm", "post_self_attn_layernorm"),
+                   mlp_norms=("post_attention_layernorm", "post_mlp_layernorm")),
+    "arcee": Family("arcee", "ArceeForCausalLM", "ArceeDecoderLayer"),
+    "nemotron": Family("nemotron", "NemotronForCausalLM", "NemotronDecoderLayer"),
+    "apertus": Family("apertus", "ApertusForCausalLM", "ApertusDecoderLayer",
+                      attention_norms=("attention_layernorm",), mlp_norms=("feedforward_layernorm",)),
+    "starcoder2": Family("starcoder2", "Starcoder2ForCausalLM", "Starcoder2DecoderLayer"),
+    "stablelm": Family("stablelm", "StableLmForCausalLM", "StableLmDecoderLayer"),
     "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXLayer", attention="attention"),
     "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Block", attention="attn",
                    attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),

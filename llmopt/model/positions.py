@@ -52,6 +52,8 @@ def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tu
     spec = spec_of(model)
     if not spec.known:
         raise LlmoptError(f"{model.config.model_type}: how positions turn its keys is not known: {NO_ENTRY}")
+    if spec.turned:
+        raise LlmoptError(f"{model.config.model_type}: its keys cannot be turned back to position 0: {spec.turned}")
     if spec.rotary is None:
         return None
     typed = "rope_type" not in model.config.rope_parameters          # one entry per layer type, as in Gemma-3
