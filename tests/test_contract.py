@@ -19,11 +19,14 @@ import llmopt
 from llmopt.calibration.logits_loss import outputs
 from llmopt.checkpoint.save import load
 from llmopt.method import Record, Run
+from llmopt.model.experts import COUNTS
 from llmopt.parts import build
 from llmopt.runtime.attach import detach
 from tests import table, tiny
 
 REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
+REFUSED |= {(name, "experts"): "it has none" for name, config in tiny.CONFIGS.items()
+            if not COUNTS & config.to_dict().keys()}
 # Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
 # method with neither runs with its defaults.
 FIELDS = {
@@ -89,6 +92,11 @@ def has_units(name: str, family: str) -> bool:
     """False for a pruner all of whose units the architecture refuses."""
     made = build(name, FIELDS.get(name, {})) if name.startswith("prune.") else None
     return made is None or any((family, unit) not in REFUSED for unit in getattr(made, "units", [family]))
+
+
+def family_for(name: str, usual: str) -> str:
+    """The usual architecture, or one that has what a pruner takes away."""
+    return usual if has_units(name, usual) else "qwen3_moe"
 
 
 class Applied(NamedTuple):

@@ -37,7 +37,7 @@ from llmopt.scale.gauge import Gauge, Taken, taken
 from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.command import llmopt as command
-from tests.test_contract import FIELDS, own_fields
+from tests.test_contract import FIELDS, family_for, own_fields
 
 ROWS = tiny.ids(16, 96).tolist()
 
@@ -106,8 +106,9 @@ CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2"
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
          *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
            (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
-         *(("llama", json.dumps([*({before: given} for before, given in own_fields(name, "BEFORE").items()),
-                                 {name: FIELDS.get(name, {})}])) for name in llmopt.names())]
+         *((family_for(name, "llama"), json.dumps([
+             *({before: given} for before, given in own_fields(name, "BEFORE").items()), {name: FIELDS.get(name, {})}]))
+           for name in llmopt.names())]
 
 
 @pytest.mark.parametrize(("family", "steps"), CASES)

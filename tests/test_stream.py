@@ -30,7 +30,7 @@ from llmopt.scale.stream import Streamed
 from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.plans import contents, dense, plan
-from tests.test_contract import FIELDS, own_fields
+from tests.test_contract import FIELDS, family_for, own_fields
 
 STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
@@ -178,7 +178,8 @@ def streamed() -> list:
 @pytest.mark.parametrize("name", streamed())
 def test_every_method_streams_or_says_that_it_cannot(name, tmp_path):
     steps = [{before: fields} for before, fields in own_fields(name, "BEFORE").items()]
-    made = plan(tmp_path, dense(tmp_path, "qwen3"), json.dumps([*steps, {name: FIELDS.get(name, {})}]))
+    model = dense(tmp_path, family_for(name, "qwen3"))
+    made = plan(tmp_path, model, json.dumps([*steps, {name: FIELDS.get(name, {})}]))
     if any(step.needs_whole for step in made.steps):
         return
     for folder, force in (("memory", False), ("streamed", True)):

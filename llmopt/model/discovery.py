@@ -101,7 +101,7 @@ def _lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def _holds_weights(layer: nn.Module) -> bool:
-    return not is_linear(layer) and any(is_linear(module) or _stacks(module) for module in layer.modules())
+    return not is_linear(layer) and any(is_linear(module) or stacks(module) for module in layer.modules())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -109,7 +109,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _stacks(module: nn.Module) -> list[str]:
+def stacks(module: nn.Module) -> list[str]:
     """The parameters of a module that are stacks of matrices, one for each expert."""
     if isinstance(module, CONVOLUTIONS):
         return []
@@ -237,7 +237,7 @@ class _Look:
                    self.layer.register_forward_hook(self._leave)]
         handles += [module.register_forward_hook(partial(self._note, name)) for name, module in self.linears.items()]
         for module in self.layer.modules():
-            if _stacks(module):
+            if stacks(module):
                 module.forward = _echo
         try:
             yield
@@ -289,11 +289,11 @@ class _Look:
 
     def _left(self) -> dict[str, str]:
         """What stays dense, and why."""
-        stacks = {f"{name}.{part}".lstrip("."): getattr(module, part) for name, module in self.layer.named_modules()
-                  for part in _stacks(module)}
-        experts = {(name.rpartition(".")[0].rpartition(".")[0], len(stack)) for name, stack in stacks.items()}
+        stacked = {f"{name}.{part}".lstrip("."): getattr(module, part) for name, module in self.layer.named_modules()
+                   for part in stacks(module)}
+        experts = {(name.rpartition(".")[0].rpartition(".")[0], len(stack)) for name, stack in stacked.items()}
         total = sum(module.weight.numel() for module in self.linears.values())
-        left = dict.fromkeys(stacks, STACK)
+        left = dict.fromkeys(stacked, STACK)
         for name, module in self.linears.items():
             calls, out = [call for call in self.calls if call[0] == name], out_features(module)
             reason = ("it does not run in a forward" if not calls else "it runs more than once in a forward"

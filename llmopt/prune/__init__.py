@@ -3,6 +3,7 @@ from llmopt.prune.base import Pruner
 from llmopt.prune.depth import Depth
 from llmopt.prune.dimap import DIMAP
 from llmopt.prune.ecoflap import ECoFLaP
+from llmopt.prune.experts import ExpertPruner
 from llmopt.prune.fisher import Fisher
 from llmopt.prune.flap import FLAP
 from llmopt.prune.fuse import Fuse
@@ -19,5 +20,5 @@ from llmopt.prune.taylor import Taylor
 from llmopt.prune.tyr import Tyr
 from llmopt.prune.wanda import Wanda
 
-__all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "ByPlan", "Depth", "ECoFLaP", "Fisher", "Fuse", "Heads", "Heal",
-           "Magnitude", "Measured", "ModHiFi", "NViT", "Pruner", "Taylor", "Tyr", "Wanda"]
+__all__ = ["DIMAP", "FLAP", "OBS", "PAGCP", "ByPlan", "Depth", "ECoFLaP", "ExpertPruner", "Fisher", "Fuse", "Heads",
+           "Heal", "Magnitude", "Measured", "ModHiFi", "NViT", "Pruner", "Taylor", "Tyr", "Wanda"]
