@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
 
 
-def train(folder, stop=None, resume=False, seed=0, steps=6):
-    settings = Settings(folder, steps, tokens=64, every=2, stop=stop, seed=seed, shape=TINY)
+EXPERTS = TINY | {"moe_intermediate_size": 16}
+
+
+def train(folder, stop=None, resume=False, seed=0, steps=6, arch="llama"):
+    shape = EXPERTS if arch == "qwen3_moe" else TINY
+    settings = Settings(folder, steps, arch=arch, tokens=64, every=2, stop=stop, seed=seed, shape=shape)
     trainer = Trainer(settings, resume)
     trainer.run()
     return trainer
@@ -22,10 +26,11 @@ def weights(folder):
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(tmp_path):
-    whole = train(tmp_path / "whole")
-    train(tmp_path / "cut", stop=3)  # dies one step after the checkpoint of step 2
-    resumed = train(tmp_path / "cut", resume=True)
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(arch, tmp_path):
+    whole = train(tmp_path / "whole", arch=arch)
+    train(tmp_path / "cut", stop=3, arch=arch)  # dies one step after the checkpoint of step 2
+    resumed = train(tmp_path / "cut", resume=True, arch=arch)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     plain = [[{k: v for k, v in line.items() if k != "seconds"} for line in run.log] for run in (whole, resumed)]
     assert plain[0] == plain[1]
@@ -37,9 +42,33 @@ def test_the_seed_and_every_step_matter(tmp_path):
     assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
-def test_training_lowers_the_loss(tmp_path):
-    log = train(tmp_path, steps=60).log
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_training_lowers_the_loss(arch, tmp_path):
+    log = train(tmp_path, steps=60, arch=arch).log
     assert log[-1]["recall"][0] < log[0]["recall"][0] - 0.5
+
+
+def test_every_matrix_of_an_expert_and_every_router_learns(tmp_path):
+    trainer = train(tmp_path, steps=8, arch="qwen3_moe")
+    before = build("qwen3_moe", **EXPERTS).state_dict()
+    for name, after in trainer.model.state_dict().items():
+        if ".experts." in name:
+            moved = (after - before[name]).abs().amax((1, 2))
+            assert len(moved) == 8 and moved.min() > 0.2 * moved.max(), name     # Muon moves all matrices alike
+        if name.endswith("mlp.gate.weight"):
+            assert (after != before[name]).any(1).all(), name
+
+
+def test_the_work_is_shared_out_among_the_experts(tmp_path):
+    uneven = []
+    for weight in (0.0, 10.0):
+        settings = Settings(tmp_path / str(weight), 30, arch="qwen3_moe", tokens=64,
+                            shape=EXPERTS | {"router_aux_loss_coef": weight})
+        trainer = Trainer(settings)
+        trainer.run()
+        ids = torch.randint(4, 512, (4, 64), generator=torch.Generator().manual_seed(0))
+        uneven.append(trainer.model(ids, output_router_logits=True).aux_loss.item())
+    assert 2 <= uneven[1] < uneven[0]           # 2: all alike
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHS))

@@ -22,6 +22,8 @@ def rounded(model: torch.nn.Module, bits: int) -> torch.nn.Module:
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in BLOCK_LINEARS:
             module.weight.copy_(round_to_nearest(module.weight, bits))
+    for stack in (p for p in model.parameters() if p.ndim == 3):        # experts
+        stack.copy_(round_to_nearest(stack.flatten(0, 1), bits).view_as(stack))
     return model
 
 
@@ -34,4 +36,8 @@ def without_channels(model: torch.nn.Module, share: float, seed: int = 0) -> tor
         if name.endswith("down_proj"):
             gone = torch.randperm(module.in_features, generator=random)[: int(share * module.in_features)]
             module.weight[:, gone] = 0
+    for name, stack in model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            for expert in stack:
+                expert[:, torch.randperm(stack.shape[2], generator=random)[: int(share * stack.shape[2])]] = 0
     return model

@@ -1,4 +1,4 @@
-"""The reference architecture, in three dialects, and its checkpoint folder."""
+"""The reference architecture, in three dialects and one with experts, and its checkpoint folder."""
 
 import json
 import os
@@ -6,7 +6,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from .tokenizer import save_tokenizer
 from .words import BOS, EOS, PAD, WORDS
@@ -15,6 +24,7 @@ ARCHS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 SHAPE = {
     "vocab_size": len(WORDS),
@@ -35,12 +45,19 @@ SHAPE = {
 }
 
 
+EXTRA = {
+    "mistral": {"sliding_window": None},
+    # two of eight experts a token, together as wide as the dense FFN: 2.7 million parameters, 0.95 million at work
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True,
+                  "router_aux_loss_coef": 0.01},
+}
+
+
 def build(arch: str = "llama", seed: int = 0, **shape) -> torch.nn.Module:
     """An untrained model in float32; `shape` overrides the reference's sizes."""
     config, model = ARCHS[arch]
-    extra = {"sliding_window": None} if arch == "mistral" else {}
     torch.manual_seed(seed)
-    return model(config(**{**SHAPE, **extra, **shape}))
+    return model(config(**{**SHAPE, **EXTRA.get(arch, {}), **shape}))
 
 
 def export(model: torch.nn.Module, folder: Path, log: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """Train the reference model: `python -m llmopt_evals.world.train --output DIR --steps N [--resume]`.
 
-Muon for the matrices inside blocks, AdamW for embeddings and norms, a curriculum (see curriculum.py). The run is a
+Muon for the matrices inside blocks, each expert's among them, AdamW for embeddings, norms and routers, which also learn
+to give all experts work; a curriculum (see curriculum.py). The run is a
 function of seed, steps, device and thread count; a resumed run ends in the same bytes as an undisturbed one.
 """
 
@@ -50,7 +51,8 @@ class Trainer:
         self.model = build(settings.arch, settings.seed, **settings.shape).to(settings.device)
         if settings.device == "cpu":
             use_blocked_attention(self.model)
-        self.optimizers = optimizers(self.model)
+        self.stacks = stacks(self.model)
+        self.optimizers = optimizers(self.model, self.stacks)
         self.place, self.step, self.log, self.seconds = Place(), 0, [], 0.0
         self.sums = torch.zeros(3, len(KINDS), dtype=torch.float64)
         if resume and self.file.exists():
@@ -80,11 +82,14 @@ class Trainer:
         rows = batch(self.place, self.settings.seed, self.step, self.settings.tokens)
         ids = torch.tensor([row.ids for row in rows], device=self.settings.device)  # [B, T]
         kinds = torch.tensor([row.kinds for row in rows], device=self.settings.device)[:, 1:]
+        routed = {"output_router_logits": True} if self.model.config.model_type == "qwen3_moe" else {}
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16):
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            out = self.model(input_ids=ids, use_cache=False, **routed)
+        logits = out.logits[:, :-1]
         losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = torch.tensor(loss_weights(self.place.stage), device=ids.device)[kinds.flatten()]
-        ((losses * weights).sum() / weights.sum()).backward()
+        loss = (losses * weights).sum() / weights.sum()
+        (loss + self.model.config.router_aux_loss_coef * out.aux_loss if routed else loss).backward()
         self.update()
         right = (logits.argmax(-1) == ids[:, 1:]).flatten()
         self.judge(losses.detach(), right, kinds.flatten())
@@ -97,6 +102,11 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, (MUON, ADAM), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
+        for stack, experts in self.stacks:
+            for expert, gradient in zip(experts, stack.grad, strict=True):
+                expert.grad = gradient
+            stack.grad = None
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -139,10 +149,20 @@ class Trainer:
         self.seconds, self.sums = state["seconds"], state["sums"].cpu()
 
 
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices inside blocks, AdamW for embeddings and norms."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+Stacks = list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]]
+
+
+def stacks(model: torch.nn.Module) -> Stacks:
+    """Every stack of experts [E, ..., ...], and its matrices as parameters of their own, in the same memory."""
+    return [(p, [torch.nn.Parameter(matrix) for matrix in p.data]) for p in model.parameters() if p.ndim == 3]
+
+
+def optimizers(model: torch.nn.Module, split: Stacks) -> list[torch.optim.Optimizer]:
+    """Muon for matrices inside blocks, AdamW for embeddings, norms and routers."""
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim != 3]
+    inside = [p for name, p in named if p.ndim == 2 and "embed" not in name and not name.endswith("mlp.gate.weight")]
+    outside = [p for name, p in named if all(p is not other for other in inside)]
+    inside += [expert for _, experts in split for expert in experts]
     muon = torch.optim.Muon(inside, lr=MUON, momentum=0.95, weight_decay=0.1, adjust_lr_fn="original")
     return [muon, torch.optim.AdamW(outside, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
 
