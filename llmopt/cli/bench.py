@@ -166,6 +166,8 @@ def prune(model, methods, ratios, units, data, score, samples, length, rows, pee
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The fastest of so many (speed).")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
               help="What is computed in.")
+@click.option("--flex", is_flag=True, help="Time torch's flex_attention on the same block lists, too (speed); it is "
+                                           "compiled, by a C++ compiler.")
 @click.option("--model", default="llmopt/reference", show_default=True, shell_complete=completion.models,
               help="Whose attention (recall, answers).")
 @click.option("--data", default="self", show_default=True,
@@ -177,7 +179,7 @@ def prune(model, methods, ratios, units, data, score, samples, length, rows, pee
                                                   "answers).")
 @click.option("--quick", is_flag=True, help="One short prompt.")
 @JSON
-def attention(methods, part, lengths, dims, rounds, dtype, model, data, text, length, rows, target, quick,
+def attention(methods, part, lengths, dims, rounds, dtype, flex, model, data, text, length, rows, target, quick,
               as_json) -> None:
     """Sparse prefill against torch's dense attention, selection included; how much of the attention it reads; what a
     model still answers.
@@ -196,7 +198,8 @@ def attention(methods, part, lengths, dims, rounds, dtype, model, data, text, le
     chosen = recall.selectors(methods or attention.METHODS)
     with log.progress() as progress:
         if part == "speed":
-            plan = attention.Plan(_numbers("--lengths", lengths, "4096"), _numbers("--dims", dims, "64"), rounds, dtype)
+            plan = attention.Plan(_numbers("--lengths", lengths, "4096"), _numbers("--dims", dims, "64"), rounds, dtype,
+                                  flex)
             found = attention.measure(attention.QUICK if quick else plan, chosen, progress)
         else:
             loaded = recall.Loaded.of(model, DataSpec(**source(data), samples=rows, length=length), chosen, progress,

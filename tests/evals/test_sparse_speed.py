@@ -3,15 +3,18 @@ import json
 
 import pytest
 import torch
-from llmopt_evals.bench import answers, attention, recall
+from llmopt_evals.bench import answers, attention, flex, recall
+from llmopt_kernels import Rule
 
 from llmopt import runtime
 from llmopt.attention import AShape, BlockTopK
+from llmopt.attention.base import State
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.runtime.attention_rows import attention_rows
 from tests import tiny
 from tests.command import call
+from tests.kernels.test_sparse import visible_by_hand
 
 
 def test_rows_tell_what_was_computed(monkeypatch):
@@ -91,6 +94,28 @@ def test_answers_on_the_command_line(monkeypatch, capfd, tmp_path):
     told = capfd.readouterr().out
     assert "window: 60" in told and "dense" in told and "100.0%" in told
     assert "right answers" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_flex_attention_gets_the_same_pairs(together):
+    q, k, v = attention.drawn(96, 16, torch.float32)
+    state = State(0, Rule(0.25), v, 0, 0)
+    stripes = BlockTopK(block=16, keep=1, together=together, near=2).select(q, k, state)
+    seen = visible_by_hand(stripes, state.rule, 8, 96, 96)[1]
+    blocks = flex.blocks_of(stripes, 8, 96).to_dense()[0].bool()
+    assert torch.equal(blocks.repeat_interleave(16, 1).repeat_interleave(16, 2) & torch.ones(96, 96).tril().bool(),
+                       seen) and not seen.all()
+    assert flex.on(AShape().select(q, k, state), q, k, v) is None
+
+
+def test_without_a_compiler_flex_attention_is_one_line(monkeypatch, capfd):
+    def broken(*given, **more):
+        raise OSError("no g++\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda work: broken)
+    monkeypatch.setattr(attention, "QUICK", attention.Plan(lengths=(64,), dims=(8,), rounds=1, flex=True))
+    assert call(monkeypatch, "bench", "attention", "attention.block_topk: {block: 16}", "--quick") == 2
+    assert "flex_attention: " in capfd.readouterr().err
 
 
 def test_nothing_is_selected_without_a_model():

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from llmopt.attention.base import Selector, State
 from llmopt.errors import LlmoptError
 from llmopt.progress import Progress
+from llmopt_evals.bench import flex
 
 HEADS, GROUPS = 8, 2
 METHODS = ("attention.a_shape: {ratio: 0.9}", "attention.a_shape: {ratio: 0.95}", "attention.anchor: {theta: 6}",
@@ -33,13 +34,17 @@ class Plan:
     dims: tuple[int, ...] = (64, 128)
     rounds: int = 3
     dtype: str = "float32"
+    flex: bool = False                      # torch's flex_attention beside those that read whole blocks
 
 
 QUICK = Plan(lengths=(512,), dims=(64,), rounds=2)
 
 
 def measure(plan: Plan, methods: Sequence[Selector], progress: Progress) -> list[dict[str, Any]]:
-    """A row for each length, dimension and method, ready for JSON; ratios above 1 are faster than dense."""
+    """A row for each length, dimension and method, ready for JSON; ratios above 1 are faster than dense.
+
+    flex: how many times as long flex_attention takes for the same pairs, where that was asked for and can be said.
+    """
     for method in methods:
         if type(method).plan is not Selector.plan:
             raise LlmoptError(f"{method.name}: decides beforehand by a model, and there is none here; --part recall")
@@ -61,9 +66,11 @@ def _compared(length: int, dim: int, plan: Plan, methods: Sequence[Selector]) ->
     for method in methods:
         choosing, stripes = _fastest(lambda method=method: method.select(q, k, State(0, rule, v, 0, 0)), plan.rounds)
         reading, (_, pairs) = _fastest(lambda stripes=stripes: sparse_attention(q, k, v, stripes, rule), plan.rounds)
-        yield {"length": length, "dim": dim, "method": method.name, "fields": method.to_dict()[method.name],
+        row = {"length": length, "dim": dim, "method": method.name, "fields": method.to_dict()[method.name],
                "density": float(pairs.double().mean()) / causal, "dense": dense, "selection": choosing,
                "attention": reading, "faster_attention": dense / reading, "faster": dense / (choosing + reading)}
+        other = flex.on(stripes, q, k, v) if plan.flex else None
+        yield row if other is None else row | {"flex": _fastest(other, plan.rounds)[0] / reading}
 
 
 def drawn(length: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
