@@ -1,16 +1,19 @@
 """Models that no table describes, quantized: what was found is what is written, and plain transformers reads it."""
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import llmopt
+from llmopt.errors import LlmoptError
 from llmopt.model.architectures import SPECS
 from llmopt.model.blocks import blocks
 from llmopt.parts import build
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
+from tests import odd as shapes
 from tests import tiny
 from tests.plans import contents, dense, plan
 
@@ -49,3 +52,37 @@ def test_streamed_they_are_the_bytes_of_a_run_in_memory(kind, way, tmp_path):
     assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
     written = sum(file.stat().st_size for file in (tmp_path / "memory").glob("*.safetensors"))
     assert kind in DENSE or report.predicted_bytes == pytest.approx(written, rel=BYTES)
+
+
+def odd(**changes):
+    """A model of tests/odd.py with weights large enough that all parts matter."""
+    shapes.register()
+    torch.manual_seed(0)
+    model = shapes.OddForCausalLM(shapes.OddConfig(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.12)
+    return model
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_of_nobodys_is_quantized_and_loaded_again(streamed, tmp_path):
+    model, ids = odd(), tiny.ids(4, 24)
+    model.save_pretrained(tmp_path / "dense")
+    made = plan(tmp_path, tmp_path / "dense", f"[quant.gptq: {json.dumps(WAYS['gptq'])}]")
+    report = pipeline.run(made, tmp_path / "out", streaming=Streaming(streamed))
+    names = {name.removeprefix("trunk.stages.") for name in report.records[0]["meta"]["modules"]}
+    pair = {f"{i}.mixer.pair.{name}" for i in range(3) for name in ("ask", "answer")}
+    assert names == pair | {f"{i}.deep.{place}" for i in (0, 2) for place in ("1.0", "2")}
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    found = fresh(ids).logits
+    assert not torch.equal(found, model(ids).logits)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), model(ids).logits.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"handed_on": True}, "trunk.stages.1 is given what earlier layers made beside the hidden state (before)"),
+    ({"twins": True}, "trunk.stages and trunk.others could both be its decoder layers")])
+def test_or_refused_in_a_line_that_says_what_is_missing(changes, expected):
+    with pytest.raises(LlmoptError, match=re.escape(f"architecture 'odd' is not supported: {expected}")):
+        llmopt.compress(odd(**changes), [build("quant.rtn", WAYS["rtn"])])

@@ -239,7 +239,7 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
 
 def _check_known(config: Any, source: str, trust: bool) -> None:
     """Raise LlmoptError for a model whose layers are neither in the table nor to be found."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoModelForCausalLM
 
     from llmopt.model.architectures import REFUSED, SPECS, unsupported
     from llmopt.model.blocks import spec_of
@@ -247,7 +247,7 @@ def _check_known(config: Any, source: str, trust: bool) -> None:
 
     kind = config.model_type
     own = getattr(config, "auto_map", None) or {}
-    ours = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    ours = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in own
     if kind in REFUSED or not ours:
         raise LlmoptError(f"{source}: {unsupported(kind)}")
     if kind not in SPECS:
