@@ -16,6 +16,10 @@ from tests.command import call
 
 class Config:
     vocab_size = 512
+
+    @classmethod
+    def get_text_config(cls):
+        return cls
     max_position_embeddings = 128
 
 

@@ -39,7 +39,7 @@ def load(spec: DataSpec, config: Any, tokenizer: Any, sampler: Sampler | None = 
             rows = _sampled(spec, _length(spec, limit), sampler)
         else:
             rows = _read(spec, _length(spec, limit), tokenizer)[:spec.samples]
-        batches = as_batches(shifted(rows, spec.shifts), config.vocab_size, spec.batch_size)
+        batches = as_batches(shifted(rows, spec.shifts), config.get_text_config().vocab_size, spec.batch_size)
         _check_lengths([len(row) for row in rows], limit)
         return batches
 
@@ -72,7 +72,7 @@ def held_out(spec: DataSpec, tokenizer: Any, model: nn.Module, rows: int, length
         with naming("held-out rows"):
             check_amount(wanted, length)
             found = Sampler(model, tokenizer, progress=Spoken()).rows(wanted, min(length, limit), first=spec.samples)
-    return as_batches(found, model.config.vocab_size, spec.batch_size)
+    return as_batches(found, model.config.get_text_config().vocab_size, spec.batch_size)
 
 
 def _is_own(spec: DataSpec) -> bool:

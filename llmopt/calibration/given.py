@@ -40,7 +40,7 @@ def batches_of(anything: Any, tokenizer: Any, config: Any, length: int | None = 
         rows = [row for item in items for row in _rows(item)]
     if (longest := max(map(len, rows), default=0)) > limit:
         raise LlmoptError(f"a row has {longest:,} tokens, but the model reads at most {limit:,}")
-    return as_batches([row for row in rows if len(row) > 1], config.vocab_size, batch_size)
+    return as_batches([row for row in rows if len(row) > 1], config.get_text_config().vocab_size, batch_size)
 
 
 def _items(anything: Any) -> Iterable[Any]:

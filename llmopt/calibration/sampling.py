@@ -79,7 +79,7 @@ class Sampler:
     @property
     def count(self) -> int:
         """Tokens to draw from: rows of the embedding beyond the tokenizer's tokens only fill it up."""
-        size = self.model.config.vocab_size
+        size = self.model.config.get_text_config().vocab_size
         return size if self.tokenizer is None else min(size, len(self.tokenizer))
 
     @property
@@ -131,7 +131,7 @@ class Sampler:
 
     def width(self, length: int) -> int:
         """How many rows are sampled at once: ROWS, or what a quarter of the free memory can hold the caches of."""
-        row = length * cache_bytes_per_token(self.model) + 16 * self.model.config.vocab_size
+        row = length * cache_bytes_per_token(self.model) + 16 * self.model.config.get_text_config().vocab_size
         return int(min(ROWS, max(1, available() // 4 // row)))
 
     def memory(self) -> DynamicCache:

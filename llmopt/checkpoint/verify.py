@@ -43,7 +43,8 @@ def verify(folder: Path, model: nn.Module) -> None:
 def probe(model: nn.Module) -> Tensor:
     """Fixed random ids [2, T] that any vocabulary holds."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.vocab_size, (2, probe_length(model)), generator=generator).to(model.device)
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(0, size, (2, probe_length(model)), generator=generator).to(model.device)
 
 
 def probe_length(model: nn.Module) -> int:

@@ -26,6 +26,8 @@ def lacking(model: nn.Module) -> dict[Level, str | None]:
 def _attention(model: nn.Module) -> str | None:
     """What of the attention of a model that no table describes cannot be done as it does it; None: nothing."""
     config, layers = model.config, known_layers(model)
+    if config.get_text_config() is not config:
+        return "it reads more than text"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is cut into chunks"
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)

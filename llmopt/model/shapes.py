@@ -100,6 +100,7 @@ def sliced(config: Any, kept: list[int]) -> Any:
 
 
 def _slice(config: Any, kept: list[int]) -> None:
+    config = config.get_text_config()
     count = config.num_hidden_layers
     for key, entries in config.to_dict().items():
         if isinstance(entries, list) and len(entries) == count and not key.endswith(NOT_BY_LAYER):

@@ -72,7 +72,7 @@ def check_numbers(model: nn.Module, tokens: int = CHECKED) -> None:
     if next(model.parameters()).is_meta:
         return
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, min(tokens, context_length(model.config))),
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, min(tokens, context_length(model.config))),
                         generator=generator)
     if bool(model(ids.to(model.device), use_cache=False).logits.isnan().any()):
         raise LlmoptError("the model computes NaN from ordinary tokens; its config or its weights are damaged")
