@@ -30,6 +30,7 @@ def build(family):
 
 def by_hand(method, query, keys, values, rule, places, bias=None):      # [T, D], [n, D], [n, D], n places -> [T, D]
     """One head entry by entry; the queries are the newest tokens, and older ones have drawn nothing."""
+    query, keys, values = query.double(), keys.double(), values.double()        # 1 - mass is small
     total, first = places[-1] + 1, places[-1] + 1 - len(query)
     drawn, out = dict.fromkeys(places, 0.0), []
     for t, q in enumerate(query):
@@ -43,9 +44,9 @@ def by_hand(method, query, keys, values, rule, places, bias=None):      # [T, D]
         sinks = torch.tensor([is_sink(method, places[x], i, drawn[places[x]], rule) for x in seen])
         mass = weights[sinks].sum()
         new = torch.where(sinks, method.beta * weights, weights * (1 + (1 - method.beta) * mass / (1 - mass)))
-        assert_close(new.sum(), torch.tensor(1.0))
+        assert_close(new.sum(), torch.tensor(1.0).double())
         out.append(new @ values[seen])
-    return torch.stack(out)
+    return torch.stack(out).float()
 
 
 def is_sink(method, k, t, drawn, rule):
