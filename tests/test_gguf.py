@@ -35,10 +35,9 @@ MORE = {"bloom": BloomConfig(vocab_size=len(WORDS), hidden_size=64, n_layer=2, n
         "stablelm": StableLmConfig(**GROUPED), "nemotron": NemotronConfig(**GROUPED),
         "lfm2": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)}
 TOLD = {            # sizes that a file of this architecture does not tell; transformers takes its config's defaults
-    "qwen3": dict(head_dim=128), "gpt2": dict(n_positions=1024, n_inner=None), "qwen3_moe": dict(
-        moe_intermediate_size=768), "qwen2_moe": dict(moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
-                                                      num_experts=60)}
-ALL = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "qwen2_moe", "qwen3_moe", *MORE)
+    "qwen3": dict(head_dim=128), "gpt2": dict(n_positions=1024, n_inner=None),
+    "qwen3_moe": dict(moe_intermediate_size=768)}
+ALL = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "qwen3_moe", *MORE)
 FEW = ("gpt2", "qwen3_moe", "lfm2")
 
 
