@@ -1,6 +1,5 @@
 """prune.plan: what stays of every layer from a file, as save() writes it, and files that hold something else."""
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,7 @@ from llmopt.prune.plan_file import layers_of, read_layers
 from llmopt.quant import RTN
 from tests import tiny
 
-PLAIN = Path(tempfile.mkdtemp()) / "plan.json"          # a plan that every architecture can follow
-PLAIN.write_text('{"layers": [{}, {"drop": true}, {}]}')
-CONTRACT = {"path": str(PLAIN)}
+CONTRACT = {"path": str(Path(__file__).parent / "plan.json")}            # a plan that every architecture can follow
 DATA = [{"input_ids": tiny.ids(8, 48), "attention_mask": torch.ones(8, 48, dtype=torch.long)}]
 
 
