@@ -72,9 +72,11 @@ class ByPlan(Cutter):
     def _made(self, model: nn.Module, run: Run, rate: Any) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The plan of this model; raises LlmoptError for the plan of another, or of what it cannot lose."""
         entries, views, file = read_layers(self.path), blocks(model), file_of(self.path)
-        if len(entries) != len(views):
+        if len(entries) != (run.layers or len(views)):
             raise LlmoptError(f"{file}: is the plan of another model: it has {len(entries)} layers, this model "
-                              f"{len(views)}")
+                              f"{run.layers or len(views)}")
+        if run.layers is not None:                                  # a rehearsal has one block, which has to stay
+            entries = sorted(({} if _coarse(entry) else entry for entry in entries), key=len)[-len(views):]
         kinds = sorted({UNITS[key] for entry in entries for key in UNITS.keys() & entry.keys()
                         if isinstance(entry[key], int)})
         if {"kv_groups", "q_heads"} <= set(kinds):

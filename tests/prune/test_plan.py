@@ -85,6 +85,14 @@ def test_the_plans_of_several_steps_become_one():
     assert layers_of([{"method": "quant.rtn", "meta": {}}]) is None
 
 
+def test_a_rehearsal_of_one_block_takes_an_entry_that_keeps_it(tmp_path):
+    plan = written(tmp_path / "p.json", {"ffn": 48}, *[{"drop": True}] * 4)
+    model = tiny.make("llama", num_hidden_layers=1)
+    assert ByPlan(path=plan).apply(model, Run(DATA, layers=5)).meta["removed_units"] == {"ffn": 48}
+    with pytest.raises(LlmoptError, match="it has 5 layers, this model 7"):
+        ByPlan(path=plan).apply(model, Run(DATA, layers=7))
+
+
 def test_bits_and_layers_share_one_file(tmp_path):
     model = tiny.make("llama")
     report = llmopt.compress(model, [Magnitude(ratio=0.5, units=["ffn"], refit=False),
