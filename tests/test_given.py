@@ -1,5 +1,4 @@
 """Calibration data as programs hold them: every kind makes the same batches, everything else is one line."""
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -7,14 +6,14 @@ import pytest
 import torch
 from llmopt_evals.world.tokenizer import build_tokenizer
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BatchEncoding
+from transformers import BatchEncoding, LlamaConfig
 
 from llmopt.calibration.given import batches_of
 from llmopt.errors import LlmoptError
 from tests import tiny
 from tests.test_data import ROLES, rows_of
 
-CONFIG = SimpleNamespace(vocab_size=512, max_position_embeddings=128)
+CONFIG = LlamaConfig(vocab_size=512, max_position_embeddings=128)
 IDS = tiny.ids(5, 12)
 LEFT = torch.tensor([[0, 0, 0, *[1] * 9]] * 5)              # padded on the left
 TEXTS = ["the fox runs near the river .", "the bird sings in the forest ."]

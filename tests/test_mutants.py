@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 import torch
 from pydantic.dataclasses import dataclass
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import llmopt
 from llmopt import kv, runtime
@@ -113,6 +113,6 @@ def test_bos_stands_in_front_where_the_tokenizer_adds_none(tmp_path):
     bare = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=words.bos_token, pad_token=words.pad_token)
     assert bare("the fox").input_ids[0] != bare.bos_token_id
     (tmp_path / "t.txt").write_text("the fox runs . " * 12)
-    config = type("Config", (), {"vocab_size": len(words), "max_position_embeddings": 128})
+    config = LlamaConfig(vocab_size=len(words), max_position_embeddings=128)
     batch, = data.load(DataSpec(name="text", path=str(tmp_path / "t.txt")), config, bare)
     assert batch["input_ids"][0, :2].tolist() == [bare.bos_token_id, *bare("the").input_ids]

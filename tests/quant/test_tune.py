@@ -89,7 +89,7 @@ def test_tokens_that_count_less_change_what_is_learned(step):
 
 def test_predictions_come_nearer_to_the_dense_models():
     """The figure is the mean KL over the real tokens, of the model as it is left."""
-    step = Tune(iterations=6, objective="logits", codes=0.02, **GIVEN)
+    step = Tune(iterations=12, objective="logits", codes=0.02, **GIVEN)
     model, record = made(step)
     dense, figures = make("llama", norms=True), list(record.meta["modules"].values())
     p, q = (torch.cat([each(**b).logits[b["attention_mask"].bool()] for b in batches()]).log_softmax(-1).detach()
