@@ -8,18 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import llmopt
 from llmopt import recipe
 from llmopt.checkpoint import save as checkpoint
 from llmopt.errors import LlmoptError
 from llmopt.files.shards import DiskFull
 from llmopt.heads import Gradient
 from llmopt.model import computing
-from llmopt.model.blocks import layer_list
-from llmopt.model.stored import rebuilt, stored
-from llmopt.model.weights import coded
-from llmopt.quant import GPTQ, RTN, tune
 from llmopt.quant import measured as trials
+from llmopt.quant import tune
 from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
@@ -327,31 +323,6 @@ def test_a_line_cut_short_is_as_if_never_written(tmp_path):
             again.remember(0, "three", dict)
             raise KeyboardInterrupt
         assert len(Journal(work)._read()) == max(1, whole) + 1
-
-
-# ------------------------------------------------------------------------------------------------ a block's file
-
-@pytest.mark.parametrize(("family", "step"), [
-    ("llama", GPTQ(bits=3, group_size=16, symmetric=False, static_groups=False)),
-    ("gpt2", RTN(bits=5, group_size=32, overrides={"c_attn": {"bits": 16}})),
-    ("phi3", RTN(bits=2, group_size=-1, scale_dtype="float16")),
-    ("llama", RTN(scheme="NVFP4")), ("phi3", RTN(scheme="MXFP4A16")), ("qwen2", GPTQ(scheme="FP8")),
-    ("llama", RTN(scheme="MXFP8")), ("llama", RTN(scheme="W8A8"))])
-def test_a_layer_is_rebuilt_from_what_is_stored(family, step, tmp_path):
-    model = tiny.make(family)
-    llmopt.compress(model, [step], batches=tiny.ids(4, 32))
-    layer, like = layer_list(model)[0], layer_list(tiny.make(family))[0]
-    tensors, record = stored(layer)
-    alone = [name for name in tensors if name.removesuffix(".weight") in record]         # codes alone
-    assert all(tensors[name].itemsize == 1 for name in alone)
-    state, results = rebuilt(like, tensors, json.loads(json.dumps(record)))
-    assert state.keys() == layer.state_dict().keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
-    for weight, (again, codes) in zip(coded(layer), results, strict=True):
-        assert (again.key, again.transposed) == (weight.key, weight.transposed)
-        assert {k: v for k, v in vars(codes).items() if not isinstance(v, torch.Tensor)} == \
-               {k: v for k, v in vars(weight.codes).items() if not isinstance(v, torch.Tensor)}
-        assert torch.equal(codes.dequantize(torch.float32), weight.codes.dequantize(torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------ a finished run

@@ -25,6 +25,7 @@ from llmopt.errors import LlmoptError, naming_arguments
 from llmopt.files import own, shards
 from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
+from llmopt.files.plans import FILE as PLAN
 from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
@@ -34,7 +35,6 @@ from llmopt.model.stored import packed_in_place, refuse_rounded_inputs
 from llmopt.model.usable import check_model
 from llmopt.model.ways import view
 from llmopt.model.weights import check_consistent
-from llmopt.prune.plan_file import FILE as PLAN
 from llmopt.prune.plan_file import layers_of
 from llmopt.quant.plan_file import plans_of
 from llmopt.specs import ModelSpec

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.errors import LlmoptError, closest
-from llmopt.files.checks import load_json
+from llmopt.files.plans import FILE, read_part
 
-FILE = "plan.json"
 KINDS = ("ffn", "kv_groups", "heads")
 PARTS = ("attention", "mlp")
 Entry = dict[str, Any]
@@ -27,12 +26,7 @@ def file_of(path: str) -> Path:
 def read_layers(path: str) -> list[Entry]:
     """The entries of a file; raises LlmoptError for one that holds no plan of layers."""
     file = file_of(path)
-    if not file.is_file():
-        raise LlmoptError(f"path: there is no file {file}")
-    held = load_json(file)
-    entries = held.get("layers") if isinstance(held, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise LlmoptError(f'{file}: no plan of layers; {{"layers": [{{"ffn": 1216}}, {{"drop": true}}]}} expected')
+    entries = read_part(file, "layers", list, '[{"ffn": 1216}, {"drop": true}]', "path")
     for index, entry in enumerate(entries):
         _check(entry, f"{file}: layer {index}")
     return entries

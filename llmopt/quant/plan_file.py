@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.errors import LlmoptError, closest
-from llmopt.files.checks import load_json
+from llmopt.files.plans import read_part
 from llmopt.quant.plan import DENSE, Choice, Target, check_divides
 
 BITS = (*range(2, 9), DENSE)
@@ -18,13 +18,7 @@ BITS = (*range(2, 9), DENSE)
 
 def read_plan(name: str) -> dict[str, Choice]:
     """{weight: its choice} from a file; raises LlmoptError for one that holds no plan."""
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise LlmoptError(f"plan: there is no file {name}")
-    held = load_json(file)
-    entries = held.get("modules") if isinstance(held, dict) else None
-    if not isinstance(entries, dict) or not entries:
-        raise LlmoptError(f'{name}: holds no plan; expected {{"modules": {{WEIGHT: {{"bits": 3, "group_size": 64}}}}}}')
+    entries = read_part(Path(name).expanduser(), "modules", dict, '{WEIGHT: {"bits": 3, "group_size": 64}}', "plan")
     return {weight: _choice(entry, f"{name}: {weight}") for weight, entry in entries.items()}
 
 

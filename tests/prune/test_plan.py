@@ -126,5 +126,5 @@ def test_files_that_hold_no_plan(tmp_path):
     with pytest.raises(LlmoptError, match="there is no file"):
         read_layers(str(tmp_path))
     (tmp_path / "plan.json").write_text('{"modules": {}}')
-    with pytest.raises(LlmoptError, match="no plan of layers"):
+    with pytest.raises(LlmoptError, match="holds no plan; expected ..layers"):
         read_layers(str(tmp_path))
