@@ -6,9 +6,9 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError
+from llmopt.files.packaged import EMBEDDED, REFERENCE
 from llmopt.parts import Checked, default_of, fields_of, in_our_words
 
-REFERENCE = "llmopt/reference"
 BY_NAME = ("wikitext", "c4", "ultrachat", "pile")       # datasets of the hub; llmopt.calibration.hub tells which
 WITH_PATH = ("text", "ids", "hub")
 MAX_SAMPLES = 1_000_000
@@ -41,8 +41,8 @@ ComputeDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"],
 class ModelSpec(Checked):
     """The model to compress."""
 
-    id: str = Field(REFERENCE, description="a folder, a hub name or a GGUF file; llmopt/reference is the "
-                                       "embedded model")
+    id: str = Field(REFERENCE, description="a folder, a hub name or a GGUF file; llmopt/reference and "
+                                       "llmopt/reference-moe, with experts, are the embedded models")
     dtype: Dtype | None = Field(None, description="null: the checkpoint's own; bf16, fp16, fp32 are known too")
     compute_dtype: ComputeDtype = Field(
         "auto", description="the type to compute in, not to store; auto: what is fast on this machine")
@@ -70,7 +70,7 @@ class DataSpec(Checked):
     """Calibration data; llmopt.calibration.data tells what each source means."""
 
     name: Literal["self", "wikitext", "c4", "ultrachat", "pile", "world", "text", "ids", "hub"] | None = Field(
-        None, description="the source; null: rows sampled from the model itself, for llmopt/reference its world")
+        None, description="the source; null: rows sampled from the model itself, for the embedded models their world")
     path: str | None = Field(None, description="a file (text, ids) or a dataset (hub)")
     config: str | None = Field(None, description="configuration of the dataset (hub)")
     split: str = Field("train", description="split of the dataset (hub)")
@@ -94,7 +94,7 @@ class DataSpec(Checked):
 
     def of(self, model: str) -> "DataSpec":
         """This spec with the source that a model (its id) gets where none is named."""
-        return self if self.name else replace(self, name="world" if model == REFERENCE else "self")
+        return self if self.name else replace(self, name="world" if model in EMBEDDED else "self")
 
 
 @in_our_words

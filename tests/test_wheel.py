@@ -56,7 +56,7 @@ def test_it_holds_the_packages_the_data_and_the_licence_and_nothing_else(wheel):
     expected = {str(p) for p in tracked} | {f"llmopt/recipes/{p.name}" for p in (ROOT / "recipes").iterdir()}
     facts = {name for name in names if ".dist-info/" in name}
     assert set(names) - facts == expected
-    assert "llmopt_evals/world/reference/model.safetensors" in expected
+    assert {f"llmopt_evals/world/{name}/model.safetensors" for name in ("reference", "reference-moe")} <= expected
     assert any(name.endswith("licenses/LICENSE") for name in facts)
 
 

@@ -10,9 +10,9 @@ from llmopt.checkpoint.compressed_tensors import rounded_inputs
 from llmopt.checkpoint.facts import FILE, read_facts, read_layers
 from llmopt.errors import one_line
 from llmopt.files.json_shapes import finite
+from llmopt.files.packaged import EMBEDDED
 from llmopt.files.shards import write_text
 from llmopt.model.architectures import SPECS, Spec
-from llmopt.model.loading import REFERENCE
 from llmopt.parts import get, names
 
 TEMPLATE = """---
@@ -140,7 +140,7 @@ def _step(record: dict[str, Any]) -> str:
 def _name(facts: dict[str, Any], config: dict[str, Any]) -> str:
     """How the card calls the model that was compressed: by its name on the hub, or by its folder without the path."""
     given = facts["base_model"]
-    if facts.get("base_repo") or given == REFERENCE:
+    if facts.get("base_repo") or given in EMBEDDED:
         return facts.get("base_repo") or given
     path = one_line(Path(given).name)
     older = "base_repo" not in facts and not given.startswith(("/", ".", "~"))       # older files do not tell
@@ -152,7 +152,7 @@ def _origin(facts: dict[str, Any], name: str) -> str:
         return f"[{name}](https://huggingface.co/{name})"
     if ancestor := facts.get("base_ancestor"):
         return f"{name}, a local folder made from [{ancestor}](https://huggingface.co/{ancestor})"
-    return f"{name}, the small model that llmopt comes with" if name == REFERENCE else f"{name}, a local model"
+    return f"{name}, the small model that llmopt comes with" if name in EMBEDDED else f"{name}, a local model"
 
 
 def _metadata(facts: dict[str, Any], config: dict[str, Any], title: str) -> str:
@@ -207,7 +207,7 @@ def _command(facts: dict[str, Any]) -> str | None:
     if facts.get("recipe") is None:
         return None
     words = ["llmopt compress --recipe recipe.yaml"]
-    if not facts.get("base_repo") and facts["base_model"] != REFERENCE:
+    if not facts.get("base_repo") and facts["base_model"] not in EMBEDDED:
         words += ["--model FOLDER"]
     return " ".join([*words, *(w for w in facts.get("changes", []) if w == "--trust-remote-code"), "--output out"])
 

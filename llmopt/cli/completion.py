@@ -46,8 +46,10 @@ def tasks(ctx: click.Context, param: click.Parameter, typed: str) -> list[Comple
 
 
 def models(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
-    """The embedded model once its name has begun, else folders."""
-    return (typed and _matching(["llmopt/reference"], typed)) or [CompletionItem(typed, type="dir")]
+    """The embedded models once their name has begun, else folders."""
+    from llmopt.files.packaged import EMBEDDED
+
+    return (typed and _matching(EMBEDDED, typed)) or [CompletionItem(typed, type="dir")]
 
 
 def _matching(names: Iterable[str], typed: str, before: str = "") -> list[CompletionItem]:

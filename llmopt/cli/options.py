@@ -17,7 +17,7 @@ TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the 
 COUNT = click.IntRange(min=1)
 ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
 DATA = click.option("--data", metavar="WORD", help="A file, self (sampled from the model), world, or a dataset of the "
-                    "hub.  [default: self; llmopt/reference: world]")
+                    "hub.  [default: self; embedded models: world]")
 
 
 class HomePath(click.Path):

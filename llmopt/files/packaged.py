@@ -1,6 +1,8 @@
-"""Recipes that come with llmopt, by name."""
+"""Recipes and models that come with llmopt, by name."""
 from pathlib import Path
 
+REFERENCE = "llmopt/reference"
+EMBEDDED = (REFERENCE, f"{REFERENCE}-moe")      # models, in llmopt_evals/world
 PACKAGED = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")  # the checkout's, the wheel's
 
 

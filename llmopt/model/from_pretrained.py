@@ -2,8 +2,9 @@
 
 `AutoModelForCausalLM` finds the classes of modeling.py: they build per-layer shapes and attach runtime parts. Any other
 model class (`LlamaForCausalLM`, `AutoModel`, a subclass of one's own) makes its like of modeling.py where the config
-has keys of ours, and itself where it has none. All of them, AutoConfig and AutoTokenizer know the name
-`llmopt/reference`. transformers takes seconds to import: what is not there yet is changed at the moment when it comes.
+has keys of ours, and itself where it has none. All of them, AutoConfig and AutoTokenizer know the names
+of the embedded models, `llmopt/reference` among them. transformers takes seconds to import: what is not there yet is
+changed at the moment when it comes.
 """
 import functools
 import importlib
@@ -17,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from llmopt.errors import LlmoptError
+from llmopt.files.packaged import EMBEDDED
 
-REFERENCE = "llmopt/reference"
 CAUSAL = ("ForCausalLM", "LMHeadModel")         # how the classes of causal LMs end
 
 
@@ -49,8 +50,8 @@ def _extend_auto_model(auto: ModuleType) -> None:
 
 
 def _place(name: Any) -> Any:
-    """The folder of `llmopt/reference`, which is no name of the hub; any other name as it is."""
-    if name != REFERENCE:
+    """The folder of an embedded model, whose name is none of the hub; any other name as it is."""
+    if name not in EMBEDDED:
         return name
     from llmopt.model.loading import resolve
 
@@ -58,7 +59,7 @@ def _place(name: Any) -> Any:
 
 
 def _know_reference(auto: type) -> None:
-    """Let a class of transformers find the configuration or tokenizer of `llmopt/reference`."""
+    """Let a class of transformers find the configuration or tokenizer of the embedded models."""
     stock = auto.from_pretrained.__func__
 
     @functools.wraps(stock)

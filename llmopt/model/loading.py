@@ -15,13 +15,14 @@ from llmopt.errors import LlmoptError, closest, naming
 from llmopt.files.checks import check_config, fact_of, read_header, refusals, weight_files
 from llmopt.files.hub import check_name, companion
 from llmopt.files.limited import limited
+from llmopt.files.packaged import EMBEDDED
 from llmopt.files.tensors import file_of, read
 from llmopt.model.context import context_length
 from llmopt.model.finite import all_finite, cast, check_finite
 from llmopt.model.fit import check_types, refuse_foreign
 from llmopt.model.ways import dequantized, view
 from llmopt.model.ways.write import needs_view, opened
-from llmopt.specs import REFERENCE, ModelSpec
+from llmopt.specs import ModelSpec
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")       # one of them is there
 DEVICES = ("cpu", "cuda", "cuda:1", "mps", "xpu")
@@ -31,15 +32,15 @@ EXPANSION = 32          # values that one stored number can stand for: int32 wor
 
 
 def resolve(model: str | ModelSpec) -> str:
-    """The folder or hub name behind a model, or its id; `llmopt/reference` is the embedded one, `~` the user's home.
+    """The folder or hub name behind a model, or its id; the embedded ones have names; `~` is the user's home.
 
     What does not lie there as plain safetensors is opened: the folder is then its view (model/ways/view.py).
     """
     name = os.path.expanduser(model if isinstance(model, str) else model.id)
-    if name == REFERENCE:
+    if name in EMBEDDED:
         from llmopt_evals import world
 
-        name = str(world.reference_path())
+        name = str(world.reference_path(name))
     spec = ModelSpec(id=name) if isinstance(model, str) and name else model
     if isinstance(spec, ModelSpec) and needs_view(spec):
         return str(opened(replace(spec, id=name)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.errors import LlmoptError, closest
-from llmopt.files.packaged import recipes
+from llmopt.files.packaged import REFERENCE, recipes
 from llmopt.method import Method
 from llmopt.parts import build, default_of, fields_of, names, plain
 from llmopt.recipe.assign import assign
@@ -14,7 +14,6 @@ from llmopt.recipe.one_line import method_name, one_line
 from llmopt.recipe.reader import Recipe, from_data, load
 from llmopt.recipe.schemes import ELSEWHERE, SCHEMES
 from llmopt.recipe.words import Words
-from llmopt.specs import REFERENCE
 
 
 def recipe_of(given: Any, model: str | None = None, words: Mapping[str, Any] | None = None,

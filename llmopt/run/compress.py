@@ -12,6 +12,7 @@ from llmopt.calibration import data as calibration
 from llmopt.calibration.given import batches_of
 from llmopt.calibration.sampling import Sampler
 from llmopt.errors import LlmoptError, naming_arguments
+from llmopt.files.packaged import EMBEDDED
 from llmopt.method import Method, Run
 from llmopt.model.computing import choose
 from llmopt.model.loading import load_dense, load_tokenizer, resolve
@@ -25,7 +26,7 @@ from llmopt.run import dry_run as rehearsal
 from llmopt.run import pipeline
 from llmopt.run.foretold import Foretold
 from llmopt.run.report import Report
-from llmopt.specs import REFERENCE, DataSpec
+from llmopt.specs import DataSpec
 
 Named = str | os.PathLike
 Batches = list[calibration.Batch]
@@ -133,8 +134,8 @@ def _batches(given: Any, spec: DataSpec, steps: Sequence[Method], sampler: Sampl
         spec = DataSpec(**(given if isinstance(given, Mapping) else source(os.fspath(given))))
     if not any(step.needs_data for step in steps):
         return None
-    embedded = config._name_or_path in (REFERENCE, resolve(REFERENCE))
-    return calibration.load(spec.of(REFERENCE if embedded else ""), config, sampler.tokenizer, sampler)
+    named = next((name for name in EMBEDDED if config._name_or_path in (name, resolve(name))), "")
+    return calibration.load(spec.of(named), config, sampler.tokenizer, sampler)
 
 
 def _is_named(data: Any) -> bool:

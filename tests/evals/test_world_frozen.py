@@ -9,6 +9,7 @@ from llmopt_evals.world.text import eval_stories, perplexity_text
 
 WORLD_V1 = {
     "weights": "8bd19f2cb2d244c7",
+    "weights with experts": "3ee5be1b80e3844b",
     "tokenizer": "14487e756c17ba26",
     "questions": "c31289bad30985ff",
     "texts": "017dd8d646b30873",
@@ -25,6 +26,7 @@ def test_world_v1_is_what_it_was():
     read = [perplexity_text(24, 512), [s.ids for s in eval_stories(4, 512)], calibration_ids(8, 512).tolist()]
     assert {
         "weights": digest((reference_path() / "model.safetensors").read_bytes()),
+        "weights with experts": digest((reference_path("llmopt/reference-moe") / "model.safetensors").read_bytes()),
         "tokenizer": digest((reference_path() / "tokenizer.json").read_bytes()),
         "questions": digest(asked),
         "texts": digest(read),

@@ -21,11 +21,12 @@ from torch import nn
 import llmopt
 from llmopt.calibration.data import Batch, as_batches, fingerprint
 from llmopt.errors import LlmoptError, naming
+from llmopt.files.packaged import REFERENCE
 from llmopt.model.computing import choose
 from llmopt.model.loading import check_dense, load_dense, resolve
 from llmopt.parts import build, fields_of, get
 from llmopt.progress import Progress
-from llmopt.specs import REFERENCE, DataSpec, ModelSpec
+from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import fidelity
 from llmopt_evals.bench.rows import rows_of
 from llmopt_evals.entries import read

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from llmopt.errors import LlmoptError, naming
+from llmopt.files.packaged import REFERENCE
 from llmopt.model.loading import check_dense, resolve
 from llmopt.parts import build, get
 from llmopt.progress import Progress
-from llmopt.specs import REFERENCE, DataSpec, ModelSpec
+from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import fidelity
 from llmopt_evals.bench.rows import rows_of
 from llmopt_evals.entries import read

@@ -1,6 +1,6 @@
 """The embedded world: a small language of stories, facts and questions generated from seeds, and a model trained on it.
 
-`reference_path()` is the trained model, `calibration_ids()` text to calibrate on, `tasks_path()` the lm-eval tasks,
+`reference_path()` is a trained model, `calibration_ids()` text to calibrate on, `tasks_path()` the lm-eval tasks,
 `split_context()` the rule that separates what a cache method may compress from what is asked of it afterwards.
 """
 

@@ -9,6 +9,8 @@ import click
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmopt.model.loading import resolve
+
 from .damage import rounded, without_channels
 from .paths import reference_path
 from .questions import copy_questions, fact_questions, recall_questions
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--documents", type=int, default=24, help="contexts and stories per figure")
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(options.model), dtype=torch.float32).eval()
     results = knowledge(model, options.documents) + brittleness(model)
     click.echo(json.dumps([asdict(r) | {"met": r.met} for r in results], indent=1) if options.json else table(results))
     sys.exit(not all(result.met for result in results))
