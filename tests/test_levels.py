@@ -91,7 +91,7 @@ def test_blocks_leave(kind, tmp_path):
 
 def test_what_takes_more_than_weights_is_refused_by_its_level(tmp_path):
     model = tiny.make("qwen3_5_text")
-    assert levels.described(model).startswith("weights; not run time: ")
+    assert levels.described(model).startswith("run time; not structure: ")
     for name, fields in (("prune.magnitude", {"units": ["ffn"]}), ("transform.rotate", {}),
                          ("prune.depth", {"units": ["mlp"]})):
         with pytest.raises(LlmoptError, match=f"steps.0 {name}: qwen3_5_text: .* level 'structure'.*{NO_ENTRY}"):

@@ -54,24 +54,28 @@ class Reuse(BlockSelector):
         return Sample(run, 1, "all")
 
     def plan(self, model: nn.Module, run: Run) -> Record:
-        """{"sources": by layer whose choice it reads, FULL where it reads everything; "ratio90"; "overlap"}."""
+        """{"sources": by layer whose choice it reads, FULL where it reads everything or has no attention; "ratio90" and
+        "overlap" of the layers that attend}.
+        """
         return Record(run.memory.remember("sources", lambda: run.ranks.agree(self._decided(model, run))))
 
     def _decided(self, model: nn.Module, run: Run) -> dict[str, Any]:
-        spread, alike = self._profile(model, run)
-        count = len(spread)
+        spread, alike = self._profile(model, run)                       # of the layers that attend
+        attending = [block.index for block in blocks(model) if block.attention is not None]
+        given, count = [FULL] * len(blocks(model)), len(spread)
         full = sorted(spread.argsort(descending=True, stable=True)[:math.ceil(count * (1 - self.sparsity))].tolist())
         seen = alike.clone()
         seen[full] = seen[:, full] = 0.0
         seen.fill_diagonal_(1.0)
         found = sources(seen, math.ceil(count * self.sparsity * self.computed) + 2 * len(full))
-        return {"sources": [FULL if layer in full else found[layer] for layer in range(count)],
-                "ratio90": spread.tolist(), "overlap": alike.tolist()}
+        for place, layer in enumerate(attending):
+            given[layer] = FULL if place in full else attending[found[place]]
+        return {"sources": given, "ratio90": spread.tolist(), "overlap": alike.tolist()}
 
     @torch.no_grad()
     def _profile(self, model: nn.Module, run: Run) -> tuple[Tensor, Tensor]:
         """(ratio90 [L], overlap [L, L], 0 where the guard says that it is chance)."""
-        ratios, common = defaultdict(list), defaultdict(list)
+        ratios, common, chooses = defaultdict(list), defaultdict(list), False
         for ids in _single(run.batches)[:self.rows]:
             mass = self._mass(model, ids)                                                # by layer [G, tiles, blocks]
             causal = torch.ones(mass[0].shape[1:]).tril().bool()
@@ -82,12 +86,13 @@ class Reuse(BlockSelector):
                 ratios[layer].append((largest(x, 0.9).sum(-1) / causal.sum(1)).mean())
             if not bool(tiles.any()):
                 continue
+            chooses = True
             chance = float((self.keep / far.sum(1)[tiles]).mean())
             for (i, one), (j, other) in combinations(enumerate(picks), 2):
                 if one.shape == other.shape:                                            # as many KV heads
                     both = float(((one & other).sum(-1) / self.keep).mean(-1).min())
                     common[i, j].append(both if (both - chance) / (1 - chance) >= self.guard else 0.0)
-        if not common:
+        if not chooses:
             raise LlmoptError(f"{self.name}: no row of the data has more than {self.keep + self.first} blocks of "
                               f"{self.block} tokens; longer rows, a smaller block, or fewer to keep")
         alike = torch.eye(len(ratios), dtype=torch.float64)

@@ -45,6 +45,7 @@ def water_fill(weights: Tensor, cap: float) -> Tensor:      # [H] -> [H]
 class Hess(HeadScore):
     """Budgets by the Fisher trace of a head's query projection; one forward and one backward pass for each row."""
 
+    level: ClassVar = "structure"       # which rows of a projection are a head's
     mean_over: ClassVar = "samples"
     unit: ClassVar = "budget, in even shares of the layer"
 

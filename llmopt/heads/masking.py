@@ -20,7 +20,7 @@ from llmopt.calibration.walk import visits
 from llmopt.errors import LlmoptError
 from llmopt.heads.base import single_rows
 from llmopt.method import Run
-from llmopt.model.blocks import blocks, layer_list
+from llmopt.model.blocks import blocks, layer_list, returned
 from llmopt.runtime.interface import attending_by
 
 How = Literal["zero", "mean", "uniform"]
@@ -111,7 +111,7 @@ def begun_at(model: nn.Module, index: int, hidden: Tensor) -> Iterator[None]:
     earlier = layer_list(model)[:index]
     try:
         for layer in earlier:
-            layer.forward = lambda *args, **kwargs: hidden
+            layer.forward = lambda *args, **kwargs: returned(model, hidden)
         yield
     finally:
         for layer in earlier:

@@ -18,6 +18,7 @@ from llmopt.kv.structure import demoted, frequent_marks
 from llmopt.kv.view import LayerKV, Source, index_of_real, look_up
 from llmopt.method import Record, Run, Sample
 from llmopt.model.blocks import blocks
+from llmopt.model.positions import refuse_turned
 from llmopt.parts import fields_of
 from llmopt.runtime.attach import CacheMethod
 from llmopt.runtime.cache import LlmoptCache
@@ -58,10 +59,11 @@ class Scorer(CacheMethod):
 
     Per row of the batch, with n real tokens seen, a KV head keeps on average
     min(n, max(minimum, n - floor(ratio * n))) or min(n, budget) entries. learns: its `learn` runs the model, on the
-    texts that heads.replay has read.
+    texts that heads.replay has read. turns: it looks at keys or queries as they are before RoPE.
     """
 
     learns: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
 
     ratio: float | None = Field(None, ge=0, lt=1, description="fraction removed")
     budget: int | None = Field(None, ge=1, description="mean entries per KV head, sinks and window included")
@@ -150,7 +152,17 @@ class Scorer(CacheMethod):
         """What the scorer decides once, by `scoring` alone: methods that differ in other fields may share it."""
         return Record()
 
+    def refuse(self, model: nn.Module) -> None:
+        """Raise LlmoptError for a model that does not show what this method looks at."""
+        if self.turns or self.reduce.turns:
+            refuse_turned(model)
+
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        self.refuse(skeleton)
+        return super().sketch(skeleton, run, source)
+
     def plan(self, model: nn.Module, run: Run) -> Record:
+        self.refuse(model)
         return self.planned(self.learn(model, run), model, run)
 
     def planned(self, learned: Record, model: nn.Module, run: Run) -> Record:

@@ -6,6 +6,8 @@ Chari and Van Durme, 2025 (arXiv:2507.08143). `blend` is the share that is remov
 the authors' press in kvpress. Differs: entries that are always kept count in mean, spread and scores, and attention has
 the layer's scale, which the press leaves out. Left out: the paper's calibration of how much can be removed.
 """
+from typing import ClassVar
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -21,6 +23,8 @@ from llmopt.parts import register
 @dataclass(frozen=True)
 class Compactor(Scorer):
     """Attention inside chunks together with leverage scores of the keys; one pass, no question needed."""
+
+    turns: ClassVar = True
 
     sinks: int = Field(8, ge=0, description="first tokens, always kept")
     window: int = Field(4, ge=0, description="last tokens, always kept")

@@ -34,6 +34,10 @@ class EMSMerge(Reducer):
     merge_keys: bool = Field(False, description="the keys too")
     count: bool = Field(False, description="an entry draws as much attention as all that went into it")
 
+    @property
+    def turns(self) -> bool:
+        return self.merge_keys
+
     def reduce(self, kv: LayerKV, entries: Entries, keep: Tensor, scores: Tensor) -> Entries:
         others = gone(entries, keep)
         best = ranks(scores.masked_fill(~others, -torch.inf)) < (self.beta * keep.sum(-1, keepdim=True)).ceil()

@@ -7,6 +7,8 @@ Devoto et al., 2025 (arXiv:2510.00636): the mean of exp(logit) over a normal dis
 over all but the first `sinks` tokens, which stay in any case: they draw most of the attention of some query heads,
 whose wishes would hardly count. Nothing left out; a softcap on logits is not taken into account.
 """
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -21,6 +23,8 @@ from llmopt.parts import register
 @dataclass(frozen=True)
 class Expected(Scorer):
     """What queries of the prompt's kind will look at; no map of attention is computed."""
+
+    turns: ClassVar = True
 
     sinks: int = Field(4, ge=0, description="first tokens, always kept; their queries do not count")
     ahead: int = Field(512, ge=1, le=100_000, description="positions to come over which the rotation is averaged")

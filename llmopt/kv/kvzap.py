@@ -85,6 +85,10 @@ class KVzap(Scorer):
             put_tensor(skeleton, f"{step}.student.{index}", torch.empty(shape, device="meta"))
         return super().sketch(skeleton, run, source)
 
+    @property
+    def turns(self) -> bool:
+        return self.features == "all"
+
     def weight_shapes(self, model: nn.Module) -> dict[int, list[int]]:
         """[G, F] of each layer that has attention: one row of weights for each KV head."""
         cheap = 1 + CHEAP if self.features == "all" else 0

@@ -8,6 +8,8 @@ Differs: the first tokens stay, since the key on which idle attention rests need
 kvpress keeps none for sure, that of the whole Compactor eight).
 Left out: the score's mean and spread are not taken out of it, which changes no choice inside a layer.
 """
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -25,6 +27,8 @@ DIMENSIONS = 48
 @dataclass(frozen=True)
 class Leverage(Scorer):
     """Keys that stand out from the space of the others; no attention is computed."""
+
+    turns: ClassVar = True
 
     sinks: int = Field(4, ge=0, description="first tokens, always kept")
     dimensions: int = Field(DIMENSIONS, ge=1, description="keys are projected to so many, at most")

@@ -1,5 +1,6 @@
 """What becomes of the entries that are not kept: the pieces that a recipe names in `reduce`."""
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -14,6 +15,7 @@ class Reducer(Part, ABC):
     """Makes one layer of one row smaller."""
 
     kind = "reducer"
+    turns: ClassVar[bool] = False       # it turns keys to other positions
 
     @abstractmethod
     def reduce(self, kv: LayerKV, entries: Entries, keep: Tensor, scores: Tensor) -> Entries:

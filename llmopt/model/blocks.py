@@ -232,13 +232,14 @@ def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
 def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found) -> Block:
     """A layer that no table describes; of its attention the sizes are known that it showed."""
     read = [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group] for group in known.groups]
-    shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0, attn_out=None)
+    shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
     if len(known.attention) == 1:
         (child, seen), = known.attention.items()
         writer = Projection(f"{name}.{seen.writer}", layer.get_submodule(seen.writer)) if seen.writer else None
+        readers = next((group for group in read if group[0].name.startswith(f"{name}.{child}.")), [])
         shape = dict(attention=layer.get_submodule(child), heads=seen.heads, kv_heads=seen.kv_heads,
-                     head_dim=seen.head_dim, attn_out=writer)
-    return Block(index, name, layer, **shape, width=0, attn_in=[], ffn_in=[], ffn_out=None, norms={},
+                     head_dim=seen.head_dim, attn_in=readers, attn_out=writer)
+    return Block(index, name, layer, **shape, width=0, ffn_in=[], ffn_out=None, norms={},
                  form="branch_post", read=read)
 
 

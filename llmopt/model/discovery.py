@@ -30,6 +30,8 @@ NARROW = 8                      # rows or columns of a linear map that is not wo
 TINY = 400                      # or less than so small a part of its layer's weights
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OWN_FORWARD, NO_ROWS = "it has a forward of its own", "it does not read one row for each token"
+ELEMENTWISE = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0",
+               "MulBackward0")         # steps of autograd behind which a number is still at its place
 STACK = "it is a stack of matrices, as experts are"
 
 
@@ -57,7 +59,7 @@ class Attends:
     """How a module attends: H query heads, G KV heads, D channels of queries and keys, and as many of values.
 
     window: tokens that a query sees. asks: what else it wants of the attention function. writer: the linear map that
-    reads what the heads give, as they give it; empty: none does.
+    reads what the heads give, as they give it or times a gate; empty: none does.
     """
 
     heads: int
@@ -211,9 +213,9 @@ def _looking(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args
     asks += ["a mask of its own"] * (mask is not None) + ["more than one attention"] * (LOOKING in vars(module))
     batch, heads, tokens, dim = query.shape
     vars(module)[LOOKING] = Attends(heads, key.shape[1], dim, value.shape[3], kwargs.get("sliding_window"), tuple(asks))
-    out = query.new_empty(batch, tokens, heads, value.shape[3])
-    vars(module)[GIVEN] = out
-    return out, None
+    given = query.new_empty(batch, tokens, heads, value.shape[3]).requires_grad_()
+    vars(module)[GIVEN] = given
+    return given.clone(), None
 
 
 AttentionInterface.register(LOOKING, _looking)
@@ -226,6 +228,7 @@ class _Look:
         self.layer = layer
         self.calls: list[tuple[str, tuple, bool]] = []          # name, what it read, whether a row is a token
         self.read: list[Tensor] = []                            # kept alive: storages are told apart by address
+        self.inputs: dict[str, Tensor] = {}                     # what each linear map has read first
         self.entries, self.runs, self.same = 0, 0, True
         self.earlier: list[str] = []
         self.linears = {name: module for name, module in layer.named_modules() if is_linear(module)}
@@ -263,6 +266,7 @@ class _Look:
         x = args[0]
         place = x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version
         self.read.append(x)
+        self.inputs.setdefault(name, x)
         maps = isinstance(out, Tensor) and out.shape == (*x.shape[:-1], out_features(module))
         by_token = [n for n in x.shape[:-1] if n > 1] in ([ROWS, TOKENS], [ROWS * TOKENS])
         self.calls.append((name, place, "" if maps and by_token else OWN_FORWARD if by_token else NO_ROWS))
@@ -283,8 +287,7 @@ class _Look:
         for name, module in self.layer.named_modules():
             if LOOKING in vars(module):
                 attention[name], given = vars(module)[LOOKING], vars(module)[GIVEN]
-                place = given.untyped_storage()._cdata, 0, given.numel()
-                attention[name].writer = next((linear for linear, read, _ in self.calls if read[:3] == place), "")
+                attention[name].writer = next((linear for linear, x in self.inputs.items() if _gated(x, given)), "")
         return Found([*groups.values()], left, self.entries, self.earlier, attention)
 
     def _left(self) -> dict[str, str]:
@@ -302,6 +305,18 @@ class _Look:
                       if min(module.weight.shape) < NARROW or module.weight.numel() * TINY < total else ""))
             left |= {name: reason} if reason else {}
         return left
+
+
+def _gated(x: Tensor, given: Tensor) -> bool:
+    """True if x is `given` in another shape, each of its numbers perhaps times another one."""
+    waiting = [x.grad_fn] if x.numel() == given.numel() else []
+    while waiting:
+        node = waiting.pop()
+        if getattr(node, "variable", None) is given:
+            return True
+        if node is not None and node.name() in ELEMENTWISE:
+            waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:

@@ -4,16 +4,30 @@
     run time    heads.*, kv.*, attention.*: models whose attention goes through transformers' attention interface
     structure   widths and heads that leave, transforms: architectures with an entry in the table (architectures.py)
 """
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from llmopt.errors import LlmoptError
 from llmopt.model.architectures import NO_ENTRY
 from llmopt.model.blocks import known_layers, spec_of
+from llmopt.model.discovery import Found
 
+OWN_CACHE = {"minimax": "it takes no cache but one of a class of its own",
+             "recurrent_gemma": "it does not give back the cache that it fills"}
 Level = Literal["weights", "run time", "structure"]
+ATTEND = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
+          LinearAttentionAndSlidingWindowAttentionLayer)        # what a cache holds of a layer with attention,
+PASS = (LinearAttentionLayer, DummyLayer)                       # and of one without
 
 
 def lacking(model: nn.Module) -> dict[Level, str | None]:
@@ -30,22 +44,33 @@ def _attention(model: nn.Module) -> str | None:
         return "it reads more than text"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is cut into chunks"
-    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
-    for index, held in enumerate(DynamicCache(config=config).layers):
-        if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer) and index < len(layers):
-            return f"layer {index} keeps a state beside keys and values, or instead of them"
-    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        if len(layer.attention) != 1:
-            return f"layer {index} does not attend by transformers' attention interface, or not once"
-        (seen,) = layer.attention.values()
-        if seen.value_dim != seen.head_dim or getattr(config, "kv_lora_rank", None):
-            return f"layer {index} caches what keys and values are made of, not these (MLA)"
-        if seen.asks:
-            return f"the attention of layer {index} asks for {', '.join(seen.asks)}"
-        if not seen.writer:
-            return f"no linear map of layer {index} reads what its heads give, as they give it"
-        if seen.window is None and kind is not None and "sliding" in kind:
-            return f"the window of layer {index} is in its mask alone"
+    if not any(layer.attention for layer in layers):
+        return "none of its layers attends by transformers' attention interface"
+    if config.model_type in OWN_CACHE:
+        return OWN_CACHE[config.model_type]
+    kinds, held = getattr(config, "layer_types", None) or [None] * len(layers), DynamicCache(config=config).layers
+    reasons = (_of_layer(f"layer {index}", layer, kind, type(held[index]), config)
+               for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _of_layer(name: str, layer: Found, kind: str | None, held: type, config: Any) -> str | None:
+    """What of a layer cannot be done; held: what a cache of transformers keeps of it. One without attention passes."""
+    if held not in ATTEND + PASS:
+        return f"{name} keeps something else than keys, values and states ({held.__name__})"
+    if held in PASS and not layer.attention:
+        return None
+    if held in PASS or len(layer.attention) != 1:
+        return f"{name} does not attend by transformers' attention interface, or not once"
+    (seen,) = layer.attention.values()
+    if seen.value_dim != seen.head_dim or getattr(config, "kv_lora_rank", None):
+        return f"{name} caches what keys and values are made of, not these (MLA)"
+    if seen.asks:
+        return f"the attention of {name} asks for {', '.join(seen.asks)}"
+    if not seen.writer:
+        return f"no linear map of {name} reads what its heads give, as they give it or times a gate"
+    if seen.window is None and kind is not None and "sliding" in kind:
+        return f"the window of {name} is in its mask alone"
     return None
 
 

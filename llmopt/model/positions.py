@@ -41,6 +41,15 @@ def attention_windows(model: nn.Module) -> list[int | None]:
             for i in layers]
 
 
+def refuse_turned(model: nn.Module) -> None:
+    """Raise LlmoptError if the keys of this model cannot be turned back to position 0."""
+    spec, kind = spec_of(model), model.config.model_type
+    if not spec.known:
+        raise LlmoptError(f"{kind}: how positions turn its keys is not known: {NO_ENTRY}")
+    if spec.turned:
+        raise LlmoptError(f"{kind}: its keys cannot be turned back to position 0: {spec.turned}")
+
+
 @torch.no_grad()
 def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines [length, R] by which this layer turns queries and keys at positions 0, 1, ...
@@ -49,11 +58,8 @@ def rotary_tables(model: nn.Module, layer: int, length: int, like: Tensor) -> tu
     them (partial, scaled, per layer type), in the dtype and on the device of `like`; `length` is to be the number of
     positions that the model has seen, for scalings that depend on it.
     """
+    refuse_turned(model)
     spec = spec_of(model)
-    if not spec.known:
-        raise LlmoptError(f"{model.config.model_type}: how positions turn its keys is not known: {NO_ENTRY}")
-    if spec.turned:
-        raise LlmoptError(f"{model.config.model_type}: its keys cannot be turned back to position 0: {spec.turned}")
     if spec.rotary is None:
         return None
     typed = "rope_type" not in model.config.rope_parameters          # one entry per layer type, as in Gemma-3

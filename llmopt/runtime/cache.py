@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from llmopt.errors import LlmoptError
 from llmopt.runtime.cache_layer import Entries, RaggedLayer
 from llmopt.runtime.forward import Forward
+from llmopt.runtime.states import copied, new_states, tensors_of
 
 __all__ = ["Entries", "LlmoptCache", "RaggedLayer"]
 
@@ -34,15 +35,19 @@ class Owner:
 class LlmoptCache(Cache):
     """The cache of a whole model, whose layers have `groups` KV heads (0: no attention) and maybe sliding windows.
 
+    states: what layers keep beside keys and values (states.py), or None; how many of each layer is given.
     mask: bool [B, seen], False at padding, or None while there is none. position_ids: [B, seen] as the model was given
     them, or None while they count the columns. ids: int64 [B, seen], where a method looks at them again. dropped: bool
     [B, seen then], the tokens that a mask hid when entries were last dropped, or None. pending: tokens since the last
     compression. counts: position ids are left open and count real tokens, see counted_positions. hides: the mask of
-    this forward hides kept entries. forward: the forward that reads this cache now, or one that died.
+    this forward hides kept entries. forward: the forward that reads this cache now, or one that died. stirred: it has
+    come to the states.
     """
 
-    def __init__(self, groups: list[int], windows: list[int | None], model: nn.Module | None = None):
+    def __init__(self, groups: list[int], windows: list[int | None], model: nn.Module | None = None,
+                 states: list[int] | None = None):
         super().__init__(layers=[RaggedLayer(*shape) for shape in zip(groups, windows, strict=True)])
+        self.states: Cache | None = new_states(states) if states and any(states) else None
         self.owner = Owner(model)
         self._forget()
 
@@ -53,7 +58,7 @@ class LlmoptCache(Cache):
         self.ids: Tensor | None = None
         self.counts = False
         self.pending = 0
-        self.hides = False
+        self.hides = self.stirred = False
         self.forward: Forward | None = None
 
     # ------------------------------------------------------------------------------------------- around a forward
@@ -67,13 +72,13 @@ class LlmoptCache(Cache):
             raise LlmoptError("this cache was filled by another model, whose keys and values it holds; pass none")
         if self.batch_size not in (-1, batch):
             raise LlmoptError(f"the cache holds {self.batch_size} rows, {batch} were given")
-        self.forward, forward.cache = forward, self
+        self.forward, forward.cache, self.stirred = forward, self, False
         forward.before = self.get_seq_length(), *(getattr(self, name) for name in NOTES)
 
     def end(self, died: bool) -> None:
         """The forward is over. After one that died in the middle no other may read this cache."""
         seen, *notes = self.forward.before
-        if died and any(layer.seen != seen for layer in self.layers):
+        if died and (self.stirred or any(self.layers[index].seen != seen for index in self.attending())):
             return
         if died:
             self.__dict__.update(zip(NOTES, notes, strict=True))
@@ -81,10 +86,45 @@ class LlmoptCache(Cache):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        self._check_reading()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_reading(self) -> None:
         if self.forward is None or self.forward.cache is not self:
             raise LlmoptError("this cache was filled by a model with attached llmopt methods, and the model that reads "
                               "it has none (detached?): attach them again, or pass no past_key_values")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(self._counting(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, self._counting(layer_idx))
+
+    def _counting(self, index: int) -> int:
+        """The layer that counts tokens for layer `index`: itself if it attends, else the first one that does."""
+        return index if self.layers[index].groups else next(iter(self.attending()), index)
+
+    # ------------------------------------------------------------------------------- states beside keys and values
+
+    def _stir(self) -> Cache:
+        self._check_reading()
+        self.stirred = True
+        return self.states
+
+    def get_conv_state(self, *args, **kwargs) -> Tensor | None:
+        return self._stir().get_conv_state(*args, **kwargs)
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        return self._stir().update_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args, **kwargs) -> Tensor | None:
+        return self._stir().get_recurrent_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        return self._stir().update_recurrent_state(*args, **kwargs)
+
+    def has_previous_state(self, *args, **kwargs) -> bool:
+        return (super() if self.states is None else self.states).has_previous_state(*args, **kwargs)
 
     def note_mask(self, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         """The padding mask [B, seen + tokens] of a call, kept; a call without one continues with what is known.
@@ -158,7 +198,7 @@ class LlmoptCache(Cache):
 
     def note_dropped(self) -> None:
         """A compression is done: where a layer dropped entries, what the mask hides now is gone for good."""
-        if any(layer.folded == layer.seen for layer in self.layers):
+        if any(self.layers[index].folded == self.layers[index].seen for index in self.attending()):
             self.dropped = None if self.mask is None else ~self.mask
 
     # ------------------------------------------------------------------------------------------------ copies, rows
@@ -166,11 +206,18 @@ class LlmoptCache(Cache):
     def fork(self) -> "LlmoptCache":
         """A copy to continue from, at no cost in memory until it grows; this one stays as it is."""
         twin = LlmoptCache([], [])
-        twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers])
+        twin.__dict__.update(self.__dict__, layers=[layer.fork() for layer in self.layers],
+                             states=None if self.states is None else copied(self.states))
         return twin
 
     def without_last(self) -> "LlmoptCache":
-        """A copy that has not seen the last token yet; what its coming made the method evict stays evicted."""
+        """A copy that has not seen the last token yet; what its coming made the method evict stays evicted.
+
+        Raises LlmoptError where layers keep states.
+        """
+        if self.states is not None:
+            raise LlmoptError("layers with a state (convolutions, Mamba, linear attention) cannot take a token back; "
+                              "fork the cache before its last token is read")
         twin = self.fork()
         twin.layers = [layer.without_last() for layer in self.layers]
         seen = self.get_seq_length() - 1
@@ -181,6 +228,8 @@ class LlmoptCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        if self.states is not None:
+            self.states.reset()
         self._forget()
 
     def crop(self, *args, **kwargs) -> None:
@@ -201,6 +250,8 @@ class LlmoptCache(Cache):
             return
         for layer in self.layers:
             layer.select_rows(rows)
+        if self.states is not None:
+            self.states.reorder_cache(rows)
         for name in NOTES:
             noted = getattr(self, name)
             setattr(self, name, None if noted is None else noted[rows.to(noted.device)])
@@ -228,8 +279,9 @@ class LlmoptCache(Cache):
         return [layer.counts() for layer in self.layers]
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held: keys, values, positions, and queries waiting for the next compression."""
+        """Bytes of all tensors held: keys, values, positions, states, and queries waiting for the next compression."""
         tensors = [t for layer in self.layers for t in layer.tensors()]
+        tensors += [] if self.states is None else tensors_of(self.states)
         tensors += [x for x in map(self.__dict__.get, NOTES) if x is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 

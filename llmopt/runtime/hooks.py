@@ -22,6 +22,7 @@ from llmopt.runtime.forward import Forward
 from llmopt.runtime.interface import KEY, NAME
 from llmopt.runtime.lanes import lanes_attention
 from llmopt.runtime.prompt import Attended, Prompt
+from llmopt.runtime.states import states_by_layer
 
 SERVED = (None, "dynamic")                                       # cache implementations of transformers
 
@@ -43,6 +44,7 @@ class Attachment:
         self.rotary = spec_of(model).rotary is not None
         self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
+        self.states = None if spec_of(model).known else states_by_layer(model.config)
         self.looking: list = []                         # hooks on attention modules, while a method asks for its inputs
         inner = decoder(model)
         self.arguments = list(inspect.signature(inner.forward).parameters)
@@ -112,7 +114,7 @@ class Attachment:
 
     def new_cache(self) -> LlmoptCache:
         """An empty cache that fits the model."""
-        return LlmoptCache(self.groups, attention_windows(self.model), self.model)
+        return LlmoptCache(self.groups, attention_windows(self.model), self.model, self.states)
 
     def _prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """Stands in for the method of that name that `generate` calls."""
@@ -167,6 +169,8 @@ class Attachment:
             cache.note_ids(named.get("input_ids"), self.now.tokens, method.name)
         if self.rotary and (given := cache.counted_positions(named.get("position_ids"), self.now.tokens)) is not None:
             named["position_ids"] = given
+        if self.rotary and named.get("position_ids") is None and (seen := cache.get_seq_length()):
+            named["position_ids"] = torch.arange(seen, seen + self.now.tokens, device=self.model.device)[None]
         if not self.rotary:
             refuse_far(self.model, named.get("position_ids"), cache.get_seq_length() + self.now.tokens, cache.mask)
         cache.note_position_ids(named.get("position_ids"), batch, self.now.tokens)

@@ -8,12 +8,14 @@ from llmopt_kernels import NONE
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from llmopt import recipe, runtime
 from llmopt.files.packaged import recipes
 from llmopt.kv.reducers import Evict
 from llmopt.method import Method, Run
 from llmopt.runtime.interface import attending_by
+from llmopt.runtime.states import copied, states_by_layer
 from tests import tiny
 
 BY_HAND, KEY = "llmopt_by_hand", "_test_held"
@@ -125,26 +127,49 @@ def held_by(cache) -> list[list]:
             for layer in cache.layers]
 
 
+class StatesAlone(Cache):
+    """Of an LlmoptCache what hybrids keep beside keys and values, and how many tokens were seen."""
+
+    def __init__(self, cache):
+        super().__init__(layers=[DynamicLayer() for _ in cache.layers])
+        self.seen, self.states = cache.get_seq_length(), copied(cache.states)
+        for name in ("conv_state", "recurrent_state"):
+            for verb in ("get", "update"):
+                setattr(self, f"{verb}_{name}", getattr(self.states, f"{verb}_{name}"))
+
+    def update(self, key, value, *args, **kwargs):
+        return key, value
+
+    def get_seq_length(self, layer_idx=0):
+        return self.seen
+
+
 @torch.no_grad()
 def continued_by_hand(model, cache, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits of new tokens behind what the cache holds, by plain attention; mask: [B, seen + T]."""
     held = held_by(cache)
     with attending_by(model, BY_HAND, KEY, lambda layer, module: (held[layer], mask.bool())):
-        return model(tokens, position_ids=places(mask)[:, -tokens.shape[1]:], use_cache=False).logits
+        states = {"use_cache": False} if cache.states is None else {
+            "past_key_values": StatesAlone(cache), "attention_mask": mask}
+        return model(tokens, position_ids=places(mask)[:, -tokens.shape[1]:], **states).logits
 
 
 # ---------------------------------------------------------------------------------------------------- what must hold
 
 def assert_room_for_all_is_dense(model, steps: list[Method]) -> None:
-    """In any turns, in a padded batch and in beams, the model is what it is without methods; and so when they go."""
+    """In any turns, in a padded batch and in beams, the model is what it is without methods; and so when they go.
+
+    One with states rounds otherwise in turns than at once.
+    """
     tokens, mask = padded()
+    alike = TURNS if any(states_by_layer(model.config)) else (LENGTH,)
     asked = dict(attention_mask=mask, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0, eos_token_id=None)
-    want, text = read(model, tokens, mask, (LENGTH,))[0], model.generate(tokens, **asked)
+    want, text = read(model, tokens, mask, alike)[0], model.generate(tokens, **asked)
     with in_force(model, [roomy(step) for step in steps]):
         got, real = read(model, tokens, mask, TURNS)[0], mask.bool()
         assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
         assert torch.equal(model.generate(tokens, **asked), text)
-    assert torch.equal(read(model, tokens, mask, (LENGTH,))[0], want)
+    assert torch.equal(read(model, tokens, mask, alike)[0], want)
 
 
 def assert_what_is_kept_is_the_prompts(model, steps: list[Method]) -> None:
@@ -152,7 +177,7 @@ def assert_what_is_kept_is_the_prompts(model, steps: list[Method]) -> None:
     tokens, mask = padded()
     if any(getattr(step, "reduce", Evict()) != Evict() or step.name == "kv.quant" for step in steps):
         return
-    stock = read(model, tokens, mask, (LENGTH,), DynamicCache())[1]
+    stock = read(model, tokens, mask, (LENGTH,), DynamicCache(config=model.config))[1]
     with in_force(model, steps):
         cache = read(model, tokens, mask, (LENGTH,))[1]
     for layer, whole in zip(held_by(cache), stock.layers, strict=True):
