@@ -177,7 +177,8 @@ def assert_what_is_kept_is_the_prompts(model, steps: list[Method]) -> None:
     tokens, mask = padded()
     if any(getattr(step, "reduce", Evict()) != Evict() or step.name == "kv.quant" for step in steps):
         return
-    stock = read(model, tokens, mask, (LENGTH,), DynamicCache(config=model.config))[1]
+    whole = DynamicCache(config=model.config) if any(states_by_layer(model.config)) else DynamicCache()   # no windows
+    stock = read(model, tokens, mask, (LENGTH,), whole)[1]
     with in_force(model, steps):
         cache = read(model, tokens, mask, (LENGTH,))[1]
     for layer, whole in zip(held_by(cache), stock.layers, strict=True):
