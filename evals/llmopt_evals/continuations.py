@@ -68,7 +68,7 @@ def costs(model: nn.Module, texts: list[Text], trials: list[tuple[tuple[RuntimeM
     with copies.keeping(model):
         for text in texts:
             whole = copies.read(model, text.context)
-            last = model(text.context[:, -1:], past_key_values=whole.cache.without_last()).logits
+            last = behind(model, text.context, whole)
             for cost, parts in zip(found, trials, strict=True):
                 with whole.compressed(*parts) as cache:
                     cost.hold(cache)
@@ -77,6 +77,13 @@ def costs(model: nn.Module, texts: list[Text], trials: list[tuple[tuple[RuntimeM
                         after = model(rest[:, :-1], past_key_values=cache.fork()).logits
                         cost.count(torch.cat([last, after], 1)[0, -length:], rest[0, -length:])
     return found
+
+
+def behind(model: nn.Module, context: torch.Tensor, whole: copies.Whole) -> torch.Tensor:
+    """Logits [1, 1, V] of the context's last token; where layers keep states it is read a second time in full."""
+    if whole.cache.states is not None:
+        return model(context, use_cache=False, logits_to_keep=1).logits
+    return model(context[:, -1:], past_key_values=whole.cache.without_last()).logits
 
 
 def learned(model: nn.Module, tokenizer: Any, steps: tuple[str, ...], ratios: tuple[float, ...],

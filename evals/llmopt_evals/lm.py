@@ -182,11 +182,16 @@ class LlmoptLM(HFLM):
         return self._world
 
     def _score_group(self, prefix: list[int], members: list[tuple[int, list[int], int]]):
-        """(index, score) of every tail asked after one prefix, each from the same compressed cache."""
-        inside, filled = self.readout.states(torch.tensor([prefix], device=self.device), use_cache=True)
-        cache, again = filled.past_key_values, []
-        if not self._rolling and runtime.has_eviction(self.model):
-            cache, again = cache.without_last(), prefix[-1:]
+        """(index, score) of every tail asked after one prefix, each from the same compressed cache.
+
+        The prefix's last token is read on what was kept; by layers with states, which take none back, only there.
+        """
+        aside = runtime.keeps_states(self.model)
+        evicts = not self._rolling and runtime.has_eviction(self.model) and len(prefix) > aside
+        aside, again = aside and evicts, prefix[-1:] if evicts else []
+        inside, filled = self.readout.states(torch.tensor([prefix[:-1] if aside else prefix], device=self.device),
+                                             use_cache=True)
+        cache = filled.past_key_values.without_last() if evicts and not aside else filled.past_key_values
         for index, tail, count in members:
             states = torch.cat([inside[0], self._continue(cache, [*again, *tail[:-1]], inside)])
             score, = self._read(states[-count:], [[*prefix[1:], *tail][-count:]])

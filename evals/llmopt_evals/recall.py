@@ -29,7 +29,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.computing import computing
 from llmopt.recipe.sources import source
 from llmopt.run.pipeline import score_heads
-from llmopt.runtime import copies
+from llmopt.runtime import copies, keeps_states
 from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import contexts, entries, needles
 from llmopt_evals.answers import Answers
@@ -92,7 +92,8 @@ class Prompt:
             tally.seconds += self._in_all(setting, time.process_time() - start)
             tally.reading += self.reading
             tally.hold(cache)
-            cache = cache.without_last()                # so that the first answer comes out of what was kept
+            if cache.states is None:
+                cache = cache.without_last()            # so that the first answer comes out of what was kept
             for question in self.questions:
                 ids, count = [self.last, *question.asked, *question.answer], len(question.answer)
                 logits = self.whole.model(torch.tensor([ids[:-1]]), past_key_values=cache.fork()).logits[0, -count:]
@@ -107,14 +108,15 @@ class Prompt:
 
 def prompts(model: nn.Module, text: Context, forms: tuple[str, ...]) -> Iterator[Prompt]:
     """The text, with all questions about it, and the text with each question behind it."""
-    start = time.process_time()
-    whole = copies.read(model, torch.tensor([text.ids]))
+    start, left = time.process_time(), int(keeps_states(model))         # the last token, which no state takes back
+    whole = copies.read(model, torch.tensor([text.ids[:len(text.ids) - left]]))
     reading = time.process_time() - start
     if "agnostic" in forms:
         yield Prompt("agnostic", whole, text.ids[-1], text.questions["agnostic"], reading)
     for question in text.questions["aware"] if "aware" in forms else []:
         start = time.process_time()
-        prompt = whole.further(torch.tensor([question.asked]))
+        rest = [*text.ids[len(text.ids) - left:], *question.asked]
+        prompt = whole.further(torch.tensor([rest[:len(rest) - left]]))
         yield Prompt("aware", prompt, question.asked[-1], [Question([], question.answer)],
                      reading + time.process_time() - start)
 

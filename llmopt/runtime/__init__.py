@@ -11,6 +11,7 @@ from llmopt.runtime.attach import (
     detach,
     frozen,
     has_eviction,
+    keeps_states,
     new_cache,
     runtime_config,
 )
@@ -18,5 +19,5 @@ from llmopt.runtime.cache import LlmoptCache
 from llmopt.runtime.hooks import Attachment
 
 __all__ = ["Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod", "attach",
-           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
-           "runtime_config"]
+           "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "keeps_states",
+           "new_cache", "runtime_config"]

@@ -23,8 +23,8 @@ from llmopt.runtime.interface import KEY
 from llmopt.runtime.prompt import Attended, Prompt
 
 __all__ = ["AdjustMethod", "Attachment", "CacheMethod", "LlmoptCache", "PrefillMethod", "RuntimeMethod", "StoreMethod",
-           "attach", "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction", "new_cache",
-           "runtime_config"]
+           "attach", "attach_from_config", "attached", "attachment", "detach", "frozen", "has_eviction",
+           "keeps_states", "new_cache", "runtime_config"]
 
 
 CONFIG = {"steps?": [{"method": {str: {str: object}}, "meta": {str: object}}], "tensors?": {str: object}, str: object}
@@ -196,6 +196,12 @@ def has_eviction(model: nn.Module) -> bool:
     """True if an attached method changes what the cache holds, by dropping entries or by packing them."""
     live = attachment(model)
     return live is not None and any(live.method(place) is not None for place in (EVICTOR, STORE))
+
+
+def keeps_states(model: nn.Module) -> bool:
+    """True if layers keep states beside keys and values, so that a cache cannot take its last token back."""
+    live = attachment(model)
+    return live is not None and any(live.states or ())
 
 
 def runtime_config(model: nn.Module) -> dict[str, Any]:
