@@ -1,4 +1,5 @@
 """The one walk over weights: each in turn, with what it reads on the calibration data as its solver wants it."""
+import copy
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 from llmopt.calibration.beside import visits_beside
 from llmopt.calibration.missing import Missing, places
+from llmopt.calibration.routed import Routing
 from llmopt.calibration.second_moments import Gram, mirrored_
 from llmopt.calibration.walk import Visit, each, visits
 from llmopt.method import Run
 from llmopt.model.blocks import Projection
+from llmopt.model.expert_weights import stacks_of
 from llmopt.scale.processes import Ranks
 
 
@@ -37,7 +40,7 @@ class Moments(Gram):
     """Second moments of a projection's input, hessian = (2 / N) sum_t r_t x_t x_t^T  [in, in], float32.
 
     size: mean |x| too, (1 / N) sum_t r_t |x_t|  [in]. largest: the peak of the inputs, missing: what they or the
-    outputs lack (missing.py), where these were asked for.
+    outputs lack (missing.py), where these were asked for. told: what is to be said of codes that come of them.
     """
 
     def __init__(self, ranks: Ranks = Ranks(), size: bool = False):         # noqa: B008  frozen
@@ -46,6 +49,7 @@ class Moments(Gram):
         self.wants_size, self.sizes = size, None            # the sum behind `size`, float64
         self.largest: Peak | None = None
         self.missing: Missing | None = None
+        self.told: dict[str, Any] = {}
 
     @property
     def hessian(self) -> Tensor | None:
@@ -96,6 +100,8 @@ class Inputs:
     how much each real token of each batch counts in the moments ([N] per batch), given a visit of this process's rows
     and the run; None: all alike. dense: what is missing in the inputs beside the moments, and with "residual" in the
     stream that the outputs are added to; of weights that are edited.
+
+    min_tokens: an expert that was sent fewer is given all tokens of its layer, as all are with all_experts.
     """
 
     kind: Literal["none", "peak", "moments", "rows"] = "none"
@@ -103,6 +109,8 @@ class Inputs:
     peak: bool = False
     token_weights: Callable[[Visit, Run], list[Tensor] | None] | None = None
     dense: Literal["none", "inputs", "residual"] = "none"
+    min_tokens: int = 0
+    all_experts: bool = False
 
 
 Seen = Moments | Peak | list[Tensor] | None
@@ -117,7 +125,7 @@ def each_weight(model: nn.Module, run: Run, names: Collection[str], label: str, 
     """
     if inputs.kind == "none":
         for block in each(model, run, label, edits):
-            yield from ((p, None) for p in block.projections() if p.name in names)
+            yield from ((p, None) for group in block.weights() for p in group if p.name in names)
         return
     if inputs.dense != "none" and edits:                # else both streams are one
         stops = visits_beside(model, run, label, lambda b: places(b, names, inputs.dense == "residual"))
@@ -135,6 +143,8 @@ def weights_of(visit: Visit, run: Run, names: Collection[str], inputs: Inputs) -
             seen = None if inputs.kind == "none" else _rows(visit, group[0], run) if inputs.kind == "rows" else \
                 moments_of(visit, group[0], inputs, weights, run)
             yield from ((p, seen) for p in chosen)
+    if inputs.kind == "moments":
+        yield from _of_experts(visit, run, names, inputs, weights)
 
 
 def moments_of(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,
@@ -159,6 +169,34 @@ def moments_of(visit: Visit, reader: Projection, inputs: Inputs, weights: list[T
     for one in seen:
         one.join(reader.weight)
     return found
+
+
+def _of_experts(visit: Visit, run: Run, names: Collection[str], inputs: Inputs,
+                weights: list[Tensor] | None) -> Iterator[tuple[Projection, Moments]]:
+    """The experts' matrices in `names`, one expert after the other, each with the moments of what it reads.
+
+    Their `told`: how many tokens the expert was sent, and whether it shares those of the layer for want of its own.
+    """
+    chosen = {(p.expert, p.parameter): p for p in visit.block.of_experts() if p.name in names}
+    if not chosen:
+        return
+    routing, layer = Routing(visit, run), {}
+    for expert in range(routing.experts.count):
+        shares = inputs.all_experts or routing.shares(expert, inputs.min_tokens)
+        own: dict[int, Moments] = {}
+        for stack in stacks_of(routing.experts):
+            projection = chosen.get((expert, stack.parameter))
+            if projection is None:
+                continue
+            found = layer if shares and stack.step == 0 else own        # what all experts read alike: once
+            if stack.step not in found:
+                moments = found[stack.step] = Moments(run.ranks, inputs.size)
+                for x, share in routing.read(expert, stack.parameter, shares, weights):
+                    moments.add(x, share)
+                moments.join(projection.weight)
+            seen = copy.copy(found[stack.step])             # which shares all that is made of them
+            seen.told = {"tokens": routing.sent[expert], "shared": shares and not inputs.all_experts}
+            yield projection, seen
 
 
 def _rows(visit: Visit, reader: Projection, run: Run) -> list[Tensor]:

@@ -118,6 +118,24 @@ class Visit:
                 with suppress(_Enough), torch.no_grad():
                     self.forward(index, weights)
 
+    @torch.no_grad()
+    def calls_of(self, module: nn.Module) -> Iterator[tuple[tuple, dict, Tensor]]:
+        """(arguments, keyword arguments, mask [B, T]) of a module inside the block, batch by batch; it runs so far."""
+        seen: list[tuple[tuple, dict]] = []
+
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.append((args, kwargs))
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            for index, mask in enumerate(self.masks):
+                with suppress(_Enough):
+                    self.forward(index)
+                yield *seen.pop(), mask
+        finally:
+            handle.remove()
+
     def record(self, places: Places, hold: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch; the inputs of the places are put into `dense`, as `hold` keeps them."""
         self.dense = {name: [] for name in places}

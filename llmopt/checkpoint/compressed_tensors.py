@@ -1,12 +1,14 @@
 """Quantized modules as compressed-tensors holds them (model/packing.py), and their quantization_config.
 
-What is written loads in stock transformers, bit-exact, with the exact name of every module as a target. What its lazy
+What is written loads in stock transformers, bit-exact, with the exact name of every module as a target, and one pattern
+for the experts of a layer (model/expert_files.py). What its lazy
 loading cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
 transformers unpacks all weights when it loads them; that takes one setting for all of them.
 """
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
+from llmopt.model import expert_files
 from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
@@ -86,7 +88,8 @@ def quantization_config(model: nn.Module) -> dict:
         key = codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
         settings.setdefault(key, []).append(weight)
     shared = [name.removesuffix(".weight") for name in tied_names(model)]
-    named = {key: [name for weight in settings[key] for name in (weight.path, *_sharing(weight, shared))]
+    named = {key: [name for weight in settings[key] if weight.expert is None
+                   for name in (weight.path, *_sharing(weight, shared))] + expert_files.targets(model, settings[key])
              for key in sorted(settings)}
     known = {name for names in named.values() for name in names}
     dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in known and n != "lm_head"]

@@ -26,6 +26,7 @@ from llmopt.files import own, shards
 from llmopt.files.checks import read_json
 from llmopt.files.hub import companion
 from llmopt.files.plans import FILE as PLAN
+from llmopt.model import expert_files
 from llmopt.model.loaded import evaluating, with_codes
 from llmopt.model.loading import load_model
 from llmopt.model.modeling import remote_files, saved_config
@@ -115,7 +116,7 @@ def state(model: nn.Module, format: str) -> dict[str, Tensor]:
     if format == "dense":
         check_consistent(model)
         refuse_rounded_inputs(model)
-    return packed_in_place(tensors, export(model)[0]) if packing else tensors
+    return expert_files.filed(model, packed_in_place(tensors, export(model)[0])) if packing else tensors
 
 
 def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -71,7 +71,8 @@ def _bits(counts: dict[str, int]) -> str:
 
 def show_bits(step: str, modules: dict[str, dict]) -> None:
     """Bits of every weight, a row for each layer, where they differ; `modules` is a quantization step's record."""
-    found = [(re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", name), entry["bits"]) for name, entry in modules.items()]
+    found = [(re.search(r"\.(\d+)\.(?:.*\.)?([a-z]\w*)(?:\.\d+)?$", name, re.I), entry["bits"])     # .3: of an expert
+             for name, entry in modules.items()]
     layers: dict[str, dict[str, int]] = {}
     for place, bits in found:
         if place:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from llmopt.errors import LlmoptError
 from llmopt.model import discovery
 from llmopt.model.architectures import NORMS_KEPT, REFUSED, SPECS, UNITS, UNTURNED, Form, Spec, found, unsupported
+from llmopt.model.expert_weights import matrices, seen_dense
 from llmopt.model.links import Link, Norm, Rows
 from llmopt.model.modeling import is_skipped
 from llmopt.model.weights import Projection
@@ -38,6 +39,8 @@ def _found(model: nn.Module) -> Spec:
         raise LlmoptError(f"architecture {kind!r} is not supported: it has an encoder, whose tokens see later ones")
     path = discovery.layers_path(model)
     layers = discovery.found_of(model, path)
+    for layer, module in zip(layers, model.get_submodule(path), strict=True):
+        layer.left = seen_dense(module, layer.left)
     for index, layer in enumerate(layers):
         if layer.earlier:
             raise LlmoptError(f"architecture {kind!r} is not supported: {path}.{index} is given what earlier layers "
@@ -104,6 +107,14 @@ class Block:
 
     def projections(self) -> list[Projection]:
         return [p for group in self.groups() for p in group]
+
+    def of_experts(self) -> list[Projection]:
+        """The matrices of the experts, expert by expert in the order of the data flow; quantization alone sees them."""
+        return matrices(self.module, self.name)
+
+    def weights(self) -> list[list[Projection]]:
+        """All that can be quantized: the groups, and each matrix of an expert by itself."""
+        return [*self.groups(), *([p] for p in self.of_experts())]
 
     def part(self, which: str) -> tuple[Projection, Tensor]:
         """The projection that computes `which` (q, k, v, gate, up) and its rows [units, rows per unit]."""

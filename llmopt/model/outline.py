@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.files import shards
+from llmopt.model import expert_files
 from llmopt.model.state import packs, plain_state
 from llmopt.model.stored import packed_in_place, packed_weights
 from llmopt.model.weights import coded
@@ -23,7 +24,7 @@ def filed(skeleton: nn.Module, format: str) -> dict[str, Tensor]:
     """The tensors of the checkpoint that an outline with codes would make."""
     packing = packs(skeleton, format)
     tensors = plain_state(skeleton, renamed=not packing)
-    return packed_in_place(tensors, packed_weights(skeleton)) if packing else tensors
+    return expert_files.filed(skeleton, packed_in_place(tensors, packed_weights(skeleton))) if packing else tensors
 
 
 def filed_bytes(skeleton: nn.Module) -> int:

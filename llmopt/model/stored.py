@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REBUILT
 
 from llmopt.errors import FieldError, LlmoptError
+from llmopt.model import expert_files
 from llmopt.model.blocks import spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
@@ -23,8 +24,7 @@ def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tens
 def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, record) of a decoder layer, its quantized weights as codes alone: what `rebuilt` makes it from again.
 
-    Holds scattered grids too; of a stack of experts, none yet. Raises LlmoptError where codes and
-    weights disagree.
+    Holds scattered grids too. Raises LlmoptError where codes and weights disagree.
     """
     check_consistent(layer)
     return as_codes(layer.state_dict(), coded(layer))
@@ -33,7 +33,11 @@ def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def as_codes(state: dict[str, Tensor], weights: list[Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, record) of a state dict in which these quantized weights become their codes."""
     parts: dict[str, dict[str, Tensor]] = {}
+    places = {weight.stem for weight in weights}
     for weight in weights:
+        if weight.expert is not None and weight.key not in parts:       # of the stack, experts without codes
+            parts[weight.key] = {name: one.clone() for expert, one in enumerate(state[weight.key])
+                                 if (name := f"{weight.key}.{expert}") not in places}
         more = {} if weight.codes.groups is None else {f"{weight.stem}_groups": weight.codes.groups}
         parts.setdefault(weight.key, {}).update(packed(weight) | more)
     return packed_in_place(state, parts), described(weights)
@@ -52,13 +56,24 @@ def rebuilt(root: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any],
     root: a layer or a model, on which nothing is hung yet. like: the tensors wanted, whose types they get; None: all.
     """
     results = [_unpacked(root, tensors, known) for known in record.values()]
-    by_key = {weight.key: (weight, codes) for weight, codes in results}
+    by_key: dict[str, dict[int | None, tuple[Weight, Quantized]]] = {}
+    for weight, codes in results:
+        by_key.setdefault(weight.key, {})[weight.expert] = weight, codes
+
+    def dense(weight: Weight, codes: Quantized, dtype: torch.dtype) -> Tensor:
+        made = codes.dequantize(dtype)
+        return made.T.contiguous() if weight.transposed else made
+
     state = {}
     for key, wanted in (root.state_dict() if like is None else like).items():
-        if key in by_key:
-            weight, codes = by_key[key]
-            dense = codes.dequantize(wanted.dtype)
-            state[key] = dense.T.contiguous() if weight.transposed else dense
+        found = by_key.get(key, {})
+        if None in found:
+            state[key] = dense(*found[None], wanted.dtype)
+        elif found:
+            made = torch.empty(wanted.shape, dtype=wanted.dtype, device=next(iter(found.values()))[1].codes.device)
+            for expert in range(len(wanted)):
+                made[expert] = dense(*found[expert], wanted.dtype) if expert in found else tensors[f"{key}.{expert}"]
+            state[key] = made
         else:
             state[key] = tensors[key]
     return state, results
@@ -75,7 +90,9 @@ def _unpacked(root: nn.Module, tensors: dict[str, Tensor], known: dict[str, Any]
 
 def packed_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """By the key of each weight with codes: the tensors of a checkpoint that stand in its place."""
-    parts = {weight.key: packed(weight) for weight in coded(model)}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for weight in coded(model):
+        parts.setdefault(weight.key, {}).update(packed(weight))
     return {key: made | beside(model, made) for key, made in parts.items()}
 
 
@@ -96,7 +113,10 @@ def beside(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def refuse_unportable(model: nn.Module) -> None:
     """Raise LlmoptError for what stock transformers could not load from compressed-tensors, saying what to use."""
-    for weight in coded(model):
+    found = coded(model)
+    expert_files.refuse(model, found)
+    dense = [weight for weight in found if weight.expert is None]
+    for weight in dense:
         if not isinstance(weight.module, (nn.Linear, nn.Embedding)) or weight.name != weight.path:
             raise LlmoptError(f"{weight.name} is a {type(weight.module).__name__}, which compressed-tensors cannot "
                               "hold: format: dense (--set format=dense) rounds it, no file shrinks")
@@ -106,16 +126,17 @@ def refuse_unportable(model: nn.Module) -> None:
     if rebuilt_experts := {type(module).__name__ for module in model.modules()} & REBUILT.keys():
         raise LlmoptError(f"beside packed weights transformers builds the experts anew, one by one "
                           f"({min(rebuilt_experts)}), and does not find them: use format: dense")
-    _refuse_types(coded(model), at_once(model) or any(map(_is_packed_table, coded(model))))
+    _refuse_types(found, at_once(model) or any(map(_is_packed_table, found)))
     alike = {(w.codes.bits, w.codes.group_size, w.codes.form.name, w.codes.zeros is None, w.codes.inputs is None)
-             for w in coded(model)}
+             for w in dense}
     if dequantizes(model) and len(alike) > 1:
-        if any(map(_is_packed_table, coded(model))):
+        if any(map(_is_packed_table, found)):
             raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups for "
                               "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "
                               "or give all weights the bits of the embedding, or use format: dense")
         way = "" if at_once(model) else "symmetric: true, or "
-        what = "the weights of this architecture" if at_once(model) else \
+        what = "the weights beside its experts" if len(dense) < len(found) else \
+            "the weights of this architecture" if at_once(model) else \
             "weights with zero points, or small floats of a model that is not bfloat16,"
         raise LlmoptError(f"{what} must be alike in bits and groups for plain transformers to load them: use {way}"
                           "format: dense")
@@ -146,8 +167,13 @@ def dequantizes(model: nn.Module) -> bool:
 
 
 def at_once(root: nn.Module) -> bool:
-    """True for a model whose weights plain transformers can only unpack while it loads them; a layer does not say."""
-    return isinstance(root, PreTrainedModel) and spec_of(root).at_once and bool(coded(root))
+    """True for weights that plain transformers can only unpack while it loads them: experts, and all of some models.
+
+    Of the latter a layer does not say.
+    """
+    found = coded(root)
+    return any(weight.expert is not None for weight in found) or bool(
+        found and isinstance(root, PreTrainedModel) and spec_of(root).at_once)
 
 
 def _is_packed_table(weight: Weight) -> bool:

@@ -10,6 +10,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.codes import Quantized
 
 CODES = "_llmopt_codes"     # where a module keeps the codes of its weights, by (parameter, expert)
+STACKS = "_llmopt_stacks"   # where a module of experts keeps how it was seen to use its stacks (expert_weights.py)
 
 ROWS = 1024                 # that are worked on at once
 Turn = Callable[[Tensor], Tensor]           # x -> x Q along the last dimension, Q orthogonal; float64
@@ -42,7 +43,10 @@ class Weight:
 
     @property
     def transposed(self) -> bool:
-        return isinstance(self.module, Conv1D)              # which keeps [in, out]
+        """True where the module keeps [in, out]."""
+        if self.expert is not None:
+            return any(self.parameter == stack.parameter and stack.transposed for stack in vars(self.module)[STACKS])
+        return isinstance(self.module, Conv1D)
 
     @property
     def weight(self) -> Tensor:

@@ -16,6 +16,7 @@ from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.quant import floats, vocabulary
 from llmopt.quant.deciding import decided, planned
+from llmopt.quant.experts import of_experts
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
 from llmopt.quant.plan import DENSE, Target, average_bits, effective_bits
@@ -40,7 +41,7 @@ class Quantizer(Settings):
         found = planned(self, skeleton)
         if not found:
             raise LlmoptError("nothing is left to quantize")
-        weights = {p.name: p for block in blocks(skeleton) for p in block.projections()}
+        weights = {p.name: p for block in blocks(skeleton) for group in block.weights() for p in group}
         for t in found:
             if t.bits != DENSE:
                 weights[t.name].codes = self.without_values(t, skeleton.dtype)
@@ -80,6 +81,6 @@ class Quantizer(Settings):
             return scale + (0 if kind.symmetric else target.bits), form.rows
 
         note = spec_of(model).note
-        told = {} if spec_of(model).known or not note else {"notes": [note]}
+        told = ({} if spec_of(model).known or not note else {"notes": [note]}) | of_experts(figures)
         return told | {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
                 "weights": sum(t.size for t in found), "modules": modules}

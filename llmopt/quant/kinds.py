@@ -101,7 +101,7 @@ class Wholes:
     def __init__(self, model: nn.Module, names: Collection[str]):
         self.groups: dict[str, list[Projection]] = {}
         self.known: dict[str, float] = {}
-        for group in (group for block in blocks(model) for group in block.groups()):
+        for group in (group for block in blocks(model) for group in block.weights()):
             for projection in (members := [p for p in group if p.name in names]):
                 self.groups[projection.name] = members
 

@@ -119,7 +119,8 @@ class Making:
         """The statistics to collect of the inputs of each weight."""
         solver, static = self.step.solver, self.step.static
         kind = "peak" if static and solver.inputs == "none" else solver.inputs
-        return Inputs(kind, peak=static, token_weights=solver.token_weights, dense=solver.dense)
+        return Inputs(kind, peak=static, token_weights=solver.token_weights, dense=solver.dense,
+                      min_tokens=self.step.min_tokens, all_experts=self.step.calibrate_all_experts)
 
     def _team(self, projection: Projection, target: Target) -> Ranks:
         """The processes that share the rows of this weight: all of them, or each by itself."""
@@ -144,6 +145,7 @@ class Making:
         total = team.totals(counts | _energies(projection, stats, part, team))
         whole = _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in sums if name in total}
+        whole.figures |= stats.told if isinstance(stats, Moments) else {}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)

@@ -29,7 +29,7 @@ class Target:
 
     fixed, sized: its bits, its group size are given by `overrides`; scheme: its kind of numbers is, by a name.
     block, group: names of the block and of the first projection that reads the same input. key: its parameter's name.
-    at_once: plain transformers will unpack it while it loads.
+    at_once: plain transformers will unpack it while it loads. expert: which one it belongs to; None: to all tokens.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Target:
     sized: bool = False
     scheme: str | None = None
     at_once: bool = False
+    expert: int | None = None
 
     @property
     def size(self) -> int:
@@ -68,11 +69,14 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     Of several overrides that match, the last one holds; at 16 bits it leaves a weight dense, as `ignore` does. A scheme
     has been spelt out (kinds.py); nothing that was said before it holds beside it.
     """
+    found_in = [(block, block.weights()) for block in blocks(model)]
     names = [name for name, _ in model.named_modules() if name]
+    names += dict.fromkeys(name for _, groups in found_in for group in groups for p in group if p.expert is not None
+                           for name in (p.key, p.name))
     skipped = _matching(ignore, names, "ignore")
     special = {pattern: _matching([pattern], names, "overrides") for pattern in overrides}
     found, known, unpacked = [], [], spec_of(model).at_once
-    for block, group, p in [(b, g, p) for b in blocks(model) for g in b.groups() for p in g]:
+    for block, group, p in [(b, g, p) for b, groups in found_in for g in groups for p in g]:
         if _within(p.name, skipped):
             continue
         given = _settled(entry for pattern, entry in overrides.items() if _within(p.name, special[pattern]))
@@ -82,13 +86,15 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
         sized = "group_size" in given
         width = given["group_size"] if sized else _dividing(group_size, sizes, p.in_features)
         target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized,
-                        scheme=given.get("scheme"), at_once=unpacked)
+                        scheme=given.get("scheme"), at_once=unpacked, expert=p.expert)
         if target.scheme is None:
             check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
         if not any(_within(name, matched) for name in known):
             raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized{nearest(pattern, known)}")
+    if any(target.expert is not None for target in found):      # then transformers unpacks all weights while it loads
+        found = [replace(target, at_once=True) for target in found]
     return found
 
 

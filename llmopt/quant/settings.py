@@ -18,6 +18,7 @@ from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.forms import FORMS
 from llmopt.parts import Several
 from llmopt.quant import kinds
+from llmopt.quant.experts import refuse_experts
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Target, targets
 from llmopt.quant.plan_file import planned_by, read_plan
@@ -67,6 +68,9 @@ class Settings(Method):
     embedding: Outer | None = Field(None, description="{bits: 8}: the input embedding and a head tied to it, as int8 "
                                     "with a scale for each row; fewer bits if all weights have them; null: as it is")
     head: Outer | None = Field(None, description="{bits: ...}: an output head of its own")
+    min_tokens: int = Field(32, ge=0, description="an expert that was sent fewer calibration tokens is solved with "
+                            "all of its layer; 0: none is, and an expert without a token is an error")
+    calibrate_all_experts: bool = Field(False, description="every expert is solved with all tokens of its layer")
     allocate: Allocation = Field("uniform", description="who decides the bits of each weight")
     widths: Several[Width] = Field((2, 3, 4, 5, 6, 8), description="bits to choose from; lim and zd take two around "
                                    "`bits`")
@@ -158,6 +162,7 @@ class Settings(Method):
         found = [t if plain or t.scheme else replace(t, group_size=self.group_size) for t in found]
         for target in found:
             kinds.check_width(target, target.scheme or self.scheme)
+        refuse_experts(self, found)
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" and not self.plan else found
 
     def without_values(self, target: Target, dtype: torch.dtype) -> Quantized:

@@ -118,7 +118,7 @@ def _group_size(asked: int | None, step: Any, model: Callable[[], nn.Module]) ->
     """The group size that was asked for, else GROUP, else the largest that divides all widths of the model."""
     if asked == -1:
         return -1
-    widths = sorted({p.in_features for block in blocks(model()) for p in block.projections()})
+    widths = sorted({p.in_features for block in blocks(model()) for group in block.weights() for p in group})
     fitting, told = [size for size in SIZES if not any(width % size for width in widths)], ", ".join(map(str, widths))
     if asked is not None and any(width % asked for width in widths) and not (step.ignore or step.overrides):
         raise LlmoptError(f"group_size {asked} does not divide all widths of the model ({told}). "

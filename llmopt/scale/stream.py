@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmopt.errors import naming
 from llmopt.files import shards, tensors
 from llmopt.files.tensors import file_of
-from llmopt.model import skeleton
+from llmopt.model import expert_files, skeleton
 from llmopt.model.blocks import decoder, layer_list, spec_of
 from llmopt.model.finite import cast, check_finite
 from llmopt.model.heap import give_back_freed
@@ -198,7 +198,7 @@ class Streamed(Resumable):
             record = described([w for w in coded(layer or model) if layer or w.key in wanted])
             read = self._read(places, layer or model, record if self.format == "dense" else {}, wanted)
             found = {prefix + name: tensor for name, tensor in read.items()}
-            found = as_filed(model, found) if renamed else found
+            found = as_filed(model, found) if renamed else expert_files.filed(model, found)
             made = {name: cast(t, group[name].dtype, name) if name in group and t.itemsize > 1 else t
                     for name, t in found.items()}
             made |= {} if renamed else beside(model, made)
