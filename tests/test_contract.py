@@ -27,6 +27,8 @@ from tests import table, tiny
 REFUSED = {cell: reason for cell, reason in table.read().items() if reason}
 REFUSED |= {(name, "experts"): "it has none" for name, config in tiny.CONFIGS.items()
             if not COUNTS & config.to_dict().keys()}
+REFUSED |= {(name, f"quant.{solver}"): "it does not know experts" for solver in ("tune", "autoround")
+            for name, config in tiny.CONFIGS.items() if COUNTS & config.to_dict().keys()}
 # Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
 # method with neither runs with its defaults.
 FIELDS = {

@@ -19,7 +19,8 @@ from tests import tiny
 from tests.plans import contents, dense, plan
 
 UNKNOWN = [kind for kind in tiny.MORE if kind not in SPECS]
-DENSE = ("gpt_bigcode", "llama4_text")                  # what compressed-tensors, or its loader, cannot hold
+# what compressed-tensors, or its loader, cannot hold
+DENSE = ("gpt_bigcode", "llama4_text", "gpt_oss", "granitemoe", "granitemoeshared")
 WAYS = {"rtn": {"bits": 3, "group_size": 16}, "gptq": {"bits": 4, "group_size": 16, "sweeps": 0}}
 BYTES = 0.01                                            # of a checkpoint: the headers of its shards
 
@@ -37,7 +38,8 @@ def test_quantized_and_loaded_again(kind, way, tmp_path):
     before = model(ids, use_cache=False).logits
     report = llmopt.compress(model, [build(f"quant.{way}", WAYS[way])], batches=ids)
     after = model(ids, use_cache=False).logits
-    assert set(report.records[0]["meta"]["modules"]) == {p.name for block in blocks(model) for p in block.projections()}
+    assert set(report.records[0]["meta"]["modules"]) == {p.name for block in blocks(model) for group in block.weights()
+                                                         for p in group}
     assert torch.isfinite(after).all() and not torch.allclose(after, before, atol=1e-3)
     llmopt.save(model, tmp_path / "out", format="dense" if kind in DENSE else "portable")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()

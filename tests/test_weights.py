@@ -59,7 +59,7 @@ def test_codes_belong_to_one_expert_and_are_checked_against_it():
         assert expert(model, index).codes is codes and expert(model, 0).codes is None
     assert [w.expert for w in coded(model)] == [1, 3]
     check_consistent(model)
-    with pytest.raises(LlmoptError, match="gate_up_proj.1 is a .*Experts, which compressed-tensors cannot hold"):
+    with pytest.raises(LlmoptError, match="gate_up_proj: plain transformers loads packed experts if all"):
         export(model)
     expert(model, 3).weight[0, 0] += 1
     with pytest.raises(LlmoptError, match="gate_up_proj.3: the weight was changed"):

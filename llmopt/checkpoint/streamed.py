@@ -10,8 +10,10 @@ from llmopt.checkpoint.place import staged
 from llmopt.checkpoint.verify import VerificationError
 from llmopt.files import own, shards, tensors
 from llmopt.model import skeleton
+from llmopt.model.expert_files import stacked
 from llmopt.model.finite import all_finite
 from llmopt.model.state import plain_state
+from llmopt.model.weights import coded
 from llmopt.scale.stream import Streamed
 
 
@@ -53,7 +55,8 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
     config = AutoConfig.from_pretrained(stage)
     fresh = skeleton.skeleton(config, config.dtype)
     fresh._weight_conversions = model._weight_conversions
-    for name, like in plain_state(fresh, renamed="quantization_config" not in config.to_dict()).items():
+    as_filed = "quantization_config" not in config.to_dict() or bool(stacked(coded(model)))
+    for name, like in plain_state(fresh, as_filed).items():
         shape = _shape(name, written)
         if shape is None:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")

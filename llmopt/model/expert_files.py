@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmopt.errors import LlmoptError
+from llmopt.files.shards import by_block
 from llmopt.model.packing import format_of
 from llmopt.model.state import as_filed
 from llmopt.model.weights import STACKS, Weight, coded
@@ -56,19 +57,24 @@ def parts_of(model: nn.Module, weight: Weight) -> list[list[Part]] | None:
 
 
 def filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with packed experts, or some of it, under the names of the files, and all else in it, too."""
-    stems = {f"{key}.{expert}": parts for key, weights in stacked(coded(model)).items()
-             for expert, parts in enumerate(parts_of(model, weights[0]) or ())}
-    if not stems:
+    """A state dict with packed experts, or some layers of it, under the names of the files, and all else in it, too."""
+    found = stacked(coded(model))
+    if not found:
         return state
-    rest, made = {}, {}
-    for name, tensor in state.items():
-        stem, suffix = _apart(name)
-        if stem not in stems:
-            rest[name] = tensor
-        for part in stems.get(stem, ()):
-            made[f"{part.module}.weight{suffix}"] = _rows(tensor, suffix, part.rows)
-    return as_filed(model, rest) | made
+    there = {_apart(name)[0] for name in state}
+    stems = {f"{key}.{expert}": parts for key, weights in found.items() if weights[0].stem in there
+             for expert, parts in enumerate(_files(model, weights[0]))}
+    filed: dict[str, Tensor] = {}
+    for group in by_block(state):
+        rest, made = {}, {}
+        for name, tensor in group.items():
+            stem, suffix = _apart(name)
+            if stem not in stems:
+                rest[name] = tensor
+            for part in stems.get(stem, ()):
+                made[f"{part.module}.weight{suffix}"] = _rows(tensor, suffix, part.rows)
+        filed |= as_filed(model, rest) | made
+    return filed
 
 
 def targets(model: nn.Module, weights: Iterable[Weight]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmopt.errors import LlmoptError
+from llmopt.files.checks import refusals
 from llmopt.model import discovery
 from llmopt.model.experts import Experts, experts_of
 from llmopt.model.weights import STACKS, Projection
@@ -125,10 +126,11 @@ def _seen(experts: Experts) -> tuple[Stack, ...]:
     trial = Experts(experts.name, copied, copied, experts.count)
     for width in dict.fromkeys(shapes[names[0]][1:]):
         calls: list[tuple[str, Tensor, bool]] = []
+        watching = _Products(_places(copied), lambda *call, calls=calls: calls.append(call))
         try:
-            with torch.no_grad(), _eager(copied), _Products(_places(copied), lambda *call: calls.append(call)):   # noqa: B023
+            with torch.no_grad(), _eager(copied), watching, refusals("of another width, or a kind that nobody knows"):
                 out = trial.output(0, torch.zeros(1, width))
-        except Exception:                       # noqa: BLE001  of another width, or of a kind that nobody knows
+        except LlmoptError:
             continue
         if sorted(name for name, _, _ in calls) == sorted(names) and out.shape == (1, width):
             read = {id(x): x for _, x, _ in calls}

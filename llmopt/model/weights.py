@@ -45,7 +45,8 @@ class Weight:
     def transposed(self) -> bool:
         """True where the module keeps [in, out]."""
         if self.expert is not None:
-            return any(self.parameter == stack.parameter and stack.transposed for stack in vars(self.module)[STACKS])
+            seen = vars(self.module).get(STACKS, ())
+            return any(stack.transposed for stack in seen if stack.parameter == self.parameter)
         return isinstance(self.module, Conv1D)
 
     @property

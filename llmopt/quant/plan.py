@@ -137,10 +137,11 @@ def check_divides(target: Target) -> None:
     served = [d for d in KERNELS if columns % d == 0]
     divisors = [d for d in range(1, columns + 1) if columns % d == 0 and d not in served]
     nearest_two = [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1]
+    leaf = (target.name if target.expert is None else target.key).rpartition(".")[2]
     kernels = f"{', '.join(map(str, served))} (sizes that inference kernels take), else " if served else ""
     raise LlmoptError(f"{target.name}: group_size {size} does not divide its {columns} input features. Use {kernels}"
                       f"{', '.join(map(str, nearest_two))}; -1 is one scale per output channel. Set "
-                      f"group_size, or overrides: {{{target.name.rpartition('.')[2]}: {{group_size: ...}}}}")
+                      f"group_size, or overrides: {{{leaf}: {{group_size: ...}}}}")
 
 
 def average_bits(decided: list[Target]) -> float:
