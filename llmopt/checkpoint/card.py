@@ -117,7 +117,8 @@ def render(folder: Path, repo: str | None = None) -> str:
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
         title=title, repo=repo, name=name, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
         told=[one_line(told) for told in facts.get("base_told", [])],
-        note=SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
+        note="" if any(record["meta"].get("experts") for record in facts.get("records", [])) else
+        SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
         sizes=next((row[1:] for row in facts.get("table", []) if row[0] == "file size"), None),
         steps=[_step(record) for record in facts.get("records", [])],
         notes=[(one_line(record["method"]), one_line(note)) for record in facts.get("records", [])

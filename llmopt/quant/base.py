@@ -10,13 +10,13 @@ from torch import nn
 
 from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run
-from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.blocks import blocks
 from llmopt.model.forms import FORMS
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.quant import floats, vocabulary
 from llmopt.quant.deciding import decided, planned
-from llmopt.quant.experts import of_experts
+from llmopt.quant.experts import left_dense, of_experts
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
 from llmopt.quant.plan import DENSE, Target, average_bits, effective_bits
@@ -57,7 +57,7 @@ class Quantizer(Settings):
                 + (f", bits by {self.plan}" if self.plan else "")
                 + "".join(f", {name} at {given['bits']} bits" for name, given in
                           (("embedding", self.embedding), ("head", self.head)) if given)
-                + (f" ({note})" if (note := spec_of(skeleton).note) else ""))
+                + (f" ({note})" if (note := left_dense(skeleton)) else ""))
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:
@@ -80,7 +80,7 @@ class Quantizer(Settings):
             scale = 8 if form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype, kind, target.at_once)).bits
             return scale + (0 if kind.symmetric else target.bits), form.rows
 
-        note = spec_of(model).note
-        told = ({} if spec_of(model).known or not note else {"notes": [note]}) | of_experts(figures)
+        note = left_dense(model)
+        told = ({"notes": [note]} if note else {}) | of_experts(found, figures)
         return told | {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
                 "weights": sum(t.size for t in found), "modules": modules}

@@ -1,9 +1,15 @@
 """What is different where matrices of experts are quantized: what cannot be done with them yet, and what is told."""
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.quant.plan import Target
+from llmopt.model import discovery
+from llmopt.model.architectures import EXPERTS
+from llmopt.model.blocks import blocks, spec_of
+from llmopt.quant.plan import DENSE, Target
 
 LEAVE = "ignore: [experts] leaves the experts as they are"
 
@@ -22,11 +28,28 @@ def refuse_experts(step: Any, found: Iterable[Target]) -> None:
                           f"for weights alone such as W4A16, or {LEAVE}")
 
 
-def of_experts(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a record: how many experts' matrices were solved with the tokens of the layer, in all and for want of any."""
-    seen = [one for one in figures.values() if "shared" in one]
-    if not seen:
-        return {}
-    shared = [one for one in seen if one["shared"]]
-    return {"of_experts": len(seen), "sharing_tokens": len(shared),
-            "without_tokens": sum(not one["tokens"] for one in shared)}
+def of_experts(found: Iterable[Target], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Of a record: how many of its weights are of experts, and solved with the tokens of their layer, for want of own
+    ones; `unseen` of these were sent none.
+    """
+    own = [figures[target.name] for target in found if target.expert is not None and target.bits != DENSE]
+    shared = [one for one in own if one.get("shared")]
+    told = {"experts": len(own), "sharing": len(shared), "unseen": sum(not one["tokens"] for one in shared)}
+    return told if any("shared" in one for one in own) else {"experts": len(own)} if own else {}
+
+
+def left_dense(model: nn.Module) -> str:
+    """What plans and cards say of the weights of the blocks that no quantization reaches; empty: there are none.
+
+    Of a model in the table with experts: maps beside them, such as shared experts.
+    """
+    spec = spec_of(model)
+    if not spec.known or spec.note != EXPERTS:
+        return spec.note
+    left: Counter[str] = Counter()
+    for block in blocks(model):
+        own = {id(p.module) for p in block.projections()}
+        left.update(name.rpartition(".")[2] for name, module in block.module.named_modules()
+                    if discovery.is_linear(module) and id(module) not in own)
+    told = ", ".join(f"{count} {name}" for name, count in left.items())
+    return f"left dense: {told}, of shared experts" if told else ""

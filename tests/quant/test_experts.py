@@ -77,9 +77,9 @@ def test_experts_with_few_tokens_share_those_of_the_layer_and_the_record_counts_
     assert first.told == {"tokens": min(counts), "shared": True}
     assert sum(seen.told["shared"] for seen in got.values()) == 2
     told = GPTQ(min_tokens=1000, **SIXTEEN).apply(tiny.make("qwen3_moe"), Run(batches())).meta
-    assert (told["of_experts"], told["sharing_tokens"], told["without_tokens"]) == (24, 24, 0)
+    assert (told["experts"], told["sharing"], told["unseen"]) == (24, 24, 0)
     told = GPTQ(calibrate_all_experts=True, ignore=("self_attn",), **SIXTEEN).apply(model, Run(batches())).meta
-    assert told["sharing_tokens"] == 0
+    assert told["sharing"] == 0
     assert told["modules"][f"model.layers.0.mlp.experts.down_proj.{poor}"]["tokens"] == min(counts)
 
 
@@ -93,7 +93,7 @@ def test_an_expert_that_no_token_reached():
         return model
 
     told = GPTQ(**SIXTEEN).apply(lonely(), Run(batches())).meta
-    assert told["without_tokens"] == 2 and told["modules"]["model.layers.2.mlp.experts.down_proj.1"]["shared"]
+    assert told["unseen"] == 2 and told["modules"]["model.layers.2.mlp.experts.down_proj.1"]["shared"]
     with pytest.raises(LlmoptError, match=r"layers\.2\.mlp\.experts: expert 1 was sent no token .* min_tokens: 1"):
         GPTQ(min_tokens=0, **SIXTEEN).apply(lonely(), Run(batches()))
 
