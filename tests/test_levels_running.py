@@ -20,7 +20,7 @@ REFUSED = {
                     NONE),
     "minimax": "it takes no cache but one of a class of its own",
     "recurrent_gemma": "it does not give back the cache that it fills",
-    "gpt_oss": "asks for attention sinks (s_aux)", "llama4_text": "its attention is cut into chunks",
+    "llama4_text": "its attention is cut into chunks",
     "diffllama": "asks for more than one attention", "doge": "asks for a mask of its own",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "caches what keys and values are made of, not these (MLA)")}
 RUNNING = [kind for kind in tiny.MORE if kind not in REFUSED and kind not in SPECS]

@@ -2,7 +2,7 @@
 from llmopt_kernels.dense import dense_attention, dense_visible
 from llmopt_kernels.few import few_queries
 from llmopt_kernels.narrow import Int4, Int8
-from llmopt_kernels.partial import Partial, merged, ragged_partial
+from llmopt_kernels.partial import Partial, merged, ragged_partial, sunk
 from llmopt_kernels.planes import Planes
 from llmopt_kernels.product import chosen, fixed, laid_out, quant_matmul
 from llmopt_kernels.ragged import ragged_attention
@@ -25,4 +25,4 @@ from llmopt_kernels.words import Codes, Words
 __all__ = ["NONE", "Codes", "Int4", "Int8", "Packed", "Partial", "Planes", "Pooled", "Ragged", "Rule", "Stripes",
            "Words", "attention", "attention_weights", "chosen", "column_max", "column_sums", "dense", "dense_attention",
            "dense_visible", "few_queries", "fixed", "joined", "laid_out", "merged", "quant_matmul", "ragged_attention",
-           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "unrotate"]
+           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "sunk", "unrotate"]

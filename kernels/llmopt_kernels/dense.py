@@ -1,4 +1,4 @@
-"""Dense causal attention by torch's fused kernel, with padding, sliding windows and softcap."""
+"""Dense causal attention by torch's fused kernel, with padding and windows; softcap and sinks take the long way."""
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,7 +22,7 @@ def dense_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | 
     batch, heads, tokens, dim = query.shape
     total = keys.shape[2]
     plain = mask is None and (rule.window is None or total <= rule.window)
-    if rule.softcap is not None:
+    if not rule.plain:
         visible = dense_visible(query, keys, mask, first, rule)
         return attention(query, keys, values, None if visible is None else visible.unsqueeze(1), rule)
     if plain and tokens == total:

@@ -40,10 +40,19 @@ def merged(one: Partial, other: Partial) -> Partial:
     return Partial(one.out * shares[0] + other.out * shares[1], lse)
 
 
+def sunk(part: Partial, rule: Rule) -> Partial:
+    """The part [H, T, D] merged with the sinks of its heads, if there are any: keys that everybody sees, of value 0."""
+    if rule.sinks is None:
+        return part
+    sinks = rule.sinks.float().unsqueeze(-1)
+    return Partial(part.out * torch.sigmoid(part.lse - sinks).unsqueeze(-1), torch.logaddexp(part.lse, sinks))
+
+
 def ragged_partial(query: Tensor, kept: Ragged, first: int, rule: Rule, block: int = 256) -> Partial:
     """Attention over flat kept entries alone, a block of queries at a time: [B, H, T, D] and [B, H, T].
 
-    first: position of the first query; kept entries are older than every query, only the window can hide them.
+    first: position of the first query; kept entries are older than every query, only the window can hide them. Sinks
+    are not among them, as in all parts: see `sunk`.
     """
     batch, heads, tokens, _ = query.shape
     rows = query.unflatten(1, (kept.counts.shape[1], -1))                                # [B, G, g, T, D]

@@ -17,7 +17,7 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
     """
     if isinstance(kept.keys, Packed) and query.shape[2] <= FEW:
         return _packed_attention(query, kept, tail, tail_visible, first, rule)
-    if rule.softcap is not None or kept.bias is not None:
+    if not rule.plain or kept.bias is not None:
         return reference.ragged_attention(query, kept, tail, tail_visible, first, rule)
     batch, heads, tokens, dim = query.shape
     group = heads // kept.counts.shape[1]
@@ -50,6 +50,8 @@ def _packed_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], 
     i = torch.arange(first, first + tokens, device=query.device)
     visible = tail[0].new_ones(1, 1, 1, dtype=torch.bool) if tail_visible is None else tail_visible
     visible = visible.expand(batch, tokens, tail[0].shape[2]).repeat_interleave(groups, 0)
+    sinks = rule.sinks_of(groups)                                                        # -> [B G, g T, 1]
+    sinks = None if sinks is None else sinks.expand(-1, -1, tokens, -1).flatten(1, 2).repeat(batch, 1, 1)
     out, start = query.new_empty(*rows.shape[:2], tail[1].shape[-1]), 0
     for lanes, keys, values in kept.lanes:
         old = keys.products(rows[lanes])                                                 # [L, g T, n]
@@ -63,6 +65,7 @@ def _packed_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], 
         if rule.window is not None or tail_visible is not None:
             hidden = rule.visible(i, kept.positions[where].view(len(old), -1))
             seen = torch.cat([hidden, visible[lanes]], 2).repeat(1, heads // groups, 1)
-        old, new = softmax(logits, seen).split([old.shape[2], tail[0].shape[2]], 2)
+        weights = softmax(logits, seen, None if sinks is None else sinks[lanes])
+        old, new = weights.split([old.shape[2], tail[0].shape[2]], 2)
         out[lanes] = values.weighted(old) + torch.bmm(new, tail_values[lanes])
     return out.view(batch, heads, tokens, -1)

@@ -28,6 +28,16 @@ class Rule:
     scaling: float
     softcap: float | None = None     # logits = cap * tanh(logits / cap)
     window: int | None = None        # key j is visible to query i while i - j < window
+    sinks: Tensor | None = field(default=None, compare=False)    # [H]: each head's logit of a key without value
+
+    @property
+    def plain(self) -> bool:
+        """True if attention is softmax(q k^T scaling) v, where keys are visible."""
+        return self.softcap is None and self.sinks is None
+
+    def sinks_of(self, groups: int) -> Tensor | None:
+        """The sinks as a column of logits [B, G, g, T, S]: [G, g, 1, 1], fp32; None: there are none."""
+        return None if self.sinks is None else self.sinks.float().view(groups, -1, 1, 1)
 
     def logits(self, query: Tensor, keys: Tensor) -> Tensor:
         """query [..., R, D], keys [..., S, D] -> [..., R, S], fp32."""
@@ -162,11 +172,16 @@ class Ragged:
         return Ragged(self.keys[index], self.values[index], self.positions[index], counts, carried)
 
 
-def softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax over the last axis; a row that sees nothing becomes zeros."""
-    if visible is None:
-        return logits.softmax(-1)
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+def softmax(logits: Tensor, visible: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis; a row that sees nothing becomes zeros.
+
+    sinks: one more column, broadcastable to logits [..., :1], which is left out of the result.
+    """
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        return torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+    return logits.softmax(-1) if visible is None else logits.softmax(-1).nan_to_num(0.0)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: Rule) -> Tensor:
@@ -181,7 +196,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | Non
     for start in range(0, tokens, 256):
         part = slice(start, start + 256)
         seen = None if visible is None else visible.expand(batch, 1, tokens, -1).unsqueeze(2)[..., part, :]
-        weights = softmax(rule.logits(rows[:, :, :, part], keys.unsqueeze(2)), seen)
+        weights = softmax(rule.logits(rows[:, :, :, part], keys.unsqueeze(2)), seen, rule.sinks_of(groups))
         out[:, :, :, part] = product(weights, values.float().unsqueeze(2)).to(out.dtype)
     return out.view(batch, heads, tokens, -1)
 
@@ -192,7 +207,7 @@ def attention_weights(query: Tensor, keys: Tensor, visible: Tensor | None, rule:
     groups = keys.shape[1]
     rows = query.view(batch, groups, heads // groups, tokens, dim)                   # [B, G, g, T, D]
     seen = None if visible is None else visible.unsqueeze(2)
-    weights = softmax(rule.logits(rows, keys.unsqueeze(2)), seen)                    # [B, G, g, T, S]
+    weights = softmax(rule.logits(rows, keys.unsqueeze(2)), seen, rule.sinks_of(groups))     # [B, G, g, T, S]
     return weights.view(batch, heads, tokens, -1)
 
 
@@ -247,7 +262,8 @@ def ragged_attention(query: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], t
         new = None if visible is None else visible[row]
         keys = (dense(kept.keys[where]), tail[0][row, head])
         values = (dense(kept.values[where]), tail[1][row, head])
-        out[row, head] = _two_parts(rows[row, head], keys, values, (old, new), bias, rule)
+        sinks = None if rule.sinks is None else rule.sinks_of(len(rows[0]))[head]
+        out[row, head] = _two_parts(rows[row, head], keys, values, (old, new), bias, rule, sinks)
     return out.view(batch, heads, tokens, -1)
 
 
@@ -261,11 +277,12 @@ def _even_attention(rows: Tensor, kept: Ragged, tail: tuple[Tensor, Tensor], vis
     new = None if visible is None else visible[:, None, None]
     keys = (dense(kept.keys).view(*shape, tail[0].shape[-1]), tail[0].unsqueeze(2))
     values = (dense(kept.values).view(*shape, tail[1].shape[-1]), tail[1].unsqueeze(2))
-    return _two_parts(rows, keys, values, (old, new), bias, rule)
+    return _two_parts(rows, keys, values, (old, new), bias, rule, rule.sinks_of(groups))
 
 
 def _two_parts(query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor],
-               visible: tuple[Tensor | None, Tensor | None], bias: Tensor | None, rule: Rule) -> Tensor:
+               visible: tuple[Tensor | None, Tensor | None], bias: Tensor | None, rule: Rule,
+               sinks: Tensor | None) -> Tensor:
     """One softmax over two pieces, without joining them: query [..., T, D], keys and values [..., S1 | S2, D]."""
     parts = []
     for index, (piece, seen) in enumerate(zip(keys, visible, strict=True)):
@@ -273,7 +290,7 @@ def _two_parts(query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor,
         if index == 0 and bias is not None:
             logits = logits + bias
         parts.append(logits if seen is None else logits.masked_fill(~seen, -torch.inf))
-    weights = torch.cat(parts, -1).softmax(-1).nan_to_num(0.0)
+    weights = softmax(torch.cat(parts, -1), None, sinks).nan_to_num(0.0)
     old, new = weights.split([parts[0].shape[-1], parts[1].shape[-1]], -1)
     out = product(old, values[0].float()) + product(new, values[1].float())
     return out.to(query.dtype)

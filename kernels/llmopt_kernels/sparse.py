@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from llmopt_kernels.flash import fits, flash_partial
-from llmopt_kernels.partial import Partial, merged, weighted
+from llmopt_kernels.partial import Partial, merged, sunk, weighted
 from llmopt_kernels.reference import NONE, Rule
 
 
@@ -145,12 +145,12 @@ def sparse_attention(query: Tensor, keys: Tensor, values: Tensor, stripes: Strip
     query [H, T, D], keys and values [G, S, D]; the queries are the last T of the S tokens.
     """
     part, pairs = sparse_partial(query, keys, values, stripes, rule)
-    return part.out.to(query.dtype), pairs
+    return sunk(part, rule).out.to(query.dtype), pairs
 
 
 def sparse_partial(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
                    rule: Rule) -> tuple[Partial, Tensor]:
-    """As `sparse_attention`, but fit to be merged with attention over other keys; out is fp32, or as the query is."""
+    """As `sparse_attention` without sinks, fit to be merged with other keys; out is fp32, or as the query is."""
     if _for_triton(query):
         from llmopt_kernels import sparse_on_gpu  # Triton is not everywhere
 

@@ -130,6 +130,7 @@ class Act(AdjustMethod):
         """
         row, group, heads = which
         keys, values, j, bias = at.of_head(row, group)
+        learned = None if at.rule.sinks is None else at.rule.sinks.float()[heads, None, None]
         query, sums, mass = at.query[row, heads], drawn[:, j], drawn.new_zeros(len(heads), dtype=torch.float64)
         size, total = max(1, ENTRIES // (len(heads) * len(j))), query.shape[1]
         for start in range(0, total, size):
@@ -137,7 +138,7 @@ class Act(AdjustMethod):
             i = torch.arange(at.first + part.start, at.first + part.stop, device=j.device)
             visible = at.rule.visible(i, j) & text.real[j] & text.real[i, None]
             logits = at.rule.logits(query[:, part], keys[None])
-            weights = softmax(logits if bias is None else logits + bias, visible)                    # [c, t, n]
+            weights = softmax(logits if bias is None else logits + bias, visible, learned)           # [c, t, n]
             running = sums[:, None] + weights.detach().cumsum(1)
             sinks = self.sinks(running, text, i, j) & visible
             sums, newest = running[:, -1], weights[:, -1].detach()

@@ -18,6 +18,7 @@ from llmopt_kernels import (
     ragged_partial,
     sparse_attention,
     sparse_partial,
+    sunk,
 )
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -114,7 +115,8 @@ class Selector(PrefillMethod):
         except LlmoptError as fact:
             raise LlmoptError(f"{fact}, which {self.name} cannot follow; pass a 2-D attention_mask, position_ids that "
                               f"begin again with every packed sequence and use_cache=False, or detach it") from None
-        return shared[key][1:]
+        sequence, within = shared[key][1:]
+        return sequence, dataclasses.replace(within, sinks=prompt.rule.sinks)           # which each layer has its own
 
     def _attention(self, one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
         """One sequence by itself: [H, T, D]."""
@@ -160,7 +162,7 @@ def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:
         return sparse_attention(one.query, one.keys, one.values, stripes, one.rule)
     new, pairs = sparse_partial(one.query, one.keys, one.values, stripes, one.rule)
     old = ragged_partial(one.query[None], one.old, one.first, one.rule)
-    return merged(Partial(old.out[0], old.lse[0]), new).out.to(one.query.dtype), pairs + one.old_pairs()
+    return sunk(merged(Partial(old.out[0], old.lse[0]), new), one.rule).out.to(one.query.dtype), pairs + one.old_pairs()
 
 
 def _count(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:

@@ -1,4 +1,6 @@
 """Reads a 4-D attention mask as causal attention within consecutive sequences, where it is that and nothing else."""
+from dataclasses import replace
+
 import torch
 from llmopt_kernels import NONE, Rule
 from torch import Tensor
@@ -16,7 +18,7 @@ def packed_sequences(mask: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
     """
     shown = _shown(mask)
     for window in dict.fromkeys((rule.window, None)):
-        within = Rule(rule.scaling, rule.softcap, window)
+        within = replace(rule, window=window)
         rows = [_sequences_of(row, within) for row in shown]
         if all(row is not None for row in rows):
             return torch.stack(rows), within

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2CLS
 
-from llmopt.errors import LlmoptError
 from llmopt.model.blocks import blocks, decoder, final_norm
 from llmopt.runtime.interface import attending_by, llmopt_mask
 
@@ -93,9 +92,7 @@ def constant_attention(module: nn.Module, query: Tensor, key: Tensor, value: Ten
                        scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
                        softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """The attention function for one text: query [1, H, T, D], value [1, G, T, D] -> [1, T, H, D]."""
-    if s_aux is not None:
-        raise LlmoptError("relevance through attention sinks (s_aux) is not supported")
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
     places = torch.arange(key.shape[2], device=query.device)
     weights = attention_weights(query.detach(), key.detach(), rule.visible(places, places)[None, None], rule)
     mixed = weights.detach().unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value.float()          # [1, G, g T, D]

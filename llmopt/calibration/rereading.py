@@ -59,9 +59,9 @@ def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, see: Call
 
 def reread_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                     softcap: float | None = None, **kwargs) -> tuple[Tensor, None]:
+                     softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """The attention function: query [1, H, t, D], key and value [1, G, S, D] -> [1, t, H, D]."""
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
     first, found = key.shape[2] - query.shape[2], module.__dict__[KEY]
     if not torch.is_grad_enabled():
         return dense_attention(query, key, value, None, first, rule).transpose(1, 2).contiguous(), None

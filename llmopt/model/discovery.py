@@ -24,7 +24,7 @@ from llmopt.files.checks import refusals
 FOUND = "_llmopt_found"         # where a decoder layer keeps what was found of it
 LOOKING = "llmopt_looking"      # the attention function of the copy, and where its attention modules keep what they did
 GIVEN = "llmopt_given"          # where they keep what they were given by it
-ASKS = {"s_aux": "attention sinks (s_aux)", "position_bias": "a bias by position"}
+ASKS = {"position_bias": "a bias by position"}
 ROWS, TOKENS = 3, 7             # of what the copy reads: no other size of a model is likely to be 21
 NARROW = 8                      # rows or columns of a linear map that is not worth its codes,
 TINY = 400                      # or less than so small a part of its layer's weights
@@ -210,6 +210,9 @@ def _looking(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args
     """Stands in for attention: notes what is asked, gives [B, T, H, D] of the right shape."""
     mask = args[0] if args else kwargs.get("attention_mask")
     asks = [word for name, word in ASKS.items() if kwargs.get(name) is not None]
+    sinks = kwargs.get("s_aux")
+    asks += ["attention sinks (s_aux) that are not one for each head"] * (
+        sinks is not None and sinks.shape != query.shape[1:2])
     asks += ["a mask of its own"] * (mask is not None) + ["more than one attention"] * (LOOKING in vars(module))
     batch, heads, tokens, dim = query.shape
     vars(module)[LOOKING] = Attends(heads, key.shape[1], dim, value.shape[3], kwargs.get("sliding_window"), tuple(asks))

@@ -44,9 +44,9 @@ def attention_rows(model: nn.Module, see: Callable[[Rows], None], rows: slice | 
 
 def rows_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                   softcap: float | None = None, **kwargs) -> tuple[Tensor, None]:
+                   softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """The attention function: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D]."""
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
     total, lines = query.shape[2], query.shape[0] * query.shape[1]
     see, layer, rows = module.__dict__[KEY]
     first, last, _ = slice(None).indices(total) if rows is None else rows.indices(total)

@@ -55,7 +55,7 @@ class RaggedLayer(CacheLayerMixin):
     """`kept` (flat, or None before the first compression) and the tail [B, G, S, D], `keys` and `values`.
 
     groups: G; 0 where this layer has lost its attention: it counts tokens and holds nothing. window: of a
-    sliding-window layer. plain: its attention has neither window nor softcap. folded: tokens seen when entries were
+    sliding-window layer. plain: its attention has no window, softcap or sinks. folded: tokens seen when entries were
     last dropped. joined: the lanes hold the kept entries too, in front of the tail.
     """
 

@@ -238,7 +238,7 @@ class Attachment:
         at = Attended(query, keys, values, layer, mask, seen, rule, index)
         if layer is None:
             return self._adjusted(self._attention(prompt), at)
-        layer.window, layer.plain = rule.window, rule.window is None and rule.softcap is None
+        layer.window, layer.plain = rule.window, rule.window is None and rule.plain
         self._record(index, query, mask)
         out = self._over_lanes(layer, query, mask, rule) if in_place else self._attention(prompt)
         out = self._adjusted(out, at)
@@ -314,9 +314,9 @@ class Attachment:
         """Attention under a 4-D mask, which a prefill selector must be able to read."""
         kept = prompt.kept is not None or (self.now.cache is not None and self.method(EVICTOR) is not None)
         selected = self._is_selected(prompt)
-        if kept or (prompt.rule.softcap is not None and not selected):
-            raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method "
-                              "or with softcap; pass a 2-D attention_mask")
+        if kept or not (prompt.rule.plain or selected):
+            raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method, "
+                              "softcap or attention sinks; pass a 2-D attention_mask")
         if selected:
             return self.method(ATTENTION).prefill(prompt, self)
         if self.method(ATTENTION) is not None and self.method(ATTENTION).adjusts:

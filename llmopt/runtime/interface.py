@@ -23,12 +23,10 @@ def llmopt_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """The attention function: query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D]."""
     if KEY not in module.__dict__:
         raise LlmoptError("attention 'llmopt' works on a model with attached methods only; see llmopt.attached")
-    if s_aux is not None:
-        raise LlmoptError("attention sinks (s_aux) are not supported")
     if dropout:
         raise LlmoptError("attention dropout is not supported while methods are attached; call model.eval()")
     live, index = module.__dict__[KEY]
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
     out = live.attend(index, query, key, value, attention_mask, rule)
     return out.transpose(1, 2).contiguous(), None
 

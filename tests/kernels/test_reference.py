@@ -5,21 +5,26 @@ from llmopt_kernels import Ragged, Rule, attention, column_sums, ragged, referen
 from torch.testing import assert_close
 
 RULES = [Rule(0.5), Rule(0.3, softcap=2.0), Rule(0.5, window=6)]
+SUNK = [Rule(0.5, window=window, sinks=torch.tensor([1.0, -1.0, 3.0, 0.0])) for window in (None, 6)]
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def one_query(query, keys, values, rule, bias=None):
-    """The plain formula for one query [D] and the keys [S, D] that it sees."""
+def one_query(query, keys, values, rule, bias=None, head=0):
+    """The plain formula for one query [D] of a head and the keys [S, D] that it sees."""
     logits = keys @ query * rule.scaling
     if rule.softcap:
         logits = rule.softcap * torch.tanh(logits / rule.softcap)
-    return (logits if bias is None else logits + bias).softmax(0) @ values
+    logits = logits if bias is None else logits + bias
+    if rule.sinks is not None:
+        logits = torch.cat([logits, rule.sinks[head:head + 1]])
+        values = torch.cat([values, torch.zeros(1, values.shape[1])])
+    return logits.softmax(0) @ values
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + SUNK)
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("version", [reference, ragged])
@@ -42,7 +47,7 @@ def test_ragged_attention(rule, even, merged, version):
                 keys, values = (torch.cat([a[part][old], b[row, head][new]])
                                 for a, b in ((kept.keys, tail[0]), (kept.values, tail[1])))
                 extra = torch.cat([bias[part][old], torch.zeros(int(new.sum()))]) if merged else None
-                want = one_query(query[row, h, t], keys, values, rule, extra)
+                want = one_query(query[row, h, t], keys, values, rule, extra, h)
                 assert_close(got[row, h, t], want, atol=1e-5, rtol=1e-5)
 
 
@@ -76,7 +81,7 @@ def test_rows_can_be_reordered():
     assert turned.positions.tolist() == [*range(5, 10), *range(5), *range(5, 10)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + SUNK)
 def test_attention_in_blocks_and_column_sums(rule):
     query, keys, values = draw(2, 4, 300, 8), draw(2, 2, 300, 8, seed=1), draw(2, 2, 300, 8, seed=2)
     place = torch.arange(300)
@@ -84,9 +89,11 @@ def test_attention_in_blocks_and_column_sums(rule):
     total = torch.zeros(300)
     for t in range(300):
         start = max(0, t + 1 - (rule.window or 999))
-        assert_close(out[1, 3, t], one_query(query[1, 3, t], keys[1, 1, start:t + 1], values[1, 1, start:t + 1], rule),
+        assert_close(out[1, 3, t], one_query(query[1, 3, t], keys[1, 1, start:t + 1], values[1, 1, start:t + 1], rule,
+                                       head=3),
                      atol=1e-5, rtol=1e-5)
-        total[start:t + 1] += one_query(query[1, 3, t], keys[1, 1, start:t + 1], torch.eye(t + 1 - start), rule)
+        total[start:t + 1] += one_query(query[1, 3, t], keys[1, 1, start:t + 1], torch.eye(t + 1 - start), rule, head=3)
     sums = column_sums(query, keys, place.expand(2, -1), place.expand(2, 2, -1), rule, block=64)
     assert_close(sums[1, 3], total, atol=1e-4, rtol=1e-4)
-    assert_close(sums.sum(-1), torch.full((2, 4), 300.), atol=1e-3, rtol=1e-4)
+    if rule.sinks is None:
+        assert_close(sums.sum(-1), torch.full((2, 4), 300.), atol=1e-3, rtol=1e-4)

@@ -17,11 +17,12 @@ from llmopt_kernels import (
     ragged_partial,
     sparse_attention,
     sparse_partial,
+    sunk,
 )
 from llmopt_kernels.sparse import by_gathering
 from torch.testing import assert_close
 
-from tests.kernels.test_reference import RULES, draw, one_query
+from tests.kernels.test_reference import RULES, SUNK, draw, one_query
 
 
 def random_columns(lists, tiles, tokens, seed=7):
@@ -215,7 +216,7 @@ def test_the_base_is_a_window_or_a_start():
             Stripes(1, **given)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + SUNK)
 @pytest.mark.parametrize("biased", [False, True])
 def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
     counts = torch.tensor([[5, 0]])
@@ -225,18 +226,18 @@ def test_kept_entries_and_new_tokens_merge_to_one_softmax(rule, biased):
     query, keys, values = draw(4, 6, 8), draw(2, 6, 8, seed=1), draw(2, 6, 8, seed=2)
     new, _ = sparse_partial(query, keys, values, Stripes(0, 6), rule)
     old = ragged_partial(query[None], kept, 10, rule, block=4)
-    got = merged(Partial(old.out[0], old.lse[0]), new)
+    got = sunk(merged(Partial(old.out[0], old.lse[0]), new), rule)
     for h, t in product(range(4), range(6)):
         reach = 10 + t - (rule.window or 99)
         past, near = (kept.positions > reach) & (h < 2), torch.arange(6) + 10 > reach
         near &= torch.arange(6) <= t
         more = torch.cat([bias[past], torch.zeros(int(near.sum()))]) if biased else None
         want = one_query(query[h, t], torch.cat([kept.keys[past], keys[h // 2, near]]),
-                         torch.cat([kept.values[past], values[h // 2, near]]), rule, more)
+                         torch.cat([kept.values[past], values[h // 2, near]]), rule, more, h)
         assert_close(got.out[h, t], want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + SUNK)
 def test_gradients_are_those_of_dense_attention(rule):
     """Through the merge of a base that is done with listed keys; together they cover everything."""
     leaves = [x.requires_grad_() for x in (draw(4, 20, 8), draw(2, 20, 8, seed=1), draw(2, 20, 8, seed=2))]

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmopt import recipe, runtime
 from llmopt.files.packaged import recipes
+from llmopt.kv.base import Scorer
 from llmopt.kv.reducers import Evict
 from llmopt.method import Method, Run
 from llmopt.runtime.interface import attending_by
@@ -59,6 +60,11 @@ def roomy(step: Method) -> Method:
     return replace(step, ratio=None, budget=2 * LENGTH) if step.name.startswith("kv.") else step
 
 
+def turns(steps: list[Method]) -> bool:
+    """True if one of them turns keys, which takes an entry in the table of architectures."""
+    return any(part.turns for step in steps if isinstance(step, Scorer) for part in (step, step.reduce))
+
+
 @contextmanager
 def in_force(model, steps: list[Method]) -> Iterator[None]:
     """Apply the steps to the model, head scores before the rest, and take them off again."""
@@ -95,7 +101,8 @@ def read(model, tokens: Tensor, mask: Tensor, turns: tuple[int, ...], cache=None
     return torch.cat(out, 1), cache
 
 
-def by_hand(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+def by_hand(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
+            **kwargs):
     """Attention of new tokens over the entries that a cache holds and over each other, head by head."""
     held, mask = module.__dict__[KEY]                                   # Entries of each row; bool [B, seen + T]
     first, group = mask.shape[1] - query.shape[2], query.shape[1] // key.shape[1]
@@ -113,7 +120,11 @@ def by_hand(module, query, key, value, attention_mask, scaling=None, sliding_win
                 logits[:, :len(entries.carried["bias"][g])] += entries.carried["bias"][g]
             seen = (at != NONE) & (at <= i) & mask[row, at.clamp(min=0)]
             seen &= (i - at < sliding_window) if sliding_window is not None else True
-            out[row, head] = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+            logits = logits.masked_fill(~seen, -torch.inf)
+            if s_aux is not None:                                       # a key of value 0
+                logits = torch.cat([logits, s_aux[head].expand(len(logits), 1)], 1)
+                values = torch.cat([values, torch.zeros(1, values.shape[1])])
+            out[row, head] = logits.softmax(-1) @ values
     return out.transpose(1, 2), None
 
 

@@ -25,8 +25,7 @@ PAIRS = [pytest.param(name, kind, marks=() if number % 2 == 0 and number // 2 % 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_a_combination_keeps_what_it_promises(name, kind):
     model, steps = tiny.make(kind), [spine.fitted(step) for step in COMBINATIONS[name]]
-    if any(getattr(step, "turns", False) or getattr(step, "reduce", step).turns for step in steps
-           if step.name.startswith("kv.") and step.name != "kv.quant"):
+    if spine.turns(steps):
         with pytest.raises(LlmoptError, match=f"{kind}: how positions turn its keys is not known"), \
                 spine.in_force(model, steps):
             pass
