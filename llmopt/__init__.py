@@ -25,7 +25,7 @@ __version__: str        # of the package's metadata, read when it is asked for
 if TYPE_CHECKING:
     from llmopt_evals.run import evaluate, run
 
-    from llmopt import attention, heads, kv, prune, quant, transform
+    from llmopt import attention, experts, heads, kv, prune, quant, transform
     from llmopt.checkpoint.save import load, save
     from llmopt.checkpoint.verify import VerificationError
     from llmopt.errors import LlmoptError
@@ -44,8 +44,8 @@ _HOMES = {
 }
 
 __all__ = ["LlmoptError", "Method", "Record", "Report", "VerificationError", "__version__", "attached", "attention",
-           "compress", "dry_run", "evaluate", "get", "heads", "kv", "load", "names", "prune", "quant", "register",
-           "run", "save", "transform"]
+           "compress", "dry_run", "evaluate", "experts", "get", "heads", "kv", "load", "names", "prune", "quant",
+           "register", "run", "save", "transform"]
 
 extend_transformers()       # plain from_pretrained now loads per-layer shapes and attaches runtime parts
 

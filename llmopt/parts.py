@@ -119,7 +119,8 @@ def plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- registry
 
-FAMILIES = ("attention", "heads", "kv", "prune", "quant", "transform")      # folders whose import registers methods
+# folders whose import registers methods
+FAMILIES = ("attention", "experts", "heads", "kv", "prune", "quant", "transform")
 _REGISTRY: dict[str, dict[str, type[Part]]] = {}          # kind -> name -> class
 
 

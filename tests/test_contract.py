@@ -29,6 +29,8 @@ REFUSED |= {(name, "experts"): "it has none" for name, config in tiny.CONFIGS.it
             if not COUNTS & config.to_dict().keys()}
 REFUSED |= {(name, f"quant.{solver}"): "it does not know experts" for solver in ("tune", "autoround")
             for name, config in tiny.CONFIGS.items() if COUNTS & config.to_dict().keys()}
+REFUSED |= {(family, f"experts.{name}"): "it has no more than one for each token" for name in ("skip", "top_k")
+            for family in tiny.CONFIGS if (family, "experts") in REFUSED or (family, name) == ("mixtral", "top_k")}
 # Fields that suit the tiny models; others stand in the method's own test, tests/FAMILY/test_NAME.py, as CONTRACT. A
 # method with neither runs with its defaults.
 FIELDS = {
@@ -70,7 +72,7 @@ def pairs(names: list[str]) -> list:
     """(method, architecture), those beyond the default marked for the full tier; no transform that is refused."""
     found = []
     for number, name in enumerate(names):
-        families = [family for family in tiny.CONFIGS if (family, name) not in REFUSED and has_units(name, family)]
+        families = [family for family in tiny.CONFIGS if has_units(name, family)]
         others = [family for family in OTHERS if family in families]
         default = {"llama", others[number % len(others)]}
         found += [pytest.param(name, family, marks=() if family in default else pytest.mark.full)
@@ -91,13 +93,15 @@ def method(name: str, family: str):
 
 
 def has_units(name: str, family: str) -> bool:
-    """False for a pruner all of whose units the architecture refuses."""
+    """False where the architecture refuses the method, or all units of a pruner."""
     made = build(name, FIELDS.get(name, {})) if name.startswith("prune.") else None
+    if (family, name) in REFUSED:
+        return False
     return made is None or any((family, unit) not in REFUSED for unit in getattr(made, "units", [family]))
 
 
 def family_for(name: str, usual: str) -> str:
-    """The usual architecture, or one that has what a pruner takes away."""
+    """The usual architecture, or one that has what the method acts on."""
     return usual if has_units(name, usual) else "qwen3_moe"
 
 

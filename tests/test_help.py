@@ -24,7 +24,7 @@ def offered(*words: str) -> list[tuple[str, str]]:
     (["eval", "out", "--tasks", "world_f"], ["world_facts"]),
     (["eval", "out", "--tasks", "world_ppl,arc_ea"], ["world_ppl,arc_easy"]),
     (["eval", "out", "--tasks", "fid"], ["fidelity"]),
-    (["show", "llmopt/"], ["llmopt/reference"]),
+    (["show", "llmopt/"], ["llmopt/reference", "llmopt/reference-moe"]),
     (["compress", "m", "--scheme", "w4"], ["W4A16", "W4A16_ASYM"]),
     (["compress", "--recipe", "quick"], ["quickstart"]),
 ])

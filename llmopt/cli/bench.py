@@ -129,7 +129,8 @@ def prune(model, methods, ratios, units, data, score, samples, length, rows, pee
           as_json) -> None:
     """Pruners beside each other: nats a token added, parameters, CPU seconds. Or the speed of what is left.
 
-    METHODS are entries of a recipe's `steps`, or lists of them; without any, every criterion with and without a refit.
+    METHODS are entries of a recipe's `steps`, or lists of them, experts.* among them; without any, every criterion with
+    and without a refit.
     """
     from llmopt.cli import measured, tables
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from llmopt.kv.base import Scorer
 from llmopt.kv.view import LayerKV
 from llmopt.parts import register
-
-STEPS = ((30, 0xBF58476D1CE4E5B9 - 2 ** 64), (27, 0x94D049BB133111EB - 2 ** 64))         # as signed 64-bit integers
-STRIDE = 0x9E3779B97F4A7C15 - 2 ** 64
+from llmopt.runtime.lots import lots, mixed
 
 
 @register("kv.random")
@@ -28,12 +26,4 @@ class Random(Scorer):
     def score(self, kv: LayerKV) -> Tensor:                                              # [B, G, T]
         heads = torch.arange(kv.keys.shape[1], device=kv.keys.device)[:, None]
         first = mixed(mixed(heads + (kv.layer << 32)) + self.seed)                       # [G, 1]
-        return (mixed(first + kv.positions.long()) >> 40 & 0xFFFFFF).float() / 2 ** 24
-
-
-def mixed(x: Tensor) -> Tensor:
-    """Int64 numbers, of which any two differ in about half of their bits afterwards."""
-    x = (x + 1) * STRIDE
-    for bits, factor in STEPS:
-        x = (x ^ (x >> bits & (1 << 64 - bits) - 1)) * factor
-    return x ^ (x >> 31 & (1 << 33) - 1)
+        return lots(first + kv.positions.long())

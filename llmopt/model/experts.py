@@ -6,6 +6,7 @@ experts each goes to, and by what weight each expert's answer counts: (x [N, d],
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,18 @@ class Experts:
     around: nn.Module
     count: int
 
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """Of the module's forward."""
+        return inspect.signature(self.module.forward)
+
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """A call of the module; its first three arguments are those of `routed`."""
+        return self.signature.bind(*args, **kwargs)
+
     def routed(self, args: tuple, kwargs: dict[str, Any]) -> Routed:
         """What a call of the module was given."""
-        return Routed(*list(inspect.signature(self.module.forward).bind(*args, **kwargs).arguments.values())[:3])
+        return Routed(*list(self.call(args, kwargs).arguments.values())[:3])
 
     def output(self, expert: int, x: Tensor) -> Tensor:
         """What one expert answers to tokens [N, d], not yet weighted."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llmopt.errors import LlmoptError, naming
 from llmopt.files.json_shapes import check_shape
@@ -50,6 +51,10 @@ class RuntimeMethod(Method):
         record = self.plan(model, run)
         attach(model, self, record)
         return record
+
+    def hooks(self, live: Attachment) -> list[RemovableHandle]:
+        """Hooks of its own in the model's modules, which go when it is detached."""
+        return []
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         """Raise LlmoptError unless a record has the form that `plan` gives it and fits the model; it may be forged.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmopt.runtime.hooks import Attachment
 
 EVICTOR, ATTENTION, STORE = "evicting kv method", "attention method", "kv cache store"      # places: one method each
+EXPERTS = "method that skips experts"
 WORTH_GIVING_BACK = 1 << 20                                      # bytes freed by a compression
 
 

@@ -31,6 +31,7 @@ class Forward(threading.local):
         self.due = False                                # the evictor acts at its end
         self.packs = False                              # the store does
         self.plan: dict[Any, Any] = {}                  # decided once by the kv method, by batch row and name
+        self.pairs: dict[int, Any] = {}                 # by layer, which experts its tokens go to, see gates.py
         self.shared: dict[Any, Any] = {}                # what methods hand on from layer to layer
         self.replayed: dict[Any, Any] = {}              # scores of what was read again, by scorer and batch row
         self.masks: dict[int, Tensor | None] = {}       # decided once, see `mask_from`

@@ -45,7 +45,7 @@ class Attachment:
         self.configs = list({id(m.config): m.config for m in self.modules if m is not None}.values())
         self.groups = [block.kv_heads for block in blocks(model)]
         self.states = None if spec_of(model).known else states_by_layer(model.config)
-        self.looking: list = []                         # hooks on attention modules, while a method asks for its inputs
+        self.looking: list = []                         # hooks that the methods ask for
         inner = decoder(model)
         self.arguments = list(inspect.signature(inner.forward).parameters)
         self._switch_on(inner)
@@ -96,12 +96,13 @@ class Attachment:
         self._look()
 
     def _look(self) -> None:
-        """Have the inputs of the attention modules noted where the evictor asks for them, and only then."""
+        """Put up what the methods ask for in the model's modules: for the evictor, what its attention reads."""
         for handle in self.looking:
             handle.remove()
         asked = self.method(EVICTOR) is not None and self.method(EVICTOR).hidden
         self.looking = [module.register_forward_pre_hook(self._see, with_kwargs=True)
                         for module in self.modules if asked and module is not None]
+        self.looking += [handle for method, _ in self.parts.values() for handle in method.hooks(self)]
 
     def method(self, place: str) -> Any:
         """The method in a place, or None."""

@@ -80,3 +80,9 @@ def test_the_promise_is_that_of_the_operations(monkeypatch):
     assert all(row["of_promise"] == pytest.approx(1) for row in rows)
     assert rows[0]["operations"] > rows[2]["operations"] > rows[4]["operations"] > rows[1]["operations"]
     assert rows[4]["faster"] == pytest.approx(rows[0]["operations"] / rows[4]["operations"])
+
+
+def test_experts_that_are_skipped_stand_beside_pruners():
+    skip, top = (prune.ours_of(word, 0.5, ("ffn",)) for word in ("experts.skip: {ratio: 0.3}", "experts.top_k"))
+    assert (skip.ratio, top.ratio) == (0.3, 0.5)
+    assert (skip.steps, top.steps) == (({"experts.skip": {"ratio": 0.3}},), ({"experts.top_k": {}},))

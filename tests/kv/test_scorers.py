@@ -10,9 +10,9 @@ from llmopt import kv, runtime
 from llmopt.kv.base import Scorer
 from llmopt.kv.leverage import leverage_scores
 from llmopt.kv.noncausal import chunk_sums, non_causal
-from llmopt.kv.random import mixed
 from llmopt.kv.view import LayerKV, Source
 from llmopt.parts import build
+from llmopt.runtime.lots import mixed
 from tests.kv.test_carried import queries_and_keys
 from tests.test_runtime import padded, steps
 from tests.tiny import ids, make

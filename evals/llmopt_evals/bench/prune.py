@@ -26,6 +26,7 @@ from llmopt.model.computing import choose
 from llmopt.model.loading import check_dense, load_dense, resolve
 from llmopt.parts import build, fields_of, get
 from llmopt.progress import Progress
+from llmopt.runtime.compression import EXPERTS
 from llmopt.specs import DataSpec, ModelSpec
 from llmopt_evals import fidelity
 from llmopt_evals.bench.rows import rows_of
@@ -41,8 +42,8 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """The measurements to make. methods: entries of a recipe's `steps`, or lists of them; ratios and units: of those
-    that do not say.
+    """The measurements to make. methods: entries of a recipe's `steps`, or lists of them, experts.* too, which leave
+    the weights as they are; ratios and units: of those that do not say.
 
     scored: where the rows that are scored come from. peers: prune FFN channels. keep: a folder for what is measured,
     where a later run finds it.
@@ -100,18 +101,22 @@ def entries(plan: Plan) -> list[Entry]:
 
 
 def ours_of(word: str, ratio: float, units: tuple[str, ...]) -> Entry:
-    """An entry of a recipe's `steps`, or a list of them; those that prune get ratio and units if they say none."""
+    """An entry of a recipe's `steps`, or a list of them; those that prune get ratio and units if they say none.
+
+    experts.top_k counts under the ratio that it stands beside.
+    """
     steps, ratios = [], []
     with naming(word):
         for name, given in read(word):
             kind = get(name)
-            if kind.stage not in ("score", "prune"):
-                raise LlmoptError("prune.* expected, alone or after heads.*")
+            if kind.stage not in ("score", "prune") and kind.place != EXPERTS:
+                raise LlmoptError("prune.* expected, alone or after heads.*, or experts.*")
             known = fields_of(kind)
             open_ = {"ratio": ratio, "units": list(units)}
             steps.append({name: {key: value for key, value in open_.items() if key in known} | given})
             made = build(name, steps[-1][name])
-            ratios += [made.ratio] if kind.stage == "prune" and "ratio" in known else []
+            if "ratio" in known and kind.stage != "score" or kind.place == EXPERTS:
+                ratios.append(made.ratio if "ratio" in known else ratio)
         if not ratios:
             raise LlmoptError("prune.* with a ratio expected")
     return Entry(word, ratios[0], tuple(steps))
