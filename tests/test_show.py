@@ -27,6 +27,20 @@ def test_what_works_is_the_table_of_the_readme():
     assert {(kind, part): why for kind in SPECS for part, why in abilities(kind).items()} == table.read()
 
 
+@pytest.mark.parametrize(("kind", "running", "leaves"), [
+    ("lfm2", None, None), ("bloom", "none of its layers attends", None),
+    ("gemma4_text", None, "tells of every layer by its number")])
+def test_what_works_is_shown_of_a_model_that_no_table_knows(kind, running, leaves, said, tmp_path):
+    tiny.make(kind).save_pretrained(tmp_path / "m")
+    works = json.loads(said("show", tmp_path / "m", "--json"))["works"]
+    assert [*works] == [*abilities("llama")] and works["quant.*"] == "yes"
+    for part in ("heads.*", "kv.*", "attention.*"):
+        assert running in works[part] if running else works[part] == "yes"
+    assert leaves in works["blocks"] if leaves else works["blocks"] == "yes"
+    assert works["transform.rotate"] == works["ffn"] == works["heads by layer"] == NO_ENTRY
+    assert "pruning of kv_groups" in said("show", tmp_path / "m")
+
+
 def test_the_embedded_model_is_shown_by_its_name(said):
     text = said("show", "llmopt/reference")
     facts = json.loads(said("show", "llmopt/reference", "--json"))

@@ -12,7 +12,7 @@ from llmopt.files.checks import refusals
 from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model import levels
-from llmopt.model.abilities import abilities
+from llmopt.model.abilities import abilities_of
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
@@ -47,8 +47,7 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     source, config = read_config(spec)
     text, made_by = config.get_text_config(), _quantized(config)
     stored = str(config.dtype).removeprefix("torch.") if config.dtype else None     # before a model is made of it
-    count, level, refusal = _of_skeleton(config, source)
-    known = level == "structure"
+    count, level, works, refusal = _of_skeleton(config, source)
     size = getattr(torch, stored).itemsize if stored else None
     return {
         "model": spec.id, "architecture": config.model_type, "supported": level is not None, "level": level,
@@ -59,7 +58,7 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         count * size if count and size and not made_by else None,
         "bits": made_by["bits"] if made_by else [8 * size] if size else [],
         "quantized_by": made_by["by"] if made_by else None,
-        "works": {part: why or "yes" for part, why in abilities(config.model_type).items()} if known else {},
+        "works": {part: why or "yes" for part, why in works.items()},
         "note": f"already quantized; {advice(made_by['by'])}" if made_by else refusal,
     }
 
@@ -72,17 +71,20 @@ def _of_all_layers(config: Any, key: str) -> Any:
         return None
 
 
-def _of_skeleton(config: Any, source: str) -> tuple[int | None, str | None, str]:
-    """(number of a causal LM's parameters, tied ones once, the levels that hold, why none does); None: not known."""
+def _of_skeleton(config: Any, source: str) -> tuple[int | None, str | None, dict[str, str | None], str]:
+    """(number of a causal LM's parameters, tied ones once; the levels that hold; what works; why none does).
+
+    None: not known.
+    """
     try:
         with refusals(source):
             model = skeleton(config, torch.float32)
     except LlmoptError as error:
-        return None, None, str(error)
+        return None, None, {}, str(error)
     try:
-        return model.num_parameters(), levels.described(model), ""
+        return model.num_parameters(), levels.described(model), abilities_of(model), ""
     except LlmoptError as error:
-        return model.num_parameters(), None, str(error)
+        return model.num_parameters(), None, {}, str(error)
 
 
 def _quantized(config: Any) -> dict[str, Any] | None:

@@ -1,5 +1,12 @@
-"""What of llmopt works on an architecture: the table of the README, from the same entries that refuse the rest."""
-from llmopt.model.architectures import NORMS_KEPT, SPECS, UNITS, UNTURNED
+"""What of llmopt works on an architecture or a model, from the same entries and looks that refuse the rest."""
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmopt.errors import LlmoptError
+from llmopt.model.architectures import CONV1D, NO_ENTRY, NORMS_KEPT, SPECS, UNITS, UNTURNED
+from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.levels import lacking
+from llmopt.model.shapes import check_droppable
 
 
 def abilities(kind: str) -> dict[str, str | None]:
@@ -15,3 +22,23 @@ def abilities(kind: str) -> dict[str, str | None]:
             "transform.rotate": UNTURNED.get(spec.form, no.get("ffn")), **{unit: no.get(unit) for unit in UNITS},
             "widths by layer": no.get("ffn", no.get("per_layer_shapes")),
             "heads by layer": no.get("kv_groups", no.get("per_layer_heads", no.get("per_layer_shapes")))}
+
+
+def abilities_of(model: nn.Module) -> dict[str, str | None]:
+    """As `abilities`, of a model that no table need describe; one without weights will do."""
+    if spec_of(model).known:
+        return abilities(model.config.model_type)
+    running = lacking(model)["run time"]
+    packs = not any(isinstance(p.module, Conv1D) for block in blocks(model) for p in block.projections())
+    return dict.fromkeys(abilities(next(iter(SPECS))), NO_ENTRY) | {
+        "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": None if packs else CONV1D,
+        "blocks": _without_last(model)}
+
+
+def _without_last(model: nn.Module) -> str | None:
+    """Why the model cannot do without its last block; None: it can."""
+    try:
+        check_droppable(model, [*range(len(blocks(model)) - 1)])
+    except LlmoptError as error:
+        return str(error).rpartition("blocks cannot be pruned: ")[2]
+    return None
