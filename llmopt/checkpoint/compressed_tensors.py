@@ -1,7 +1,7 @@
 """Quantized modules as compressed-tensors holds them (model/packing.py), and their quantization_config.
 
 What is written loads in stock transformers, bit-exact, with the exact name of every module as a target, and one pattern
-for the experts of a layer (model/expert_files.py). What its lazy
+for all experts (model/expert_files.py). What its lazy
 loading cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
 transformers unpacks all weights when it loads them; that takes one setting for all of them.
 """

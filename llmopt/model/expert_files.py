@@ -1,8 +1,8 @@
 """Codes of experts under the names of a model's files, one matrix each: mlp.experts.0.gate_proj.weight_packed.
 
 In the model they are rows of a stack, gate and up together; which rows make up which matrix of the files is read off
-transformers' own conversion, by sending the numbers of the rows through it. `dequantize: true` in the config has
-transformers unpack each matrix and put the stacks together again.
+transformers' own conversion, by sending the numbers of the rows through it. When transformers loads them it unpacks
+each matrix and puts the stacks together again, by one setting for all experts: that of the pattern in the config.
 """
 import re
 from collections.abc import Iterable, Sequence
@@ -78,13 +78,13 @@ def filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def targets(model: nn.Module, weights: Iterable[Weight]) -> list[str]:
-    """The patterns by which a quantization_config names the experts among these weights, one for each layer."""
+    """The pattern by which a quantization_config names the experts of all layers, if they are among these weights."""
     found: dict[str, set[str]] = {}
     for first, *_ in stacked(weights).values():
         for part in _files(model, first)[0]:
             before, _, leaf = part.module.rpartition(".0.")
-            found.setdefault(before, set()).add(leaf)
-    return [f"re:{re.escape(before)}\\.\\d+\\.({'|'.join(sorted(leaves))})$" for before, leaves in found.items()]
+            found.setdefault(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(before)), set()).add(leaf)
+    return [f"re:{before}\\.\\d+\\.({'|'.join(sorted(leaves))})$" for before, leaves in found.items()]
 
 
 def refuse(root: nn.Module, weights: Sequence[Weight]) -> None:

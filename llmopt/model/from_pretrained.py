@@ -122,6 +122,19 @@ def _keep_codes(model: Any) -> None:
         let_save(model)
 
 
+def _forget_companions(model: Any) -> None:
+    """Let a model be saved whose experts were packed: transformers would part each stack by what lay in the files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+
+    merged = [entry for entry in getattr(model, "_weight_conversions", None) or () if isinstance(entry, WeightConverter)
+              and len(entry.operations) > 1 and isinstance(entry.operations[0], CompressedTensorsDequantize)]
+    if merged:
+        model._weight_conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False)
+                                     if not isinstance(entry, PrefixChange)]
+
+
 def _extend_models(utilities: ModuleType) -> None:
     """Have every model class build what the config says, and attach runtime parts once the weights are there."""
     stock = utilities.PreTrainedModel.from_pretrained.__func__
@@ -135,6 +148,7 @@ def _extend_models(utilities: ModuleType) -> None:
 
             attach_from_config(model)
         if getattr(model, "hf_quantizer", None) is not None:
+            _forget_companions(model)
             _stay_packed(model, str(pretrained_model_name_or_path))
             _keep_codes(model)
         return loaded

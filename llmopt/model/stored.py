@@ -135,8 +135,7 @@ def refuse_unportable(model: nn.Module) -> None:
                               "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "
                               "or give all weights the bits of the embedding, or use format: dense")
         way = "" if at_once(model) else "symmetric: true, or "
-        what = "the weights beside its experts" if len(dense) < len(found) else \
-            "the weights of this architecture" if at_once(model) else \
+        what = "the weights of this architecture" if at_once(model) else \
             "weights with zero points, or small floats of a model that is not bfloat16,"
         raise LlmoptError(f"{what} must be alike in bits and groups for plain transformers to load them: use {way}"
                           "format: dense")
@@ -147,10 +146,10 @@ def _refuse_types(weights: list[Weight], at_once: bool) -> None:
     for weight in weights:
         dtype, codes = str(weight.dtype).removeprefix("torch."), weight.codes
         scales = str(codes.scales.dtype).removeprefix("torch.")
-        if (codes.zeros is not None or at_once) and scales != dtype:
+        if (codes.zeros is not None or at_once or weight.expert is not None) and scales != dtype:
             raise FieldError("scale_dtype", scales, f"{dtype}, the model's type: where there are zero points, an "
-                             "embedding at less than 8 bits, or a model that is unpacked at once, transformers "
-                             "multiplies in the type of the scales; or format: dense")
+                             "embedding at less than 8 bits, experts, or a model that is unpacked at once, "
+                             "transformers multiplies in the type of the scales; or format: dense")
         if codes.inputs and codes.form.through_bfloat16 and dtype != "bfloat16":
             raise LlmoptError(f"{weight.name}: transformers unpacks {codes.form.name} as bfloat16, and the model is "
                               f"{dtype}: give dtype: bfloat16 under model (--dtype bf16)")
@@ -167,13 +166,11 @@ def dequantizes(model: nn.Module) -> bool:
 
 
 def at_once(root: nn.Module) -> bool:
-    """True for weights that plain transformers can only unpack while it loads them: experts, and all of some models.
+    """True for a model whose weights plain transformers can only unpack while it loads them; a layer does not say.
 
-    Of the latter a layer does not say.
+    Experts it always unpacks while it loads them, whatever it does with the rest.
     """
-    found = coded(root)
-    return any(weight.expert is not None for weight in found) or bool(
-        found and isinstance(root, PreTrainedModel) and spec_of(root).at_once)
+    return isinstance(root, PreTrainedModel) and spec_of(root).at_once and bool(coded(root))
 
 
 def _is_packed_table(weight: Weight) -> bool:

@@ -86,15 +86,13 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
         sized = "group_size" in given
         width = given["group_size"] if sized else _dividing(group_size, sizes, p.in_features)
         target = Target(p.name, p.key, block.name, group[0].name, p.out_features, p.in_features, width, sized=sized,
-                        scheme=given.get("scheme"), at_once=unpacked, expert=p.expert)
+                        scheme=given.get("scheme"), at_once=unpacked or p.expert is not None, expert=p.expert)
         if target.scheme is None:
             check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
         if not any(_within(name, matched) for name in known):
             raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized{nearest(pattern, known)}")
-    if any(target.expert is not None for target in found):      # then transformers unpacks all weights while it loads
-        found = [replace(target, at_once=True) for target in found]
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmopt.calibration.walk import outside
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Run
+from llmopt.model.blocks import spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.finite import all_finite
 from llmopt.model.forms import BYTES, INTEGERS
@@ -26,8 +27,7 @@ from llmopt.quant.settings import Settings
 
 def chosen(step: Settings, model: nn.Module) -> list[tuple[Weight, Spec]]:
     """The matrices that the step names, with their grids."""
-    rest, found = Outside(model), []
-    at_once = (step.embedding or step.head) and any(target.at_once for target in step.chosen(model))
+    rest, found, at_once = Outside(model), [], spec_of(model).at_once
     if step.head and rest.tied:
         raise FieldError("head", step.head, "null, as it is tied to the embedding here and shares what embedding gives")
     if step.embedding:

@@ -88,13 +88,13 @@ def test_an_expert_that_no_token_reached():
         model = tiny.make("mixtral")
         model.model.layers[2].mlp.gate.weight.data[1] = 0
         model.model.layers[2].post_attention_layernorm.weight.data.zero_()[0] = 1
-        model.model.embed_tokens.weight.data[:, 0] = 5
+        model.model.embed_tokens.weight.data[:, 0] = 90
         model.model.layers[2].mlp.gate.weight.data[0] = 1
         return model
 
     told = GPTQ(**SIXTEEN).apply(lonely(), Run(batches())).meta
-    assert told["unseen"] == 2 and told["modules"]["model.layers.2.mlp.experts.down_proj.1"]["shared"]
-    with pytest.raises(LlmoptError, match=r"layers\.2\.mlp\.experts: expert 1 was sent no token .* min_tokens: 1"):
+    assert told["unseen"] >= 2 and told["modules"]["model.layers.2.mlp.experts.down_proj.1"]["shared"]
+    with pytest.raises(LlmoptError, match=r"layers\.\d\.mlp\.experts: expert 1 was sent no token .* min_tokens: 1"):
         GPTQ(min_tokens=0, **SIXTEEN).apply(lonely(), Run(batches()))
 
 
@@ -113,7 +113,7 @@ def test_plain_transformers_loads_them_from_the_names_that_vllm_expects(tmp_path
         patterns = [t for group in config["config_groups"].values() for t in group["targets"] if t.startswith("re:")]
         hit = {pattern: [n for n in held if n.endswith("_packed") and re.match(pattern[3:], n[:-len(".weight_packed")])]
                for pattern in patterns}
-        assert [len(found) for found in hit.values()] == [3 * len(model.model.layers[0].mlp.experts.down_proj)] * 3
+        assert [len(found) for found in hit.values()] == [9 * len(model.model.layers[0].mlp.experts.down_proj)]
     for folder, fresh, mine in loaded_plain(saved, tmp_path):
         assert torch.equal(fresh, mine), folder
 
@@ -165,8 +165,7 @@ def test_what_cannot_be_done_is_named(step, said):
     ("qwen3_moe", RTN(overrides={"experts.down_proj": {"bits": 8}}, **SIXTEEN), "all of them have the same bits"),
     ("qwen3_moe", RTN(overrides={"*.down_proj.1": {"bits": 16}}, **SIXTEEN), "all of them have the same bits"),
     ("qwen3_moe", RTN(ignore=("layers.1.mlp.experts",), **SIXTEEN), r"layers\.1\.mlp\.experts\.\w+: .* of all layers"),
-    ("qwen3_moe", RTN(overrides={"q_proj": {"bits": 8}, "k_proj": {"bits": 8}, "v_proj": {"bits": 8}}, **SIXTEEN),
-     "the weights beside its experts must be alike"),
+    ("qwen3_moe", RTN(scale_dtype="float16", **SIXTEEN), "scale_dtype: 'float16' given, float32, .* experts, or"),
     ("qwen3_moe", HQQ(symmetric=False, **SIXTEEN), "integers without zero points alone"),
     ("granitemoe", RTN(**SIXTEEN), "keep the matrices of all experts in one tensor, .* format: dense")])
 def test_what_plain_transformers_cannot_load_is_named_before_the_work_and_can_be_had_dense(family, step, said):
@@ -177,10 +176,22 @@ def test_what_plain_transformers_cannot_load_is_named_before_the_work_and_can_be
 
 def test_experts_alone_have_bits_of_their_own(tmp_path):
     model = tiny.make("qwen3_moe")
-    llmopt.compress(model, [RTN(bits=8, overrides={"experts": {"bits": 3}}, **SIXTEEN)])
+    own = {"experts": {"bits": 3}, "o_proj": {"bits": 5}}
+    llmopt.compress(model, [RTN(bits=8, overrides=own, embedding={"bits": 8}, **SIXTEEN)])
     folder = llmopt.save(model, tmp_path / "out")
     (_, fresh, mine), = loaded_plain({str(folder): model}, tmp_path)
     assert torch.equal(fresh, mine)
+
+
+def test_what_was_loaded_can_be_saved_again_then_the_experts_are_dense(tmp_path):
+    model = tiny.make("qwen3_moe")
+    llmopt.compress(model, [RTN(bits=4, **SIXTEEN)])
+    llmopt.save(model, tmp_path / "one")
+    again, _ = llmopt.load(tmp_path / "one")
+    again.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(llmopt.load(tmp_path / "two")[0]), logits(model))
+    llmopt.save(again, tmp_path / "three", format="dense")
+    assert torch.equal(logits(llmopt.load(tmp_path / "three")[0]), logits(model))
 
 
 def test_a_stack_whose_products_cannot_be_seen_stays_dense(monkeypatch):
