@@ -7,9 +7,9 @@ from llmopt_evals.world import reference_path
 import llmopt
 from llmopt.checkpoint.look import checkpoint_facts, dense_facts
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import NO_ENTRY, SPECS
+from llmopt.model.architectures import NO_ENTRY
 from llmopt.specs import ModelSpec
-from tests import table, tiny
+from tests import tiny
 from tests.command import call
 
 
@@ -21,10 +21,6 @@ def said(monkeypatch, capfd):
         return capfd.readouterr().out
 
     return run
-
-
-def test_what_works_is_the_table_of_the_readme():
-    assert {(kind, part): why for kind in SPECS for part, why in abilities(kind).items()} == table.read()
 
 
 @pytest.mark.parametrize(("kind", "running", "leaves"), [

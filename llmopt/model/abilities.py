@@ -32,13 +32,14 @@ def abilities_of(model: nn.Module) -> dict[str, str | None]:
     packs = not any(isinstance(p.module, Conv1D) for block in blocks(model) for p in block.projections())
     return dict.fromkeys(abilities(next(iter(SPECS))), NO_ENTRY) | {
         "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": None if packs else CONV1D,
-        "blocks": _without_last(model)}
+        "blocks": _without_one(model)}
 
 
-def _without_last(model: nn.Module) -> str | None:
-    """Why the model cannot do without its last block; None: it can."""
+def _without_one(model: nn.Module) -> str | None:
+    """Why the model cannot do without the block in its middle; None: it can."""
+    count = len(blocks(model))
     try:
-        check_droppable(model, [*range(len(blocks(model)) - 1)])
+        check_droppable(model, [index for index in range(count) if index != count // 2])
     except LlmoptError as error:
         return str(error).rpartition("blocks cannot be pruned: ")[2]
     return None
