@@ -134,9 +134,11 @@ def test_the_table_says_what_a_forward_shows(kind):
         assert found.entries == spec_of(model).entries and not found.earlier
 
 
-@pytest.mark.parametrize("flag", ["use_parallel_residual", "qk_layernorm"])
-def test_a_config_that_the_table_does_not_know_is_looked_at(flag):
-    config = AutoConfig.for_model("stablelm", **tiny.MORE["stablelm"], **{flag: True})
+@pytest.mark.parametrize(("kind", "flag", "value"), [
+    ("stablelm", "use_parallel_residual", True), ("stablelm", "qk_layernorm", True), ("phi", "qk_layernorm", True),
+    ("olmo", "clip_qkv", 0.5), ("gpt_bigcode", "multi_query", False)])
+def test_a_config_that_the_table_does_not_know_is_looked_at(kind, flag, value):
+    config = AutoConfig.for_model(kind, **tiny.MORE[kind], **{flag: value})
     model, ids = AutoModelForCausalLM.from_config(config).eval(), tiny.ids()
     assert levels.described(model).startswith("run time; not structure")
     llmopt.compress(model, [build("quant.rtn", {"bits": 3, "group_size": 16})])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
+import llmopt
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import blocks, refuse_folding
 from llmopt.model.links import Norm
@@ -39,6 +40,38 @@ def test_a_scale_moved_along_a_link_changes_no_output(family):
             moved = changed(model, before)
             assert {reader.key for reader in link.readers} < moved      # and the producer
             torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "readers"), [("cohere2", 5), ("phi", 4)])
+def test_one_norm_in_front_of_both_parts_is_read_by_both(family, readers):
+    model = tiny.make(family, norms=True)
+    expected, block = logits(model), blocks(model)[1]
+    link, *rest = block.links()
+    assert (link.producer.role, len(link.readers), len(rest)) == ("both_in", readers, readers - 3)
+    assert [len(group) for group in block.groups()] == [readers, 1, 1]
+    link.scale_(1 + torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+    link.fold_()
+    torch.testing.assert_close(link.producer.gain, torch.ones(64))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+    without = copy.deepcopy(model)
+    llmopt.compress(without, [llmopt.prune.Magnitude(ratio=0.4, units=["attention"], refit=False)])
+    skipped, = (block for block in blocks(without) if block.attention is None)
+    kept = blocks(model)[skipped.index]
+    kept.attn_out.module.weight.data.zero_()
+    if kept.attn_out.bias is not None:
+        kept.attn_out.bias.zero_()
+    torch.testing.assert_close(logits(without), logits(model), rtol=0, atol=1e-5)
+    assert [len(link.readers) for link in skipped.links()][0] == readers - 3
+
+
+def test_a_norm_that_has_no_weight_gives_none_up():
+    model = tiny.make("olmo", norms=True)
+    expected = logits(model)
+    for link in (link for block in blocks(model) for link in block.links() if isinstance(link.producer, Norm)):
+        assert (link.producer.kind, link.producer.gain, link.scalable) == ("layer", 1.0, False)
+        link.fold_()
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("family", [f for f in tiny.CONFIGS if f != "olmo2"])

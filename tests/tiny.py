@@ -65,7 +65,7 @@ LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
 ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1,
               first_k_dense_replace=1, n_group=1, topk_group=1)
 MORE = {
-    "ministral3": WIDE, "qwen3_5_text": WIDE | LINEAR, "phi": GATED | {"num_key_value_heads": 4}, "gemma": WIDE,
+    "ministral3": WIDE, "qwen3_5_text": WIDE | LINEAR, "phi": GATED, "gemma": WIDE,
     "gemma4_text": WIDE | dict(sliding_window=16, layer_types=["sliding_attention", *TYPES[:2]], global_head_dim=16,
                                hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCABULARY,
                                num_kv_shared_layers=0),

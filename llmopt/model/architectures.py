@@ -45,6 +45,7 @@ class Spec:
     ffn_out: str = "mlp.down_proj"
     norms: tuple[tuple[str, str], ...] = (("attn_in", "input_layernorm"), ("ffn_in", "post_attention_layernorm"))
     norm_offset: float = 0.0                      # 1.0 where the norm multiplies by (1 + weight)
+    centred: bool = False                         # norms subtract the mean, though they are no nn.LayerNorm
     form: Form = "pre"
     sliding: Literal["", "all", "typed"] = ""     # layers that sliding_window holds for; typed: see layer_types
     positions: str | None = None                  # table of learned positions
@@ -54,7 +55,7 @@ class Spec:
     old_share: str | None = None                  # and the share of dimensions that is rotated
     old_scaling: tuple[str, ...] = ()             # keys that its rope_scaling takes and no other; none: whichever
     served: bool = False                          # servers run its layers with shapes of their own (nemotron-nas)
-    unless: tuple[str, ...] = ()                  # flags of the config with which the entry does not hold
+    unless: tuple[str, ...] = ()                  # flags of the config, or "not FLAG", with which it does not hold
     note: str = ""                                # what every plan and card of such a model says
     known: bool = True                            # False: no entry of SPECS, its linear maps are found (discovery.py)
     at_once: bool = False                         # transformers can only unpack its packed weights while it loads
@@ -68,6 +69,7 @@ _BEHIND = (("attn_out", "post_attention_layernorm"), ("ffn_out", "post_feedforwa
 _PAIRS, _SOME = "its rotary embedding turns neighbouring channels", "some of its layers have no rotary embedding"
 _ALL_HEADS = dict.fromkeys(("kv_groups", "q_heads"), "its query and key norms span all heads")
 _UP = dict(ffn_in=("mlp.up_proj",), ffn_gated=False)
+_ONE_NORM = dict(form="parallel", norms=(("both_in", "input_layernorm"),))
 _NO_HEADS = {"kv_groups": HEADS_IN_CONFIG, "q_heads": HEADS_IN_CONFIG}
 _NO_EXPERTS = {"ffn": EXPERTS, "mlp": EXPERTS, "attention": ALIKE, "per_layer_shapes": ALIKE}
 
@@ -88,6 +90,10 @@ SPECS: dict[str, Spec] = {
     "ministral3": Spec(sliding="all", refuse={"per_layer_heads": WIDE_HEADS}),
     "gemma": Spec(norm_offset=1.0),
     "smollm3": Spec(sliding="typed", turned=_SOME),
+    "olmo": Spec(centred=True, unless=("clip_qkv",)),
+    "cohere2": Spec(**_ONE_NORM, centred=True, sliding="typed", turned=_SOME),
+    "phi": Spec(**_ONE_NORM, final_norm="model.final_layernorm", out="dense", ffn_in=("mlp.fc1",), ffn_gated=False,
+                ffn_out="mlp.fc2", old_share="partial_rotary_factor", unless=("qk_layernorm",)),
     "granite": Spec(),
     "ernie4_5": Spec(turned=_PAIRS),
     "hunyuan_v1_dense": Spec(turned="norms stand behind its rotary embedding"),
@@ -117,6 +123,10 @@ SPECS: dict[str, Spec] = {
                 norms=(("attn_in", "self_attn_layer_norm"), ("ffn_in", "final_layer_norm")),
                 positions="model.decoder.embed_positions", rotary=None,
                 refuse=_NO_HEADS | {"mlp": "its feed-forward is not a module of its own"}),
+    "gpt_bigcode": Spec(layers="transformer.h", final_norm="transformer.ln_f", attention="attn", qkv=("c_attn",),
+                        out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
+                        norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), positions="transformer.wpe", rotary=None,
+                        unless=("not multi_query",), at_once=True, refuse=_NO_HEADS),
     "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
     "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=EXPERTS, refuse=_NO_EXPERTS),
     "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),

@@ -28,7 +28,8 @@ def spec_of(model: nn.Module) -> Spec:
     if kind in REFUSED:
         raise LlmoptError(unsupported(kind))
     known = SPECS.get(kind)
-    if known is None or any(getattr(model.config, flag, False) for flag in known.unless):
+    if known is None or any(bool(getattr(model.config, flag.removeprefix("not "), False)) != flag.startswith("not ")
+                            for flag in known.unless):
         return _found(model)
     return known
 
@@ -101,9 +102,14 @@ class Block:
         """Projections that read the same input together, in the order of the data flow."""
         if self.read is not None:
             return self.read
-        listed = [self.attn_in, [self.attn_out] if self.attn_out else [],
-                  self.ffn_in, [self.ffn_out] if self.ffn_out else []]
-        return [group for group in listed if group]
+        readers = [self.behind["both_in"], []] if "both_in" in self.norms else [self.attn_in, self.ffn_in]
+        writers = [[writer] if writer else [] for writer in (self.attn_out, self.ffn_out)]
+        return [group for pair in zip(readers, writers, strict=True) for group in pair if group]
+
+    @property
+    def behind(self) -> dict[str, list[Projection]]:
+        """By the role of a norm, what reads it."""
+        return {"attn_in": self.attn_in, "ffn_in": self.ffn_in, "both_in": [*self.attn_in, *self.ffn_in]}
 
     def projections(self) -> list[Projection]:
         return [p for group in self.groups() for p in group]
@@ -130,8 +136,8 @@ class Block:
         """
         if self.read is not None:
             return []
-        found = [] if self.form in NORMS_KEPT else [Link(self.norms[role], readers) for role, readers in
-                                                    (("attn_in", self.attn_in), ("ffn_in", self.ffn_in))
+        found = [] if self.form in NORMS_KEPT else [Link(self.norms[role], readers)
+                                                    for role, readers in self.behind.items()
                                                     if readers and role in self.norms]
         if self.attention is not None:
             projection, rows = self.part("v")
@@ -214,7 +220,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module | None]:
 def final_norm(model: nn.Module) -> Norm:
     """The norm in front of the output embedding."""
     spec = spec_of(model)
-    return _norm("final", spec.final_norm, at(model, spec.final_norm), spec.norm_offset)
+    return _norm(spec, "final", spec.final_norm, at(model, spec.final_norm))
 
 
 def blocks(model: nn.Module) -> list[Block]:
@@ -235,7 +241,7 @@ def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     else:
         shape = _attention_view(spec, f"{name}.{spec.attention}", attention)
     ffn = dict(width=0, ffn_in=[], ffn_out=None) if ffn_skipped else _ffn_view(spec, name, layer)
-    norms = {role: _norm(role, f"{name}.{child}", layer.get_submodule(child), spec.norm_offset)
+    norms = {role: _norm(spec, role, f"{name}.{child}", layer.get_submodule(child))
              for role, child in spec.norms if not isinstance(layer.get_submodule(child), nn.Identity)}
     return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn)
 
@@ -255,15 +261,16 @@ def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found
 
 
 def _form(spec: Spec, layer: nn.Module) -> Form:
-    if spec.form == "parallel" and not layer.use_parallel_residual:
+    if spec.form == "parallel" and len(spec.norms) == 2 and not layer.use_parallel_residual:      # GPT-NeoX
         return "pre"
     if spec.ffn_in == ("fc1",) and not layer.do_layer_norm_before:   # OPT-350m
         return "residual_post"
     return spec.form
 
 
-def _norm(role: str, name: str, module: nn.Module, offset: float) -> Norm:
-    return Norm(role, name, module, "layer" if isinstance(module, nn.LayerNorm) else "rms", offset)
+def _norm(spec: Spec, role: str, name: str, module: nn.Module) -> Norm:
+    centred = spec.centred or isinstance(module, nn.LayerNorm)
+    return Norm(role, name, module, "layer" if centred else "rms", spec.norm_offset)
 
 
 def _attention_view(spec: Spec, name: str, module: nn.Module) -> dict[str, Any]:

@@ -23,29 +23,33 @@ LEAST = 1e-4        # of the largest gain: a smaller one is not divided by
 class Norm:
     """A normalisation of the residual stream: y = normalise(x) * (offset + weight) [+ bias]."""
 
-    role: str                        # attn_in | attn_out | ffn_in | ffn_out | final
+    role: str                        # attn_in | attn_out | ffn_in | ffn_out | both_in (of parallel parts) | final
     name: str
     module: nn.Module
     kind: Literal["rms", "layer"]
     offset: float = 0.0
 
     @property
+    def weight(self) -> nn.Parameter | None:       # [E]
+        """What a gain is stored in; None for a norm without one, as OPT allows and OLMo has it."""
+        return self.module._parameters.get("weight")
+
+    @property
     def gain(self) -> Tensor | float:              # [E] float32
-        """The factor of the normalised stream; 1 for a norm without a weight, as OPT allows."""
-        weight = self.module.weight
-        return 1.0 if weight is None else self.offset + weight.data.float()
+        """The factor of the normalised stream; 1 for a norm without a weight."""
+        return 1.0 if self.weight is None else self.offset + self.weight.data.float()
 
     @property
     def bias(self) -> Tensor | None:               # [E]
         """The term added after normalising; None for RMS norms."""
-        bias = self.module.bias if self.kind == "layer" else None
+        bias = self.module._parameters.get("bias")
         return None if bias is None else bias.data
 
     def set_gain_(self, gain: Tensor) -> None:
         """Multiply the normalised stream by `gain` [E] from now on."""
-        if self.module.weight is None:
+        if self.weight is None:
             raise LlmoptError(f"{self.name}: has no gain that could be changed")
-        self.module.weight.data.copy_(gain - self.offset)
+        self.weight.data.copy_(gain - self.offset)
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply what the norm puts out by `factor` [E]."""
@@ -91,7 +95,7 @@ class Link:
     @property
     def scalable(self) -> bool:
         """False behind a norm without a gain."""
-        return isinstance(self.producer, Rows) or self.producer.module.weight is not None
+        return isinstance(self.producer, Rows) or self.producer.weight is not None
 
     def by_channel(self, values: Tensor) -> Tensor:                 # [in] -> [C]
         """Numbers of the readers' input columns, of those that read one channel their mean."""
@@ -122,7 +126,7 @@ class Link:
             for reader in self.readers if isinstance(gain, Tensor) else ():
                 reader.scale_columns_(gain)
             return
-        if norm.module.weight is not None and not norm.module.weight.is_meta and bool((norm.gain != 1).any()):
+        if norm.weight is not None and not norm.weight.is_meta and bool((norm.gain != 1).any()):
             raise LlmoptError(f"{norm.name}: has a bias on channels with almost no gain, so that it cannot be rotated")
         for reader in self.readers:
             reader.turn_columns_(turn, gain)
@@ -132,9 +136,9 @@ class Link:
     def _given_up(self) -> Tensor | float:
         """The gain [E] that the norm has just lost to its readers; 1 for a norm without one."""
         norm = self.producer
-        if norm.module.weight is None:
+        if norm.weight is None:
             return 1.0
-        gain, left = norm.gain, torch.ones_like(norm.module.weight, dtype=torch.float32)
+        gain, left = norm.gain, torch.ones_like(norm.weight, dtype=torch.float32)
         if norm.bias is not None and all(reader.bias is not None for reader in self.readers):
             for reader in self.readers:
                 reader.bias.add_(reader.weight.float() @ norm.bias.float())

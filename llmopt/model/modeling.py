@@ -87,6 +87,10 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family("exaone4", "Exaone4ForCausalLM", "Exaone4DecoderLayer", **_BEHIND),
     "ministral3": Family("ministral3", "Ministral3ForCausalLM", "Ministral3DecoderLayer"),
     "gemma": Family("gemma", "GemmaForCausalLM", "GemmaDecoderLayer"),
+    "olmo": Family("olmo", "OlmoForCausalLM", "OlmoDecoderLayer"),
+    # one norm in front of both parts, which stays as long as the layer does
+    "cohere2": Family("cohere2", "Cohere2ForCausalLM", "Cohere2DecoderLayer", attention_norms=(), mlp_norms=()),
+    "phi": Family("phi", "PhiForCausalLM", "PhiDecoderLayer", attention_norms=(), mlp_norms=()),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3DecoderLayer"),
     "granite": Family("granite", "GraniteForCausalLM", "GraniteDecoderLayer"),
     "ernie4_5": Family("ernie4_5", "Ernie4_5ForCausalLM", "Ernie4_5DecoderLayer"),
@@ -105,6 +109,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXLayer", attention="attention"),
     "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Block", attention="attn",
                    attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),
+    "gpt_bigcode": Family("gpt_bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeBlock", attention="attn",
+                          attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),
     # OPT-350m normalises the residual stream itself: its norms stay where they are
     "opt": Family("opt", "OPTForCausalLM", "OPTDecoderLayer", mlp=None, attention_norms=(), mlp_norms=(),
                   width="ffn_dim"),

@@ -54,7 +54,7 @@ class Outside:
     def links(self) -> list[Link]:
         """The final norm and the head that reads it. Raises LlmoptError where something stands between the two."""
         norm, head = self.final_norm, self.head
-        if norm.module.weight is not None and len(norm.module.weight) != head.in_features:
+        if norm.weight is not None and len(norm.weight) != head.in_features:
             raise LlmoptError(f"{norm.name} and {head.path} differ in width: another map stands between them")
         return [Link(norm, [head])]
 

@@ -79,7 +79,7 @@ def felt(block: Block, unit: str, projection: Projection) -> Tensor:      # [out
     Whole sub-blocks are compared between layers, where gains tell of the depth of a layer and not of its worth.
     """
     weight = projection.weight.float()
-    for role, readers in (("attn_in", block.attn_in), ("ffn_in", block.ffn_in)):
+    for role, readers in block.behind.items():
         ahead = unit in FINE and role in block.norms and block.form != "residual_post"
         if ahead and any(p is projection for p in readers):
             weight = weight * block.norms[role].gain

@@ -21,7 +21,7 @@ def learned(model: nn.Module, specs: Mapping[str, Spec], learn: Learn) -> dict[s
     own = [p for block in blocks(model) for p in block.projections() if p.name in specs]
     latents = [Held(Start(p, specs[p.name], p.codes, torch.zeros(p.codes.codes.shape, device=p.weight.device)))
                for p in own]
-    gains = [Gain(norm) for block in blocks(model) for norm in block.norms.values() if norm.module.weight is not None]
+    gains = [Gain(norm) for block in blocks(model) for norm in block.norms.values() if norm.weight is not None]
     losses = learn(latents, gains)
     found = {LOSSES: torch.tensor(losses, dtype=torch.float64)}
     for latent in latents:

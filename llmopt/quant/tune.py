@@ -64,7 +64,7 @@ class Tuning(BlockSolver):
     def improve(self, visit: Visit, starts: list[Start], weights: list[Tensor] | None,
                 run: Run) -> Iterator[tuple[Projection, Quantized]]:
         latents = [Held(start) for start in starts]
-        gains = [Gain(norm) for norm in visit.block.norms.values() if norm.module.weight is not None]
+        gains = [Gain(norm) for norm in visit.block.norms.values() if norm.weight is not None]
         parts = (run.layers or len(layer_list(visit.model))) * (2 if self.whole else 1)
         losses = descend(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)),
                          self._knobs(latents, gains, REACH), self._course(run, parts))
