@@ -149,5 +149,5 @@ def test_keys_that_the_table_cannot_turn_back_are_refused_by_name():
     model = tiny.make("ernie4_5")
     with pytest.raises(LlmoptError, match="ernie4_5: its keys cannot be turned back .*neighbouring channels"):
         rotary_tables(model, 0, 8, torch.zeros(1))
-    with pytest.raises(LlmoptError, match=f"cohere: how positions turn its keys is not known: {NO_ENTRY}"):
-        rotary_tables(tiny.make("cohere"), 0, 8, torch.zeros(1))
+    with pytest.raises(LlmoptError, match=f"ministral: how positions turn its keys is not known: {NO_ENTRY}"):
+        rotary_tables(tiny.make("ministral"), 0, 8, torch.zeros(1))

@@ -42,7 +42,7 @@ def test_a_scale_moved_along_a_link_changes_no_output(family):
             torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "readers"), [("cohere2", 5), ("phi", 4)])
+@pytest.mark.parametrize(("family", "readers"), [("cohere", 5), ("cohere2", 5), ("phi", 4)])
 def test_one_norm_in_front_of_both_parts_is_read_by_both(family, readers):
     model = tiny.make(family, norms=True)
     expected, block = logits(model), blocks(model)[1]

@@ -91,6 +91,7 @@ SPECS: dict[str, Spec] = {
     "gemma": Spec(norm_offset=1.0),
     "smollm3": Spec(sliding="typed", turned=_SOME),
     "olmo": Spec(centred=True, unless=("clip_qkv",)),
+    "cohere": Spec(**_ONE_NORM, centred=True, turned=_PAIRS, unless=("use_qk_norm",)),
     "cohere2": Spec(**_ONE_NORM, centred=True, sliding="typed", turned=_SOME),
     "phi": Spec(**_ONE_NORM, final_norm="model.final_layernorm", out="dense", ffn_in=("mlp.fc1",), ffn_gated=False,
                 ffn_out="mlp.fc2", old_share="partial_rotary_factor", unless=("qk_layernorm",)),
@@ -100,6 +101,8 @@ SPECS: dict[str, Spec] = {
     "seed_oss": Spec(),
     "helium": Spec(turned=_PAIRS, refuse=dict.fromkeys(
         ("kv_groups", "q_heads"), "its attention writes from as many channels as the hidden state has")),
+    "glm": Spec(ffn_in=("mlp.gate_up_proj",), turned=_PAIRS),
+    "cwm": Spec(sliding="typed"),
     "glm4": Spec(ffn_in=("mlp.gate_up_proj",), form="sandwich", turned=_PAIRS, norms=(
         ("attn_in", "input_layernorm"), ("attn_out", "post_self_attn_layernorm"),
         ("ffn_in", "post_attention_layernorm"), ("ffn_out", "post_mlp_layernorm"))),

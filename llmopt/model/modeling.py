@@ -89,6 +89,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", "GemmaForCausalLM", "GemmaDecoderLayer"),
     "olmo": Family("olmo", "OlmoForCausalLM", "OlmoDecoderLayer"),
     # one norm in front of both parts, which stays as long as the layer does
+    "cohere": Family("cohere", "CohereForCausalLM", "CohereDecoderLayer", attention_norms=(), mlp_norms=()),
     "cohere2": Family("cohere2", "Cohere2ForCausalLM", "Cohere2DecoderLayer", attention_norms=(), mlp_norms=()),
     "phi": Family("phi", "PhiForCausalLM", "PhiDecoderLayer", attention_norms=(), mlp_norms=()),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3DecoderLayer"),
@@ -97,6 +98,8 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1DecoderLayer"),
     "seed_oss": Family("seed_oss", "SeedOssForCausalLM", "SeedOssDecoderLayer"),
     "helium": Family("helium", "HeliumForCausalLM", "HeliumDecoderLayer"),
+    "glm": Family("glm", "GlmForCausalLM", "GlmDecoderLayer"),
+    "cwm": Family("cwm", "CwmForCausalLM", "CwmDecoderLayer"),
     "glm4": Family("glm4", "Glm4ForCausalLM", "Glm4DecoderLayer",
                    attention_norms=("input_layernorm", "post_self_attn_layernorm"),
                    mlp_norms=("post_attention_layernorm", "post_mlp_layernorm")),
