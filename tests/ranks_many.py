@@ -146,6 +146,7 @@ def main() -> None:
     found = {"moments": moments(team), "factor": factor(team), "solve": solve(team), "rows": rows(data, team)}
     found |= {plan: unlike("llama", plan, data, team) for plan in PLANS}
     found |= {family: unlike(family, "narrow", data, team) for family in ("gpt_neox", "gpt2", "opt")}
+    found["experts"] = unlike("qwen3_moe", "gptq", data, team)
     found["a batch that is cut"] = worse("llama", "gptq", batches(8, 8)[:1], team)
     odd = [{name: t[1:] for name, t in batches(2, 2)[0].items()}]
     found["more processes than rows"] = unlike("qwen3", "lim", odd, team)

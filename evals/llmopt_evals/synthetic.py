@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from llmopt.checkpoint.place import prepare_output, staged
 from llmopt.errors import LlmoptError
@@ -33,6 +33,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3-4b": Qwen3Config(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
                             num_attention_heads=32, num_key_value_heads=8, head_dim=128,
                             max_position_embeddings=40960, tie_word_embeddings=True),
+    "qwen3-30b-a3b": Qwen3MoeConfig(vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_experts=128,
+                                    num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48, head_dim=128,
+                                    num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=40960),
 }
 
 

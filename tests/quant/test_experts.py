@@ -17,7 +17,11 @@ from llmopt.model.blocks import blocks
 from llmopt.model.stored import rebuilt, stored
 from llmopt.quant import GPTQ, HQQ, RTN, Tune
 from llmopt.quant.grid import Spec, round_to_nearest
+from llmopt.quant.making import Making
+from llmopt.run import pipeline
+from llmopt.run.opening import Streaming
 from tests import tiny
+from tests.plans import contents, dense, plan
 from tests.quant.quant_data import batches, loaded_plain, logits
 
 SIXTEEN = {"group_size": 16}
@@ -192,6 +196,28 @@ def test_what_was_loaded_can_be_saved_again_then_the_experts_are_dense(tmp_path)
     assert torch.equal(logits(llmopt.load(tmp_path / "two")[0]), logits(model))
     llmopt.save(again, tmp_path / "three", format="dense")
     assert torch.equal(logits(llmopt.load(tmp_path / "three")[0]), logits(model))
+
+
+@pytest.mark.parametrize(("family", "extra"), [("qwen3_moe", ""), pytest.param("gpt_oss", "format: dense\n",
+                                                                              marks=pytest.mark.full)])
+def test_a_run_that_was_cut_off_among_experts_goes_on_streamed(family, extra, tmp_path, monkeypatch):
+    made = plan(tmp_path, dense(tmp_path, family), "[quant.gptq: {bits: 4, group_size: 16}]", extra)
+    pipeline.run(made, tmp_path / "whole")
+    solve, done = Making._solve, []
+
+    def cut(self, projection, *rest):
+        done.append(projection.name)
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        return solve(self, projection, *rest)
+
+    monkeypatch.setattr(Making, "_solve", cut)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
+    assert "layers.1.mlp.experts" in done[-1]
+    monkeypatch.setattr(Making, "_solve", solve)
+    assert pipeline.run(made, tmp_path / "out", streaming=Streaming(True), resume=True).messages
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
 def test_a_stack_whose_products_cannot_be_seen_stays_dense(monkeypatch):
