@@ -16,7 +16,7 @@ KEY = "_llmopt_compute"         # where a model keeps the type that it computes 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LOOKUPS = {functional.embedding, torch.embedding}           # a row of the table is converted, not the table
 READERS = {functional.linear, functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm,
-           torch.addmm, torch.bmm, torch.baddbmm, functional.grouped_mm}
+           torch.addmm, torch.bmm, torch.baddbmm}
 # what a CPU calls its arithmetic in each type; on x86, and on ARM
 CPU_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
 
@@ -32,10 +32,22 @@ class Computing(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in LOOKUPS:
             return self._converted(function(*args, **kwargs))
+        if function is torch._grouped_mm:               # functional.grouped_mm calls it
+            return self._grouped(*args, **kwargs)
         if function in READERS:
             args = tuple(self._converted(value) for value in args)
             kwargs = {key: self._converted(value) for key, value in kwargs.items()}
         return function(*args, **kwargs)
+
+    def _grouped(self, x: Tensor, stack: Tensor, offs: Tensor, **_: Any) -> Tensor:
+        """x [N, in] by expert, stack [E, in, out], offs [E] where the rows of each end: one matrix at a time."""
+        out = torch.zeros(len(x), stack.shape[2], dtype=self.dtype, device=x.device)
+        start = 0
+        for expert, stop in enumerate(offs.tolist()):
+            if stop > start:
+                out[start:stop] = self._converted(x[start:stop]) @ self._converted(stack[expert])
+            start = stop
+        return out
 
     def _converted(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
