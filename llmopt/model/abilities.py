@@ -3,8 +3,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import CONV1D, NO_ENTRY, NORMS_KEPT, SPECS, UNITS, UNTURNED
+from llmopt.model.architectures import CONV1D, NO_ENTRY, NORMS_KEPT, ONE_TENSOR, SPECS, UNITS, UNTURNED
 from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.expert_files import parts_of
 from llmopt.model.levels import lacking
 from llmopt.model.shapes import check_droppable
 
@@ -29,10 +30,18 @@ def abilities_of(model: nn.Module) -> dict[str, str | None]:
     if spec_of(model).known:
         return abilities(model.config.model_type)
     running = lacking(model)["run time"]
-    packs = not any(isinstance(p.module, Conv1D) for block in blocks(model) for p in block.projections())
     return dict.fromkeys(abilities(next(iter(SPECS))), NO_ENTRY) | {
-        "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": None if packs else CONV1D,
+        "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": _unpackable(model),
         "blocks": _without_one(model)}
+
+
+def _unpackable(model: nn.Module) -> str | None:
+    """Why compressed-tensors cannot hold all that is quantized; None: it can."""
+    views = blocks(model)
+    if any(isinstance(p.module, Conv1D) for block in views for p in block.projections()):
+        return CONV1D
+    experts = next((found for block in views if (found := [p for p in block.of_experts() if p.expert == 0])), [])
+    return ONE_TENSOR if any(parts_of(model, p) is None for p in experts) else None
 
 
 def _without_one(model: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
@@ -165,7 +166,7 @@ def _look(model: nn.Module, path: str) -> list[Found]:
 def _seen(model: nn.Module, path: str, attention: str | None) -> list[Found]:
     """What a forward shows whose attention function is `attention`; None: the model's own."""
     inside = decoder_path(model, path)
-    decoder = _without_weights(model.get_submodule(inside))
+    decoder = _without_weights(_unpacked(model).get_submodule(inside))
     if attention:
         for config in {id(c): c for c in (vars(m).get("config") for m in decoder.modules()) if c is not None}.values():
             config._attn_implementation_internal = attention
@@ -195,6 +196,16 @@ def _asked_for(decoder: nn.Module, layer: nn.Module, names: list[str]) -> bool:
     except (AttributeError, RuntimeError, NotImplementedError) as error:       # the others: values of a meta tensor
         return isinstance(error, AttributeError)
     return False
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """The model, or one like it: where weights came as codes, their layers are others until the first forward."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with init_empty_weights():
+        return type(model)(config)
 
 
 def _without_weights(decoder: nn.Module) -> nn.Module:
