@@ -1,50 +1,64 @@
 """A-shape: every token reads the first tokens and its own neighbourhood.
 
-    j is read by i  <=>  j < sinks  or  i - j < window
+    j is read by i  <=>  j < sinks  or  i - j < window          window: with `heads`, that of a head is share_h * window
 
 Jiang et al., 2024 (MInference, arXiv:2407.02490), whose static pattern has 100 and 800. Exact, and blind to the
 content: the control that every other method has to beat. Left out: the offline choice of a pattern per head.
 """
+import torch
 from llmopt_kernels import Stripes
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from llmopt.attention.base import Selector, State
+from llmopt.attention.base import State
+from llmopt.attention.by_head import ByHead
 from llmopt.parts import register
+
+EVEN = torch.ones(1, dtype=torch.float64)
 
 
 @register("attention.a_shape")
 @dataclass(frozen=True)
-class AShape(Selector):
+class AShape(ByHead):
     """Attention sinks and a local band."""
 
     sinks: int = Field(100, ge=0, description="first tokens that every token reads")
     window: int = Field(800, ge=1, description="tokens before each one that it reads, itself included")
     ratio: float | None = Field(None, ge=0, lt=1, description="share of the causal pairs to skip; decides the window")
 
-    def predict(self, length: int) -> float:
-        window = self._window(length)
-        return a_shape_pairs(length, self.sinks, window) / a_shape_pairs(length, 0, length)
+    def predict(self, length: int) -> float:                                # exact where all heads are alike
+        pairs = a_shape_pairs(length, self.sinks, self._window(length, EVEN))
+        return float(pairs) / (length * (length + 1) // 2)
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
-        return Stripes(self.sinks, self._window(state.dropped + k.shape[1]))
+        held, total = state.record.meta.get("shares"), state.dropped + k.shape[1]
+        if held is None:
+            return Stripes(self.sinks, self._window(total, EVEN))
+        every = torch.tensor([share for row in held for share in row], dtype=torch.float64)
+        return Stripes(self.sinks, windows(self._window(total, every), self.shares(state)).to(q.device))
 
-    def _window(self, length: int) -> int:
-        return self.window if self.ratio is None else window_for(length, self.sinks, 1 - self.ratio)
+    def _window(self, length: int, shares: Tensor) -> int:
+        return self.window if self.ratio is None else window_for(length, self.sinks, 1 - self.ratio, shares)
 
 
-def a_shape_pairs(length: int, sinks: int, window: int) -> int:
-    """Pairs that the pattern computes in a prompt of `length` tokens."""
-    full = min(length, sinks + window)              # these rows read everything before them
+def windows(window: int, shares: Tensor) -> Tensor:
+    """int64 [H], those of heads of these shares."""
+    return (window * shares).round().long().clamp(min=1)
+
+
+def a_shape_pairs(length: int, sinks: int, window: Tensor | int) -> Tensor:
+    """Pairs that the pattern computes in a prompt of `length` tokens, for each window [N]."""
+    full = torch.as_tensor(sinks + window).clamp(max=length)       # these rows read everything before them
     return full * (full + 1) // 2 + (length - full) * (sinks + window)
 
 
-def window_for(length: int, sinks: int, density: float) -> int:
-    """The smallest window >= 1 that computes at least `density` of the causal pairs."""
+def window_for(length: int, sinks: int, density: float, shares: Tensor = EVEN) -> int:
+    """The smallest window >= 1 that computes at least `density` of the causal pairs, as a mean over heads."""
     wanted = density * length * (length + 1) / 2
-    low, high = 1, max(1, length)
+    low, high = 1, max(1, round(length / float(shares[shares > 0].min())))
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if a_shape_pairs(length, sinks, middle) >= wanted else (middle + 1, high)
+        enough = a_shape_pairs(length, sinks, windows(middle, shares)).double().mean() >= wanted
+        low, high = (low, middle) if bool(enough) else (middle + 1, high)
     return low

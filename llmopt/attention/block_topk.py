@@ -4,6 +4,7 @@
 
 over: tile      the `keep` best blocks of each tile (Lu et al., 2025, MoBA, arXiv:2502.13189)
       head      as many in all, wherever they are in the head: tiles of sharp scores get more (VMoBA, arXiv:2506.23858)
+heads           head scores, by which `keep` is shared out among the heads
 threshold       instead of a number, scores brought to 0 .. 1 within the head, the best until their sum is this share
 
 MoBA decides for each query by itself: block: 1 row a tile is not offered; a tile's mean query stands for its rows.
@@ -17,24 +18,31 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from llmopt.attention.base import State
+from llmopt.attention.by_head import ByHead
 from llmopt.attention.grid import BlockSelector, Grid, largest, top
+from llmopt.errors import FieldError
 from llmopt.parts import register
 
 
 @register("attention.block_topk")
 @dataclass(frozen=True)
-class BlockTopK(BlockSelector):
+class BlockTopK(ByHead, BlockSelector):
     """Cheap, and coarse: a block is judged by one vector."""
 
     keep: int = Field(8, ge=0, description="blocks for each tile, besides those that are always read")
     over: Literal["tile", "head"] = Field("tile", description="where the best are looked for")
     threshold: float | None = Field(None, gt=0, le=1, description="share of the scores' sum, in the place of keep")
 
+    def check(self) -> None:
+        if self.heads and self.threshold is not None:
+            raise FieldError("heads", self.heads, "no threshold beside it: heads share out a number of blocks, keep")
+
     def picks(self, grid: Grid, state: State) -> Tensor:
         scores = grid.pooled_logits.masked_fill(~grid.far, -torch.inf)                       # [H, tiles, blocks]
         flat = scores.flatten(1) if self.over == "head" else scores
         if self.threshold is None:
-            found = top(flat, self.keep * (scores.shape[1] if self.over == "head" else 1))
+            count = self.budget(self.keep * (scores.shape[1] if self.over == "head" else 1), state).to(flat.device)
+            found = top(flat, count if self.over == "head" else count[:, None])
         else:
             found = largest(_between_0_and_1(flat), self.threshold)
         return found.view_as(scores)

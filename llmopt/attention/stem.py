@@ -6,6 +6,7 @@
 Niu et al., 2026 (arXiv:2603.06274): every later token reads what the first ones have written, so these are computed
 nearly in full. The mean logit is that over antidiagonals of squares of `stride` (antidiagonal.py), whose own average
 within the pair of blocks is taken. A tile has no more blocks than it sees.
+With `heads`, k0 is shared out among the heads.
 """
 import torch
 from pydantic import Field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from llmopt.attention.antidiagonal import antidiagonals, summed
 from llmopt.attention.base import State
+from llmopt.attention.by_head import ByHead
 from llmopt.attention.grid import BlockSelector, Grid, in_runs, top
 from llmopt.errors import FieldError
 from llmopt.parts import register
@@ -21,7 +23,7 @@ from llmopt.parts import register
 
 @register("attention.stem")
 @dataclass(frozen=True)
-class Stem(BlockSelector):
+class Stem(ByHead, BlockSelector):
     """A budget that decays with the place of the query."""
 
     keep: float = Field(0.2, gt=0, le=1, description="share of all blocks that the first tiles read at most")
@@ -39,10 +41,10 @@ class Stem(BlockSelector):
                            for logits, seen in antidiagonals(grid, self.stride)])            # [H, tiles, blocks]
         norms = in_runs(grid.values.float().norm(dim=-1, keepdim=True), grid.size).amax((2, 3))         # [G, blocks]
         scores = fit + self.beta * grid.for_heads(norms.log().clamp(min=0)).unsqueeze(1)
-        return top(scores.masked_fill(~grid.far, -torch.inf), self.budgets(grid))
+        return top(scores.masked_fill(~grid.far, -torch.inf), self.budgets(grid, self.shares(state)))
 
-    def budgets(self, grid: Grid) -> Tensor:
-        """int64 [tiles]: blocks that each tile chooses besides those that it reads in any case."""
-        most = self.keep * grid.blocks
+    def budgets(self, grid: Grid, shares: Tensor) -> Tensor:
+        """int64 [H, tiles] or [1, tiles]: blocks that each tile chooses besides those that it reads in any case."""
+        most = self.keep * grid.blocks * shares.to(grid.keys.device)[:, None]
         place = grid.begins.double() / grid.keys.shape[1]
         return ((most - most * (1 - self.decay) * place).ceil().long() - self.first - self.near).clamp(min=0)

@@ -9,19 +9,20 @@ queries need is lost. Left out: the offline search for numbers of each head, and
 published search turns into this one in the end.
 """
 import torch
-from llmopt_kernels import Stripes
+from llmopt_kernels import NONE, Stripes
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llmopt.attention.base import Selector, State
+from llmopt.attention.base import State
+from llmopt.attention.by_head import ByHead
 from llmopt.parts import register
 
 
 @register("attention.vertical_slash")
 @dataclass(frozen=True)
-class VerticalSlash(Selector):
+class VerticalSlash(ByHead):
     """Costs `queries` rows of attention."""
 
     vertical: int = Field(1000, ge=1, description="keys that every row reads")
@@ -32,9 +33,8 @@ class VerticalSlash(Selector):
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         vertical, slash = self.lines(q, k, state)                                             # [H, S] each
-        count = k.shape[1]
-        columns = vertical.topk(min(self.vertical, count)).indices.sort().values
-        distances = slash.topk(min(self.slash, count)).indices
+        columns = best(vertical, self.budget(self.vertical, state))
+        distances = best(slash, self.budget(self.slash, state))
         begins = torch.arange(0, q.shape[1], self.tile, device=q.device) + state.offset
         return Stripes(0, start=begins, columns=columns.unsqueeze(1).expand(-1, len(begins), -1), tile=self.tile,
                        diagonals=distances)
@@ -47,6 +47,13 @@ class VerticalSlash(Selector):
         vertical[:, :max(0, self.always - state.dropped)] = torch.inf
         slash[:, :self.always] = torch.inf
         return vertical, slash[:, :total]
+
+
+def best(scores: Tensor, counts: Tensor) -> Tensor:
+    """The places of so many of the largest scores of each head [H, S], NONE as filler; counts [H], or [1] for all."""
+    counts = counts.to(scores.device).clamp(max=scores.shape[1])
+    found = scores.topk(int(counts.max())).indices
+    return found.masked_fill(torch.arange(found.shape[1], device=found.device) >= counts[:, None], NONE)
 
 
 def last_weights(q: Tensor, k: Tensor, state: State, count: int) -> Tensor:

@@ -125,3 +125,18 @@ def _counted(heads: list[int]) -> str:
     """"3 layers of 4 heads", or the number of heads of each layer."""
     alike = f"{len(heads)} layers of {heads[0]} heads" if heads and len(set(heads)) == 1 else None
     return alike or f"{heads} heads by layer"
+
+
+def water_fill(weights: Tensor, cap: float) -> Tensor:      # [N] -> [N]
+    """Shares with sum N, by weight, none above `cap` >= 1; all alike where nothing has weight."""
+    shares, free = torch.zeros_like(weights), torch.ones_like(weights, dtype=torch.bool)
+    left = float(len(weights))
+    while left > 1e-9 and bool(free.any()):
+        by = weights * free if float(weights[free].sum()) > 0 else free.to(weights)
+        given = left * by / by.sum()
+        over = free & (given > cap)
+        if not bool(over.any()):
+            return shares + given
+        shares[over], free = cap, free & ~over
+        left = len(weights) - float(shares.sum())
+    return shares

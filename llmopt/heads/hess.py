@@ -16,6 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from llmopt.calibration.head_scores import water_fill
 from llmopt.heads.base import Batch, HeadScore, single_rows
 from llmopt.heads.gradient import slopes_of
 from llmopt.method import Run
@@ -23,21 +24,6 @@ from llmopt.model.blocks import Block, blocks
 from llmopt.parts import register
 
 PARTS = {"queries": "q", "keys": "k", "values": "v"}
-
-
-def water_fill(weights: Tensor, cap: float) -> Tensor:      # [H] -> [H]
-    """Shares with sum H, by weight, none above `cap` >= 1; all alike where nothing has weight."""
-    shares, free = torch.zeros_like(weights), torch.ones_like(weights, dtype=torch.bool)
-    left = float(len(weights))
-    while left > 1e-9 and bool(free.any()):
-        by = weights * free if float(weights[free].sum()) > 0 else free.to(weights)
-        given = left * by / by.sum()
-        over = free & (given > cap)
-        if not bool(over.any()):
-            return shares + given
-        shares[over], free = cap, free & ~over
-        left = len(weights) - float(shares.sum())
-    return shares
 
 
 @register("heads.hess")

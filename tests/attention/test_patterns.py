@@ -222,8 +222,8 @@ def test_flash_prefill_by_hand():
 def test_the_budget_of_stem_decays():
     q, k, _, state = drawn(64, 64)
     grid = Grid(q, k, state.values, state.rule, 8, 1, 1)
-    assert a.Stem(block=8, stride=4, keep=1.0, decay=0.5).budgets(grid).tolist() == [
-        math.ceil(8 - 8 * 0.5 * t / 8) - 2 for t in range(8)]
+    assert a.Stem(block=8, stride=4, keep=1.0, decay=0.5).budgets(grid, torch.tensor([1.0, 0.5])).tolist() == [
+        [max(0, math.ceil(share * (8 - 8 * 0.5 * t / 8)) - 2) for t in range(8)] for share in (1, 0.5)]
     state.values[:, 16:24] *= 1e6
     loud = a.Stem(block=8, stride=4, keep=0.4, decay=1.0, beta=100.0).picks(grid, state)
     assert loud[:, 4:, 2].all()                                         # what would be written counts

@@ -1,0 +1,107 @@
+"""Budgets by head: shares by water-filling, and how each method that has them reads by them."""
+from itertools import pairwise
+
+import pytest
+import torch
+from llmopt_kernels import NONE, sparse_partial
+from transformers import AutoModelForCausalLM
+
+import llmopt
+from llmopt import attention as a
+from llmopt import runtime
+from llmopt.attention.a_shape import a_shape_pairs, window_for, windows
+from llmopt.attention.grid import Grid
+from llmopt.errors import FieldError, LlmoptError
+from llmopt.method import Record, Run
+from llmopt.runtime.compression import ATTENTION
+from tests.attention.test_patterns import drawn
+from tests.tiny import ids, make
+
+SCORES = [torch.tensor(row) for row in ([4.0, 1.0, 0.0, 8.0], [7.0, 7.5, 6.0, 5.0], [2.0, 3.0, 10.0, 66.5])]
+HALVES = [0.0, 0.5, 1.0, 2.5]
+
+
+def sharing(method, shares=HALVES, tokens=64, total=64):
+    """(q, k, the state of a method whose layer has these shares)."""
+    q, k, v, state = drawn(tokens, total)
+    state.record.meta.clear()
+    state.record.meta["shares"] = [shares]
+    return q, k, state
+
+
+def test_shares_are_those_of_the_whole_model():
+    found = a.BlockTopK(heads="heads.span", cap=3.0).plan(make("llama"), Run(scores={"heads.span": SCORES})).meta
+    left = 9 / 53.5                                     # 12 shares, of which the last head takes 3 and no more
+    assert found["shares"] == [pytest.approx(row) for row in (
+        [4 * left, left, 0, 8 * left], [7 * left, 7.5 * left, 6 * left, 5 * left], [2 * left, 3 * left, 10 * left, 3])]
+    assert a.BlockTopK().plan(make("llama"), Run()).meta == {}
+
+
+def test_blocks_are_shared_out():
+    for over in ("tile", "head"):
+        method = a.BlockTopK(block=4, keep=2, over=over, first=0, near=1)
+        q, k, state = sharing(method)
+        grid = Grid(q, k, state.values, state.rule, 4, 0, 1)
+        counts = (method.picks(grid, state) & grid.far).sum((1, 2)) if over == "head" else \
+            (method.picks(grid, state) & grid.far)[:, -1].sum(1)
+        assert counts.tolist() == [round(share * 2 * (16 if over == "head" else 1)) for share in HALVES]
+
+
+def test_lines_are_shared_out():
+    q, k, state = sharing(a.VerticalSlash())
+    found = a.VerticalSlash(vertical=8, slash=4, queries=4, always=1, tile=8).select(q, k, state)
+    assert [int((row[0] != NONE).sum()) for row in found.columns] == [0, 4, 8, 20]
+    assert [int((row != NONE).sum()) for row in found.diagonals] == [0, 2, 4, 10]
+    full = a.VerticalSlash(vertical=20, slash=10, queries=4, always=1, tile=8).select(q, k, drawn(64, 64)[-1])
+    assert set(full.columns[3, 0].tolist()) == set(found.columns[3, 0].tolist())
+    _, pairs = sparse_partial(q, k, state.values, found, state.rule)
+    assert pairs.diff().gt(0).all()
+
+
+def test_windows_are_shared_out_and_a_ratio_is_that_of_all_heads():
+    q, k, state = sharing(a.AShape())
+    assert a.AShape(sinks=2, window=8).select(q, k, state).window.tolist() == [1, 4, 8, 20]
+    shares = torch.tensor(HALVES, dtype=torch.float64)
+    window = window_for(64, 2, 0.3, shares)
+    density, less = (a_shape_pairs(64, 2, windows(w, shares)).double().mean() / (64 * 65 / 2)
+                     for w in (window, window - 1))
+    assert less < 0.3 <= density
+    assert a.AShape(sinks=2, ratio=0.7).select(q, k, state).window.tolist() == windows(window, shares).tolist()
+    assert window_for(64, 2, 1.0, torch.tensor([0.0, 2.0])) > 0         # out of reach: a head without a share
+
+
+def test_in_a_model_and_in_its_checkpoint(tmp_path):
+    """As many blocks as without shares, in other heads; a checkpoint has them too."""
+    model, tokens = make("llama"), ids(1, 80)
+    fields = {"block": 4, "keep": 3, "first": 0, "min_length": 0}
+    with runtime.attached(model, a.BlockTopK(**fields)):
+        model(tokens)
+        even = [runtime.attachment(model).stats[layer].computed for layer in range(3)]
+    llmopt.compress(model, [llmopt.heads.Span(), a.BlockTopK(**fields, heads="heads.span")], tokens)
+    want = model(tokens).logits
+    live = runtime.attachment(model)
+    found = torch.stack([live.stats[i].computed for i in range(3)])
+    shares = torch.tensor(live.record(ATTENTION).meta["shares"])
+    assert torch.stack(even).unique().numel() == 1 and float(shares.mean()) == pytest.approx(1)
+    counts = (3 * shares).round()
+    assert all((found[counts == more] > found[counts == less].max()).all()
+               for more, less in pairwise(counts.unique().sort(descending=True).values))
+    llmopt.save(model, tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, want)
+
+
+def test_scores_that_are_no_shares_are_refused():
+    for scores in ([torch.tensor([2.0, -1.0])], [torch.zeros(4)]):
+        rows = [scores[0].repeat(2)[:4]] * 3
+        with pytest.raises(LlmoptError, match="scores below 0, or none above it"):
+            a.Stem(heads="heads.span").plan(make("llama"), Run(scores={"heads.span": rows}))
+    with pytest.raises(LlmoptError, match="no score step 'heads.span' ran before"):
+        a.AShape(heads="heads.span").plan(make("llama"), Run())
+    with pytest.raises(FieldError, match="no threshold beside it"):
+        a.BlockTopK(heads="heads.span", threshold=0.9)
+
+
+@pytest.mark.parametrize("shares", [[[1.0] * 4] * 2, [[1.0] * 4, [1.0] * 4, [1.0] * 3], [[1.0, 1.0, 1.0, -1.0]] * 3])
+def test_a_record_of_other_heads_is_refused(shares):
+    with pytest.raises(LlmoptError, match=r"attention\.stem: a share of 0 or more for each head"):
+        a.Stem().restore(make("llama"), Record({"shares": shares}))
