@@ -1,9 +1,9 @@
 """Budgets by head: a method that reads so many keys reads more of them in heads of larger scores.
 
-    share_h = N w_h / sum w over the N heads of the model, none above `cap`; what a head cannot take goes to the others
+    share_h = floor + (1 - floor) N w_h / sum w over the N heads of the model, none above `cap`
 
-The shares (water-filling, as HeSS has it: arXiv:2603.25336) have the mean 1, so that as much is read as without them;
-by `heads.hess`, whose scores are shares of a layer already, every layer keeps its own part.
+What a head cannot take goes to the others (water-filling, as in HeSS: arXiv:2603.25336). The shares have the mean 1, so
+that as much is read as without them; by `heads.hess`, whose scores are shares of a layer, every layer keeps its part.
 """
 from typing import Any, ClassVar
 
@@ -28,7 +28,8 @@ class ByHead(Selector):
 
     heads: str | None = Field(None, description="head scores that share out what is read among all heads: the name of "
                                                 "a score step, or a .json or .safetensors file; null: all alike")
-    cap: float = Field(4.0, ge=1, description="the most that a head gets, in even shares")
+    floor: float = Field(0.25, ge=0, le=1, description="the least that a head gets, in even shares")
+    cap: float = Field(8.0, ge=1, description="the most")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -43,8 +44,10 @@ class ByHead(Selector):
         if not len(every) or float(every.min()) < 0 or float(every.sum()) <= 0:
             raise LlmoptError(f"heads: {self.heads} holds scores below 0, or none above it, which are no shares; "
                               "heads.hess, heads.span and heads.retrieval give such")
-        parts = water_fill(every, self.cap).split([*map(len, scores)])
-        return Record({"shares": [part.tolist() for part in parts]})
+        if rest := 1 - self.floor:
+            every = self.floor + rest * water_fill(every, (self.cap - self.floor) / rest)
+        shares = every if rest else torch.ones_like(every)
+        return Record({"shares": [part.tolist() for part in shares.split([*map(len, scores)])]})
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)

@@ -29,12 +29,16 @@ def sharing(method, shares=HALVES, tokens=64, total=64):
     return q, k, state
 
 
+def planned(**fields):
+    return a.BlockTopK(heads="heads.span", **fields).plan(make("llama"), Run(scores={"heads.span": SCORES})).meta["shares"]
+
+
 def test_shares_are_those_of_the_whole_model():
-    found = a.BlockTopK(heads="heads.span", cap=3.0).plan(make("llama"), Run(scores={"heads.span": SCORES})).meta
-    left = 9 / 53.5                                     # 12 shares, of which the last head takes 3 and no more
-    assert found["shares"] == [pytest.approx(row) for row in (
+    left, found = 9 / 53.5, planned(floor=0.0, cap=3.0)             # 12 shares; the last head takes 3 and no more
+    assert found == [pytest.approx(row) for row in (
         [4 * left, left, 0, 8 * left], [7 * left, 7.5 * left, 6 * left, 5 * left], [2 * left, 3 * left, 10 * left, 3])]
-    assert a.BlockTopK().plan(make("llama"), Run()).meta == {}
+    assert planned(floor=0.25, cap=2.5) == [pytest.approx([0.25 + 0.75 * share for share in row]) for row in found]
+    assert planned(floor=1.0) == [[1.0] * 4] * 3 and a.BlockTopK().plan(make("llama"), Run()).meta == {}
 
 
 def test_blocks_are_shared_out():
@@ -84,6 +88,7 @@ def test_in_a_model_and_in_its_checkpoint(tmp_path):
     shares = torch.tensor(live.record(ATTENTION).meta["shares"])
     assert torch.stack(even).unique().numel() == 1 and float(shares.mean()) == pytest.approx(1)
     counts = (3 * shares).round()
+    assert float(shares.min()) >= 0.25
     assert all((found[counts == more] > found[counts == less].max()).all()
                for more, less in pairwise(counts.unique().sort(descending=True).values))
     llmopt.save(model, tmp_path / "out")
