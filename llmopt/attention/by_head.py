@@ -28,7 +28,7 @@ class ByHead(Selector):
 
     heads: str | None = Field(None, description="head scores that share out what is read among all heads: the name of "
                                                 "a score step, or a .json or .safetensors file; null: all alike")
-    floor: float = Field(0.25, ge=0, le=1, description="the least that a head gets, in even shares")
+    floor: float = Field(0.25, ge=0, lt=1, description="the least that a head gets, in even shares")
     cap: float = Field(8.0, ge=1, description="the most")
 
     @property
@@ -44,9 +44,8 @@ class ByHead(Selector):
         if not len(every) or float(every.min()) < 0 or float(every.sum()) <= 0:
             raise LlmoptError(f"heads: {self.heads} holds scores below 0, or none above it, which are no shares; "
                               "heads.hess, heads.span and heads.retrieval give such")
-        if rest := 1 - self.floor:
-            every = self.floor + rest * water_fill(every, (self.cap - self.floor) / rest)
-        shares = every if rest else torch.ones_like(every)
+        rest = 1 - self.floor
+        shares = self.floor + rest * water_fill(every, (self.cap - self.floor) / rest)
         return Record({"shares": [part.tolist() for part in shares.split([*map(len, scores)])]})
 
     def check_record(self, model: nn.Module, record: Record) -> None:

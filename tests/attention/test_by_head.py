@@ -30,7 +30,8 @@ def sharing(method, shares=HALVES, tokens=64, total=64):
 
 
 def planned(**fields):
-    return a.BlockTopK(heads="heads.span", **fields).plan(make("llama"), Run(scores={"heads.span": SCORES})).meta["shares"]
+    run = Run(scores={"heads.span": SCORES})
+    return a.BlockTopK(heads="heads.span", **fields).plan(make("llama"), run).meta["shares"]
 
 
 def test_shares_are_those_of_the_whole_model():
@@ -38,7 +39,7 @@ def test_shares_are_those_of_the_whole_model():
     assert found == [pytest.approx(row) for row in (
         [4 * left, left, 0, 8 * left], [7 * left, 7.5 * left, 6 * left, 5 * left], [2 * left, 3 * left, 10 * left, 3])]
     assert planned(floor=0.25, cap=2.5) == [pytest.approx([0.25 + 0.75 * share for share in row]) for row in found]
-    assert planned(floor=1.0) == [[1.0] * 4] * 3 and a.BlockTopK().plan(make("llama"), Run()).meta == {}
+    assert planned(cap=1.0) == [[1.0] * 4] * 3 and a.BlockTopK().plan(make("llama"), Run()).meta == {}
 
 
 def test_blocks_are_shared_out():
