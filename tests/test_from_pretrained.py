@@ -9,6 +9,7 @@ from transformers import (
     GPT2Model,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3MoeForCausalLM,
     pipeline,
 )
 
@@ -99,3 +100,10 @@ def test_a_pipeline_has_the_methods_in_force(tmp_path):
     said = pipeline("text-generation", model=str(tmp_path / "m"))
     assert attachment(said.model)
     assert said("the fox runs near the river .", max_new_tokens=4)[0]["generated_text"]
+
+
+def test_experts_are_computed_as_without_llmopt(tmp_path):
+    tiny.make("qwen3_moe").save_pretrained(tmp_path / "m")
+    ways = [cls.from_pretrained(tmp_path / "m").config._experts_implementation
+            for cls in (AutoModelForCausalLM, Qwen3MoeForCausalLM)]
+    assert ways[0] == ways[1] != "eager"

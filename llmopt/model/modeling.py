@@ -276,7 +276,13 @@ def shaped(stock: type) -> type:
     keys = [*(stock._keys_to_ignore_on_load_unexpected or []), *_Shaped._keys_to_ignore_on_load_unexpected]
     return type(stock.__name__, (_Shaped, stock), {
         "__module__": __name__, "__doc__": stock.__doc__, "_llmopt_family": FAMILIES.get(stock.config_class.model_type),
-        "_keys_to_ignore_on_load_unexpected": keys})
+        "_keys_to_ignore_on_load_unexpected": keys, **_experts_of(stock)})
+
+
+def _experts_of(stock: type) -> dict[str, bool]:
+    """What transformers finds in the source of a stock class and would not in this one: how experts may be computed."""
+    told = getattr(stock, "_can_set_experts_implementation", None)
+    return {"_can_set_experts_implementation_cached_value": told()} if told else {}
 
 
 def __getattr__(name: str) -> type:
