@@ -65,7 +65,8 @@ class Readout:
     def _logits(self, states: Tensor) -> Tensor:
         if self.plain:
             return states
-        with _in_place_of(self.decoder, self.model, _Given(self.output(last_hidden_state=states[None]))):
+        given = _Given(self.output(last_hidden_state=states[None]), self.decoder)
+        with _in_place_of(self.decoder, self.model, given):
             return self.model(torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
 
 
@@ -75,11 +76,14 @@ def _narrowed(seen: list[Tensor], args: tuple) -> tuple:
 
 
 class _Given(nn.Module):
-    """Stands where a decoder stood: returns the same output to every call."""
+    """Stands where a decoder stood: returns the same output to every call, and is asked for what that one has."""
 
-    def __init__(self, output: Any):
+    def __init__(self, output: Any, decoder: nn.Module):
         super().__init__()
-        self.output = output
+        self.__dict__.update(output=output, decoder=decoder)        # which is no part of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["decoder"], name)
 
     def forward(self, *args, **kwargs) -> Any:
         return self.output

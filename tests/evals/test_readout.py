@@ -18,7 +18,7 @@ from llmopt.model.computing import choose
 from tests import tiny
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", [*tiny.CONFIGS, "falcon_h1"])        # whose head asks its decoder for a number
 @torch.no_grad()
 def test_chosen_tokens_have_the_log_probabilities_of_a_whole_forward(family, monkeypatch):
     monkeypatch.setattr(readout, "CHUNK", 5 * 96 * 12)                      # five positions at a time
