@@ -189,3 +189,21 @@ def test_one_method_of_experts_at_a_time():
     with (pytest.raises(llmopt.LlmoptError, match="at most one method that skips experts at a time"),
           llmopt.attached(tiny.make("qwen3_moe"), llmopt.experts.TopK(), llmopt.experts.TopK())):
         pass
+
+
+KINDS = ["gpt_oss", "lfm2_moe", "ernie4_5_moe", "qwen3_next", "olmoe", "phimoe", "granitemoe", "minimax_m2", "dots1",
+         "glm4_moe", "flex_olmo", "qwen3_5_moe_text", "jamba"]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if place < 3 else pytest.mark.full)
+                                  for place, kind in enumerate(KINDS)])
+def test_every_kind_of_experts_is_skipped_and_loaded_so(kind, tmp_path):
+    model = tiny.make(kind)
+    dense = logits(model)
+    llmopt.compress(model, [llmopt.experts.Skip(ratio=0.33, whole_layers=True)], data().batches)
+    fewer = logits(model)
+    assert (fewer - dense).abs().max() > 1e-3
+    llmopt.save(model, tmp_path / "out")
+    torch.testing.assert_close(logits(llmopt.load(tmp_path / "out")[0]), fewer, rtol=0, atol=1e-5)
+    detach(model)
+    assert torch.equal(logits(model), dense)
