@@ -182,13 +182,15 @@ def test_a_config_of_the_wild_survives_a_whole_recipe(name, tmp_path):
     assert not torch.allclose(before, behaviour(model), atol=1e-2)
 
 
-def test_of_mixture_of_experts_plan_and_card_say_that_only_attention_is_compressed(tmp_path):
-    model, method = tiny.make("qwen3_moe"), build(*CELLS["quant.*"])
+def test_of_mixture_of_experts_plan_and_card_say_what_stays_dense(tmp_path):
+    model, method = tiny.make("qwen2_moe"), build(*CELLS["quant.*"])
     told = predict(model, [method])
     report = llmopt.compress(model, [method])
     llmopt.save(model, tmp_path / "out", report=report)
-    assert SPECS["qwen3_moe"].note in told.steps[0][1]
-    assert SPECS["qwen3_moe"].note in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    for text in (told.steps[0][1], card):
+        assert "left dense: 3 gate_proj, 3 up_proj, 3 down_proj, 3 shared_expert_gate, of shared experts" in text
+    assert SPECS["qwen2_moe"].note not in card
     assert told.bytes == (tmp_path / "out/model.safetensors").stat().st_size
 
 
