@@ -1,7 +1,7 @@
 """What methods of the cache refuse, each in one line that names it."""
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GptOssConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma3nTextConfig
 
 import llmopt
 from llmopt import kv, runtime
@@ -13,7 +13,7 @@ from tests import tiny
 SHAPE = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              intermediate_size=64)
 FOREIGN = {
-    "level 'run time'": GptOssConfig(**SHAPE, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1),
+    "level 'run time'": BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
     "earlier layers made": Gemma3nTextConfig(
         **SHAPE, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
         vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2,
