@@ -37,6 +37,16 @@ def test_what_works_is_shown_of_a_model_that_no_table_knows(kind, running, leave
     assert "pruning of kv_groups" in said("show", tmp_path / "m")
 
 
+@pytest.mark.parametrize(("kind", "leave", "skipped"), [
+    ("qwen3_moe", "yes", "yes"), ("deepseek_v3", "yes", "not these (MLA)"), ("llama4_text", "not known", "not known"),
+    ("llama", None, None)])
+def test_what_can_be_done_with_experts_is_shown(kind, leave, skipped, said, tmp_path):
+    tiny.make(kind).save_pretrained(tmp_path / "m")
+    works = json.loads(said("show", tmp_path / "m", "--json"))["works"]
+    for part, expected in (("prune.experts", leave), ("experts.*", skipped)):
+        assert part not in works if expected is None else expected in works[part]
+
+
 def test_the_embedded_model_is_shown_by_its_name(said):
     text = said("show", "llmopt/reference")
     facts = json.loads(said("show", "llmopt/reference", "--json"))

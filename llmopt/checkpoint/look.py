@@ -12,7 +12,7 @@ from llmopt.files.checks import refusals
 from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model import levels
-from llmopt.model.abilities import abilities_of
+from llmopt.model.abilities import abilities_of, abilities_of_experts
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
@@ -82,7 +82,8 @@ def _of_skeleton(config: Any, source: str) -> tuple[int | None, str | None, dict
     except LlmoptError as error:
         return None, None, {}, str(error)
     try:
-        return model.num_parameters(), levels.described(model), abilities_of(model), ""
+        works = abilities_of(model) | abilities_of_experts(model)
+        return model.num_parameters(), levels.described(model), works, ""
     except LlmoptError as error:
         return model.num_parameters(), None, {}, str(error)
 

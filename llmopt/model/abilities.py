@@ -6,6 +6,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.architectures import CONV1D, NO_ENTRY, NORMS_KEPT, ONE_TENSOR, SPECS, UNITS, UNTURNED
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.expert_files import parts_of
+from llmopt.model.experts import experts_of, told_count
 from llmopt.model.levels import lacking
 from llmopt.model.shapes import check_droppable
 
@@ -33,6 +34,26 @@ def abilities_of(model: nn.Module) -> dict[str, str | None]:
     return dict.fromkeys(abilities(next(iter(SPECS))), NO_ENTRY) | {
         "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": _unpackable(model),
         "blocks": _without_one(model)}
+
+
+def abilities_of_experts(model: nn.Module) -> dict[str, str | None]:
+    """As `abilities_of`, of a model's experts; nothing where it has none."""
+    try:
+        found = [experts for block in blocks(model) if (experts := experts_of(block.module, block.name))]
+    except LlmoptError as error:
+        return dict.fromkeys(("prune.experts", "experts.*"), str(error))
+    if not found:
+        return {}
+    return {"prune.experts": _uncounted(model, found[0].count), "experts.*": lacking(model)["run time"]}
+
+
+def _uncounted(model: nn.Module, count: int) -> str | None:
+    """Why its config cannot say that some of its experts have left; None: it can."""
+    try:
+        told_count(model.config, count)
+    except LlmoptError as error:
+        return str(error)
+    return None
 
 
 def _unpackable(model: nn.Module) -> str | None:

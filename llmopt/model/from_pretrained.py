@@ -8,7 +8,9 @@ changed at the moment when it comes.
 """
 import functools
 import importlib
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -107,10 +109,16 @@ def _stay_packed(model: Any, source: str) -> None:
 
 
 def _extend_quantizer(quantizers: ModuleType) -> None:
-    """Let packed weights be loaded that transformers would unpack at once."""
+    """Let packed weights be loaded that transformers would unpack at once, and experts without a false alarm."""
     from llmopt.model.stay_packed import extend_quantizer
 
     extend_quantizer(quantizers)
+    logging.getLogger("compressed_tensors.utils.match").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the warning that packed experts match no module, as they are put into one when their weights come."""
+    return not re.search(r"Could not match `re:.*\\\.experts\\\.", record.getMessage())
 
 
 def _keep_codes(model: Any) -> None:

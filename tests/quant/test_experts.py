@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 import llmopt
 from llmopt.calibration.inputs import Inputs, each_weight
@@ -228,3 +229,12 @@ def test_a_stack_whose_products_cannot_be_seen_stays_dense(monkeypatch):
     assert not names(model)
     with pytest.raises(LlmoptError, match=r"x\.mlp\.experts: how it uses .* cannot be seen, so they stay dense"):
         expert_weights.stacks_of(expert_weights.experts_of(model.model.layers[0], "x"))
+
+
+def test_packed_experts_are_loaded_without_a_false_alarm(tmp_path, caplog):
+    model = tiny.make("qwen3_moe")
+    llmopt.compress(model, RTN(group_size=16))
+    llmopt.save(model, tmp_path / "out")
+    with caplog.at_level("WARNING"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    assert "Could not match" not in caplog.text
