@@ -75,13 +75,3 @@ def test_a_recipe_names_the_type():
     assert parse(f"model: {{compute_dtype: float32}}\n{STEPS}", "r.yaml").model.compute_dtype == "float32"
     with pytest.raises(LlmoptError, match="compute_dtype"):
         parse(f"model: {{compute_dtype: fp8}}\n{STEPS}", "r.yaml")
-
-
-def test_experts_are_multiplied_one_by_one_in_the_type_that_is_computed_in():
-    draw = torch.Generator().manual_seed(0)
-    x, stack = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((10, 64), (3, 64, 96)))
-    offs = torch.tensor([4, 4, 10], dtype=torch.int32)                      # the second expert has no token
-    with computing.Computing(torch.float32):
-        found = torch.nn.functional.grouped_mm(x, stack, offs=offs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.cat([x[:4].float() @ stack[0].float(), x[4:].float() @ stack[2].float()]))

@@ -3,8 +3,8 @@
 Many CPUs have no bf16 arithmetic: there a bf16 layer takes several times as long as a float32 one. Weights stay in the
 stored type, so that sizes, grids and files are the checkpoint's; each is converted when a layer reads it.
 """
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,31 +32,43 @@ class Computing(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in LOOKUPS:
             return self._converted(function(*args, **kwargs))
-        if function is torch._grouped_mm:               # functional.grouped_mm calls it
-            return self._grouped(*args, **kwargs)
         if function in READERS:
             args = tuple(self._converted(value) for value in args)
             kwargs = {key: self._converted(value) for key, value in kwargs.items()}
         return function(*args, **kwargs)
 
-    def _grouped(self, x: Tensor, stack: Tensor, offs: Tensor, **_: Any) -> Tensor:
-        """x [N, in] by expert, stack [E, in, out], offs [E] where the rows of each end: one matrix at a time."""
-        out = torch.zeros(len(x), stack.shape[2], dtype=self.dtype, device=x.device)
-        start = 0
-        for expert, stop in enumerate(offs.tolist()):
-            if stop > start:
-                out[start:stop] = self._converted(x[start:stop]) @ self._converted(stack[expert])
-            start = stop
-        return out
-
     def _converted(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
 
-def computing(model: nn.Module) -> AbstractContextManager:
-    """Inside, forwards of the model compute in the type that was chosen for it; nothing changes where none was."""
+@contextmanager
+def computing(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards of the model compute in the type that was chosen for it; nothing changes where none was.
+
+    Experts are computed one by one: transformers' grouped products round what they read to the weights' type.
+    """
     dtype = compute_type(model)
-    return nullcontext() if dtype == model.dtype else Computing(dtype)
+    if dtype == model.dtype:
+        yield
+        return
+    with eager(model), Computing(dtype):
+        yield
+
+
+@contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Inside, a model or a module of experts computes one expert after the other, as their own forward is written."""
+    config = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "_experts_implementation_internal"):
+        yield
+        return
+    before = config._experts_implementation_internal
+    config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation_internal = before
 
 
 def compute_type(model: nn.Module) -> torch.dtype:

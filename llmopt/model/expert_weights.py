@@ -3,8 +3,7 @@
 Nothing is guessed from names: the experts' module is run on a token with one expert alone, and the linear maps whose
 matrix is a slice of a stack are caught, in their order (transformers' experts written out, implementation "eager").
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.model import discovery
+from llmopt.model.computing import eager
 from llmopt.model.experts import Experts, experts_of
 from llmopt.model.weights import STACKS, Projection
 
@@ -103,7 +103,7 @@ def inputs(experts: Experts, expert: int, x: Tensor, parameter: str) -> Tensor:
             raise _Enough
 
     try:
-        with _eager(experts.module), _Products(_places(experts.module), see):
+        with eager(experts.module), _Products(_places(experts.module), see):
             experts.output(expert, x)
     except _Enough:
         return seen[0]
@@ -128,7 +128,7 @@ def _seen(experts: Experts) -> tuple[Stack, ...]:
         calls: list[tuple[str, Tensor, bool]] = []
         watching = _Products(_places(copied), lambda *call, calls=calls: calls.append(call))
         try:
-            with torch.no_grad(), _eager(copied), watching, refusals("of another width, or a kind that nobody knows"):
+            with torch.no_grad(), eager(copied), watching, refusals("of another width, or a kind that nobody knows"):
                 out = trial.output(0, torch.zeros(1, width))
         except LlmoptError:
             continue
@@ -136,18 +136,3 @@ def _seen(experts: Experts) -> tuple[Stack, ...]:
             read = {id(x): x for _, x, _ in calls}
             return tuple(Stack(name, transposed, [*read].index(id(x))) for name, x, transposed in calls)
     raise LlmoptError(f"{experts.name}: how it uses {', '.join(names)} cannot be seen, so they stay dense")
-
-
-@contextmanager
-def _eager(module: nn.Module) -> Iterator[None]:
-    """Inside, the experts are computed one after the other, as their own forward is written."""
-    config = getattr(module, "config", None)
-    if config is None or not hasattr(config, "_experts_implementation_internal"):
-        yield
-        return
-    before = config._experts_implementation_internal
-    config._experts_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation_internal = before

@@ -44,6 +44,7 @@ def test_recall_is_the_share_of_the_softmax(monkeypatch):
     (["quant.rtn"], "a selector of sparse prefill expected"), (["attention.act"], "a selector of sparse prefill"),
     (["attention.ancor"], "did you mean 'attention.anchor'?"), (["--lengths", "0"], "--lengths: '0' given"),
     (["attention.local_heads"], "decides beforehand by a model"),
+    (["attention.stem: {heads: heads.span}"], "decides beforehand by a model"),
     (["--part", "recall", "--plot", "a.gif"], "a plot is a .png")])
 def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
     assert call(monkeypatch, "bench", "attention", *words) == 2

@@ -46,7 +46,7 @@ def measure(plan: Plan, methods: Sequence[Selector], progress: Progress) -> list
     flex: how many times as long flex_attention takes for the same pairs, where that was asked for and can be said.
     """
     for method in methods:
-        if type(method).plan is not Selector.plan:
+        if method.needs_data or getattr(method, "heads", None):
             raise LlmoptError(f"{method.name}: decides beforehand by a model, and there is none here; --part recall")
     before = torch.get_num_threads()
     try:
