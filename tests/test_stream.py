@@ -61,12 +61,15 @@ STEPS = {
     "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
     "narrow": "[prune.fisher: {ratio: 0.3, units: [ffn]}]",
 }
-CASES = [*(("llama", steps, {}) for steps in STEPS), ("qwen3", "all", {"tie_word_embeddings": True}),
-         ("llama", "all", {"tie_word_embeddings": True}), ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}),
-         ("gpt_neox", "narrow", {}),
-         ("gemma2", "heads", {}), ("gpt2", "gptq", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
-         ("phi3", "gptq", {}), ("mixtral", "rtn", {"num_local_experts": 12}), ("mixtral", "kv", {}),
-         ("qwen2_moe", "groups", {}), ("qwen3_moe", "groups", {}), ("qwen3_moe", "gptq", {})]
+WIDE = "lim", "widths", "nvfp4", "fp8", "local", "groups"         # for the full tier
+CASES = [*(("llama", steps, {}) for steps in STEPS if steps not in WIDE),
+         ("qwen3", "all", {"tie_word_embeddings": True}), ("gpt_neox", "narrow", {}), ("gemma2", "heads", {}),
+         ("gpt2", "gptq", {}), ("phi3", "gptq", {}), ("mixtral", "kv", {}), ("qwen2_moe", "groups", {}),
+         ("qwen3_moe", "gptq", {}),
+         *(pytest.param(*case, marks=pytest.mark.full) for case in (
+             *(("llama", steps, {}) for steps in WIDE), ("llama", "all", {"tie_word_embeddings": True}),
+             ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
+             ("mixtral", "rtn", {"num_local_experts": 12}), ("qwen3_moe", "groups", {})))]
 
 
 @pytest.mark.parametrize(("family", "steps", "changes"), CASES)
