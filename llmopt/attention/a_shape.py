@@ -16,6 +16,7 @@ from llmopt.attention.by_head import ByHead
 from llmopt.parts import register
 
 EVEN = torch.ones(1, dtype=torch.float64)
+LARGEST = 1 << 62           # of a window, which is more than any text has
 
 
 @register("attention.a_shape")
@@ -44,19 +45,19 @@ class AShape(ByHead):
 
 def windows(window: int, shares: Tensor) -> Tensor:
     """int64 [H], those of heads of these shares."""
-    return (window * shares).round().long().clamp(min=1)
+    return (float(window) * shares).round().clamp(1, LARGEST).long()
 
 
 def a_shape_pairs(length: int, sinks: int, window: Tensor | int) -> Tensor:
     """Pairs that the pattern computes in a prompt of `length` tokens, for each window [N]."""
-    full = torch.as_tensor(sinks + window).clamp(max=length)       # these rows read everything before them
+    full = (sinks + torch.as_tensor(window)).clamp(max=length)       # these rows read everything before them
     return full * (full + 1) // 2 + (length - full) * (sinks + window)
 
 
 def window_for(length: int, sinks: int, density: float, shares: Tensor = EVEN) -> int:
     """The smallest window >= 1 that computes at least `density` of the causal pairs, as a mean over heads."""
     wanted = density * length * (length + 1) / 2
-    low, high = 1, max(1, round(length / float(shares[shares > 0].min())))
+    low, high = 1, max(1, int(min(LARGEST, length / float(shares[shares > 0].min()))))
     while low < high:
         middle = (low + high) // 2
         enough = a_shape_pairs(length, sinks, windows(middle, shares)).double().mean() >= wanted

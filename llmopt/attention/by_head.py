@@ -52,10 +52,11 @@ class ByHead(Selector):
         super().check_record(model, record)
         if "shares" not in record.meta:
             return
-        given, present = [len(row) for row in record.meta["shares"]], [block.heads for block in blocks(model)]
-        if given != present or min((share for row in record.meta["shares"] for share in row), default=0) < 0:
-            raise LlmoptError(f"{self.name}: a share of 0 or more for each head of every layer expected, {present} "
-                              f"heads by layer; shares for {given}")
+        given, present = record.meta["shares"], [block.heads for block in blocks(model)]
+        every = [share for row in given for share in row]
+        if [*map(len, given)] != present or min(every, default=-1) < 0 or not 0 < sum(every) <= 1.01 * len(every):
+            raise LlmoptError(f"{self.name}: a share of 0 or more for each head of every layer expected, 1 on average, "
+                              f"{present} heads by layer; shares for {[*map(len, given)]}")
 
     def shares(self, state: State) -> Tensor:
         """This layer's, float64 [H]; or [1], a 1 for all heads."""

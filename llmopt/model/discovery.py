@@ -190,11 +190,17 @@ def _asked_for(decoder: nn.Module, layer: nn.Module, names: list[str]) -> bool:
     """True if `_init_weights`, which transformers calls before it loads, wants weights that are packed in the files."""
     for name in names:
         layer.get_submodule(name)._parameters.pop("weight")
+    return any(_misses(decoder, module) for module in layer.modules())
+
+
+def _misses(decoder: nn.Module, module: nn.Module) -> bool:
+    """True if `_init_weights` of one module asks for an attribute that is not there."""
     try:
-        for module in layer.modules():
-            decoder._init_weights(module)
-    except (AttributeError, RuntimeError, NotImplementedError) as error:       # the others: values of a meta tensor
-        return isinstance(error, AttributeError)
+        decoder._init_weights(module)
+    except AttributeError:
+        return True
+    except (RuntimeError, NotImplementedError):             # it asks for values, which a meta tensor has none of
+        pass
     return False
 
 

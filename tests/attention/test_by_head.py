@@ -1,9 +1,11 @@
 """Budgets by head: shares by water-filling, and how each method that has them reads by them."""
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from llmopt_kernels import NONE, sparse_partial
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import llmopt
@@ -11,6 +13,7 @@ from llmopt import attention as a
 from llmopt import runtime
 from llmopt.attention.a_shape import a_shape_pairs, window_for, windows
 from llmopt.attention.grid import Grid
+from llmopt.calibration.head_scores import save_scores
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Record, Run
 from llmopt.runtime.compression import ATTENTION
@@ -76,24 +79,48 @@ def test_windows_are_shared_out_and_a_ratio_is_that_of_all_heads():
 
 
 def test_in_a_model_and_in_its_checkpoint(tmp_path):
-    """As many blocks as without shares, in other heads; a checkpoint has them too."""
+    """Every head of every layer reads by its own share; a checkpoint has them too."""
     model, tokens = make("llama"), ids(1, 80)
-    fields = {"block": 4, "keep": 3, "first": 0, "min_length": 0}
-    with runtime.attached(model, a.BlockTopK(**fields)):
-        model(tokens)
-        even = [runtime.attachment(model).stats[layer].computed for layer in range(3)]
-    llmopt.compress(model, [llmopt.heads.Span(), a.BlockTopK(**fields, heads="heads.span")], tokens)
-    want = model(tokens).logits
-    live = runtime.attachment(model)
-    found = torch.stack([live.stats[i].computed for i in range(3)])
+    file = tmp_path / "heads.json"
+    save_scores(file, "mine", SCORES, {})
+    llmopt.compress(model, a.BlockTopK(block=4, keep=3, first=0, min_length=0, heads=str(file)), tokens)
+    want, live = model(tokens).logits, runtime.attachment(model)
+    found = torch.stack([live.stats[layer].computed for layer in range(3)])
     shares = torch.tensor(live.record(ATTENTION).meta["shares"])
-    assert torch.stack(even).unique().numel() == 1 and float(shares.mean()) == pytest.approx(1)
     counts = (3 * shares).round()
-    assert float(shares.min()) >= 0.25
+    assert float(shares.min()) >= 0.25 and float(shares.mean()) == pytest.approx(1) and len(counts.unique()) > 3
     assert all((found[counts == more] > found[counts == less].max()).all()
                for more, less in pairwise(counts.unique().sort(descending=True).values))
     llmopt.save(model, tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, want)
+
+
+EVERYTHING = {a.AShape(sinks=2, window=9): {"window": 999}, a.BlockTopK(block=4, keep=3): {"keep": 999},
+              a.Stem(block=4, stride=4, keep=0.5): {"keep": 1.0, "decay": 1.0, "floor": 0.99},
+              a.VerticalSlash(vertical=6, slash=4, queries=4, always=2, tile=4): {"vertical": 999, "slash": 999}}
+
+
+@pytest.mark.parametrize(("method", "everything"), EVERYTHING.items(), ids=lambda given: getattr(given, "name", ""))
+def test_a_padded_row_is_what_it_is_alone_and_enough_for_every_head_is_dense(method, everything):
+    model, tokens, run = make("llama"), ids(2, 60), Run(scores={"heads.span": SCORES})
+    mask = torch.ones_like(tokens)
+    mask[1, :20] = 0
+    batch = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    dense = model(tokens, **batch).logits[mask.bool()]
+    method = replace(method, heads="heads.span", min_length=0)
+    with runtime.attached(model, method, run=run):
+        found = model(tokens, **batch).logits
+        assert_close(found[1:, 20:], model(tokens[1:, 20:]).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found[mask.bool()], dense, atol=1e-3)
+    with runtime.attached(model, replace(method, **everything), run=run):
+        assert_close(model(tokens, **batch).logits[mask.bool()], dense, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ratio_with_shares_next_to_nothing():
+    shares = torch.tensor([1e-300, 2.0], dtype=torch.float64)
+    assert windows(window_for(64, 2, 0.3, shares), shares).tolist()[0] == 1
+    assert windows(window_for(64, 2, 0.9, shares), shares).min() >= 1
+    assert window_for(64, 2, 0.9, torch.tensor([5e-324, 2.0], dtype=torch.float64)) > 64
 
 
 def test_scores_that_are_no_shares_are_refused():
@@ -107,7 +134,8 @@ def test_scores_that_are_no_shares_are_refused():
         a.BlockTopK(heads="heads.span", threshold=0.9)
 
 
-@pytest.mark.parametrize("shares", [[[1.0] * 4] * 2, [[1.0] * 4, [1.0] * 4, [1.0] * 3], [[1.0, 1.0, 1.0, -1.0]] * 3])
+@pytest.mark.parametrize("shares", [[[1.0] * 4] * 2, [[1.0] * 4, [1.0] * 4, [1.0] * 3], [[1.0, 1.0, 1.0, -1.0]] * 3,
+                                    [[0.0] * 4] * 3, [[1e29] * 4] * 3])
 def test_a_record_of_other_heads_is_refused(shares):
     with pytest.raises(LlmoptError, match=r"attention\.stem: a share of 0 or more for each head"):
         a.Stem().restore(make("llama"), Record({"shares": shares}))
