@@ -78,6 +78,15 @@ def test_the_recipe_of_a_checkpoint_names_its_data_or_there_is_none(tmp_path):
     assert read_facts(tmp_path / "ids")["recipe"] is None
 
 
+@pytest.mark.parametrize("given", ["llmopt/reference", tiny.make("llama")], ids=["named", "loaded"])
+def test_a_report_is_saved_as_its_recipe_says(given, tmp_path):
+    plan = {"steps": [{"quant.rtn": {"group_size": 32}}], "format": "dense", "max_shard_size": "200KB"}
+    report = llmopt.compress(given, plan, tiny.ids(4, 32))
+    report.save(tmp_path / "out")
+    assert read_facts(tmp_path / "out")["format"] == "dense"
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
 def test_compress_with_an_output_is_such_a_run_and_the_dry_run_foretells_its_size(tmp_path):
     plan = {"steps": ["quant.rtn"], "eval": {"tasks": []}}
     report = llmopt.compress("llmopt/reference", plan, output=tmp_path / "out")

@@ -15,6 +15,8 @@ from llmopt.model.blocks import blocks
 from llmopt.prune import Magnitude
 from llmopt.quant import RTN
 from llmopt.run import pipeline
+from llmopt.run.dry_run import dry_run
+from llmopt.run.opening import Streaming
 from llmopt.transform import FoldNorms
 from tests import tiny
 
@@ -37,6 +39,16 @@ def test_predicted_bytes_are_the_written_ones(family, steps, format, tmp_path):
     llmopt.compress(model, steps)
     llmopt.save(model, tmp_path / "out", format=format)
     assert told.bytes == shards.written_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_headers_of_several_files_are_foretold(stream, tmp_path):
+    model = checkpoint.save(tiny.make("llama"), tmp_path / "model")
+    text = f"model: {{id: {model}}}\nsteps: [quant.rtn: {{group_size: 16}}]\nmax_shard_size: 20KB\n"
+    plan, streaming = recipe.parse(text, "r.yaml"), Streaming(stream)
+    report = pipeline.run(plan, tmp_path / "out", streaming=streaming)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
+    assert dry_run(plan, streaming)["predicted_bytes"] == report.predicted_bytes == report.size
 
 
 def test_a_second_global_step_is_predicted_within_a_few_percent(tmp_path):

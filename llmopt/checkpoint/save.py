@@ -65,7 +65,7 @@ class Weights:
 
 @naming_arguments
 def save(model: nn.Module, output: str | Path, tokenizer: Any = None, *, report: Any = None, source: str | None = None,
-         recipe: Any = None, format: str = "portable", max_shard_size: str = "2GB", overwrite: bool = False,
+         recipe: Any = None, format: str = "portable", max_shard_size: str = shards.LARGEST, overwrite: bool = False,
          finish: Callable[[Path], None] | None = None, weights: Weights | None = None,
          work: Path | None = None) -> Path:
     """Write `model` (weights, runtime parts, provenance) to the folder `output` and check it by a fresh load.

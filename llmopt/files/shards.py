@@ -14,6 +14,7 @@ from torch import Tensor
 from llmopt.errors import LlmoptError
 
 METADATA = {"format": "pt"}
+LARGEST = "2GB"             # file of weights, where nothing else is said
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DTYPES = {"torch.int64": "I64", "torch.float64": "F64", "torch.float32": "F32", "torch.int32": "I32",
           "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int16": "I16",
@@ -67,6 +68,21 @@ def file_bytes(tensors: dict[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + offset
 
 
+def files_bytes(tensors: dict[str, Tensor], max_shard_size: str) -> int:
+    """Bytes of all the files into which `write` puts `tensors`; works on meta tensors."""
+    files, limit = [{}], size_of(max_shard_size)
+    for group in by_block(tensors):
+        if is_full(files[-1], group, limit):
+            files.append({})
+        files[-1] |= group
+    return sum(map(file_bytes, files))
+
+
+def is_full(held: dict[str, Tensor], group: dict[str, Tensor], limit: int) -> bool:
+    """True if the next group of tensors begins another file."""
+    return bool(held) and tensor_bytes(held) + tensor_bytes(group) > limit
+
+
 def by_block(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors of each decoder layer together, every other tensor by itself, in their order."""
     groups: dict[str, dict[str, Tensor]] = {}
@@ -99,7 +115,7 @@ class Writer:
 
     def add(self, group: dict[str, Tensor]) -> None:
         """Take one group; its tensors may be dropped by the caller, not changed."""
-        if self.open and tensor_bytes(self.open) + tensor_bytes(group) > self.limit:
+        if is_full(self.open, group, self.limit):
             self._flush()
         self.open |= group
         self.total += tensor_bytes(group)

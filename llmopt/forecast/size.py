@@ -41,7 +41,8 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, steps: list[Method], format: str = "portable", run: Run | None = None) -> Prediction:
+def predict(model: nn.Module, steps: list[Method], format: str = "portable", run: Run | None = None,
+            max_shard_size: str = shards.LARGEST) -> Prediction:
     """Foretell the result of `steps` on `model`, which is left as it is.
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
@@ -60,7 +61,8 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
         layers.append(shapes(skeleton))
         source = source if step.stage in UNCHANGED else None
     tensors = _tensors(skeleton, format)
-    return Prediction(shards.file_bytes(tensors), told, layers, tensors, saving_bytes(skeleton, tensors))
+    size = shards.files_bytes(tensors, max_shard_size)
+    return Prediction(size, told, layers, tensors, saving_bytes(skeleton, tensors))
 
 
 @torch.no_grad()

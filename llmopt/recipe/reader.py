@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError, LlmoptError, nearest
 from llmopt.files.packaged import PACKAGED, recipes
+from llmopt.files.shards import LARGEST
 from llmopt.method import STAGES, Method
 from llmopt.parts import Checked, build, in_our_words
 from llmopt.recipe.assign import KEYS, PLAIN, assign
@@ -29,7 +30,7 @@ class Recipe(Checked):
     eval: EvalSpec = Field(default_factory=EvalSpec, description="tasks that score the dense and the compressed model")
     format: Literal["portable", "dense"] = Field("portable", description="dense: rounded weights in the model's type")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of every random draw")
-    max_shard_size: str = Field("2GB", description="largest file of weights, such as 2GB",
+    max_shard_size: str = Field(LARGEST, description="largest file of weights, such as 2GB",
                                 json_schema_extra={"pattern": f"^{SIZE}$"})
     changes: tuple[str, ...] = ()        # the words of the command that changed it: --model NAME --set KEY=VALUE
 

@@ -20,6 +20,7 @@ from llmopt.model.usable import check_model
 from llmopt.progress import Progress, silent
 from llmopt.recipe.given import is_recipe, methods_of, recipe_of, scheme_words
 from llmopt.recipe.one_line import entries
+from llmopt.recipe.reader import Recipe
 from llmopt.recipe.sources import source
 from llmopt.recipe.words import Words
 from llmopt.run import dry_run as rehearsal
@@ -67,12 +68,12 @@ def compress(model: nn.Module | Named, steps: Any = None, data: Any = None, seed
         raise LlmoptError("dtype and device are for a model that is loaded by its name; a model in memory has its own")
     check_model(model)
     pipeline.refuse_compressed(model)
-    methods, spec, usual = _planned(model, steps, words)
+    methods, spec, usual, said = _planned(model, steps, words)
     tokenizer = tokenizer or _beside(model, methods, given)
     found = _batches(given, spec, methods, Sampler(model, tokenizer, progress=progress))
     run = Run(found, seed=usual if seed is None else seed, progress=progress, tokenizer=tokenizer)
     report = pipeline.apply_steps(model, methods, run)
-    report.made = model, tokenizer
+    report.made, report.said = (model, tokenizer), said
     if output is not None:
         report.save(output)
     return report
@@ -113,16 +114,21 @@ def _named(model: str, steps: Any, data: Any, words: dict[str, Any], progress: P
     run = Run(found, seed=recipe.seed, progress=progress, tokenizer=tokenizer)
     report = pipeline.apply_steps(loaded, list(recipe.steps), run)
     report.made, report.recipe = (loaded, tokenizer), recipe if said else None      # texts are in no recipe
+    report.said = _saved(recipe)
     return report
 
 
-def _planned(model: nn.Module, steps: Any, words: dict[str, Any]) -> tuple[list[Method], DataSpec, int]:
-    """(methods, calibration data, seed) for a model in memory."""
+def _saved(recipe: Recipe) -> dict[str, str]:
+    return {"format": recipe.format, "max_shard_size": recipe.max_shard_size}
+
+
+def _planned(model: nn.Module, steps: Any, words: dict[str, Any]) -> tuple[list[Method], DataSpec, int, dict[str, str]]:
+    """(methods, calibration data, seed, how it is to be saved) for a model in memory."""
     if is_recipe(steps):
         recipe = recipe_of(steps, None, words)
-        return list(recipe.steps), recipe.data, recipe.seed
+        return list(recipe.steps), recipe.data, recipe.seed, _saved(recipe)
     asked = Words(**scheme_words(steps, words))
-    return methods_of(entries(asked, lambda: model) if asked.steps else steps), DataSpec(), 0
+    return methods_of(entries(asked, lambda: model) if asked.steps else steps), DataSpec(), 0, {}
 
 
 def _batches(given: Any, spec: DataSpec, steps: Sequence[Method], sampler: Sampler) -> Batches | None:

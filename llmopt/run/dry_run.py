@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:    
         sampler = Foretaste(model, tokenizer)
         batches = load_batches(recipe.data, recipe.steps, recipe.model, sampler)
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory)
-        told = predict(model, list(recipe.steps), recipe.format, run)
+        told = predict(model, list(recipe.steps), recipe.format, run, recipe.max_shard_size)
         dense, level = shards.file_bytes(state.plain_state(model)), levels.described(model)
         rehearsal = Rehearsal(recipe.steps, model, run, told, gauge)
         rehearsal.note("load", watch.read(), "measured")

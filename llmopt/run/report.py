@@ -51,6 +51,7 @@ class Report:
     errors: dict[str, list] = field(default_factory=dict)          # their standard errors, in the same form
     output: Path | None = None         # the checkpoint, once it is written
     recipe: Recipe | None = None       # what was run, if all of it can be written down
+    said: dict[str, str] = field(default_factory=dict)      # of a recipe: its format and max_shard_size
     made: tuple[Any, Any] | None = field(default=None, compare=False)       # (model, tokenizer)
 
     @property
@@ -74,7 +75,7 @@ class Report:
         """Write the checkpoint with tokenizer and card to a folder; options: those of `llmopt.save`."""
         source = resolve(self.recipe.model) if self.recipe else None
         self.output = save(self.model, output, **{"tokenizer": self.tokenizer, "source": source, "recipe": self.recipe,
-                                                  "report": self} | options)
+                                                  "report": self} | self.said | options)
         return self.output
 
     def take(self, facts: dict[str, Any]) -> None:
