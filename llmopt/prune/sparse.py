@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from llmopt.calibration.second_moments import Gram
 from llmopt.calibration.walk import Visit, each, visits
 from llmopt.errors import BudgetError, FieldError, LlmoptError
-from llmopt.method import Record, Run
+from llmopt.method import Method, Record, Run
 from llmopt.model.blocks import Projection, blocks, spec_of
 from llmopt.model.finite import all_finite
 from llmopt.parts import Several
@@ -33,7 +33,6 @@ from llmopt.prune.scopes import Lamp, Local, Scope
 from llmopt.scale.processes import Ranks
 
 RIDGES = (0.01, 0.1)            # of the refit
-FILL = ("transform.rotate", "quant.gptq", "quant.tune", "quant.weights")       # the first all zeros, others some
 SAVES_NOTHING = "as many bytes and operations as before"
 FASTER = ", unless an engine packs the pattern for GPUs that multiply it (2:4: NVIDIA from Ampere on)"
 
@@ -104,7 +103,7 @@ class Sparse(ByBlock):
             return super().notes(run)
         found = [SAVES_NOTHING + FASTER * bool(self.pattern)]
         found += [] if self.refit else [LOSES_MORE]
-        fills = [step.name for step in run.ahead if step.name in FILL]
+        fills = [step.name for step in run.ahead if fills_zeros(step)]
         return found + ([f"behind it, {', '.join(fills)} will fill zeros again"] if fills else [])
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
@@ -210,6 +209,12 @@ class Sparse(ByBlock):
         if found.dim() == 2 and self.looks == "squares":
             found = found.diagonal()
         return found[:width] if found.dim() == 1 else found[:width, :width]
+
+
+def fills_zeros(step: Method) -> bool:
+    """True for a step that makes other numbers of zeros: a rotation of all, a solver that is allowed to of some."""
+    free = getattr(step, "keep_zeros", True) is False and step.name not in ("quant.rtn", "quant.hqq")
+    return free or step.name == "transform.rotate"
 
 
 class Energy:

@@ -6,8 +6,9 @@
 
 A row takes what it is given, scales rounded to the stored type, only if it loses less by it. Coordinate descent on
 codes: Nair and Suggala, CDQuant (arXiv:2406.17542); the scales of a whole row at once and the turns are ours. Left out:
-new zero points. Scales stay as they are where they are no plain numbers of the model's type (floats), and in rows of
-more than 1,024 groups, whose equations would cost more than all else.
+new zero points. Entries that are to stay 0 (zeros.py) are passed over. Scales stay as they are where they are no plain
+numbers of the model's type (floats), and in rows of more than 1,024 groups, whose equations would cost more than all
+else.
 """
 from dataclasses import replace
 
@@ -94,6 +95,7 @@ class _Descent:
         self.values = solved.dequantize(spec.dtype).float().T[order].contiguous()
         self.scales = solved.scales.T.contiguous()                                   # [groups, out]
         self.zeros = None if solved.zeros is None else solved.zeros.T.contiguous()
+        self.live = None if spec.live is None else spec.live.T[order].contiguous()
 
     def block(self, place: slice, hessian: Tensor, groups: list[int]) -> None:
         """Move the codes of some columns, and then the slopes of all."""
@@ -108,7 +110,10 @@ class _Descent:
     def _column(self, i: int, wanted: Tensor, group: int) -> Tensor:
         """The values [out] of one column after a change that is as near as can be to the wanted one."""
         scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
-        numbers = self.numbers[i] = encode(wanted.add_(self.values[i]), scale, zero, self.spec)
+        wanted.add_(self.values[i])
+        if self.live is not None:
+            wanted.mul_(self.live[i])
+        numbers = self.numbers[i] = encode(wanted, scale, zero, self.spec)
         made = self.values[i] = value(numbers, scale, zero, self.spec)
         return made
 

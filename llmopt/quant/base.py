@@ -14,7 +14,7 @@ from llmopt.model.blocks import blocks
 from llmopt.model.forms import FORMS
 from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
-from llmopt.quant import floats, vocabulary
+from llmopt.quant import floats, vocabulary, zeros
 from llmopt.quant.deciding import decided, planned
 from llmopt.quant.experts import left_dense, of_experts
 from llmopt.quant.grid import Spec, round_to_nearest
@@ -80,7 +80,7 @@ class Quantizer(Settings):
             scale = 8 if form.through_bfloat16 else torch.finfo(self.scale_type(model.dtype, kind, target.at_once)).bits
             return scale + (0 if kind.symmetric else target.bits), form.rows
 
-        note = left_dense(model)
-        told = ({"notes": [note]} if note else {}) | of_experts(found, figures)
+        notes = [note for note in [left_dense(model)] if note] + zeros.told(figures, {t.name: t.size for t in found})
+        told = ({"notes": notes} if notes else {}) | of_experts(found, figures)
         return told | {"bits": average_bits(found), "effective_bits": effective_bits(found, beside),
                 "weights": sum(t.size for t in found), "modules": modules}

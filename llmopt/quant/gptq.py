@@ -13,6 +13,9 @@ whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). The loss, and th
 the distance to this weight. Scales are searched for what the errors of a group do to the outputs (search.py), and may
 be negative (grid.py). After the sweep scales and codes are improved in turns (alternate.py).
 
+Entries that are to stay 0 (zeros.py) get the code of 0: their e_i is all that they have come to by then, and what
+follows takes it. (SparseGPT's way. To send them nothing lost a seventh more on SmolLM2 with a 2:4 pattern.)
+
 act_order takes the columns by falling diag H; static_groups fixes the scales of the original column groups beforehand,
 so that any order can be stored. Without static_groups a group's scale is fitted to the CURRENT values of its columns
 when the sweep reaches it. Columns whose input is always 0 are set to 0. Rounded to nearest instead, and counted in
@@ -95,8 +98,10 @@ class ColumnSweep(Solver):
             return rounded
         weight += pull(weight, moments, made)
         spec = dataclasses.replace(spec, signed=self.signed)
-        searched = moments.hessian if self.search == "outputs" else None
-        rounded = nearest(weight, fit_to(weight, searched, spec), spec)
+        searched, lively = moments.hessian if self.search == "outputs" else None, weight
+        if spec.live is not None:
+            lively = weight * spec.live
+        rounded = nearest(lively, fit_to(lively, searched, spec), spec)
         sweep = Sweep(weight[:, made.order], made.factor, made.order, rounded, spec)
         fixed = self.static_groups or spec.group_size == -1
         result = sweep.run(self.block, None if fixed else self._refit(made, moments.hessian, spec))
@@ -180,6 +185,7 @@ class Sweep:
         self.codes = torch.empty_like(self.weight)
         self.scales = start.scales.T.contiguous()                                    # [groups, out]
         self.zeros = None if start.zeros is None else start.zeros.T.contiguous()
+        self.live = None if spec.live is None else spec.live[:, order].T.contiguous()
 
     def run(self, block: int, refit: Refit | None) -> Quantized:
         """Solve; refit: for scales that are fitted on the way. None: those of the original column groups stay."""
@@ -203,12 +209,16 @@ class Sweep:
         errors, diagonal = torch.empty_like(now), factor.diagonal().tolist()
         for i, group in enumerate(groups):
             if refit and (start + i) % self.width == 0:
-                self._take(group, *refit(start + i, now[i:i + self.width].T))
+                self._take(group, *refit(start + i, self._lively(start + i, now[i:i + self.width]).T))
             scale, zero = self.scales[group], None if self.zeros is None else self.zeros[group]
-            code = self.codes[start + i] = encode(now[i], scale, zero, self.spec)
+            code = self.codes[start + i] = encode(self._lively(start + i, now[i:i + 1])[0], scale, zero, self.spec)
             errors[i] = (now[i] - value(code, scale, zero, self.spec)) / diagonal[i]
             now[i + 1:].addcmul_(factor[i, i + 1:, None], errors[i], value=-1)
         return errors
+
+    def _lively(self, at: int, columns: Tensor) -> Tensor:
+        """The columns from a place on [n, out], 0 where they are to be 0."""
+        return columns if self.live is None else columns * self.live[at:at + len(columns)]
 
     def _take(self, group: int, scale: Tensor, zero: Tensor | None) -> None:
         self.scales[group] = scale[:, 0]

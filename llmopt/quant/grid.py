@@ -12,7 +12,7 @@ Scales are rounded to the type that is stored, then to the model's, BEFORE codes
 from the checkpoint (a product in the model's type) is what the solver saw. Frantar et al. (arXiv:2210.17323), quant.py.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Spec:
     form: Form = INTEGERS
     whole: float = 1.0                          # what scales that are e4m3 numbers are stored times
     signed: bool = False                        # symmetric scales of integers may be negative
+    live: Tensor | None = field(default=None, compare=False)        # [out, in] bool; what is not stays 0; None: all
 
     @property
     def stored(self) -> torch.dtype:

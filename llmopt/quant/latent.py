@@ -36,6 +36,13 @@ class Latent(ABC):
         self.shape = (*self.codes.scales.shape, -1)                             # [out, groups, width]
         self.numbers = self.spec.form.numbers(self.codes.codes).view(self.shape)
         self.offset = torch.zeros_like(start.slack)
+        self.live = None if self.spec.live is None else self.spec.live.view(self.shape)
+
+    @property
+    def moved(self) -> Tensor:
+        """The offsets [out, groups, width]; 0 where the weight is to stay 0."""
+        offset = self.offset.view(self.shape)
+        return offset if self.live is None else offset * self.live
 
     @abstractmethod
     def grid(self) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +98,7 @@ class Following(Latent):
         return scale * wider, self.spec.low - self.low * self.alpha / wider
 
     def steps(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        steps = self.weight / scale + self.offset.view(self.shape)
+        steps = self.weight / scale + self.moved
         return steps if zero is None else straight(steps.detach().round(), steps) + zero
 
 
@@ -109,7 +116,7 @@ class Held(Latent):
         return scale.unsqueeze(-1), None if zero is None else zero.float().unsqueeze(-1)
 
     def steps(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return self.middle + self.offset.view(self.shape) if self.offset.requires_grad else self.numbers
+        return self.middle + self.moved if self.offset.requires_grad else self.numbers
 
 
 def results(latents: list[Latent], losses: tuple[float, float]) -> Iterator[tuple[Projection, Quantized]]:

@@ -21,6 +21,7 @@ from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import Target
 from llmopt.quant.settings import Settings
+from llmopt.quant.zeros import live
 from llmopt.scale.processes import Ranks
 
 Wanted = Mapping[str, Sequence[Target]]         # by the name of a weight: what it is to be made into
@@ -38,18 +39,17 @@ class Making:
         """The weights that `todo` names, one after the other, each from inputs behind those already written."""
         wholes, solver = kinds.Wholes(self.model, todo), self.step.solver
         if solver.inputs == "block":
-            prepared = solver.prepare(self.model, self.run) if solver.whole else None
+            prepared = (solver.prepare(self.model, self.run), self._specs(todo)) if solver.whole else None
             for visit in self._stops(todo, edits=True):
                 for projection, made in self._from_block(visit, todo, wholes):
                     self._write(todo[projection.name], projection, None, made, Ranks())
             if solver.whole:
-                types = {p.name: p.weight.dtype for block in blocks(self.model) for p in block.projections()}
-                specs = {name: self.step.spec(target, types[name]) for name, target in todo.items()}
-                solver.finish(self.model, specs, self.run, prepared)
+                before, specs = prepared
+                solver.finish(self.model, specs, self.run, before)
             return
         for projection, stats in each_weight(self.model, self.run, todo, self.step.name, self.collected):
             target = todo[projection.name]
-            team, spec = self._team(projection, target), self.step.spec(target, projection.weight.dtype, wholes)
+            team, spec = self._team(projection, target), self._spec(projection, target, wholes)
             self._write(target, projection, stats, self._solve(projection, stats, spec, team), team)
             del stats                                       # not there while the next ones are gathered
             give_back_freed()
@@ -94,7 +94,7 @@ class Making:
                   targets: Iterable[Target]) -> Iterator[tuple[Target, Quantized]]:
         """This process's rows of a weight as each of the targets."""
         for target in targets:
-            spec = self.step.spec(target, projection.weight.dtype)
+            spec = self._spec(projection, target)
             yield target, self._solve(projection, stats, spec, self._team(projection, target))
 
     def _of_block(self, visit: Visit, wanted: Wanted) -> Iterator[tuple[Projection, Target, Quantized]]:
@@ -111,8 +111,18 @@ class Making:
         for p in chosen:
             _check_finite(p)
         with naming(visit.block.name):
-            specs = {p.name: self.step.spec(todo[p.name], p.weight.dtype, wholes) for p in chosen}
+            specs = {p.name: self._spec(p, todo[p.name], wholes) for p in chosen}
             yield from self.step.solver.quantize_block(visit, specs, self.run)
+
+    def _spec(self, projection: Projection, target: Target, wholes: kinds.Wholes | None = None) -> Spec:
+        """The grid of a dense weight, with the zeros that it is to keep."""
+        spec = self.step.spec(target, projection.weight.dtype, wholes)
+        return replace(spec, live=live(projection.weight, self.step.keep_zeros))
+
+    def _specs(self, todo: Mapping[str, Target]) -> dict[str, Spec]:
+        """The grids of all weights that `todo` names, while they are dense."""
+        return {p.name: self._spec(p, todo[p.name]) for block in blocks(self.model) for p in block.projections()
+                if p.name in todo}
 
     @property
     def collected(self) -> Inputs:
@@ -135,6 +145,7 @@ class Making:
         with naming(projection.name):
             own = team.share(projection.weight).to(torch.float32, copy=True)
             own = own.contiguous()              # so that a row's last bits do not depend on how many others there are
+            spec = replace(spec, live=None if spec.live is None else team.share(spec.live))
             return self.step.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
 
     @torch.no_grad()
@@ -146,6 +157,8 @@ class Making:
         whole = _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in sums if name in total}
         whole.figures |= stats.told if isinstance(stats, Moments) else {}
+        held = live(projection.weight, self.step.keep_zeros)
+        whole.figures |= {} if held is None else {"zeros": int((~held).sum())}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)

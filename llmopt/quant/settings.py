@@ -23,6 +23,7 @@ from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Target, targets
 from llmopt.quant.plan_file import planned_by, read_plan
 from llmopt.quant.solver import Solver
+from llmopt.quant.zeros import Keep
 from llmopt.recipe.schemes import Scheme
 from llmopt.specs import Dtype
 
@@ -61,6 +62,8 @@ class Settings(Method):
     symmetric: bool = Field(True, description="no zero points")
     scheme: kinds.Name | None = Field(None, description="these three by a name, or small floats, rounded inputs")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
+    keep_zeros: Keep = Field("auto", description="whether what is exactly 0 stays 0, as zeros of pruning are to; auto: "
+                             "in weights of which a hundredth or more is 0")
     scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...} or "

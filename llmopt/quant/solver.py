@@ -56,7 +56,8 @@ class Solver(Part, ABC):
     def quantize(self, weight: Tensor, seen: Seen, spec: Spec) -> Quantized:
         """Codes and scales of `weight` [out, in] float32 (yours to change); put what you measured into `figures`.
 
-        rowwise: `weight` may be some of the rows. A figure `loss` is half of what its rows' outputs lose (row_errors).
+        spec.live: where it may be other than 0. rowwise: `weight` may be some of the rows. A figure `loss` is half of
+        what its rows' outputs lose (row_errors).
         """
 
     def quantize_block(self, visit: Visit, specs: Mapping[str, Spec],

@@ -34,7 +34,6 @@ class Start:
 
 
 @torch.no_grad()
-
 def begin(visit: Visit, specs: Mapping[str, Spec], run: Run, solver: Solver) -> list[Start]:
     """The weights of a block that `specs` names; each group is solved behind the codes of those before it.
 
@@ -65,4 +64,6 @@ def _solved(projection: Projection, spec: Spec, seen: Moments | None, solver: So
         apart = (apart @ seen.hessian) / seen.hessian.diagonal().clamp(min=torch.finfo(apart.dtype).tiny)
     steps = apart.unflatten(1, (scales.shape[1], -1)) / scales.unsqueeze(-1)
     slack = steps.flatten(1).nan_to_num(0)
+    if spec.live is not None:
+        slack *= spec.live
     return Start(projection, spec, codes, slack if seen is None else slack.clamp(-EDGE, EDGE))

@@ -12,19 +12,23 @@ that share a scale, as float formats like it (MR-GPTQ, arXiv:2509.23202).
 
 Left out: rotations that are computed while the model runs (the FFN writer's input, keys, and those of activations).
 """
+import logging
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
 from llmopt.calibration.walk import Visit
 from llmopt.errors import FieldError
-from llmopt.method import Run
+from llmopt.method import Record, Run
 from llmopt.model.blocks import Block, refuse_turning
 from llmopt.model.links import Norm
 from llmopt.model.outside import Outside
 from llmopt.parts import register
 from llmopt.transform.base import Figures, Transform
 from llmopt.transform.rotation import Rotation
+
+LOG = logging.getLogger(__name__)
 
 
 @register("transform.rotate")
@@ -53,8 +57,11 @@ class Rotate(Transform):
         rest.links()                                    # raises where the head does not read the stream itself
 
     def block(self, block: Block, visit: Visit | None, run: Run) -> Figures:
-        return {"folded": self._turn_stream(block) if self.stream else [],
+        before = _zeros(block)
+        done = {"folded": self._turn_stream(block) if self.stream else [],
                 "heads": self._turn_heads(block) if self.heads else 0}
+        filled = before - _zeros(block)
+        return done | ({"zeros": filled} if filled > 0 else {})
 
     def outside(self, rest: Outside) -> None:
         if not self.stream:
@@ -65,6 +72,15 @@ class Rotate(Transform):
             for table in rest.tables:
                 table.weight.data.copy_(turn(table.weight.data))
             link.fold_(turn)
+
+    def apply(self, model: nn.Module, run: Run) -> Record:
+        record = super().apply(model, run)
+        if filled := sum(of.get("zeros", 0) for of in record.meta["blocks"]):
+            note = f"{filled:,} weights that were exactly 0 are not any more: a rotation mixes them with the others"
+            if run.layers is None and run.ranks.is_main:
+                LOG.warning("%s: %s", self.name, note)
+            record.meta["notes"] = [note]
+        return record
 
     def _turn_stream(self, block: Block) -> list[str]:
         """The roles of the norms that were folded on the way."""
@@ -88,3 +104,8 @@ class Rotate(Transform):
 
     def _stream(self, norm: Norm, width: int) -> Rotation:
         return Rotation(self.channels or width, self.seed, mean=norm.kind == "layer")
+
+
+def _zeros(block: Block) -> int:
+    """Entries of the block's weights that are exactly 0."""
+    return sum(p.weight.numel() - int(p.weight.count_nonzero()) for p in block.projections())
