@@ -21,8 +21,9 @@ from llmopt_kernels.reference import (
 from llmopt_kernels.rotary import rotate, unrotate
 from llmopt_kernels.sparse import Pooled, Stripes, sparse_attention, sparse_partial
 from llmopt_kernels.words import Codes, Words
+from llmopt_kernels.worth import gain
 
 __all__ = ["NONE", "Codes", "Int4", "Int8", "Packed", "Partial", "Planes", "Pooled", "Ragged", "Rule", "Stripes",
            "Words", "attention", "attention_weights", "chosen", "column_max", "column_sums", "dense", "dense_attention",
-           "dense_visible", "few_queries", "fixed", "joined", "laid_out", "merged", "quant_matmul", "ragged_attention",
-           "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "sunk", "unrotate"]
+           "dense_visible", "few_queries", "fixed", "gain", "joined", "laid_out", "merged", "quant_matmul",
+           "ragged_attention", "ragged_partial", "rotate", "sparse_attention", "sparse_partial", "sunk", "unrotate"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmopt_kernels.partial import Partial
 from llmopt_kernels.reference import Rule
 
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = 64               # of each head, whose local keys are computed at once, of less than four heads twice as many
 KEYS = 32               # in multiples of which the kernel is fast
 AT_ONCE = 1 << 20       # numbers of the keys of one call, about: what the processor's cache holds
@@ -33,7 +34,7 @@ def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bo
     tile that begins before its first local key.
     """
     begins = torch.arange(keys.shape[1] - query.shape[1], keys.shape[1], stripes.tile, device=query.device)
-    return (query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+    return (query.device.type == "cpu" and query.dtype in TYPES
             and query.dtype == keys.dtype == values.dtype and keys.shape[-1] == values.shape[-1]
             and not (torch.is_grad_enabled() and query.requires_grad)
             and rule.softcap is None and (rule.window is None or rule.window >= keys.shape[1])

@@ -28,10 +28,6 @@ class AShape(ByHead):
     window: int = Field(800, ge=1, description="tokens before each one that it reads, itself included")
     ratio: float | None = Field(None, ge=0, lt=1, description="share of the causal pairs to skip; decides the window")
 
-    def predict(self, length: int) -> float:                                # exact where all heads are alike
-        pairs = a_shape_pairs(length, self.sinks, self._window(length, EVEN))
-        return float(pairs) / (length * (length + 1) // 2)
-
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         held, total = state.record.meta.get("shares"), state.dropped + k.shape[1]
         if held is None:

@@ -14,6 +14,7 @@ from llmopt_kernels import (
     Rule,
     Stripes,
     dense_attention,
+    gain,
     merged,
     ragged_partial,
     sparse_attention,
@@ -32,7 +33,8 @@ from llmopt.runtime.compression import ATTENTION
 from llmopt.runtime.hooks import Attachment
 from llmopt.runtime.prompt import Prompt
 
-DENSE_ABOVE = 0.75     # dense where more than this share of the causal pairs is expected, or has been chosen
+GAIN = 1.25             # dense where attention would not be so many times faster: 1.1 times, behind its selection
+TRIAL = 64              # queries in the middle of a prompt for which is selected first, to see that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +89,21 @@ class Selector(PrefillMethod):
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         """The keys to read for q [H, T, D], k [G, S, D]: real tokens only, the queries are the last T of them."""
 
-    def predict(self, length: int) -> float:
-        """Expected share of the causal pairs for a prompt of this length, where it is known beforehand."""
-        return 0.0
-
     def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
-        if prompt.mask is None and prompt.kept is None and not self._is_sparse(prompt.seen):     # no row differs
+        if prompt.mask is None and prompt.kept is None and prompt.seen < self.min_length:         # no row differs
             pairs = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) * len(prompt.query)
             _count(live, prompt, pairs, pairs)
             return dense_attention(prompt.query, prompt.keys, prompt.values, None, prompt.first, prompt.rule)
         out = prompt.query.new_zeros(*prompt.query.shape[:3], prompt.values.shape[-1])
         for one in sequences(prompt, *self._numbered(prompt, live.now.shared)):
-            out[one.number[0]][:, one.columns] = self._attention(one, prompt, live)
+            if len(one.columns) == 1:                       # no prompt, though a neighbour's may have come with it
+                got = one.dense()
+            else:
+                shared = live.now.shared.setdefault((ATTENTION, one.number), {})
+                got, pairs = self.attend(one, prompt.layer, live.record(ATTENTION), shared)
+                _count(live, prompt, pairs, one.dense_pairs())
+            out[one.number[0]][:, one.columns] = got
         return out
-
-    def _is_sparse(self, length: int) -> bool:
-        return not self.min_length or (length >= self.min_length and self.predict(length) <= DENSE_ABOVE)
 
     def _numbered(self, prompt: Prompt, shared: dict) -> tuple[Tensor, Rule]:
         """The sequence of each column; a 4-D mask, the same for many layers, is read once."""
@@ -118,42 +119,39 @@ class Selector(PrefillMethod):
         sequence, within = shared[key][1:]
         return sequence, dataclasses.replace(within, sinks=prompt.rule.sinks)           # which each layer has its own
 
-    def _attention(self, one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
-        """One sequence by itself: [H, T, D]."""
-        if len(one.columns) == 1:                           # no prompt, though a neighbour's may have come with it
-            return one.dense()
-        if not self._is_sparse(one.length) or len(one.columns) <= self.last:
-            return _dense(one, prompt, live)
+    def attend(self, one: Sequence, layer: int, record: Record, shared: dict) -> tuple[Tensor, Tensor]:
+        """One sequence by itself: attention [H, T, D], and the pairs computed, int64 [H]."""
+        if one.length < self.min_length or len(one.columns) <= self.last:
+            return one.dense(), one.dense_pairs()
         early, late = one.divided(len(one.columns) - self.last)
-        out = self._selected(early, prompt, live)
-        return out if late is None else torch.cat([out, _dense(late, prompt, live)], 1)
+        out, pairs = self._selected(early, layer, record, shared)
+        if late is None:
+            return out, pairs
+        return torch.cat([out, late.dense()], 1), pairs + late.dense_pairs()
 
-    def _selected(self, one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
-        """One sequence by selected keys, or densely where they are nearly all."""
-        shared = live.now.shared.setdefault((ATTENTION, one.number), {})
-        state = State(prompt.layer, one.rule, one.values, one.first - one.dropped, one.dropped,
-                      live.record(ATTENTION), shared)
-        stripes, dense = self.select(one.query, one.keys, state), one.dense_pairs()
-        if self.min_length and not _saves(one, stripes, dense):
-            return _dense(one, prompt, live)
-        out, pairs = _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
-        _count(live, prompt, pairs, dense)
-        return out
+    def _selected(self, one: Sequence, layer: int, record: Record, shared: dict) -> tuple[Tensor, Tensor]:
+        """One sequence by selected keys, or densely where that is as fast."""
+        def chosen(some: Sequence, shared: dict) -> Stripes:
+            return self.select(some.query, some.keys, State(layer, some.rule, some.values, some.first - some.dropped,
+                                                            some.dropped, record, shared))
+        part = self._middle(one)
+        if part is None or self._is_faster(part, chosen(part, dict(shared))):
+            stripes = chosen(one, shared)
+            if self._is_faster(one, stripes):
+                return _sparse(one, dataclasses.replace(stripes, sinks=max(0, stripes.sinks - one.dropped)))
+        return one.dense(), one.dense_pairs()
 
+    def _middle(self, one: Sequence) -> Sequence | None:
+        """Some queries from the middle of a long prompt, over all that they may read."""
+        half = len(one.columns) // 2
+        if not self.min_length or half < 8 * TRIAL:
+            return None
+        return one.divided(half)[0].divided(half - TRIAL)[1]
 
-def _dense(one: Sequence, prompt: Prompt, live: Attachment) -> Tensor:
-    """One sequence, all of it, which is counted."""
-    pairs = one.dense_pairs()
-    _count(live, prompt, pairs, pairs)
-    return one.dense()
-
-
-def _saves(one: Sequence, stripes: Stripes, dense: Tensor) -> bool:
-    """False where so much has been chosen that dense attention is faster; dense: its pairs [H]."""
-    total = one.keys.shape[1]
-    if one.old is not None or (one.rule.window or total) < total:               # what is chosen is not all that counts
-        return True
-    return stripes.about(len(one.columns), total) <= DENSE_ABOVE * float(dense.double().mean())
+    def _is_faster(self, one: Sequence, stripes: Stripes) -> bool:
+        """Where entries have been dropped, dense attention takes the long way, and is slower at any rate."""
+        return (not self.min_length or one.old is not None
+                or gain(one.query, one.keys, one.values, stripes, one.rule) >= GAIN)
 
 
 def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,6 @@ class CoreContext(Selector):
     window: int = Field(512, ge=1, description="newest tokens that are read one by one, at least")
     tile: int = Field(64, ge=1, description="rows that share their first token that is read by itself")
 
-    def predict(self, length: int) -> float:
-        near = min(length, self.window + self.group)
-        return (near * (length - near / 2) + (length - near) ** 2 / 2 / self.group) / (length * (length + 1) / 2)
-
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         runs = max(0, k.shape[1] - self.window) // self.group
         keys, values = (x[:, :runs * self.group].unflatten(1, (runs, self.group)).float() for x in (k, state.values))

@@ -33,13 +33,6 @@ class Neighborhood(Selector):
         if self.stride > self.window:
             raise FieldError("stride", self.stride, f"at most window ({self.window})")
 
-    def predict(self, length: int) -> float:
-        if self.dilation > 1:
-            return 0.0
-        rows = torch.arange(length)
-        pairs = int((rows - starts(rows, self.window, self.stride) + 1).sum())
-        return pairs / (length * (length + 1) / 2)
-
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         before = state.dropped + state.offset
         rows = torch.arange(before, before + q.shape[1], device=q.device)

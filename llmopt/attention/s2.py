@@ -23,11 +23,6 @@ class ShiftedGroups(Selector):
 
     group: int = Field(2048, ge=2, multiple_of=2, description="tokens of a group; the paper: a quarter of the text")
 
-    def predict(self, length: int) -> float:
-        pairs = sum(int((torch.arange(length) - self._starts(torch.arange(length), shifted) + 1).sum())
-                    for shifted in (False, True))
-        return pairs / (length * (length + 1))
-
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         before = state.dropped + state.offset
         tile = math.gcd(self.group // 2, before)

@@ -68,8 +68,8 @@ def last_weights(q: Tensor, k: Tensor, state: State, count: int) -> Tensor:
 def along_diagonals(weights: Tensor) -> Tensor:
     """[H, R, S], rows the last R of S tokens -> [H, S]: the sum of each distance between query and key.
 
-    In a row that is turned around, what stands at a distance has moved by one place from row to row.
+    Row by row what stands at a distance moves by one place, which a view with one more place to a row undoes.
     """
-    rows, total = weights.shape[1:]
-    turned = pad(weights.flip(-1), (0, rows))
-    return torch.stack([turned[:, r, rows - 1 - r:rows - 1 - r + total] for r in range(rows)]).sum(0)
+    heads, rows, total = weights.shape
+    wide = pad(weights, (rows, 0))
+    return wide.as_strided((heads, rows, total), (rows * (rows + total), rows + total + 1, 1), 1).sum(1).flip(-1)

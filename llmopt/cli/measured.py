@@ -121,12 +121,12 @@ def show_sparse(found: list[dict[str, Any]], as_json: bool) -> None:
         print_json(found)
         return
     rows = [(row["length"], row["dim"], _entry(row), f"{row['density']:.1%}", f"{1000 * row['selection']:.1f} ms",
-             f"{1000 * row['attention']:.1f} ms", f"{row['faster_attention']:.2f}", f"{row['faster']:.2f}",
-             f"{row['flex']:.2f}" if "flex" in row else "-")
+             f"{1000 * row['attention']:.1f} ms",
+             *(f"{row[key]:.2f}" if key in row else "-" for key in ("faster_attention", "faster", "used", "flex")))
             for row in found]
     print_table("sparse prefill, 8 query heads on 2, one thread",
                 ["tokens", "dimension", "method", "pairs", "selection", "attention", "faster", "with selection",
-                 "than flex_attention"], rows)
+                 "as used", "than flex_attention"], rows)
     for (length, dim), dense in {(row["length"], row["dim"]): row["dense"] for row in found}.items():
         click.echo(f"dense attention of {length:,} tokens, dimension {dim}: {1000 * dense:.1f} ms")
 

@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
-from llmopt_kernels import NONE, Rule, sparse_attention, sparse_partial
+from llmopt_kernels import NONE, sparse_attention, sparse_partial
+from pydantic.dataclasses import dataclass
 from torch.testing import assert_close
 
 from llmopt import attention as a
 from llmopt import runtime
 from llmopt.attention.antidiagonal import antidiagonals, summed
-from llmopt.attention.base import State
+from llmopt.attention.base import TRIAL, State
 from llmopt.attention.flexprefill import distance
 from llmopt.attention.grid import Grid, largest, listed, top
 from llmopt.attention.neighborhood import starts, tile_bound
@@ -59,17 +60,33 @@ def test_all_of_it_is_dense_attention(name, rule):
             assert pairs.tolist() == [int(seen.sum())] * H
 
 
-def test_what_chooses_nearly_all_is_computed_densely():
-    model, tokens = make("llama"), ids(1, 40)
-    want = model(tokens).logits
-    for method, share in ((a.FlashPrefill(block=4, dense=99, min_length=8), 1.0),
-                          (a.FlashPrefill(block=4, dense=99, min_length=0), 1.0),
-                          (a.BlockTopK(block=4, keep=0, min_length=8), 244 / 820)):
-        with runtime.attached(model, method):
+@dataclass(frozen=True)
+class Watched(a.BlockTopK):
+    """Tells for how many queries blocks are chosen."""
+
+    def select(self, q, k, state):
+        ROWS.append((q.shape[1], k.shape[1]))
+        return super().select(q, k, state)
+
+
+ROWS: list[tuple[int, int]] = []
+LONG = {"num_hidden_layers": 1, "max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("least", [8, 0])
+@pytest.mark.parametrize("keep", [0, 99])
+def test_what_is_no_faster_is_computed_densely(keep, least):
+    model, tokens = make("llama", **LONG), ids(1, 4096)
+    ROWS.clear()
+    with torch.no_grad():
+        want = model(tokens).logits
+        with runtime.attached(model, Watched(block=64, keep=keep, min_length=least)):
             got = model(tokens).logits
-            density = float(runtime.attachment(model).stats[1].density.mean())
-        assert density == pytest.approx(share)
-        assert torch.equal(got, want) == (share == 1.0 and method.min_length > 0)
+            density = float(runtime.attachment(model).stats[0].density.mean())
+    middle = [(TRIAL, 2048)] if least else []                      # tried on a few rows first
+    assert middle + ([(4096, 4096)] if keep == 0 or not least else []) == ROWS
+    assert density == (1.0 if keep else pytest.approx((4096 * 65 / 2 + 64 * 64 * 63) / (4096 * 4097 / 2)))
+    assert torch.equal(got, want) == (keep > 0 and least > 0)
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -301,8 +318,3 @@ def test_cores_of_equal_tokens_stand_for_them_exactly():
     assert_close(part.lse, want.lse, atol=1e-5, rtol=1e-5)
 
 
-def test_predicted_shares_are_those_computed():
-    for method in (a.Neighborhood(window=12, stride=4), a.ShiftedGroups(group=16)):
-        q, k, v, state = drawn(48, 48)
-        _, pairs = sparse_attention(q, k, v, method.select(q, k, state), Rule(0.5))
-        assert method.predict(48) == pytest.approx(float(pairs.double().mean()) / (48 * 49 / 2))

@@ -23,7 +23,7 @@ def test_rows_tell_what_was_computed(monkeypatch):
     threads = torch.get_num_threads()
     row, = attention.measure(plan, [AShape(sinks=4, window=16)], lambda settings, name: settings)
     assert row["density"] == pytest.approx((20 * 21 / 2 + 44 * 20) / (64 * 65 / 2))
-    assert (row["dense"], row["selection"], row["attention"], row["faster"]) == (2, 2, 2, 0.5)
+    assert (row["dense"], row["selection"], row["attention"], row["faster"], row["used"]) == (2, 2, 2, 0.5, 1)
     assert torch.get_num_threads() == threads
 
 

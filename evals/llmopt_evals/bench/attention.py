@@ -4,6 +4,7 @@ Noise of true shapes (8 query heads on 2 KV heads), in which one key of forty is
 first four more so. One thread, and its CPU time; selection and attention are timed apart, the fastest of some rounds.
 
     faster = dense seconds / (seconds of the selection + seconds of the attention)
+    used   = dense seconds / seconds of what a model does, which computes densely where that is foretold to be faster
 """
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from llmopt.attention.base import Selector, State
+from llmopt.attention.sequences import Sequence as Prompt
 from llmopt.errors import LlmoptError
+from llmopt.method import Record
 from llmopt.progress import Progress
 from llmopt_evals.bench import flex
 
@@ -63,12 +66,15 @@ def _compared(length: int, dim: int, plan: Plan, methods: Sequence[Selector]) ->
     rule, causal = Rule(dim ** -0.5), length * (length + 1) / 2
     dense, _ = _fastest(lambda: scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True,
                                                              enable_gqa=True), plan.rounds)
+    prompt = Prompt((0, 0), torch.arange(length), q, k, v, None, 0, rule)
     for method in methods:
         choosing, stripes = _fastest(lambda method=method: method.select(q, k, State(0, rule, v, 0, 0)), plan.rounds)
+        using, _ = _fastest(lambda method=method: method.attend(prompt, 0, Record(), {}), plan.rounds)
         reading, (_, pairs) = _fastest(lambda stripes=stripes: sparse_attention(q, k, v, stripes, rule), plan.rounds)
         row = {"length": length, "dim": dim, "method": method.name, "fields": method.to_dict()[method.name],
                "density": float(pairs.double().mean()) / causal, "dense": dense, "selection": choosing,
-               "attention": reading, "faster_attention": dense / reading, "faster": dense / (choosing + reading)}
+               "attention": reading, "faster_attention": dense / reading, "faster": dense / (choosing + reading),
+               "used": dense / using}
         other = flex.on(stripes, q, k, v) if plan.flex else None
         yield row if other is None else row | {"flex": _fastest(other, plan.rounds)[0] / reading}
 

@@ -1,0 +1,38 @@
+"""How much faster sparse attention will be than dense attention, about, before either is computed.
+
+Counted in pairs of a query and a key that torch's dense causal kernel computes in the same time, and rounded to the
+careful side, since dense attention is exact. The numbers are constants, not measured on the machine at hand, so that
+a model answers alike everywhere; where they come from: `kernels/RESULTS.md`.
+"""
+import torch
+from torch import Tensor
+
+from llmopt_kernels.flash import fits
+from llmopt_kernels.reference import Rule
+from llmopt_kernels.sparse import Stripes
+
+PAIR = {torch.float32: 1.6, torch.float16: 1.6, torch.bfloat16: 2.9}           # one pair, by torch's kernel in pieces
+TILE = {torch.float32: 60_000, torch.float16: 60_000, torch.bfloat16: 170_000}         # one head's lists for one tile
+GATHERED = 9.0          # one pair by products of gathered keys
+LOCAL = 5.0             # the same, where no keys are listed
+LONG_WAY = 0.9          # either, where dense attention goes that way too
+MASKED = 1.2            # dense attention under a mask, which skips nothing
+ON_GPU = 1.5
+
+
+def gain(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes, rule: Rule) -> float:
+    """Seconds of dense / seconds of sparse attention; query [H, T, D], keys and values [G, S, D], the last T of S."""
+    tokens, total = query.shape[1], keys.shape[1]
+    causal = tokens * total - tokens * (tokens - 1) / 2
+    cut = rule.window is not None and rule.window < total
+    dense = MASKED * tokens * total if cut and rule.plain else causal
+    pairs, far = stripes.about(tokens, total), stripes.diagonals
+    if query.is_cuda:
+        return dense / (ON_GPU * pairs)
+    if fits(query.detach(), keys, values, stripes, rule):            # what is read must not hang on gradients
+        tiles = tokens / stripes.tile if stripes.has_lists else 0
+        return dense / (PAIR[query.dtype] * pairs + TILE[query.dtype] * tiles)
+    if far is not None:                                 # each row of a tile names a key by it, and all rows look there
+        pairs += far.shape[1] * tokens * (stripes.tile - 1)
+    each = GATHERED if stripes.has_lists or stripes.pooled is not None else LOCAL
+    return dense / ((each if rule.plain else LONG_WAY) * pairs)
