@@ -145,6 +145,8 @@ def weights_of(visit: Visit, run: Run, names: Collection[str], inputs: Inputs) -
             yield from ((p, seen) for p in chosen)
     if inputs.kind == "moments":
         yield from _of_experts(visit, run, names, inputs, weights)
+    elif inputs.kind == "none":
+        yield from ((p, None) for p in visit.block.of_experts() if p.name in names)
 
 
 def moments_of(visit: Visit, reader: Projection, inputs: Inputs, weights: list[Tensor] | None,

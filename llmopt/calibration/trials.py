@@ -139,10 +139,17 @@ def without(block: Block, parts: Collection[str]) -> dict[str, Tensor]:
 
 def in_block(block: Block, weights: Weights) -> dict[str, Tensor] | None:
     """The weights as parameters by their names in the block."""
-    known, found = {p.name: p for p in block.projections()}, {}
+    known, found = {p.name: p for group in block.weights() for p in group}, {}
     for name, tensor in weights.items():
-        key, turn = (known[name].key, known[name].transposed) if name in known else (name, False)
-        found[key.removeprefix(f"{block.name}.")] = tensor.T if turn else tensor
+        weight = known.get(name)
+        key = (name if weight is None else weight.key).removeprefix(f"{block.name}.")
+        tensor = tensor.T if weight is not None and weight.transposed else tensor
+        if weight is None or weight.expert is None:
+            found[key] = tensor
+        else:                                               # one matrix of a stack, whose others stay
+            if key not in found:
+                found[key] = getattr(weight.module, weight.parameter).detach().clone()
+            found[key][weight.expert] = tensor
     return found or None
 
 

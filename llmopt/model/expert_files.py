@@ -98,7 +98,8 @@ def refuse(root: nn.Module, weights: Sequence[Weight]) -> None:
                               "bits of 2 to 8 and symmetric: true, or format: dense")
         if len(members) < count or len(settings) > 1:
             raise LlmoptError(f"{key}: plain transformers loads packed experts if all of them have the same bits and "
-                              "group size: say so in overrides, ignore all of them, or use format: dense")
+                              "group size: say so in overrides, experts: model where bits are allocated, ignore all of "
+                              "them, or use format: dense")
         if isinstance(root, PreTrainedModel):
             _files(root, first)
     known = [f"{name}.{stack.parameter}" for name, module in root.named_modules()

@@ -15,6 +15,7 @@ from llmopt.quant.plan import Choice, Target
 from llmopt.quant.settings import BY_RANK, Settings
 
 LOG = logging.getLogger(__name__)
+HAIR = 1e-9         # of a bit, by which units of experts differ in a forecast: who holds one setting alone refuses them
 
 
 def planned(step: Settings, model: nn.Module) -> list[Target]:
@@ -31,7 +32,9 @@ def planned(step: Settings, model: nn.Module) -> list[Target]:
     if step.allocate in BY_RANK:
         return with_plan(found, _by_rank(step, bound, units, [0.0] * len({t.block for u in units for t in u.members})))
     level = min(average(step, bound, units), max(step.widths))
-    return [t.at(level) for t in found]
+    experts = [unit for unit in units if unit.members[0].expert is not None]
+    apart = {t.name: HAIR * place for place, unit in enumerate(experts) for t in unit.members}
+    return [t.at(level - apart.get(t.name, 0)) for t in found]
 
 
 def decided(step: Settings, model: nn.Module, run: Run) -> tuple[list[Target], dict]:
@@ -86,7 +89,18 @@ def _tell(found: Sequence[Target]) -> None:
     """Print the plan: a line for each block, `projection bits/columns that share a scale`."""
     for name in dict.fromkeys(target.block for target in found):
         alike: dict[tuple[str, Choice], list[str]] = {}
-        for target in (t for t in found if t.block == name):
+        own = [t for t in found if t.block == name]
+        for target in own:
             what = Choice(target.bits, target.group_size)
-            alike.setdefault((target.group, what), []).append(target.name.rpartition(".")[2])
-        LOG.info("plan: %s: %s", name, ", ".join(f"{' '.join(names)} {what}" for (_, what), names in alike.items()))
+            alike.setdefault((target.group, what), []).append(_leaf(target, own))
+        LOG.info("plan: %s: %s", name, ", ".join(f"{' '.join(dict.fromkeys(names))} {what}" for (_, what), names in
+                                                 alike.items()))
+
+
+def _leaf(target: Target, own: Sequence[Target]) -> str:
+    """How a line of the plan calls a weight of its block: of experts the stack alone, where all of it is alike."""
+    if target.expert is None:
+        return target.name.rpartition(".")[2]
+    stack = target.key.rpartition(".")[2]
+    alike = {(t.bits, t.group_size) for t in own if t.key == target.key}
+    return f"experts.{stack}" + (f".{target.expert}" if len(alike) > 1 else "")

@@ -1,7 +1,7 @@
 """What is different where matrices of experts are quantized: what cannot be done with them yet, and what is told."""
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,21 +11,31 @@ from llmopt.model.architectures import EXPERTS
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.quant.plan import DENSE, Target
 
+Together = Literal["model", "layer", "stack", "expert"]
 LEAVE = "ignore: [experts] leaves the experts as they are"
 
 
 def refuse_experts(step: Any, found: Iterable[Target]) -> None:
     """Raise LlmoptError for a step that cannot quantize the experts among these weights."""
-    first = next((target for target in found if target.expert is not None and not target.fixed), None)
-    if first is None:
+    own = [target for target in found if target.expert is not None]
+    if not own:
         return
-    if step.allocate != "uniform":
-        raise FieldError("allocate", step.allocate, f"uniform where experts are quantized ({first.name}; {LEAVE})")
+    first, open_ = own[0], next((target for target in own if not target.fixed), None)
+    if open_ and step.allocate not in ("uniform", "sensitivity"):
+        raise FieldError("allocate", step.allocate, "uniform or sensitivity where experts are quantized "
+                         f"({open_.name}; {LEAVE})")
     if step.solver.inputs in ("rows", "block"):
         raise LlmoptError(f"{first.name}: {step.name} does not know experts; take quant.gptq, or {LEAVE}")
-    if kind := step.scheme_of(first).inputs:
+    for kind, first in ((kind, target) for target in own if (kind := step.scheme_of(target).inputs)):
         raise LlmoptError(f"{first.name}: what experts read cannot be rounded ({kind['num_bits']} bits): take a scheme "
                           f"for weights alone such as W4A16, or {LEAVE}")
+
+
+def together(target: Target, how: Together) -> str:
+    """The name of the unit that decides the bits of an expert's matrix."""
+    stack, _, number = target.name.rpartition(".")
+    return {"model": "experts", "layer": stack.rpartition(".")[0], "stack": stack,
+            "expert": f"{stack.rpartition('.')[0]}.{number}"}[how]
 
 
 def of_experts(found: Iterable[Target], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

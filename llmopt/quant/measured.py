@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmopt.calibration.trials import Trials, sample
+from llmopt.calibration.walk import Visit
 from llmopt.model.codes import Quantized
 from llmopt.quant.allocate import around
 from llmopt.quant.making import Making
@@ -71,18 +72,19 @@ def _table(making: Making, units: Sequence[Unit], level: dict[str, Choice], rows
     trials = Trials(making.model, making.run, rows, (LEVEL,))
     wanted = {t.name: [t.at(*choice) for choice in unit.choices if choice.bits != DENSE]
               for unit in units for t in unit.members}
-    base = {t.name: level[unit.name] for unit in units for t in unit.members}
+    unit_of, waiting = {t.name: unit.name for unit in units for t in unit.members}, list(units)
     for data, own in trials.visits(making.data, "sensitivity"):
-        here = {p.name for p in own.block.projections()}
+        here = _names(own)
         made, weights = _made(making, data, wanted), _weights(making, here)
-        inside = [unit for unit in units if unit.name in here]
+        inside = [unit for unit in waiting if not here.isdisjoint(t.name for t in unit.members)]
+        waiting = [unit for unit in waiting if unit not in inside]                  # experts may lie in all blocks
         branches = {(unit.name, choice): LEVEL for unit in inside for choice in unit.choices
                     if choice != level[unit.name]}
-        own_part = {unit.name: unit.members for unit in inside}
 
-        def of(trial, base=base, made=made, weights=weights, own_part=own_part):
+        def of(trial, here=here, made=made, weights=weights):
             name, choice = trial if trial != LEVEL else (None, None)
-            return weights(made, base | {t.name: choice for t in own_part.get(name, ())})
+            return weights(made, {weight: choice if unit_of[weight] == name else level[unit_of[weight]]
+                                  for weight in here if weight in unit_of})
 
         trials.through(own, of, branches)
     found = trials.damage()
@@ -96,10 +98,15 @@ def _whole(making: Making, plans: Sequence[Plan], rows: Rows) -> list[float]:
     wanted = {name: [target.at(*choice) for choice in dict.fromkeys(plan[name] for plan in plans)
                      if choice.bits != DENSE] for name, target in open_.items()}
     for data, own in trials.visits(making.data, "whole plans"):
-        made, weights = _made(making, data, wanted), _weights(making, {p.name for p in own.block.projections()})
+        made, weights = _made(making, data, wanted), _weights(making, _names(own))
         trials.through(own, lambda index, made=made, weights=weights: weights(made, plans[index]))
     found = trials.damage()
     return [found[index] for index in range(len(plans))]
+
+
+def _names(visit: Visit) -> set[str]:
+    """The weights of the block that is visited."""
+    return {p.name for group in visit.block.weights() for p in group}
 
 
 def _made(making: Making, data, wanted) -> Made:

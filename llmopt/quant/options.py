@@ -1,6 +1,7 @@
 """What may be chosen for the weights of a step, unit by unit, what it costs, and how much may be spent.
 
-A unit are the weights that read one input (q k v | o | gate up | down): kernels run them as one, so they are alike.
+A unit are the weights that read one input (q k v | o | gate up | down): kernels run them as one, so they are alike. Of
+experts it is what the field `experts` says: those of the model, of a layer, or one of them.
 
     bits: B     what all weights at B bits take, in groups of `group_size`: codes and scales, in bits
     bytes: N    what is left of N for the units, once all else that the checkpoint will hold is taken off
@@ -65,7 +66,7 @@ class Budget:
 
 
 def units_of(step: Settings, found: Sequence[Target]) -> list[Unit]:
-    """The weights whose bits are open, by the input that they read.
+    """The weights whose bits are open, by the input that they read; experts by their field.
 
     Group sizes that do not divide the columns of a unit are no choice for it; raises LlmoptError where none does.
     """
@@ -81,12 +82,15 @@ def _sizes(step: Settings, members: list[Target]) -> list[int]:
     """The group sizes that the members can take alike; all columns in one group is one scale per channel."""
     own = [target.group_size for target in members if target.sized] or ([] if step.group_sizes else
                                                                         [members[0].group_size])
-    columns = members[0].columns
-    fitting = [size for size in own or step.group_sizes if size == -1 or columns % size == 0]
+    first = {target.columns: target for target in reversed(members)}            # by columns
+    fitting = [size for size in own or step.group_sizes if size == -1 or not any(n % size for n in first)]
     if not fitting:
-        raise LlmoptError(f"{members[0].name}: none of the group_sizes {list(step.group_sizes)} divides its {columns} "
-                          "input features; -1 is one scale per output channel")
-    return list(dict.fromkeys(-1 if size == columns and -1 in fitting else size for size in fitting))
+        columns = min(first)
+        raise LlmoptError(f"{first[columns].name}: none of the group_sizes {list(step.group_sizes)} divides its "
+                          f"{columns} input features"
+                          + (f" and the {', '.join(str(n) for n in first if n != columns)} of others that are decided "
+                             "with it" if len(first) > 1 else "") + "; -1 is one scale per output channel")
+    return list(dict.fromkeys(-1 if first.keys() == {size} and -1 in fitting else size for size in fitting))
 
 
 def _widths(step: Settings, size: int, members: list[Target]) -> list[int]:
@@ -157,7 +161,7 @@ def stored(target: Target, scale: int, symmetric: bool, dense: int) -> int:
 def _filed(step: Settings, model: nn.Module, decided: Sequence[Target]) -> int:
     """Bytes of the checkpoint whose weights are so decided."""
     skeleton = outline(model)
-    weights = {p.name: p for block in blocks(skeleton) for p in block.projections()}
+    weights = {p.name: p for block in blocks(skeleton) for group in block.weights() for p in group}
     for target in decided:
         if target.bits != DENSE:
             weights[target.name].codes = step.without_values(target, model.dtype)

@@ -18,7 +18,7 @@ from llmopt.model.codes import DTYPES, Quantized
 from llmopt.model.forms import FORMS
 from llmopt.parts import Several
 from llmopt.quant import kinds
-from llmopt.quant.experts import refuse_experts
+from llmopt.quant.experts import Together, refuse_experts, together
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Target, targets
 from llmopt.quant.plan_file import planned_by, read_plan
@@ -84,6 +84,8 @@ class Settings(Method):
     plans: int = Field(4, ge=1, le=100, description="of allocate: sensitivity: so many plans are measured whole, "
                        "and the best is taken")
     trial_tokens: int = Field(2048, ge=1, description="of allocate: sensitivity: damage is measured on so many tokens")
+    experts: Together = Field("model", description="of allocate, which experts take one choice: all of the model, as "
+                              "plain transformers wants it; of a layer; a stack of matrices of a layer; each by itself")
     heads: str | None = Field(None, description="of allocate: heads: the step whose head scores count, or a file")
     plan: str | None = Field(None, description="a file that names bits and group size of every weight, as "
                              "plan.json of a checkpoint does; nothing is allocated then")
@@ -166,6 +168,7 @@ class Settings(Method):
         for target in found:
             kinds.check_width(target, target.scheme or self.scheme)
         refuse_experts(self, found)
+        found = [t if t.expert is None else replace(t, group=together(t, self.experts)) for t in found]
         return [t.at(self.bits) for t in found] if self.allocate == "uniform" and not self.plan else found
 
     def without_values(self, target: Target, dtype: torch.dtype) -> Quantized:
@@ -225,6 +228,8 @@ def _check_allocation(step: Settings) -> None:
     if step.group_sizes and step.allocate in BY_RANK:
         raise FieldError("group_sizes", list(step.group_sizes), f"none with allocate: {step.allocate}, which ranks "
                          "blocks,")
+    if step.experts != "model" and step.allocate == "uniform":
+        raise FieldError("experts", step.experts, f"model, or one of {ways} for allocate,")
     if (step.heads is None) == (step.allocate == "heads"):
         raise FieldError("heads", step.heads, "the step whose head scores count, or a file of them," if
                          step.heads is None else "null without allocate: heads")

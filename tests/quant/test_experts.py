@@ -157,7 +157,8 @@ def test_less_is_lost_than_by_rounding():
 
 @pytest.mark.parametrize(("step", "said"), [
     (GPTQ(group_size=64), r"down_proj\.0: group_size 64 does not divide its 32 input .* overrides: {down_proj: "),
-    (GPTQ(bits=3.5, allocate="zd", group_size=16), "allocate: 'zd' given, uniform where experts are quantized"),
+    (GPTQ(bits=3.5, allocate="zd", group_size=16), "allocate: 'zd' given, uniform or sensitivity where experts"),
+    (Tune(overrides={"experts": {"bits": 3}}, **SIXTEEN), "quant.tune does not know experts"),
     (Tune(**SIXTEEN), "quant.tune does not know experts; take quant.gptq, or ignore: "),
     (RTN(scheme="FP8_DYNAMIC"), "what experts read cannot be rounded"),
     (RTN(ignore=("expert",), **SIXTEEN), "ignore: no module of this model matches 'expert'")])
