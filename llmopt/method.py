@@ -23,6 +23,7 @@ from llmopt.scale.processes import Ranks
 
 Stage = Literal["score", "prune", "transform", "quant", "runtime"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)  # the order in which the steps of a recipe must come
+FILES = (".json", ".safetensors")      # of head scores
 UNCHANGED = ("score", "runtime")        # stages whose steps leave the weights as they are
 
 
@@ -161,7 +162,14 @@ class Method(Part, ABC):
     @property
     def reads(self) -> tuple[str, ...]:
         """Files that its fields name: a resumed run must find them as they were."""
-        return ()
+        heads = getattr(self, "heads", None)
+        return (heads,) if isinstance(heads, str) and heads.endswith(FILES) else ()
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Score steps that must come before it: the one that its field `heads` names."""
+        heads = getattr(self, "heads", None)
+        return (heads,) if isinstance(heads, str) and not heads.endswith(FILES) else ()
 
     @property
     def multiple(self) -> int:

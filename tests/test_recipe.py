@@ -9,6 +9,7 @@ from llmopt.recipe import assign, reader
 from llmopt.recipe.schema import recipe_schema
 from llmopt.recipe.yaml_lines import read_yaml
 from llmopt.specs import ModelSpec
+from tests import tiny
 
 GOOD = """# a comment
 model: {id: llmopt/reference, dtype: float32}
@@ -174,3 +175,19 @@ def test_a_type_may_be_spelled_as_people_do(given, name):
         ModelSpec(dtype=torch.int8)
     if isinstance(given, str):
         assert given in recipe_schema()["$defs"]["ModelSpec"]["properties"]["compute_dtype"]["enum"]
+
+
+def test_a_score_step_that_is_missing_is_named_before_the_work():
+    before, says = "steps:\n- heads.span\n- quant.rtn\n- ", "heads.replay before it"
+    for step, name in (("attention.local_heads: {heads: heads.spam}", r"heads.spam before it \(did you mean 'heads.s"),
+                       ("attention.a_shape: {heads: heads.hess}", "heads.hess before it"),
+                       ("kv.snapkv: {ratio: 0.5, allocate: heads, heads: heads.replay}", says),
+                       ("kv.snapkv: {ratio: 0.5, allocate: captured}", says),
+                       ("kv.snapkv: {ratio: 0.5, allocate: profile}", says), ("kv.kvzap: {ratio: 0.5}", says)):
+        with pytest.raises(LlmoptError, match=f"^r.yaml:4: {step.split(':')[0]} needs the step {name}"):
+            recipe.parse(before + step, "r.yaml")
+    for step in ("attention.local_heads", "kv.snapkv: {ratio: 0.5, allocate: profile, heads: a.json}",
+                 "kv.snapkv: {ratio: 0.5, allocate: heads, heads: heads.span.sink_mass}"):
+        assert recipe.parse(before + step, "r.yaml").steps
+    with pytest.raises(LlmoptError, match="^prune.heads needs the step heads.gradient before it$"):
+        llmopt.compress(tiny.make("llama"), ["prune.heads"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmopt_evals import report
 from transformers import AutoModelForCausalLM
 
 from llmopt import recipe
@@ -363,6 +364,18 @@ def test_another_model_is_never_taken_for_the_same(made, change, said, finished,
         before = (made.parent / "out" / "llmopt.json").read_text()
         assert call(monkeypatch, *words, "--overwrite") == 0
         assert (made.parent / "out" / "llmopt.json").read_text() != before
+
+
+@pytest.mark.parametrize("last", ["write_card", "write_text"])
+def test_card_and_facts_of_a_run_cut_off_at_its_very_end(last, made, monkeypatch):
+    words = ["compress", "--recipe", made, "--no-eval", "--output"]
+    assert call(monkeypatch, *words, whole := made.parent / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(report, last, lambda *_: stop())
+        assert call(monkeypatch, *words, output := made.parent / "out") == 130
+    (output / ".README.md.partial-1").touch()                   # as SIGKILL leaves it
+    assert call(monkeypatch, *words, output, "--resume") == 0
+    assert contents(output) == contents(whole)
 
 
 def test_a_run_is_not_gone_on_with_in_another_type(made, monkeypatch, capsys):

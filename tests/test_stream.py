@@ -156,7 +156,7 @@ def test_masks_are_held_once_and_within_the_room_of_activations(family, unequal,
 @pytest.mark.parametrize("steps", ["heads.gradient: {}", "quant.rtn: {bits: 3.5, group_size: 32, allocate: lrp}"])
 def test_steps_that_need_the_whole_model_are_refused_with_what_they_would_take(steps, tmp_path):
     made = plan(tmp_path, dense(tmp_path, "llama"), f"[{steps}]")
-    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* least 0\.\d GB \(.* are available"):
+    with pytest.raises(LlmoptError, match=r"steps.0 .*: works on the whole model .* [1-9]\S+ [kM]B \(.* are available"):
         pipeline.run(made, tmp_path / "out", streaming=Streaming(True))
     assert not list(tmp_path.glob("*out*"))
 
@@ -166,7 +166,7 @@ def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_pa
     monkeypatch.setattr(opening, "available", lambda: 50_000_000)
     assert dry_run(made)["steps"]
     monkeypatch.setattr(opening, "available", lambda: 1_000_000)           # the weights alone take 0.4 MB
-    with pytest.raises(LlmoptError, match=r"steps.0 heads.gradient: works on the whole model at once; .* 0.0 GB"):
+    with pytest.raises(LlmoptError, match=r"heads.gradient: works on the whole model at once; .* [1-9]\S+ MB \("):
         dry_run(made)
     assert dry_run(made, Streaming(False))["steps"]
 

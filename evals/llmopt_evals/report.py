@@ -73,6 +73,10 @@ def _keep(output: Path, facts: dict[str, Any], ranks: Ranks) -> None:
     """Put the table into `facts`, llmopt.json and the card."""
     facts["table"] = table(facts)
     text = json.dumps(facts, indent=2) + "\n"
-    if ranks.is_main and (output / FILE).read_text(encoding="utf-8") != text:
+    if not ranks.is_main:
+        return
+    for leftover in output.glob(".*.partial-*"):            # of a run that was killed here
+        leftover.unlink()
+    if (output / FILE).read_text(encoding="utf-8") != text:
+        write_card(output, facts)                           # first: without its new facts the folder is not done
         write_text(output / FILE, text)
-        write_card(output)

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.attention.helpful import first_rows, helpful
-from llmopt.calibration.head_scores import FILES, check_chosen
+from llmopt.calibration.head_scores import check_chosen
 from llmopt.method import Record, Run, Sample
 from llmopt.parts import register
 from llmopt.runtime.attach import AdjustMethod
@@ -81,10 +81,6 @@ class Act(AdjustMethod):
     @property
     def needs_data(self) -> bool:
         return self.filter or self.heads is None
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
 
     def sample(self, run: Run) -> Sample:
         return first_rows(run, self.rows)

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.attention.base import Selector, State
-from llmopt.calibration.head_scores import FILES, find, water_fill
+from llmopt.calibration.head_scores import find, water_fill
 from llmopt.errors import LlmoptError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Record, Run
@@ -30,10 +30,6 @@ class ByHead(Selector):
                                                 "a score step, or a .json or .safetensors file; null: all alike")
     floor: float = Field(0.25, ge=0, lt=1, description="the least that a head gets, in even shares")
     cap: float = Field(8.0, ge=1, description="the most")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
 
     def plan(self, model: nn.Module, run: Run) -> Record:
         """{"shares": [L][H]}; nothing where all heads are alike."""

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmopt.attention.base import Selector, State
-from llmopt.calibration.head_scores import FILES, check_chosen, find
+from llmopt.calibration.head_scores import check_chosen, find
 from llmopt.method import Record, Run
 from llmopt.parts import register
 
@@ -30,10 +30,6 @@ class LocalHeads(Selector):
     lowest: bool = Field(True, description="heads of the lowest scores; false: of the highest, to see the difference")
     window: int = Field(1024, ge=1, description="tokens that a local head reads before each one, itself included")
     sinks: int = Field(4, ge=0, description="first tokens that a local head reads, too")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads.endswith(FILES) else ()
 
     def plan(self, model: nn.Module, run: Run) -> Record:
         """{"local": by layer the heads with a window}."""

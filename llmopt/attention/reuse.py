@@ -93,7 +93,7 @@ class Reuse(BlockSelector):
                     both = float(((one & other).sum(-1) / self.keep).mean(-1).min())
                     common[i, j].append(both if (both - chance) / (1 - chance) >= self.guard else 0.0)
         if not chooses:
-            raise LlmoptError(f"{self.name}: no row of the data has more than {self.keep + self.first} blocks of "
+            raise LlmoptError(f"no row of the data has more than {self.keep + self.first} blocks of "
                               f"{self.block} tokens; longer rows, a smaller block, or fewer to keep")
         alike = torch.eye(len(ratios), dtype=torch.float64)
         for (i, j), values in common.items():

@@ -11,10 +11,8 @@ from llmopt.errors import LlmoptError, nearest
 from llmopt.files import tensors
 from llmopt.files.checks import load_json
 from llmopt.files.json_shapes import NUMBER
-from llmopt.method import Run
+from llmopt.method import FILES, Run
 from llmopt.model.blocks import blocks
-
-FILES = (".json", ".safetensors")
 
 
 def read_scores(file: Path, beside: str | None = None) -> list[list[float]]:

@@ -95,9 +95,9 @@ Before is the model that was compressed, after is this one.{{ scored }}
 {% endif %}"""
 
 
-def write_card(folder: Path) -> None:
-    """Write README.md from the folder's llmopt.json; the folder's own name stays out, so that runs repeat."""
-    write_text(folder / "README.md", render(folder))
+def write_card(folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Write README.md from the folder's llmopt.json, or the facts that it will have; runs repeat: without its name."""
+    write_text(folder / "README.md", render(folder, facts=facts))
 
 
 def card_for(folder: Path, repo: str) -> str | None:
@@ -109,9 +109,9 @@ def card_for(folder: Path, repo: str) -> str | None:
     return render(folder, repo) if text == render(folder) else None
 
 
-def render(folder: Path, repo: str | None = None) -> str:
-    """The text of the card of the checkpoint in `folder`, or under the hub name `repo`."""
-    facts, config = read_facts(folder), read_layers(folder)
+def render(folder: Path, repo: str | None = None, facts: dict[str, Any] | None = None) -> str:
+    """The text of the card of the checkpoint in `folder`, or under the hub name `repo`; facts: not those in it."""
+    facts, config = facts or read_facts(folder), read_layers(folder)
     name = _name(facts, config)
     title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(

@@ -9,7 +9,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.kv.allocate import ranks
 from llmopt.kv.allocators import Allocator, Demand, Room, Scored, Uniform, stack
@@ -108,8 +107,9 @@ class Scorer(CacheMethod):
         return {}
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads and self.heads.endswith(FILES) else ()
+    def asks(self) -> tuple[str, ...]:
+        usual = (self.allocate.usual_heads,) if self.allocate.usual_heads and self.heads is None else ()
+        return (*super().asks, *usual, *(("heads.replay",) if self.learns or self.allocate.learns else ()))
 
     @property
     def layer_by_layer(self) -> bool:

@@ -70,7 +70,7 @@ class Pruner(Cutter):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return self.budget.reads
+        return (*super().reads, *self.budget.reads)
 
     @property
     def by_weights(self) -> bool:

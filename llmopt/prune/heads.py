@@ -36,10 +36,6 @@ class Heads(Criterion):
     def by_weights(self) -> bool:
         return False
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.heads,) if self.heads.endswith(head_scores.FILES) else ()
-
     def rate_all(self, model: nn.Module, run: Run) -> list[Scores]:
         found = head_scores.find(self.heads, run, model)
         return [{unit: self._of(unit, block, own) for unit in self.units if members(block, unit)}

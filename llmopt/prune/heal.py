@@ -78,7 +78,7 @@ class Heal(Method):
     def _learned(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
         """By name, the parameters that have learned; "figures": losses on what was held out before and after, steps."""
         if run.dense is None and run.layers is None:
-            raise LlmoptError(f"{self.name}: what the dense model predicts is not known; give this step and the "
+            raise LlmoptError("what the dense model predicts is not known; give this step and the "
                               "pruning before it in one run")
         dense = run.dense if run.layers is None else outputs(model, run.batches)        # a rehearsal has but one block
         drawing = torch.Generator().manual_seed(run.seed)

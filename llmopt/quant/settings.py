@@ -10,7 +10,6 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from llmopt.calibration.head_scores import FILES
 from llmopt.errors import FieldError
 from llmopt.files.json_shapes import finite
 from llmopt.method import Method
@@ -147,8 +146,7 @@ class Settings(Method):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        named = (self.plan, self.heads if self.heads and self.heads.endswith(FILES) else None)
-        return tuple(name for name in named if name)
+        return (*super().reads, *([self.plan] if self.plan else []))
 
     @property
     def needs_whole(self) -> bool:
@@ -219,9 +217,9 @@ def _check_allocation(step: Settings) -> None:
         raise FieldError("allocate", step.allocate, "uniform, as the plan says it all,")
     for field, value, usual in (("bits", step.bits, 4), ("bytes", step.bytes, None)):
         if step.plan and value != usual:
-            raise FieldError(field, value, f"{'null' if usual is None else usual}, as the plan says it all,")
+            raise FieldError(field, value, "nothing, as the plan says it all,")
     if step.bytes is not None and step.bits != 4:
-        raise FieldError("bits", step.bits, "4, which counts for nothing beside bytes,")
+        raise FieldError("bits", step.bits, "nothing beside bytes, which says what all may take,")
     for field in ("bytes", "group_sizes"):
         if getattr(step, field) and step.allocate == "uniform":
             raise FieldError("allocate", step.allocate, f"one of {ways} beside {field}")

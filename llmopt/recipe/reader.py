@@ -1,5 +1,6 @@
 """The text of a recipe -> a frozen Recipe. Every error names file, line and key, and the nearest valid choice."""
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -160,7 +161,9 @@ def _steps(where: Where, given: Any) -> tuple[Method, ...]:
         (name, fields_given), = entry.items()
         if fields_given is not None and not isinstance(fields_given, dict):
             raise where.error(("steps", i, name), f"{name}: a mapping of fields expected, {fields_given!r} given")
-        steps.append(_filled(where, ("steps", i, name), "", lambda n=name, f=fields_given: build(str(n), f or {})))
+        scored = [step.name for step in steps if step.stage == "score"]
+        steps.append(_filled(where, ("steps", i, name), "",
+                             lambda n=name, f=fields_given, s=scored: check_asked(build(str(n), f or {}), s)))
     try:
         check_order(tuple(steps))
     except LlmoptError as fact:
@@ -179,13 +182,23 @@ def _filled(where: Where, path: KeyPath, label: str, make) -> Any:
 
 
 def check_order(steps: tuple[Method, ...]) -> None:
-    """Raise LlmoptError unless the stages come in order and no two steps want the same place."""
+    """Raise LlmoptError unless stages come in order, score steps before who asks for them, no two in the same place."""
     for before, after in zip(steps, steps[1:], strict=False):
         if STAGES.index(after.stage) < STAGES.index(before.stage):
             raise LlmoptError(f"{after.name} must come before {before.name}: the order is {' -> '.join(STAGES)}")
+    for i, step in enumerate(steps):
+        check_asked(step, [before.name for before in steps[:i] if before.stage == "score"])
     for place, members in _places(steps).items():
         if len(members) > 1:
             raise LlmoptError(f"at most one {place} in a recipe, found {' and '.join(members)}")
+
+
+def check_asked(step: Method, scored: Sequence[str]) -> Method:
+    """The step; raises LlmoptError for a score step that it asks for and that is not among those before it."""
+    for name in step.asks:
+        if not any(f"{name}.".startswith(f"{before}.") for before in scored):
+            raise LlmoptError(f"{step.name} needs the step {name} before it{nearest(name, scored) if scored else ''}")
+    return step
 
 
 def _places(steps: tuple[Method, ...]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from llmopt.model.computing import choose
 from llmopt.model.loading import fitting_tokenizer, load_dense, resolve
 from llmopt.model.shapes import slice_config
 from llmopt.model.ways import view
+from llmopt.progress import human
 from llmopt.scale.available import available
 from llmopt.scale.journal import Journal
 from llmopt.scale.memory import Resumable
@@ -101,5 +102,4 @@ def refuse_whole(model: nn.Module, steps: Sequence[Method], spec: DataSpec, room
         if needed > room:
             raise LlmoptError(f"steps.{i} {step.name}: works on the whole model "
                               f"{'at once' if room else 'and cannot be streamed'}; that takes at least "
-                              f"{needed / 1e9:.1f} GB ({size / 1e9:.1f} GB of weights), {available() / 1e9:.1f} GB "
-                              "are available")
+                              f"{human(needed)} ({human(size)} of weights), {human(available())} are available")

@@ -94,5 +94,5 @@ def test_records_that_no_programme_gives_are_refused(given):
 
 def test_rows_must_offer_a_choice():
     run = Run(batches=[{"input_ids": tiny.ids(1, 64), "attention_mask": torch.ones(1, 64, dtype=torch.long)}])
-    with pytest.raises(LlmoptError, match="no row of the data has more than 17 blocks of 64 tokens"):
+    with pytest.raises(LlmoptError, match="^no row of the data has more than 17 blocks of 64 tokens"):
         Reuse().plan(tiny.make("llama"), run)

@@ -145,7 +145,9 @@ def test_fields_that_contradict_each_other_are_named():
     for fields, key in ((dict(bytes=9000), "allocate"), (dict(group_sizes=(32,)), "allocate"),
                         (dict(group_sizes=(32,), allocate="lim"), "group_sizes"), (dict(allocate="heads"), "heads"),
                         (dict(heads="heads.span", allocate="lim"), "heads"),
-                        (dict(plan="p.json", allocate="zd"), "allocate"), (dict(plan="p.json", bytes=9), "bytes"),
+                        (dict(plan="p.json", allocate="zd"), "allocate"),
+                        (dict(plan="p.json", bytes=9), "bytes: 9 given, nothing"),
+                        (dict(bytes=9000, bits=3, allocate="zd"), "bits: 3 given, nothing beside bytes"),
                         (dict(scheme="FP8", plan="p.json"), "plan")):
         with pytest.raises(FieldError, match=f"^{key}"):
             RTN(**fields)
