@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from llmopt.checkpoint.compressed_tensors import rounded_inputs
+from llmopt.checkpoint.compressed_tensors import TABLE, rounded_inputs
 from llmopt.checkpoint.facts import FILE, read_facts, read_layers
 from llmopt.errors import one_line
 from llmopt.files.json_shapes import finite
@@ -184,16 +184,27 @@ def _loading(facts: dict[str, Any], config: dict[str, Any]) -> list[str]:
         told += [f"{_live(facts)} while the model runs, and only after `import llmopt`, or with "
                  "`trust_remote_code=True` where llmopt is installed. Without that the same weights run with a whole "
                  "KV cache and dense attention."]
+    if TABLE in _groups(config):
+        told += ["**Its embedding is packed, at less than 8 bits**: plain transformers refuses it ('Embedding' object "
+                 "has no attribute 'weight'). `import llmopt` first."]
     if not told:
         told += ["Plain transformers loads it, exactly as it was measured."]
     if "quantization_config" in config:
         packed = config["quantization_config"] if isinstance(config["quantization_config"], dict) else {}
-        moment = "while it loads them" if packed.get("dequantize") else "at the first forward"
+        at_once = packed.get("dequantize") or TABLE in _groups(config)
+        moment = "while it loads them" if at_once else "at the first forward"
         told += ["Loading needs the package `compressed-tensors`. The file is small; transformers unpacks the weights "
                  f"{moment}, so in memory they take as much as before."]
         told += [f"What the weights read is rounded, too ({how}), by transformers as by kernels for such numbers; the "
                  "scores are of that." for how in rounded_inputs(packed)]
     return told
+
+
+def _groups(config: dict[str, Any]) -> dict[str, Any]:
+    """The groups of weights that a config.json, which anybody may have written, names."""
+    packed = config.get("quantization_config")
+    groups = packed.get("config_groups") if isinstance(packed, dict) else None
+    return groups if isinstance(groups, dict) else {}
 
 
 def _live(facts: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
 from llmopt.model.packing import facts_of, format_of
 from llmopt.model.state import tied_names
-from llmopt.model.stored import dequantizes, packed_weights, refuse_unportable
+from llmopt.model.stored import dequantizes, is_table, packed_weights, refuse_unportable
 from llmopt.model.weights import Weight, check_consistent, coded
 
+TABLE = "embedding"         # the config group of one that takes `import llmopt` to be loaded
 Exported = tuple[dict[str, dict[str, Tensor]], dict]
 
 
@@ -85,7 +86,7 @@ def quantization_config(model: nn.Module) -> dict:
     settings: dict[tuple, list] = {}
     for weight in found:
         codes = weight.codes
-        key = codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
+        key = is_table(weight, model), codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
         settings.setdefault(key, []).append(weight)
     shared = [name.removesuffix(".weight") for name in tied_names(model)]
     named = {key: [name for weight in settings[key] if weight.expert is None
@@ -97,7 +98,8 @@ def quantization_config(model: nn.Module) -> dict:
     return {"quant_method": "compressed-tensors", "format": min(formats) if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", **({"dequantize": True} if dequantizes(model) else {}),
             "ignore": [*(["lm_head"] if "lm_head" not in known else []), *dense],
-            "config_groups": {f"group_{i}": _scheme(settings[key][0].codes, names, len(formats) > 1)
+            "config_groups": {TABLE if key[0] else f"group_{i}": _scheme(settings[key][0].codes, names,
+                                                                         len(formats) > 1)
                               for i, (key, names) in enumerate(named.items())}}
 
 

@@ -6,6 +6,7 @@ Integers of 2 to 8 bits with and without zero points can stay packed; small floa
 rounded, cannot.
 """
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,7 @@ def extend_quantizer(quantizers: ModuleType) -> None:
     """Have transformers' loader of compressed-tensors make room for what lies in the files, where that is to stay."""
     quantizer = quantizers.CompressedTensorsHfQuantizer
     start, before = quantizer.__init__, quantizer._process_model_before_weight_loading
+    after = quantizer._process_model_after_weight_loading
 
     def started(self: Any, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
@@ -60,18 +62,39 @@ def extend_quantizer(quantizers: ModuleType) -> None:
 
     def prepared(self: Any, model: nn.Module, **kwargs: Any) -> None:
         before(self, model, **kwargs)
+        for name, module in _packed_tables(model).items():
+            if asked_for():
+                raise LlmoptError(f"{name} cannot stay packed: {TABLE}. Load the checkpoint without packed=True "
+                                  f"({VARIABLE})")
+            module._is_hf_initialized = True                # else transformers draws its weight, which is not there
+            model._keys_to_ignore_on_load_missing.update(map(re.escape, model.all_tied_weights_keys))
+            model.all_tied_weights_keys = {}                # nor is it there to be tied; `finished` does that
         if asked_for():
-            for name, module in model.named_modules():
-                if isinstance(module, nn.Embedding) and "weight" not in module._parameters:
-                    raise LlmoptError(f"{name} cannot stay packed: {TABLE}. Load the checkpoint without packed=True "
-                                      f"({VARIABLE})")
             for module in filter(_has_packed_zeros, model.modules()):
                 height, groups = module.weight_zero_point.shape
                 words = torch.empty(-(-height * module.quantization_scheme.weights.num_bits // 32), groups,
                                     dtype=torch.int32, device="meta")
                 module.weight_zero_point = nn.Parameter(words, requires_grad=False)
 
+    def finished(self: Any, model: nn.Module, **kwargs: Any) -> Any:
+        done = after(self, model, **kwargs)
+        if _packed_tables(model):
+            self.compressor.decompress_model(model)
+            head = model.get_output_embeddings()
+            if model.config.tie_word_embeddings and head is not None:
+                del head.weight                     # compressed-tensors' parameters copy what they are set to
+                head.weight = model.get_input_embeddings().weight
+                model.tie_weights()
+        return done
+
     quantizer.__init__, quantizer._process_model_before_weight_loading = started, prepared
+    quantizer._process_model_after_weight_loading = finished
+
+
+def _packed_tables(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, the embeddings whose codes are packed, as no plain transformers loads them."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and "weight_packed" in module._parameters}
 
 
 def _has_packed_zeros(module: nn.Module) -> bool:

@@ -1,4 +1,5 @@
 """How a layer's weights are kept in a file while steps run, those with codes as codes alone, and are made again."""
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,17 +98,18 @@ def packed_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def beside(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What loading wants beside the tensors of an embedding in bytes, if they are among these.
+    """What loading wants beside the tensors of an embedding in bytes, or packed, if they are among these.
 
     A tied head reads the same bytes by scales of its own; what a module computes from its config is looked for as well.
     """
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
-    codes, scales = Weight(name, table).codes, tensors.get(f"{name}.weight_scale")
-    if scales is None or codes.form != BYTES:
+    weight, scales = Weight(name, table), tensors.get(f"{name}.weight_scale")
+    if scales is None or weight.codes.form != BYTES and not is_table(weight, model):
         return {}
+    twins = tied_names(model) if weight.codes.form == BYTES else ()
     computed = dict(table.named_buffers()).keys() - table.state_dict().keys()
-    return {f"{twin}_scale": scales.clone() for twin in tied_names(model)} | {
+    return {f"{twin}_scale": scales.clone() for twin in twins} | {
         f"{name}.{buffer}": getattr(table, buffer) for buffer in computed}
 
 
@@ -127,13 +129,11 @@ def refuse_unportable(model: nn.Module) -> None:
         raise LlmoptError(f"beside packed weights transformers builds the experts anew, one by one "
                           f"({min(rebuilt_experts)}), and does not find them: use format: dense")
     _refuse_types(found, at_once(model) or any(map(_is_packed_table, found)))
-    alike = {(w.codes.bits, w.codes.group_size, w.codes.form.name, w.codes.zeros is None, w.codes.inputs is None)
-             for w in dense}
-    if dequantizes(model) and len(alike) > 1:
+    if dequantizes(model) and not _alike(dense):
         if any(map(_is_packed_table, found)):
-            raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups for "
-                              "plain transformers to load it: embedding: {bits: 8} loads beside all symmetric weights; "
-                              "or give all weights the bits of the embedding, or use format: dense")
+            raise LlmoptError("an embedding at less than 8 bits must be like all other weights in bits and groups "
+                              "beside weights that transformers unpacks at once (zero points, this architecture): give "
+                              "all weights the bits of the embedding, or use symmetric: true, or format: dense")
         way = "" if at_once(model) else "symmetric: true, or "
         what = "the weights of this architecture" if at_once(model) else \
             "weights with zero points, or small floats of a model that is not bfloat16,"
@@ -159,10 +159,24 @@ def dequantizes(model: nn.Module) -> bool:
     """True where plain transformers loads the weights only unpacked at once, by a word in their config.
 
     Some models ask for their weights before they are loaded (Spec.at_once). For all, it makes room for zero points
-    that are not packed and none for a packed embedding, and its packed small floats become bfloat16 weights.
+    that are not packed, and its packed small floats become bfloat16 weights; a packed embedding it loads so where all
+    weights are alike, and else not at all (`is_table`).
     """
-    return at_once(model) or any(w.codes.zeros is not None or _is_packed_table(w) or
-               w.codes.form.through_bfloat16 and w.dtype != torch.bfloat16 for w in coded(model))
+    found = coded(model)
+    return at_once(model) or any(w.codes.zeros is not None or w.codes.form.through_bfloat16
+                                 and w.dtype != torch.bfloat16 for w in found) or (
+        any(map(_is_packed_table, found)) and _alike([w for w in found if w.expert is None]))
+
+
+def is_table(weight: Weight, model: nn.Module) -> bool:
+    """True for an embedding whose codes plain transformers cannot load: packed, beside weights of other settings."""
+    return _is_packed_table(weight) and not dequantizes(model)
+
+
+def _alike(weights: Sequence[Weight]) -> bool:
+    """True where all weights have one setting."""
+    return len({(w.codes.bits, w.codes.group_size, w.codes.form.name, w.codes.zeros is None, w.codes.inputs is None)
+                for w in weights}) <= 1
 
 
 def at_once(root: nn.Module) -> bool:

@@ -68,7 +68,8 @@ class Settings(Method):
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...} or "
                                            "{scheme: ...}")
     embedding: Outer | None = Field(None, description="{bits: 8}: the input embedding and a head tied to it, as int8 "
-                                    "with a scale for each row; fewer bits if all weights have them; null: as it is")
+                                    "with a scale for each row; fewer bits take `import llmopt` to be loaded, but "
+                                    "where all weights have them; null: as it is")
     head: Outer | None = Field(None, description="{bits: ...}: an output head of its own")
     min_tokens: int = Field(32, ge=0, description="an expert that was sent fewer calibration tokens is solved with "
                             "all of its layer; 0: none is, and an expert without a token is an error")

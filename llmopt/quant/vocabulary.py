@@ -2,7 +2,8 @@
 
 Rounded to nearest, by the search of grid.py, before the blocks, which then read what they will read later. Plain
 transformers loads an embedding in bytes, a scale for each row, beside any symmetric weights, and a head tied to it; at
-fewer bits only unpacked at once with all others, alike in bits, groups and zero points (model/stored.py). A head of its
+fewer bits only unpacked at once with all others, alike in bits, groups and zero points (model/stored.py): beside others
+it takes `import llmopt`, and plain transformers refuses it. A head of its
 own is a linear map like any other. Left out: a head whose codes are chosen for its errors on data, as GPTQ's are.
 """
 from dataclasses import replace

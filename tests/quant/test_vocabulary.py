@@ -1,5 +1,6 @@
 """Embeddings and heads of fewer bits: in plain transformers, streamed, resumed, foretold."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from llmopt.quant.making import Making
 from llmopt.run import pipeline
 from llmopt.run.opening import Streaming
 from llmopt.scale.journal import Interrupted
+from tests import warm
+from tests.command import ROOT, command
 from tests.plans import contents, dense, plan
 from tests.quant.quant_data import batches, loaded_plain
 from tests.tiny import ids, make
@@ -51,14 +54,60 @@ def test_plain_transformers_loads_them_exactly_at_the_size_foretold(tmp_path):
 
 
 @pytest.mark.parametrize(("fields", "says"), [
-    ({"embedding": {"bits": 6}}, "like all other weights in bits and groups"),
-    ({"embedding": E4, "overrides": {"mlp": {"bits": 3}}}, "like all other weights in bits and groups"),
+    ({"embedding": {"bits": 6}, "symmetric": False}, "like all other weights in bits and groups beside weights that"),
+    ({"embedding": E4, "symmetric": False, "overrides": {"mlp": {"bits": 3}}}, "like all other weights in bits"),
     ({"embedding": E8, "symmetric": False}, "use symmetric: true"),
     ({"embedding": E4, "scale_dtype": "float16"}, "scale_dtype: 'float16' given, float32, the model's type"),
     ({"head": E4}, "head: .* tied to the embedding")])
 def test_what_plain_transformers_would_load_otherwise_is_refused_beforehand(fields, says):
     with pytest.raises(LlmoptError, match=says):
         predict(make("llama"), [RTN(group_size=32, **fields)])
+
+
+OURS = {
+    "tied": ("llama", BF16, GPTQ(bits=3, group_size=32, embedding={"bits": 6}), {}),
+    "scaled": ("gemma3_text", torch.float32, RTN(group_size=32, embedding={"bits": 6}), {}),
+    "untied": ("qwen2", BF16, RTN(group_size=32, embedding={"bits": 5}, head=E4), {"tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """{folder: model in memory} of embeddings at few bits beside weights of other settings, and the sizes foretold."""
+    saved, place = {}, tmp_path_factory.mktemp("ours")
+    for name, (family, dtype, step, changes) in OURS.items():
+        model = make(family, dtype, **changes)
+        told = predict(model, [step])
+        llmopt.compress(model, [step], batches=batches())
+        llmopt.save(model, place / name)
+        assert size(place / name) == told.bytes, name
+        saved[str(place / name)] = model
+    return saved
+
+
+def test_beside_other_weights_llmopt_loads_them_exactly_and_saves_them_as_small(ours, tmp_path):
+    for folder, model in ours.items():
+        loaded, _ = llmopt.load(folder)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids(2, 40)).logits, model(ids(2, 40)).logits), folder
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+        again = tmp_path / Path(folder).name
+        loaded.save_pretrained(again)
+        assert size(again) == size(Path(folder))
+        assert torch.equal(llmopt.load(again)[0].get_input_embeddings().weight, model.get_input_embeddings().weight)
+        with pytest.raises(LlmoptError, match="embed_tokens cannot stay packed: it is a table of less than 8 bits"):
+            llmopt.load(folder, packed=True)
+
+
+def test_plain_transformers_refuses_them_and_the_card_says_so(ours, tmp_path):
+    seen = tmp_path / "seen.pt"
+    done = warm.run(ROOT / "tests" / "load_many.py", "plain", seen, *ours, env=command()[1])
+    assert done.returncode == 0, done.stderr
+    for folder, told in torch.load(seen)["plain"].items():
+        assert "has no attribute 'weight'" in told["error"], (folder, told)
+        card = (Path(folder) / "README.md").read_text()
+        assert "**Its embedding is packed, at less than 8 bits**: plain transformers refuses it" in card
+        assert "| transformers | refused: an embedding of less than 8 bits |" in card and "\nimport llmopt\n" in card
 
 
 def test_only_numbers_of_bits_are_taken():
@@ -69,6 +118,7 @@ def test_only_numbers_of_bits_are_taken():
 
 PLANS = {
     "tied": ("llama", "[quant.rtn: {group_size: 32, embedding: {bits: 8}}]", "", {"tie_word_embeddings": True}),
+    "beside": ("llama", "[quant.rtn: {bits: 4, group_size: 32, embedding: {bits: 6}}]", "", {}),
     "alike": ("llama", "[quant.gptq: {bits: 3, group_size: 32, sweeps: 0, embedding: {bits: 3}}]", "", {}),
     "rotated": ("llama", "[transform.rotate: {}, quant.rtn: {group_size: 32, embedding: {bits: 8}, head: {bits: 5}}, "
                          "kv.streaming: {budget: 16}]", "", {"tie_word_embeddings": True}),
