@@ -13,6 +13,7 @@ from llmopt.model.architectures import SPECS
 from llmopt.model.blocks import blocks
 from llmopt.parts import build
 from llmopt.run import pipeline
+from llmopt.run.dry_run import dry_run
 from llmopt.run.opening import Streaming
 from tests import odd as shapes
 from tests import tiny
@@ -55,6 +56,20 @@ def test_streamed_they_are_the_bytes_of_a_run_in_memory(kind, way, tmp_path):
     assert contents(tmp_path / "memory") == contents(tmp_path / "streamed")
     written = sum(file.stat().st_size for file in (tmp_path / "memory").glob("*.safetensors"))
     assert kind in DENSE or report.predicted_bytes == pytest.approx(written, rel=BYTES)
+
+
+QUICK = (("gemma3n_text", False), ("lfm2", False), ("nemotron_h", True), ("olmo_hybrid", True))
+
+
+@pytest.mark.parametrize(("kind", "streamed"), [
+    pytest.param(kind, streamed, marks=[] if (kind, streamed) in QUICK else pytest.mark.full)
+    for kind in dict.fromkeys([*UNKNOWN, *dict(QUICK)]) for streamed in (False, True)])
+def test_a_dry_run_foretells_them_where_one_block_alone_makes_no_model(kind, streamed, tmp_path):
+    made = plan(tmp_path, dense(tmp_path, kind), "[quant.rtn: {group_size: 16}]", "format: dense\n")
+    told = dry_run(made, Streaming(streamed))
+    report = pipeline.run(made, tmp_path / "out", streaming=Streaming(streamed))
+    assert told["predicted_bytes"] == report.predicted_bytes == pytest.approx(report.size, rel=BYTES)
+    assert {"load", "steps.0 quant.rtn", "save and verify"} <= {part for part, *_ in told["seconds"]}
 
 
 def odd(**changes):

@@ -198,6 +198,17 @@ def test_a_dry_run_samples_a_few_tokens(monkeypatch):
     assert kept.rows(DataSpec(name="self", samples=5, length=100), 100) == real and not kept.spent.high
 
 
+@pytest.mark.parametrize("kind", ["falcon_mamba", "nemotron_h"])
+def test_a_dry_run_samples_from_states(kind):
+    sampler = Foretaste(tiny.make(kind))
+    assert len(sampler.rows(DataSpec(name="self", samples=2, length=20), 20)) == 2 and sampler.spent.high > 0
+
+
+def test_a_model_that_does_not_write_token_by_token_is_one_line():
+    with pytest.raises(LlmoptError, match=r"^no rows can be sampled .* path: FILE}\): MiniMax uses cache of its own"):
+        Sampler(tiny.make("minimax")).rows(SPEC, 12)
+
+
 def test_the_default_follows_the_model():
     from llmopt.recipe.reader import Recipe
 

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from llmopt.calibration.conversation import Conversation, conversation_of
 from llmopt.errors import LlmoptError
 from llmopt.files import cache
+from llmopt.files.checks import refusals
 from llmopt.model.computing import compute_type, computing
 from llmopt.model.loaded import evaluating
 from llmopt.progress import Progress, silent
@@ -152,7 +153,8 @@ class Sampler:
     def step(self, tokens: list[int], memory: DynamicCache) -> Tensor:
         """Logits [B, V] behind one more token of each row."""
         ids = torch.tensor(tokens, device=self.model.device)[:, None]
-        return self.model(input_ids=ids, past_key_values=memory, use_cache=True).logits[:, -1]
+        with refusals("no rows can be sampled from this model, give it a text (data: {name: text, path: FILE})"):
+            return self.model(input_ids=ids, past_key_values=memory, use_cache=True).logits[:, -1]
 
     def _row(self, number: int, u: float) -> Row:
         """The beginning of a row: odd ones are conversations."""

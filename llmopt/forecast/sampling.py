@@ -41,7 +41,7 @@ class Foretaste(Sampler):
 
 
 def _fill(memory: DynamicCache, count: int) -> None:
-    """Put `count` more entries into every layer of a cache: copies of its first."""
+    """Put `count` more entries into every layer of a cache that holds any, not states alone: copies of its first."""
     for layer in memory.layers:
-        if layer.is_initialized and count > 0:
+        if getattr(layer, "keys", None) is not None and count > 0:
             layer.update(*(held[:, :, :1].expand(-1, -1, count, -1) for held in (layer.keys, layer.values)))

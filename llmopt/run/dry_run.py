@@ -9,13 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import nn
 
 from llmopt.calibration import data
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
+from llmopt.checkpoint.verify import greedy, probe
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
+from llmopt.files.checks import refusals
 from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
@@ -27,6 +30,8 @@ from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.heap import give_back_freed
 from llmopt.model.loading import local_folder
+from llmopt.model.modeling import saved_config
+from llmopt.model.outline import outline
 from llmopt.model.usable import check_numbers
 from llmopt.model.ways import view
 from llmopt.model.weights import coded
@@ -82,12 +87,13 @@ class Rehearsal:
 
     elsewhere: private bytes of the blocks that are not there, as the steps so far would have left them. A part takes
     what it was seen to take, and that. left: private bytes that steps have added to all blocks, those there included.
+    alone: the block that is there makes a model of its kind, which can be saved and verified.
     """
 
     def __init__(self, steps: Sequence[Method], model: nn.Module, run: Run, told: Prediction, gauge: Gauge):
         self.steps, self.model, self.run, self.told, self.gauge = steps, model, run, told, gauge
         self.streamed = isinstance(run.memory, Streamed)
-        self.elsewhere, self.left, self.times, self.peaks = 0, 0, Times(), []
+        self.elsewhere, self.left, self.times, self.peaks, self.alone = 0, 0, Times(), [], True
 
     def note(self, part: str, spent: Span, origin: str, more: int = 0) -> None:
         """Add a part that has just been done; more: bytes that it would take for the blocks that are not there."""
@@ -148,11 +154,27 @@ class Rehearsal:
         before, self.run.layers = private_bytes(self.model), len(layer_list(self.model))
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
         self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
-        cut_short(self.model, 1)
+        self._cut_short()
         self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
         self.elsewhere = before - private_bytes(self.model)
         give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
+
+    def _cut_short(self) -> None:
+        """Leave the first block. Where its model cannot do without the others, the config goes on telling of them."""
+        config = self.model.config.get_text_config()
+        whole = dict(vars(config))
+        cut_short(self.model, 1)
+        try:
+            with refusals("one block"):             # code that is not ours: states without attention, tables by layer
+                saved_config(self.model)
+                if self.streamed:
+                    outline(self.model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+                else:
+                    greedy(self.model, probe(self.model)[:1], 2)
+        except LlmoptError:
+            self.alone = False
+            vars(config).update(whole)
 
     def _one_block(self, index: int, step: Method, forwards: float) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
@@ -188,10 +210,14 @@ class Rehearsal:
     def _saved(self, dense: list[int], format: str, max_shard_size: str) -> Span:
         """The time of saving and verifying the block, and the others by their bytes; dense: see _block_bytes."""
         folder = self.run.memory.journal.folder / "saved"
-        weights = StreamedWeights(self.model, self.run.memory) if self.streamed else None
+        streamed = StreamedWeights(self.model, self.run.memory) if self.streamed else None
+        weights = streamed or checkpoint.Weights(self.model, format)
         slow = INFLATED if state.packs(self.model, format) else 1
-        spent = timed(lambda: checkpoint.save(self.model, folder, format=format, max_shard_size=max_shard_size,
-                                              weights=weights))
+        if self.alone:
+            spent = timed(lambda: checkpoint.save(self.model, folder, max_shard_size=max_shard_size, weights=weights))
+        else:
+            folder.mkdir()
+            spent = timed(weights.write, folder, max_shard_size) * 2                # and read back
         rest, *layers = dense
         scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
         if self.streamed:                       # compared as bytes

@@ -184,15 +184,15 @@ class Streamed(Resumable):
 
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
-        homes = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
         renamed = not packs(model, self.format)
+        own = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
+        homes = {_filed_prefix(model, prefix) if renamed else prefix: (prefix, layer) for prefix, layer in own.items()}
         outside = Outside(model).parameters()
         names = {filed: name for name in outside
                  for filed in (as_filed(model, {name: outside[name]}) if renamed else [name])}
         for group in shards.by_block(plain_state(model, renamed)):
             first = next(iter(group))
-            prefix = next((prefix for prefix in homes if first.startswith(prefix)), "")
-            layer = homes.get(prefix)
+            prefix, layer = next((home for start, home in homes.items() if first.startswith(start)), ("", None))
             wanted = {names[filed]: group[filed] for filed in group if group[filed].is_meta} if layer is None else None
             places = self._parts(wanted) if layer is None else self.layers[layer]
             record = described([w for w in coded(layer or model) if layer or w.key in wanted])
@@ -210,6 +210,11 @@ class Streamed(Resumable):
         """The places of these parameters outside the blocks, or of what their codes lie in."""
         return {key: place for key, place in self.rest.items()
                 if any(key == name or key.startswith(f"{name}_") for name in names)}
+
+
+def _filed_prefix(model: nn.Module, prefix: str) -> str:
+    """What stands in front of the names of a layer's tensors in files, by what it is in the model."""
+    return next(iter(as_filed(model, {f"{prefix}any": torch.zeros(1)}))).removesuffix("any")
 
 
 def _without_tables(model: nn.Module, places: tensors.Places) -> tensors.Places:
