@@ -128,12 +128,13 @@ def column(record: Any, spec: DataSpec, where: str) -> Any:
     """What a record holds under spec.column: a text, or a list of messages for the chat template."""
     if not isinstance(record, dict) or spec.column not in record:
         known = ", ".join(record) if isinstance(record, dict) else repr(record)[:60]
-        raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known})")
+        raise LlmoptError(f"{where} has no column {spec.column!r} (it has: {known}); data.column names another")
     value = record[spec.column]
-    turns = spec.template == "chat" and isinstance(value, list)
-    if value is not None and not isinstance(value, str) and not (turns and all(map(is_message, value))):
-        expected = "text, or a list of {role, content}" if spec.template == "chat" else "text"
-        raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected")
+    turns, chat = isinstance(value, list) and all(map(is_message, value)), spec.template == "chat"
+    if value is not None and not isinstance(value, str) and not (turns and chat):
+        expected = "text, or a list of {role, content}" if chat else "text"
+        hint = "; data.template: chat takes conversations" if turns and not chat else ""
+        raise LlmoptError(f"{where}: {spec.column!r} holds {str(value)[:60]}, {expected} expected{hint}")
     return value
 
 
