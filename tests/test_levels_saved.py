@@ -33,7 +33,7 @@ def pairs(every, ways=tuple(WAYS)):
 
 
 
-@pytest.mark.parametrize(("kind", "way"), pairs(1))
+@pytest.mark.parametrize(("kind", "way"), pairs(2))
 def test_quantized_and_loaded_again(kind, way, tmp_path):
     model, ids = tiny.make(kind), tiny.ids(4, 24)
     before = model(ids, use_cache=False).logits

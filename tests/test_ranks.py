@@ -76,8 +76,9 @@ def test_every_row_is_one_ranks_own(size):
     assert sum(counts) == 11 and max(counts) - min(counts) <= 1
 
 
-def test_two_processes_compute_what_one_does():
-    code, out, err = warm_pair("tests/ranks_many.py")
+@pytest.mark.parametrize("words", [[], pytest.param(["--all"], marks=pytest.mark.full)])
+def test_two_processes_compute_what_one_does(words):
+    code, out, err = warm_pair("tests/ranks_many.py", *words)
     assert code == 0, err
     found = json.loads(out)
     assert len(found) > 12 and not {name: wrong for name, wrong in found.items() if wrong}

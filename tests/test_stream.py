@@ -61,14 +61,15 @@ STEPS = {
     "zeros": "[quant.rtn: {bits: 3, group_size: 32, symmetric: false}, kv.streaming: {budget: 16}]",
     "narrow": "[prune.fisher: {ratio: 0.3, units: [ffn]}]",
 }
-WIDE = "lim", "widths", "nvfp4", "fp8", "local", "groups"         # for the full tier
+WIDE = ("lim", "widths", "nvfp4", "fp8", "local", "groups", "measured", "estimated", "tune", "zd", "zeros", "global",
+        "sparse", "narrow")                                       # for the full tier
 CASES = [*(("llama", steps, {}) for steps in STEPS if steps not in WIDE),
-         ("qwen3", "all", {"tie_word_embeddings": True}), ("gpt_neox", "narrow", {}), ("gemma2", "heads", {}),
-         ("gpt2", "gptq", {}), ("phi3", "gptq", {}), ("mixtral", "kv", {}), ("qwen2_moe", "groups", {}),
-         ("qwen3_moe", "gptq", {}),
+         ("qwen3", "all", {"tie_word_embeddings": True}), ("gpt_neox", "narrow", {}), ("gpt2", "gptq", {}),
+         ("mixtral", "kv", {}), ("qwen3_moe", "gptq", {}),
          *(pytest.param(*case, marks=pytest.mark.full) for case in (
              *(("llama", steps, {}) for steps in WIDE), ("llama", "all", {"tie_word_embeddings": True}),
-             ("gpt_neox", "rtn", {}), ("gemma3_text", "all", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
+             ("gemma2", "heads", {}), ("phi3", "gptq", {}), ("qwen2_moe", "groups", {}), ("gpt_neox", "rtn", {}),
+             ("gemma3_text", "all", {}), ("gpt2", "narrow", {}), ("opt", "narrow", {}),
              ("mixtral", "rtn", {"num_local_experts": 12}), ("qwen3_moe", "groups", {})))]
 
 
@@ -171,11 +172,17 @@ def test_a_step_on_the_whole_model_is_refused_where_its_work_does_not_fit(tmp_pa
     assert dry_run(made, Streaming(False))["steps"]
 
 
+# methods that walk the blocks as another does, for the full tier
+ALIKE = ("heads.divergence", "heads.influence", "heads.lofit", "heads.need90", "heads.patching", "prune.dimap",
+         "prune.flap", "prune.modhifi", "prune.nvit", "prune.obs", "prune.taylor", "prune.tyr", "quant.weights",
+         "transform.fold_norms")
+
+
 def streamed() -> list:
-    """Every method; of those that act at run time and learn nothing, all but two in the full tier alone."""
+    """Every method; in the full tier alone: ALIKE, all but two of those that act at run time and learn nothing."""
     idle = [name for name in llmopt.names() if name.startswith(("attention.", "kv.")) and not own_fields(name, "BEFORE")
             and not llmopt.get(name).needs_data and name not in ("attention.a_shape", "kv.snapkv")]
-    return [pytest.param(name, marks=pytest.mark.full) if name in idle else name for name in llmopt.names()]
+    return [pytest.param(name, marks=pytest.mark.full) if name in (*idle, *ALIKE) else name for name in llmopt.names()]
 
 
 @pytest.mark.parametrize("name", streamed())
