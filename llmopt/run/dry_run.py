@@ -4,10 +4,11 @@ Sizes follow from shapes. Time and memory are measured: each step works on the m
 recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
 is gone afterwards. The other blocks take as long, and leave as much behind.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -163,18 +164,18 @@ class Rehearsal:
     def _cut_short(self) -> None:
         """Leave the first block. Where its model cannot do without the others, the config goes on telling of them."""
         config = self.model.config.get_text_config()
-        whole = dict(vars(config))
+        whole, ran = dict(vars(config)), _works(self._run)
         cut_short(self.model, 1)
-        try:
-            with refusals("one block"):             # code that is not ours: states without attention, tables by layer
-                saved_config(self.model)
-                if self.streamed:
-                    outline(self.model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
-                else:
-                    greedy(self.model, probe(self.model)[:1], 2)
-        except LlmoptError:
-            self.alone = False
+        self.alone = _works(saved_config, self.model) and (not ran or _works(self._run))
+        if not self.alone:                              # states without any attention, tables by layer
             vars(config).update(whole)
+
+    def _run(self) -> None:
+        """A few tokens; streamed, their shapes alone, which not all code can do."""
+        if self.streamed:
+            outline(self.model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        else:
+            greedy(self.model, probe(self.model)[:1], 2)
 
     def _one_block(self, index: int, step: Method, forwards: float) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
@@ -229,6 +230,16 @@ class Rehearsal:
         found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
         inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
+
+
+def _works(do: Callable, *given: Any) -> bool:
+    """True if code that is not ours does this."""
+    try:
+        with refusals("the first block"):
+            do(*given)
+    except LlmoptError:
+        return False
+    return True
 
 
 def _block_bytes(model: nn.Module) -> list[int]:
