@@ -1,6 +1,8 @@
 """Loads folders the way a stranger would and keeps what came of it.
 
-python load_many.py plain|trust|plain,trust|import RESULTS.pt FOLDER...      RESULTS: {how: {folder: what came of it}}
+python load_many.py plain|trust|plain,trust|import|see RESULTS.pt FOLDER...      RESULTS: {how: {folder: what came of it}}
+
+see: models that read images or sound; all weights, and the logits of their language part alone where there is a class.
 """
 import sys
 import warnings
@@ -14,7 +16,7 @@ if HOW == "import":
 else:
     sys.modules["llmopt"] = None      # as on a machine without llmopt
 
-from transformers import AutoModelForCausalLM, logging  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, logging  # noqa: E402
 
 logging.set_verbosity_error()
 warnings.simplefilter("ignore")
@@ -33,5 +35,17 @@ def look(folder: str, trust: bool) -> dict:
     return {"logits": logits, "tokens": tokens}
 
 
+def see(folder: str) -> dict:
+    """Logits, weights, and the logits of what AutoModelForCausalLM makes of the folder (None: no such class)."""
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForMultimodalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        logits, alone = model(ids).logits, None
+        if type(model.config) in AutoModelForCausalLM._model_mapping:
+            alone = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()(ids).logits
+    return {"logits": logits, "weights": model.state_dict(), "alone": alone}
+
+
 # plain first: a trusted folder's classes stay behind AutoModelForCausalLM
-torch.save({how: {folder: look(folder, how == "trust") for folder in FOLDERS} for how in HOW.split(",")}, RESULTS)
+torch.save({how: {folder: see(folder) if how == "see" else look(folder, how == "trust") for folder in FOLDERS}
+            for how in HOW.split(",")}, RESULTS)

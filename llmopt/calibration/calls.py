@@ -48,7 +48,7 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
 
     def inputs() -> Iterator[Tensor]:
         for batch in batches:
-            decoder(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+            decoder(model)(**_placed(model, batch), use_cache=False)
             shared.next_batch()
             yield first.pop()
 
@@ -60,13 +60,19 @@ def record_calls(model: nn.Module, batches: list[dict[str, Tensor]], memory: Mem
 def logits_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:      # [B, T, E] -> [B, T, V]
     """The logits of a batch whose last block gave `hidden`; no block runs."""
     with _behind_all(model, hidden):
-        return model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits
+        return model(**_placed(model, row), use_cache=False).logits
 
 
 def decoded_behind(model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> Tensor:     # [B, T, E] -> [B, T, E]
     """What the decoder gives for a batch whose last block gave `hidden`, differentiable in it; no block runs."""
     with _behind_all(model, hidden):
-        return decoder(model)(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)[0]
+        return decoder(model)(**_placed(model, row), use_cache=False)[0]
+
+
+def _placed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the decoder is; the weights of a part that reads images may be nowhere."""
+    device = decoder(model).device
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _behind_all(model: nn.Module, hidden: Tensor) -> AbstractContextManager:

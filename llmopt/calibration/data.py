@@ -84,7 +84,7 @@ def _place(spec: DataSpec) -> str:
 
 
 def _limit(config: Any) -> int:
-    return getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+    return getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH)
 
 
 def _length(spec: DataSpec, limit: int) -> int:

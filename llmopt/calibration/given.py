@@ -27,7 +27,7 @@ def batches_of(anything: Any, tokenizer: Any, config: Any, length: int | None = 
     texts make several (None: 512, or the model's maximum); rows of ids stay whole. batch_size: rows of a batch.
     Raises LlmoptError, in one line, for anything else, and for ids that the model's vocabulary does not hold.
     """
-    limit = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH)
     items = _limited(_items(anything))
     if not items:
         raise LlmoptError(f"the data are empty; {EXPECTED}")

@@ -75,7 +75,7 @@ class Sampler:
     @cached_property
     def start(self) -> int | None:
         """The token that plain rows begin with; None: any."""
-        return start_of(self.model.config, self.tokenizer)
+        return start_of(self.model.config.get_text_config(), self.tokenizer)
 
     @property
     def count(self) -> int:
@@ -87,7 +87,7 @@ class Sampler:
     def ends(self) -> frozenset[int]:
         """The model's own end-of-text tokens."""
         named = [getattr(holder, "eos_token_id", None) for holder in
-                 (self.model.config, self.model.generation_config, self.tokenizer)]
+                 (self.model.config.get_text_config(), self.model.generation_config, self.tokenizer)]
         return frozenset(token for name in named for token in (name if isinstance(name, (list, tuple)) else [name])
                          if token is not None)
 

@@ -13,6 +13,7 @@ from llmopt.files.json_shapes import finite
 from llmopt.files.packaged import EMBEDDED
 from llmopt.files.shards import write_text
 from llmopt.model.architectures import SPECS, Spec
+from llmopt.model.auto import CAUSAL, SEEING, auto_name
 from llmopt.parts import get, names
 
 TEMPLATE = """---
@@ -45,9 +46,9 @@ steps:
 {{ loading }}
 
 ```python
-{{ "import llmopt\n" if needs_import }}from transformers import AutoModelForCausalLM{{ ", AutoTokenizer" if tokenizer }}
+{{ "import llmopt\n" if needs_import }}from transformers import {{ auto }}{{ ", AutoTokenizer" if tokenizer }}
 
-model = AutoModelForCausalLM.from_pretrained("{{ repo or "." }}"){{ "      # this folder" if not repo }}
+model = {{ auto }}.from_pretrained("{{ repo or "." }}"){{ "      # this folder" if not repo }}
 {%- if tokenizer %}
 tokenizer = AutoTokenizer.from_pretrained("{{ repo or "." }}")
 ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
@@ -112,10 +113,10 @@ def card_for(folder: Path, repo: str) -> str | None:
 def render(folder: Path, repo: str | None = None, facts: dict[str, Any] | None = None) -> str:
     """The text of the card of the checkpoint in `folder`, or under the hub name `repo`; facts: not those in it."""
     facts, config = facts or read_facts(folder), read_layers(folder)
-    name = _name(facts, config)
+    name, auto = _name(facts, config), auto_name(str(config.get("model_type")), config.get("architectures"))
     title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
-        title=title, repo=repo, name=name, metadata=_metadata(facts, config, title), origin=_origin(facts, name),
+        title=title, repo=repo, name=name, auto=auto, metadata=_metadata(facts, config, title, auto), origin=_origin(facts, name),
         told=[one_line(told) for told in facts.get("base_told", [])],
         note="" if any(record["meta"].get("experts") for record in facts.get("records", [])) else
         SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),
@@ -156,7 +157,7 @@ def _origin(facts: dict[str, Any], name: str) -> str:
     return f"{name}, the small model that llmopt comes with" if name in EMBEDDED else f"{name}, a local model"
 
 
-def _metadata(facts: dict[str, Any], config: dict[str, Any], title: str) -> str:
+def _metadata(facts: dict[str, Any], config: dict[str, Any], title: str, auto: str) -> str:
     """The YAML at the head of the card, in the terms of the hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -168,7 +169,8 @@ def _metadata(facts: dict[str, Any], config: dict[str, Any], title: str) -> str:
                for task, metric, value in facts.get("scores", {}).get("after", []) if finite(value)]
     quantized = base and any(method.startswith("quant.") for method in methods)
     return ModelCardData(
-        base_model=base, license=facts["base_licence"], library_name="transformers", pipeline_tag="text-generation",
+        base_model=base, license=facts["base_licence"], library_name="transformers",
+        pipeline_tag="text-generation" if auto == CAUSAL else "image-text-to-text" if auto == SEEING else "any-to-any",
         tags=["llmopt", "compressed", *(["compressed-tensors"] if packed else []), *dict.fromkeys(methods)],
         **({"model_name": title, "eval_results": results} if results else {}), **facts.get("base_licence_more", {}),
         **({"base_model_relation": "quantized"} if quantized else {})).to_yaml()

@@ -5,11 +5,14 @@ for all experts (model/expert_files.py). What its lazy
 loading cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
 transformers unpacks all weights when it loads them; that takes one setting for all of them.
 """
+import re
+
 from torch import Tensor, nn
 
 from llmopt.errors import LlmoptError
 from llmopt.model import expert_files
-from llmopt.model.blocks import blocks
+from llmopt.model.beside_text import layers_alone
+from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.codes import Quantized
 from llmopt.model.forms import BYTES
 from llmopt.model.packing import facts_of, format_of
@@ -92,6 +95,10 @@ def quantization_config(model: nn.Module) -> dict:
     named = {key: [name for weight in settings[key] if weight.expert is None
                    for name in (weight.path, *_sharing(weight, shared))] + expert_files.targets(model, settings[key])
              for key in sorted(settings)}
+    if alone := layers_alone(model):            # whoever loads that part only finds the same weights by other names
+        own = spec_of(model).layers
+        named = {key: [*names, *(other for name in names if (other := _moved(name, own, alone)) != name)]
+                 for key, names in named.items()}
     known = {name for names in named.values() for name in names}
     dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in known and n != "lm_head"]
     formats = {format_of(weights[0].codes) for weights in settings.values()}
@@ -101,6 +108,14 @@ def quantization_config(model: nn.Module) -> dict:
             "config_groups": {TABLE if key[0] else f"group_{i}": _scheme(settings[key][0].codes, names,
                                                                          len(formats) > 1)
                               for i, (key, names) in enumerate(named.items())}}
+
+
+def _moved(target: str, before: str, after: str) -> str:
+    """A target, the name of a module or a pattern, where the decoder layers are called `after`."""
+    escaped = target.startswith("re:")
+    first, second = (re.escape(path) if escaped else path for path in (before, after))
+    head = "re:" * escaped
+    return head + second + target.removeprefix(head + first) if target.startswith(f"{head}{first}") else target
 
 
 def _sharing(weight: Weight, heads: list[str]) -> list[str]:

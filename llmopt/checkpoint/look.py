@@ -13,6 +13,8 @@ from llmopt.files.hub import check_name, companion
 from llmopt.files.json_shapes import COUNT, check_shape
 from llmopt.model import levels
 from llmopt.model.abilities import abilities_of, abilities_of_experts
+from llmopt.model.beside_text import carried
+from llmopt.model.blocks import spec_of
 from llmopt.model.loading import read_config, resolve
 from llmopt.model.skeleton import skeleton
 from llmopt.model.ways import view
@@ -47,10 +49,11 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     source, config = read_config(spec)
     text, made_by = config.get_text_config(), _quantized(config)
     stored = str(config.dtype).removeprefix("torch.") if config.dtype else None     # before a model is made of it
-    count, level, works, refusal = _of_skeleton(config, source)
+    found = _of_skeleton(config, source)
+    count = found["parameters"]
     size = getattr(torch, stored).itemsize if stored else None
     return {
-        "model": spec.id, "architecture": config.model_type, "supported": level is not None, "level": level,
+        "model": spec.id, "architecture": config.model_type, "supported": found["level"] is not None, "level": found["level"],
         "shape": {word: value for word, key in SHAPE.items() if (value := _of_all_layers(text, key)) is not None},
         "parameters": count, "dtype": stored,
         "made_from": seen.told if (seen := view.of(source)) else [],
@@ -58,8 +61,9 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
         count * size if count and size and not made_by else None,
         "bits": made_by["bits"] if made_by else [8 * size] if size else [],
         "quantized_by": made_by["by"] if made_by else None,
-        "works": {part: why or "yes" for part, why in works.items()},
-        "note": f"already quantized; {advice(made_by['by'])}" if made_by else refusal,
+        "compressed": found["compressed"], "carried": found["carried"],
+        "works": {part: why or "yes" for part, why in found["works"].items()},
+        "note": f"already quantized; {advice(made_by['by'])}" if made_by else found["refusal"],
     }
 
 
@@ -71,21 +75,23 @@ def _of_all_layers(config: Any, key: str) -> Any:
         return None
 
 
-def _of_skeleton(config: Any, source: str) -> tuple[int | None, str | None, dict[str, str | None], str]:
-    """(number of a causal LM's parameters, tied ones once; the levels that hold; what works; why none does).
+def _of_skeleton(config: Any, source: str) -> dict[str, Any]:
+    """What a model without weights tells.
 
-    None: not known.
+    parameters: tied ones count once. level: the levels that hold. works: by part, why it does not. compressed: where
+    the blocks lie of a model that reads more than text; carried: its other parts. refusal: why none of it works.
     """
+    told = {"parameters": None, "level": None, "works": {}, "compressed": None, "carried": {}, "refusal": ""}
     try:
         with refusals(source):
             model = skeleton(config, torch.float32)
+        told["parameters"] = model.num_parameters()
+        works, level = abilities_of(model) | abilities_of_experts(model), levels.described(model)
+        beside = carried(model)
+        return told | {"works": works, "level": level, "carried": beside,
+                       "compressed": spec_of(model).layers if beside else None}
     except LlmoptError as error:
-        return None, None, {}, str(error)
-    try:
-        works = abilities_of(model) | abilities_of_experts(model)
-        return model.num_parameters(), levels.described(model), works, ""
-    except LlmoptError as error:
-        return model.num_parameters(), None, {}, str(error)
+        return told | {"refusal": str(error)}
 
 
 def _quantized(config: Any) -> dict[str, Any] | None:
@@ -128,7 +134,8 @@ def _packing(packed: Any) -> str | None:
 def checkpoint_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """llmopt.json, and what config.json tells beside it: layers, bits, shapes by layer."""
     config = read_layers(folder)
-    return facts | {"layers": config.get("num_hidden_layers", config.get("n_layer")),
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return facts | {"layers": text.get("num_hidden_layers", text.get("n_layer")),
                     "packing": _packing(config.get("quantization_config")),
                     "bits": weight_bits(facts, config, str(folder / "config.json")),
                     "per_layer_config": config.get("per_layer_config", {})}

@@ -137,23 +137,23 @@ def described(model: nn.Module, format: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def _copy_companions(stage: Path, model: nn.Module, tokenizer: Any, source: str | None, revision: str | None) -> None:
-    """Tokenizer with its chat template, generation config, and the base model's licence."""
+    """Tokenizer with its chat template, what prepares images and sound, generation config, the base model's licence."""
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
         keep_tokenizer_class(stage, companion(source, "tokenizer_config.json", revision) if source else None)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
-    _leave_code_behind(stage, tokenizer)
-    for name in own.LICENCES if source else ():
+    for name in (*own.PROCESSORS, *own.LICENCES) if source else ():
         file = companion(source, name, revision)
         if file:
             shutil.copyfile(file, stage / name)
+    _leave_code_behind(stage, tokenizer)
 
 
 def _leave_code_behind(stage: Path, tokenizer: Any) -> None:
     """Strike out the code that a source's configs name, but for that of a tokenizer which its user has let run."""
     allowed = type(tokenizer).__module__.startswith("transformers_modules")
-    names = ("generation_config.json", *(() if allowed else ("tokenizer_config.json",)))
+    names = ("generation_config.json", *own.PROCESSORS, *(() if allowed else ("tokenizer_config.json",)))
     for file in (stage / name for name in names if (stage / name).is_file()):
         content = read_json(file)
         if content.pop("auto_map", None) is not None:

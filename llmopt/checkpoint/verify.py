@@ -3,8 +3,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from llmopt.errors import LlmoptError
+from llmopt.model.auto import auto_class
 from llmopt.model.computing import computing
 from llmopt.model.context import context_length
 from llmopt.model.stay_packed import packing
@@ -21,10 +23,9 @@ class VerificationError(LlmoptError):
 @torch.no_grad()
 def verify(folder: Path, model: nn.Module) -> None:
     """Load `folder` afresh and raise VerificationError unless weights, logits and greedy text equal the model's."""
-    from transformers import AutoModelForCausalLM
-
+    config = AutoConfig.from_pretrained(folder)
     with packing(False):                    # what other readers get, whatever the environment says
-        fresh, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        fresh, info = auto_class(config).from_pretrained(folder, dtype="auto", output_loading_info=True)
     fresh = fresh.to(model.device).eval()
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:

@@ -21,6 +21,9 @@ def show_dense(facts: dict[str, Any], as_json: bool) -> None:
             ("type", facts["dtype"] or "unknown"), ("bits", f"{_each(facts['bits'])}, {_rounding(facts)}")]
     if facts["level"]:
         rows.append(("level", facts["level"]))
+    if facts["compressed"]:
+        rows.append(("compressed", facts["compressed"]))
+    rows += [("carried over", f"{name}, {count:,} parameters") for name, count in facts["carried"].items()]
     print_table(facts["model"], ["", "value"], rows)
     if facts["works"]:
         parts = ((f"pruning of {part}" if part in UNITS else part, answer) for part, answer in facts["works"].items())

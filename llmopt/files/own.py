@@ -10,11 +10,12 @@ TOKENIZER = (r"(added_tokens|special_tokens_map|tokenizer|tokenizer_config|vocab
              r"vocab\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|"
              r"additional_chat_templates/[^/]+\.jinja")
 TOKENIZERS = re.compile(TOKENIZER)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|modeling_llmopt\.py|model(-\d+-of-\d+)?\.safetensors|part-\d+|"
     r"model\.safetensors\.index\.json|recipe\.yaml|plan\.json|llmopt\.json|llmopt\.log|README\.md|PARTIAL|"
-    rf"eval-(before|after)\.json|\.[\w.-]+\.partial-\d+|{TOKENIZER}|{'|'.join(map(re.escape, LICENCES))}")
+    rf"eval-(before|after)\.json|\.[\w.-]+\.partial-\d+|{TOKENIZER}|{'|'.join(map(re.escape, PROCESSORS + LICENCES))}")
 PARTIAL = "PARTIAL"             # a file: what lies beside it are some blocks only, and no model
 PROOFS = ("journal", "lock", "llmopt.json")
 MOUNTS = Path("/proc/self/mountinfo")

@@ -2,6 +2,7 @@
 
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ def _found(model: nn.Module) -> Spec:
     kind = model.config.model_type
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model.config.is_encoder_decoder:
         raise LlmoptError(f"architecture {kind!r} is not supported: it has an encoder, whose tokens see later ones")
+    first, *others = inspect.signature(model.forward).parameters.values()
+    if asked := [first.name] * (first.name != "input_ids") or [p.name for p in others if p.default is p.empty
+                                                              and p.kind == p.POSITIONAL_OR_KEYWORD]:
+        raise LlmoptError(f"architecture {kind!r} is not supported: it does not read tokens alone ({asked[0]})")
     path = discovery.layers_path(model)
     layers = discovery.found_of(model, path)
     for layer, module in zip(layers, model.get_submodule(path), strict=True):

@@ -76,7 +76,7 @@ def load_model(spec: ModelSpec, **placement) -> tuple[nn.Module, Any]:
     placement: device_map and what belongs to it, for weights that are to stay in their files.
     """
     source, config = examine(spec)
-    model = _from_view(spec.at(source)) if view.of(source) else _from_pretrained(source, spec, placement)
+    model = _from_view(spec.at(source)) if view.of(source) else _from_pretrained(source, config, spec, placement)
     if not Path(source).is_dir():
         check_types(local_folder(spec), config)
     tokenizer = fitting_tokenizer(model, source, spec)
@@ -127,10 +127,10 @@ def read_config(spec: ModelSpec) -> tuple[str, Any]:
 
 def _check_shapes(folder: Path, config: Any, trust: bool) -> None:
     """Raise LlmoptError for a tensor, or a total, that the config does not want, before memory is taken for it."""
-    from transformers import AutoModelForCausalLM
+    from llmopt.model.auto import auto_class
 
     with refusals(f"{folder}: the model cannot be loaded"), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        skeleton = auto_class(config).from_config(config, trust_remote_code=trust)
     wanted, stored = skeleton.state_dict(), 0
     for file in weight_files(folder):
         for name, entry in read_header(file)[0].items():
@@ -163,12 +163,12 @@ def _from_view(spec: ModelSpec) -> nn.Module:
     return filled(spec)
 
 
-def _from_pretrained(source: str, spec: ModelSpec, placement: dict[str, Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _from_pretrained(source: str, config: Any, spec: ModelSpec, placement: dict[str, Any]) -> nn.Module:
+    from llmopt.model.auto import auto_class
 
     dtype = getattr(torch, spec.dtype) if spec.dtype else "auto"
     with refusals(f"{source}: the model cannot be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             source, dtype=dtype, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code,
             use_safetensors=True, output_loading_info=True, **placement)
         model = model if placement else model.to(spec.device)
@@ -240,15 +240,14 @@ def fitting_tokenizer(model: nn.Module, source: str, spec: ModelSpec) -> Any:
 
 def _check_known(config: Any, source: str, trust: bool) -> None:
     """Raise LlmoptError for a model whose layers are neither in the table nor to be found."""
-    from transformers import AutoModelForCausalLM
-
     from llmopt.model.architectures import REFUSED, SPECS, unsupported
+    from llmopt.model.auto import auto_class
     from llmopt.model.blocks import spec_of
     from llmopt.model.skeleton import skeleton
 
     kind = config.model_type
     own = getattr(config, "auto_map", None) or {}
-    ours = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in own
+    ours = type(config) in auto_class(config)._model_mapping or "AutoModelForCausalLM" in own
     if kind in REFUSED or not ours:
         raise LlmoptError(f"{source}: {unsupported(kind)}")
     if kind not in SPECS:

@@ -324,6 +324,12 @@ def tied(model: nn.Module) -> bool:
         lambda module: module._parameters.get("weight"), lambda module: module._modules.get("codes")))
 
 
+def tell_tied(config: PreTrainedConfig, is_tied: bool) -> None:
+    """Say in a config, and in that of its language part, whether the head is the table: either may be asked."""
+    for told in (config, config.get_text_config()):
+        told.tie_word_embeddings = is_tied
+
+
 def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     """(config.json of a checkpoint of `model`, whether it needs the code of this file to be read)."""
     config = copy.deepcopy(model.config)
@@ -331,7 +337,7 @@ def saved_config(model: nn.Module) -> tuple[dict[str, Any], bool]:
     config.architectures = [family.model if family else type(model).__name__]
     config.dtype = model.dtype
     if model.get_output_embeddings() is not None:
-        config.tie_word_embeddings = tied(model)        # by hand, or by files that contradict their config
+        tell_tied(config, tied(model))              # by hand, or by files that contradict their config
     config.__dict__.pop("auto_map", None)       # foreign code knows nothing of the shapes written here
     if family and not config.is_heterogeneous and not heads_fit(config, config.num_attention_heads):
         config = _as_mistral(config) if _is_plain_llama(config) else _heads_per_layer(config)

@@ -6,6 +6,7 @@ from torch import nn
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import at, final_norm, spec_of
 from llmopt.model.links import Link, Norm
+from llmopt.model.modeling import tell_tied
 from llmopt.model.state import tied_names
 from llmopt.model.weights import Projection, Weight, coded
 
@@ -69,7 +70,7 @@ class Outside:
             head = self.head
             head.module.weight = nn.Parameter(head.module.weight.detach().clone(), requires_grad=False)
             self.model.all_tied_weights_keys.pop(head.key, None)
-            self.model.config.tie_word_embeddings = False
+            tell_tied(self.model.config, False)
 
     def tie(self) -> None:
         """Give the head the embeddings' weight, as it is now."""

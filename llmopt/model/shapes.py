@@ -76,7 +76,11 @@ def check_droppable(model: nn.Module, kept: list[int] | None = None) -> None:
 
     kept: the layers that will stay; without them it is not looked at whether those of an unknown model would do.
     """
-    config = model.config.to_dict()
+    config = model.config.get_text_config().to_dict()
+    seen = len(model.config.to_dict().get("vision_config", {}).get("deepstack_visual_indexes", None) or ())
+    if kept is not None and kept[:seen] != list(range(seen)):
+        raise LlmoptError(f"{model.config.model_type}: blocks cannot be pruned: the first {seen} take in what the "
+                          "model sees, each its own part of it, and must all stay")
     if not spec_of(model).known and kept is not None:
         places.check(model, kept, sliced(model.config, kept))
     if config.get("scale_attn_by_inverse_layer_idx"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.files.tensors import Made, Places, outlines, read
+from llmopt.model.auto import auto_class
 from llmopt.model.blocks import layer_list, spec_of
 from llmopt.model.fit import refuse_foreign
 from llmopt.model.loading import check_dense, examine
@@ -28,10 +29,9 @@ def converted(model: nn.Module, folder: Path) -> frozenset[str]:
 def skeleton(config: Any, dtype: torch.dtype, trust: bool = False) -> nn.Module:
     """The model of a config in eval mode: its weights on the meta device, what it computes from its config real."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
     model.tie_weights()             # each weight was moved by itself, which has cut the ties
     return model.eval()
 
@@ -143,24 +143,28 @@ def _merged_shapes(model: nn.Module, known: Places, source: str) -> dict[str, to
     """The shapes of the model's tensors that these places make."""
     parts = {name: torch.empty(shape, device="meta") for name, (shape, _) in outlines(known).items()}
     with refusals(f"{source}: the experts do not fit together"):
-        return {name: tensor.shape for name, tensor in merged(converters(model), parts).items()}
+        return {name: tensor.shape for name, tensor in merged(converters(model), parts, model).items()}
 
 
-def merged(merging: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A block's tensors as transformers makes them of those in its files: the experts of a layer become one tensor."""
+def merged(merging: list[Any], tensors: dict[str, Tensor], model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """A block's tensors as transformers makes them of those in its files: the experts of a layer become one tensor.
+
+    prefix: of their names in the model, with or without weights; some tensors are turned to the shape in there.
+    """
     from transformers.core_model_loading import apply_converters, dot_natural_key
 
     ready, parts = {}, {}
     by_pattern = {pattern: entry for entry in merging for pattern in entry.source_patterns}
     for name in sorted(tensors, key=dot_natural_key) if merging else tensors:     # expert 10 comes after expert 9
-        target, pattern = apply_converters(name, merging)
+        target, pattern = apply_converters(prefix + name, merging)
         if pattern is None:
             ready[name] = tensors[name]
         else:
             collecting = parts.setdefault(target, copy.deepcopy(by_pattern[pattern]))
-            collecting.add_tensor(target, name, pattern, tensors[name])
+            collecting.add_tensor(target, prefix + name, pattern, tensors[name])
     for target, collected in parts.items():
-        ready |= collected.convert(target)
+        made = collected.convert(target, model=model)
+        ready |= {name.removeprefix(prefix): tensor for name, tensor in made.items()}
     return ready
 
 

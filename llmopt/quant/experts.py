@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.model import discovery
+from llmopt.model import beside_text, discovery
 from llmopt.model.architectures import EXPERTS
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.quant.plan import DENSE, Target
@@ -55,7 +55,7 @@ def left_dense(model: nn.Module) -> str:
     """
     spec = spec_of(model)
     if not spec.known or spec.note != EXPERTS:
-        return spec.note
+        return "; ".join(filter(None, (spec.note, beside_text.told(model))))
     left: Counter[str] = Counter()
     for block in blocks(model):
         own = {id(p.module) for p in block.projections()}

@@ -45,7 +45,7 @@ class Streamed(Resumable):
                  room: int):
         super().__init__(journal)
         self.layers, self.rest = skeleton.by_layer(model, _without_tables(model, places))
-        self.merging = skeleton.converters(model)
+        self.model, self.merging = model, skeleton.converters(model)
         self.work, self.format, self.room = journal.folder, format, room
         self.device = torch.device(device)
 
@@ -104,12 +104,13 @@ class Streamed(Resumable):
     @contextmanager
     def block(self, model: nn.Module, index: int) -> Iterator[None]:
         layer = layer_list(model)[index]
-        with naming(f"{spec_of(model).layers}.{index}"):
-            self._fill(layer, self.layers[layer], described(coded(layer)))
+        place = f"{spec_of(model).layers}.{index}"
+        with naming(place):
+            self._fill(layer, self.layers[layer], described(coded(layer)), prefix=f"{place}.")
         try:
             yield
             if self.commits:
-                with naming(f"{spec_of(model).layers}.{index}"):
+                with naming(place):
                     self._commit(layer, index)
         finally:
             _empty(layer)
@@ -141,9 +142,12 @@ class Streamed(Resumable):
         _empty(layer)
 
     def _fill(self, root: nn.Module, places: tensors.Places, record: dict[str, Any] | None = None,
-              like: dict[str, Tensor] | None = None) -> None:
-        """Give the parameters of `root` their values, in the model's type; record, like: see model.stored.rebuilt."""
-        fresh, read = {}, self._read(places, root, record or {}, like)
+              like: dict[str, Tensor] | None = None, prefix: str = "") -> None:
+        """Give the parameters of `root` their values, in the model's type; record, like: see model.stored.rebuilt.
+
+        prefix: of the names in `root`, in those of the model.
+        """
+        fresh, read = {}, self._read(places, root, record or {}, like, prefix)
         tables = dict(root.named_buffers())
         for name, tensor in read.items():
             if name in tables:                          # of a layer that was written back: they are there already
@@ -155,11 +159,11 @@ class Streamed(Resumable):
             _put(root, name, parameter)
 
     def _read(self, places: tensors.Places, root: nn.Module, record: dict[str, Any],
-              like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+              like: dict[str, Tensor] | None = None, prefix: str = "") -> dict[str, Tensor]:
         """The tensors at these places, under the names of the modules; of what `record` tells the dense weights."""
         if record:
             return rebuilt(root, tensors.read(places), record, like)[0]
-        return skeleton.merged(self.merging, tensors.read(places))
+        return skeleton.merged(self.merging, tensors.read(places), self.model, prefix)
 
     def _check(self, tensors: dict[str, Tensor], places: tensors.Places) -> None:
         """Raise LlmoptError for NaN or Inf in what was read from the model's own files."""
@@ -185,18 +189,16 @@ class Streamed(Resumable):
     def groups(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """The tensors of the finished checkpoint, a layer's together, in the order of the state dict."""
         renamed = not packs(model, self.format)
-        own = {f"{spec_of(model).layers}.{i}.": layer for i, layer in enumerate(layer_list(model))}
-        homes = {_filed_prefix(model, prefix) if renamed else prefix: (prefix, layer) for prefix, layer in own.items()}
+        homes = _homes(model, renamed)
         outside = Outside(model).parameters()
         names = {filed: name for name in outside
                  for filed in (as_filed(model, {name: outside[name]}) if renamed else [name])}
         for group in shards.by_block(plain_state(model, renamed)):
-            first = next(iter(group))
-            prefix, layer = next((home for start, home in homes.items() if first.startswith(start)), ("", None))
+            prefix, layer = homes.get(next(iter(group)), ("", None))
             wanted = {names[filed]: group[filed] for filed in group if group[filed].is_meta} if layer is None else None
             places = self._parts(wanted) if layer is None else self.layers[layer]
             record = described([w for w in coded(layer or model) if layer or w.key in wanted])
-            read = self._read(places, layer or model, record if self.format == "dense" else {}, wanted)
+            read = self._read(places, layer or model, record if self.format == "dense" else {}, wanted, prefix)
             found = {prefix + name: tensor for name, tensor in read.items()}
             found = as_filed(model, found) if renamed else expert_files.filed(model, found)
             made = {name: cast(t, group[name].dtype, name) if name in group and t.itemsize > 1 else t
@@ -212,9 +214,14 @@ class Streamed(Resumable):
                 if any(key == name or key.startswith(f"{name}_") for name in names)}
 
 
-def _filed_prefix(model: nn.Module, prefix: str) -> str:
-    """What stands in front of the names of a layer's tensors in files, by what it is in the model."""
-    return next(iter(as_filed(model, {f"{prefix}any": torch.zeros(1)}))).removesuffix("any")
+def _homes(model: nn.Module, renamed: bool) -> dict[str, tuple[str, nn.Module]]:
+    """By the name of each tensor of a layer in the checkpoint: the prefix of its names in the model, and the layer."""
+    found = {}
+    for index, layer in enumerate(layer_list(model)):
+        prefix = f"{spec_of(model).layers}.{index}."
+        own = {prefix + name: tensor for name, tensor in layer.state_dict().items()}
+        found |= dict.fromkeys(as_filed(model, own) if renamed else own, (prefix, layer))
+    return found
 
 
 def _without_tables(model: nn.Module, places: tensors.Places) -> tensors.Places:

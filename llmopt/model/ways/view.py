@@ -71,10 +71,11 @@ def dense_places(view: View, folder: Path) -> tensors.Places:
 
 
 def with_adapter(found: tensors.Places, view: View, folder: Path) -> tuple[tensors.Places, str]:
-    from transformers import AutoModelForCausalLM
+    from llmopt.model.auto import auto_class
 
+    config = _config(folder)
     with refusals(f"{view.weights}: the model cannot be made"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(folder))
+        model = auto_class(config).from_config(config)
     return adapter.merged(found, Path(str(view.adapter)), model, view.weights)
 
 

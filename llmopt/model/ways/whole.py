@@ -16,7 +16,7 @@ def filled(spec: ModelSpec) -> nn.Module:
     """
     model, places = skeleton.outlined(spec)
     for group in _together(model, places):
-        for name, tensor in skeleton.merged(skeleton.converters(model), tensors.read(group)).items():
+        for name, tensor in skeleton.merged(skeleton.converters(model), tensors.read(group), model).items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             made = cast(tensor, getattr(module, leaf).dtype, name).to(spec.device)
