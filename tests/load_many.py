@@ -1,6 +1,6 @@
 """Loads folders the way a stranger would and keeps what came of it.
 
-python load_many.py plain|trust|plain,trust|import|see RESULTS.pt FOLDER...      RESULTS: {how: {folder: what came of it}}
+python load_many.py plain|trust|plain,trust|import|see RESULTS.pt FOLDER...    RESULTS: {how: {folder: what came of it}}
 
 see: models that read images or sound; all weights, and the logits of their language part alone where there is a class.
 """

@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import llmopt
 from llmopt.errors import LlmoptError
-from llmopt.model import levels
 from llmopt.model.architectures import SPECS
 from llmopt.model.blocks import blocks
 from llmopt.parts import build
@@ -104,24 +103,3 @@ def test_a_model_of_nobodys_is_quantized_and_loaded_again(streamed, tmp_path):
 def test_or_refused_in_a_line_that_says_what_is_missing(changes, expected):
     with pytest.raises(LlmoptError, match=re.escape(f"architecture 'odd' is not supported: {expected}")):
         llmopt.compress(odd(**changes), [build("quant.rtn", WAYS["rtn"])])
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_of_a_model_that_sees_the_language_part_alone_is_quantized(streamed, tmp_path):
-    text = tiny.WIDE | tiny.SLIDING | {"query_pre_attn_scalar": 16}
-    sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=28,
-                 patch_size=14)
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=sight, mm_tokens_per_image=4,
-                                  image_token_index=90, boi_token_index=91, eoi_token_index=92)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert levels.described(model).startswith("weights; not run time: it reads more than text")
-    model.save_pretrained(tmp_path / "dense")
-    made = plan(tmp_path, tmp_path / "dense", f"[quant.rtn: {json.dumps(WAYS['rtn'])}]")
-    report = pipeline.run(made, tmp_path / "out", streaming=Streaming(streamed))
-    assert len(report.records[0]["meta"]["modules"]) == 21
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    fresh(torch.full((1, 8), 5))                                # which unpacks
-    before, after = model.state_dict(), fresh.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"{name}.weight" for name in report.records[0]["meta"]["modules"]}

@@ -26,7 +26,7 @@ DENSE = ("qwen3_vl_moe", "llama4")              # their files keep a stack of ex
 STAY = {"gemma4": "has a part for each of them", "qwen3_5": "no layer with attention would remain",
         "qwen3_5_moe": "no layer with attention would remain", "llama4": "would be another one at place"}
 CASES = [(kind, step) for kind in seeing.KINDS for step in STEPS if step != "blocks" or kind not in STAY]
-LATER = ("llava_next", "llava_onevision", "idefics3", "paligemma", "qwen2_audio")       # near relatives: in full alone
+LATER = ("llava_next", "llava_onevision", "smolvlm", "paligemma", "qwen2_audio")       # near relatives: in full alone
 QUICK = {(kind, [*STEPS][i % 2]) for i, kind in enumerate(seeing.KINDS) if kind not in LATER} | {
     ("llava", "blocks"), ("qwen3_vl", "blocks")}
 PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "auto_map": {"AutoImageProcessor": "foreign.Code"}}
@@ -46,7 +46,7 @@ def made(request, tmp_path_factory):
         folder.mkdir()
         seeing.make(kind).save_pretrained(folder / "dense")
         (folder / "dense/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-        recipe = plan(folder, folder / "dense", f"[{STEPS[step]}]", f"format: {'dense' if kind in DENSE else 'portable'}\n")
+        recipe = plan(folder, folder / "dense", f"[{STEPS[step]}]", "format: dense\n" if kind in DENSE else "")
         report = pipeline.run(recipe, folder / "out", streaming=Streaming(index % 4 > 1, activations=1 << 14))
         found[case] = folder, report.records[0]["meta"]
     outs = [str(folder / "out") for folder, _ in found.values()]
@@ -98,7 +98,7 @@ def test_show_says_what_is_compressed_and_what_is_carried_over(made, monkeypatch
     assert json.loads(capfd.readouterr().out)["layers"] == 3
 
 
-@pytest.mark.parametrize("step", ["gptq", "blocks"])
+@pytest.mark.parametrize("step", [pytest.param("gptq", marks=pytest.mark.full), "blocks"])
 @pytest.mark.parametrize("kind", ["qwen2_vl", pytest.param("llava", marks=pytest.mark.full),
                                   pytest.param("smolvlm", marks=pytest.mark.full)])
 def test_streamed_they_are_the_bytes_of_a_run_in_memory(kind, step, tmp_path):
@@ -153,7 +153,8 @@ def test_what_cannot_be_compressed_is_refused_in_one_line(kind, expected):
 
 @pytest.mark.parametrize(("kind", "named", "expected"), [
     ("llama4", "Llama4ForCausalLM", "AutoModelForCausalLM"), ("gemma3", None, "AutoModelForCausalLM"),
-    ("llama4", "Llama4ForConditionalGeneration", "AutoModelForImageTextToText"), ("llama", None, "AutoModelForCausalLM"),
-    ("qwen3_5", None, "AutoModelForImageTextToText"), ("qwen2_audio", None, "AutoModelForMultimodalLM")])
+    ("llama4", "Llama4ForConditionalGeneration", "AutoModelForImageTextToText"),
+    ("llama", None, "AutoModelForCausalLM"), ("qwen3_5", None, "AutoModelForImageTextToText"),
+    ("qwen2_audio", None, "AutoModelForMultimodalLM")])
 def test_the_class_that_makes_all_of_a_model(kind, named, expected):
     assert auto_name(kind, [named] if named else None) == expected

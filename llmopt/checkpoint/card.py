@@ -116,7 +116,8 @@ def render(folder: Path, repo: str | None = None, facts: dict[str, Any] | None =
     name, auto = _name(facts, config), auto_name(str(config.get("model_type")), config.get("architectures"))
     title = repo or f"{name.split('/')[-1]}, compressed"
     text = Environment(autoescape=False).from_string(TEMPLATE).render(
-        title=title, repo=repo, name=name, auto=auto, metadata=_metadata(facts, config, title, auto), origin=_origin(facts, name),
+        title=title, repo=repo, name=name, auto=auto, metadata=_metadata(facts, config, title, auto),
+        origin=_origin(facts, name),
         told=[one_line(told) for told in facts.get("base_told", [])],
         note="" if any(record["meta"].get("experts") for record in facts.get("records", [])) else
         SPECS.get(str(config.get("model_type")), Spec()).note, table=facts.get("table", []),

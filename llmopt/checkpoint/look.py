@@ -53,7 +53,8 @@ def dense_facts(spec: ModelSpec) -> dict[str, Any]:
     count = found["parameters"]
     size = getattr(torch, stored).itemsize if stored else None
     return {
-        "model": spec.id, "architecture": config.model_type, "supported": found["level"] is not None, "level": found["level"],
+        "model": spec.id, "architecture": config.model_type, "supported": found["level"] is not None,
+        "level": found["level"],
         "shape": {word: value for word, key in SHAPE.items() if (value := _of_all_layers(text, key)) is not None},
         "parameters": count, "dtype": stored,
         "made_from": seen.told if (seen := view.of(source)) else [],

@@ -10,7 +10,8 @@ TOKENIZER = (r"(added_tokens|special_tokens_map|tokenizer|tokenizer_config|vocab
              r"vocab\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|"
              r"additional_chat_templates/[^/]+\.jinja")
 TOKENIZERS = re.compile(TOKENIZER)
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+              "chat_template.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|modeling_llmopt\.py|model(-\d+-of-\d+)?\.safetensors|part-\d+|"
