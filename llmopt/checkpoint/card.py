@@ -28,7 +28,7 @@ TEMPLATE = """---
 What was compressed came from {{ told }}.
 {%- endfor %}
 {% if note %}
-Compressed are the {{ note }}.
+Of the model, {{ note }}.
 {% endif %}
 {%- if steps %}
 ```yaml

@@ -15,6 +15,7 @@ EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are l
 CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
 ONE_TENSOR = ("its files keep the matrices of all experts in one tensor, which compressed-tensors cannot hold: "
               "format: dense (--set format=dense), or ignore: [experts]")
+ROUTED = "the experts that a router chooses are left alone, and the router"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
 NO_ENTRY = "no table tells what its layers are made of"
@@ -132,9 +133,9 @@ SPECS: dict[str, Spec] = {
                         out="c_proj", ffn_in=("mlp.c_fc",), ffn_gated=False, ffn_out="mlp.c_proj",
                         norms=(("attn_in", "ln_1"), ("ffn_in", "ln_2")), positions="transformer.wpe", rotary=None,
                         unless=("not multi_query",), at_once=True, refuse=_NO_HEADS),
-    "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
-    "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=EXPERTS, refuse=_NO_EXPERTS),
-    "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=EXPERTS, refuse=_NO_EXPERTS),
+    "mixtral": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=ROUTED, refuse=_NO_EXPERTS),
+    "qwen2_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="typed", note=ROUTED, refuse=_NO_EXPERTS),
+    "qwen3_moe": Spec(ffn=None, ffn_in=(), ffn_out="", sliding="all", note=ROUTED, refuse=_NO_EXPERTS),
 }
 
 

@@ -3,7 +3,7 @@
 Notation: B batch, H query heads, G KV heads, T tokens, D head_dim, F FFN channels, E hidden size, L layers.
 """
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ def spec_of(model: nn.Module) -> Spec:
     if kind in REFUSED:
         raise LlmoptError(unsupported(kind))
     known = SPECS.get(kind)
+    if known is not None and not known.ffn_out:             # what lies beside its experts is seen, not told
+        discovery.found_of(model, known.layers if model.base_model is not model else
+                           known.layers.removeprefix(f"{model.base_model_prefix}."))
     if known is None or any(bool(getattr(model.config, flag.removeprefix("not "), False)) != flag.startswith("not ")
                             for flag in known.unless):
         return _found(model)
@@ -85,6 +88,8 @@ class Block:
     """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists.
 
     read: of a layer that no table describes, what was found to read one input together; its parts are not told apart.
+    beside: the same of what a layer of the table has in the place of a feed-forward, beside the experts that are chosen:
+    shared experts, or the feed-forward of a dense layer among sparse ones. No part of these leaves.
     """
 
     index: int
@@ -102,6 +107,7 @@ class Block:
     norms: dict[str, Norm]
     form: Form
     read: list[list[Projection]] | None = None
+    beside: list[list[Projection]] = field(default_factory=list)
 
     def groups(self) -> list[list[Projection]]:
         """Projections that read the same input together, in the order of the data flow."""
@@ -109,7 +115,7 @@ class Block:
             return self.read
         readers = [self.behind["both_in"], []] if "both_in" in self.norms else [self.attn_in, self.ffn_in]
         writers = [[writer] if writer else [] for writer in (self.attn_out, self.ffn_out)]
-        return [group for pair in zip(readers, writers, strict=True) for group in pair if group]
+        return [group for pair in zip(readers, writers, strict=True) for group in pair if group] + self.beside
 
     @property
     def behind(self) -> dict[str, list[Projection]]:
@@ -248,7 +254,13 @@ def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     ffn = dict(width=0, ffn_in=[], ffn_out=None) if ffn_skipped else _ffn_view(spec, name, layer)
     norms = {role: _norm(spec, role, f"{name}.{child}", layer.get_submodule(child))
              for role, child in spec.norms if not isinstance(layer.get_submodule(child), nn.Identity)}
-    return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn)
+    return Block(index, name, layer, attention, norms=norms, form=_form(spec, layer), **shape, **ffn,
+                 beside=[] if spec.ffn_out else _beside(name, layer, spec.attention))
+
+
+def _beside(name: str, layer: nn.Module, attention: str) -> list[list[Projection]]:
+    return [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group]
+            for group in vars(layer)[discovery.FOUND].groups if not group[0].startswith(f"{attention}.")]
 
 
 def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found) -> Block:

@@ -7,7 +7,6 @@ from torch import nn
 
 from llmopt.errors import FieldError, LlmoptError
 from llmopt.model import beside_text, discovery
-from llmopt.model.architectures import EXPERTS
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.quant.plan import DENSE, Target
 
@@ -51,10 +50,10 @@ def of_experts(found: Iterable[Target], figures: Mapping[str, Mapping[str, Any]]
 def left_dense(model: nn.Module) -> str:
     """What plans and cards say of the weights of the blocks that no quantization reaches; empty: there are none.
 
-    Of a model in the table with experts: maps beside them, such as shared experts.
+    Of a model in the table with experts: maps beside them that are too small, such as gates of shared experts.
     """
     spec = spec_of(model)
-    if not spec.known or spec.note != EXPERTS:
+    if not spec.known or spec.ffn_out:
         return "; ".join(filter(None, (spec.note, beside_text.told(model))))
     left: Counter[str] = Counter()
     for block in blocks(model):
@@ -62,4 +61,4 @@ def left_dense(model: nn.Module) -> str:
         left.update(name.rpartition(".")[2] for name, module in block.module.named_modules()
                     if discovery.is_linear(module) and id(module) not in own)
     told = ", ".join(f"{count} {name}" for name, count in left.items())
-    return f"left dense: {told}, of shared experts" if told else ""
+    return f"left dense: {told} (too small to be worth it)" if told else ""

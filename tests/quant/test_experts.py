@@ -239,3 +239,26 @@ def test_packed_experts_are_loaded_without_a_false_alarm(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
     assert "Could not match" not in caplog.text
+
+
+@pytest.mark.parametrize(("family", "shared", "stays"), [
+    ("qwen2_moe", "shared_expert", "shared_expert_gate"),
+    pytest.param("qwen3_next", "shared_expert", "shared_expert_gate", marks=pytest.mark.full),
+    pytest.param("deepseek_v3", "shared_experts", "mlp.gate", marks=pytest.mark.full),
+    ("glm4_moe", "shared_experts", "mlp.gate"), ("llama4_text", "shared_expert", "router")])
+def test_shared_experts_are_quantized_and_what_gates_them_stays(family, shared, stays, tmp_path):
+    model = tiny.make(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told = llmopt.compress(model, [GPTQ(bits=3, **SIXTEEN)], batches()).records[0]["meta"]["modules"]
+    of_them = [name.removesuffix(".weight") for name in before if f".{shared}." in name]
+    assert of_them and all(told[name]["bits"] == 3 for name in of_them)
+    assert not any(torch.equal(model.get_parameter(f"{name}.weight"), before[f"{name}.weight"]) for name in of_them)
+    gates = [name for name in before if name.endswith(f".{stays}.weight")]
+    assert gates and all(torch.equal(model.state_dict()[name], before[name]) for name in gates)
+    folder = llmopt.save(model, tmp_path / "out", format="dense" if family == "llama4_text" else "portable")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()), logits(model))
+
+
+def test_a_dense_layer_among_those_with_experts_is_quantized():
+    told = RTN(bits=4, **SIXTEEN).apply(tiny.make("qwen3_moe", mlp_only_layers=[1]), Run()).meta["modules"]
+    assert {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")} <= {*told}
