@@ -10,7 +10,7 @@ from llmopt.checkpoint.place import staged
 from llmopt.checkpoint.verify import VerificationError
 from llmopt.files import own, shards, tensors
 from llmopt.model import skeleton
-from llmopt.model.expert_files import stacked
+from llmopt.model.expert_files import stacked, taken_apart
 from llmopt.model.finite import all_finite
 from llmopt.model.state import plain_state
 from llmopt.model.weights import coded
@@ -56,7 +56,8 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
     fresh = skeleton.skeleton(config, config.dtype)
     fresh._weight_conversions = model._weight_conversions
     as_filed = "quantization_config" not in config.to_dict() or bool(stacked(coded(model)))
-    for name, like in plain_state(fresh, as_filed).items():
+    wanted = plain_state(fresh, as_filed)
+    for name, like in (wanted if "quantization_config" not in config.to_dict() else taken_apart(fresh, wanted)).items():
         shape = _shape(name, written)
         if shape is None:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")

@@ -88,8 +88,8 @@ class Block:
     """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists.
 
     read: of a layer that no table describes, what was found to read one input together; its parts are not told apart.
-    beside: the same of what a layer of the table has in the place of a feed-forward, beside the experts that are chosen:
-    shared experts, or the feed-forward of a dense layer among sparse ones. No part of these leaves.
+    beside: the same of what a layer of the table has beside the experts that are chosen, or in their place: shared
+    experts, and the feed-forward of a dense layer among sparse ones. No part of these leaves.
     """
 
     index: int

@@ -159,8 +159,11 @@ def _look(model: nn.Module, path: str) -> list[Found]:
     """By the attention interface, which needs no masks; a model with a loop of its own may need them."""
     try:
         return _seen(model, path, LOOKING)
-    except LlmoptError:
-        return _seen(model, path, None)
+    except LlmoptError as first:
+        try:
+            return _seen(model, path, None)
+        except LlmoptError:
+            raise first from None
 
 
 def _seen(model: nn.Module, path: str, attention: str | None) -> list[Found]:

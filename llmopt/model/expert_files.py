@@ -18,6 +18,9 @@ from llmopt.model.packing import format_of
 from llmopt.model.state import as_filed
 from llmopt.model.weights import STACKS, Weight, coded
 
+# stacks [E, in, out] in whose place transformers builds single linear maps beside packed weights, and what these are
+# called: the outputs of each side by side
+APART = {"Llama4TextExperts": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}}
 SUFFIXES = ("_packed", "_scale", "_shape", "")
 
 
@@ -57,8 +60,8 @@ def parts_of(model: nn.Module, weight: Weight) -> list[list[Part]] | None:
 
 
 def filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with packed experts, or some layers of it, under the names of the files, and all else in it, too."""
-    found = stacked(coded(model))
+    """The state dict, or some layers of it, of a model with packed weights under the names of its files."""
+    found, state = stacked(coded(model)), taken_apart(model, state)
     if not found:
         return state
     there = {_apart(name)[0] for name in state}
@@ -75,6 +78,23 @@ def filed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
                 made[f"{part.module}.weight{suffix}"] = _rows(tensor, suffix, part.rows)
         filed |= as_filed(model, rest) | made
     return filed
+
+
+def taken_apart(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which dense stacks of APART are the matrices that transformers looks for; all else as it is."""
+    kinds = {path: APART[type(module).__name__] for path, module in model.named_modules()
+             if type(module).__name__ in APART}
+    made: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        parts = kinds.get(path, {}).get(leaf)
+        if parts is None:
+            made[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor.to(model.get_parameter(name).dtype)):
+            made |= {f"{path}.{expert}.{part}.weight": rows.contiguous() for part, rows in
+                     zip(parts, matrix.T.chunk(len(parts)), strict=True)}
+    return made
 
 
 def targets(model: nn.Module, weights: Iterable[Weight]) -> list[str]:

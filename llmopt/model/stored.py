@@ -125,7 +125,8 @@ def refuse_unportable(model: nn.Module) -> None:
         if weight.codes.groups is not None:
             raise FieldError("static_groups", False, "true together with act_order (groups of scattered columns cannot "
                              "be stored portably), or format: dense")
-    if rebuilt_experts := {type(module).__name__ for module in model.modules()} & REBUILT.keys():
+    unknown = REBUILT.keys() - expert_files.APART.keys()
+    if rebuilt_experts := {type(module).__name__ for module in model.modules()} & unknown:
         raise LlmoptError(f"beside packed weights transformers builds the experts anew, one by one "
                           f"({min(rebuilt_experts)}), and does not find them: use format: dense")
     _refuse_types(found, at_once(model) or any(map(_is_packed_table, found)))
