@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import llmopt
+from llmopt.method import Run
 from llmopt.model.blocks import layer_list
 from llmopt.model.stored import rebuilt, stored
 from llmopt.model.weights import coded
@@ -33,3 +34,14 @@ def test_a_layer_is_rebuilt_from_what_is_stored(family, step, tmp_path):
         assert {k: v for k, v in vars(codes).items() if not isinstance(v, torch.Tensor)} == \
                {k: v for k, v in vars(weight.codes).items() if not isinstance(v, torch.Tensor)}
         assert torch.equal(codes.dequantize(torch.float32), weight.codes.dequantize(torch.float32))
+
+
+def test_dense_copies_can_go_before_their_codes_are_packed():
+    model, twin = (tiny.make("gpt_oss") for _ in range(2))
+    for each in (model, twin):
+        RTN(bits=4, group_size=16, overrides={"*.experts.gate_up_proj.2": {"bits": 16}}).apply(each, Run())
+    (tensors, record), (kept, told) = stored(model.model.layers[0], release=True), stored(twin.model.layers[0])
+    assert record == told and tensors.keys() == kept.keys()
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+    gone = {name for name, parameter in model.model.layers[0].named_parameters() if parameter.is_meta}
+    assert gone == {"mlp.experts.down_proj", *(f"self_attn.{name}_proj.weight" for name in "qkvo")}

@@ -1,4 +1,5 @@
 """How a layer's weights are kept in a file while steps run, those with codes as codes alone, and are made again."""
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,20 @@ def packed_in_place(tensors: dict[str, Tensor], packed: dict[str, dict[str, Tens
     return {k: v for key, dense in tensors.items() for k, v in packed.get(key, {key: dense}).items()}
 
 
-def stored(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def stored(layer: nn.Module, release: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, record) of a decoder layer, its quantized weights as codes alone: what `rebuilt` makes it from again.
 
-    Holds scattered grids too. Raises LlmoptError where codes and weights disagree.
+    Holds scattered grids too. release: the layer's dense copies of these weights are gone before any is packed. Raises
+    LlmoptError where codes and weights disagree.
     """
     check_consistent(layer)
-    return as_codes(layer.state_dict(), coded(layer))
+    found = coded(layer)
+    counts = Counter(weight.key for weight in found)
+    for weight in found if release else ():
+        dense = getattr(weight.module, weight.parameter)
+        if weight.expert is None or counts[weight.key] == len(dense):
+            weight.module._parameters[weight.parameter] = nn.Parameter(dense.detach().to("meta"), requires_grad=False)
+    return as_codes(layer.state_dict(), found)
 
 
 def as_codes(state: dict[str, Tensor], weights: list[Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:

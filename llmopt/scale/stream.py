@@ -176,7 +176,7 @@ class Streamed(Resumable):
         """Write what the layer has become; what it was before is then of no more use."""
         if self.format != "dense":
             refuse_unportable(layer)
-        tensors, record = stored(layer)
+        tensors, record = stored(layer, release=True)
         if self.lasting:
             file = self.journal.commit(self.key(index), tensors, record)
         else:
