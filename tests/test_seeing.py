@@ -26,7 +26,8 @@ DENSE = ("qwen3_vl_moe",)             # whose files keep a stack of experts in o
 STAY = {"gemma4": "has a part for each of them", "qwen3_5": "no layer with attention would remain",
         "qwen3_5_moe": "no layer with attention would remain", "llama4": "would be another one at place"}
 CASES = [(kind, step) for kind in seeing.KINDS for step in STEPS if step != "blocks" or kind not in STAY]
-LATER = ("llava_next", "llava_onevision", "smolvlm", "paligemma", "qwen2_audio")       # near relatives: in full alone
+LATER = ("llava_next", "llava_onevision", "smolvlm", "idefics3", "paligemma", "internvl", "mistral3",
+         "qwen2_audio")                                                 # near relatives: in the full tier alone
 QUICK = {(kind, [*STEPS][i % 2]) for i, kind in enumerate(seeing.KINDS) if kind not in LATER} | {
     ("llava", "blocks"), ("qwen3_vl", "blocks")}
 PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "auto_map": {"AutoImageProcessor": "foreign.Code"}}
