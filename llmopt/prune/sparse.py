@@ -103,7 +103,7 @@ class Sparse(ByBlock):
             return super().notes(run)
         found = [SAVES_NOTHING + FASTER * bool(self.pattern)]
         found += [] if self.refit else [LOSES_MORE]
-        fills = [step.name for step in run.ahead if fills_zeros(step)]
+        fills = [step.name for step in run.ahead if fills_zeros(step, self.ratio)]
         return found + ([f"behind it, {', '.join(fills)} will fill zeros again"] if fills else [])
 
     def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
@@ -211,10 +211,10 @@ class Sparse(ByBlock):
         return found[:width] if found.dim() == 1 else found[:width, :width]
 
 
-def fills_zeros(step: Method) -> bool:
-    """True for a step that makes other numbers of zeros: a rotation of all, a solver that is allowed to of some."""
-    free = getattr(step, "keep_zeros", True) is False and step.name not in ("quant.rtn", "quant.hqq")
-    return free or step.name == "transform.rotate"
+def fills_zeros(step: Method, share: float) -> bool:
+    """Does a step make other numbers of zeros, such a share of each weight: a rotation of all, a solver of some?"""
+    keeps = getattr(step, "keeps_zeros_of", None)
+    return step.name == "transform.rotate" or (keeps is not None and not keeps(share))
 
 
 class Energy:

@@ -22,7 +22,7 @@ from llmopt.quant.grid import Spec
 from llmopt.quant.plan import DENSE, Target, targets
 from llmopt.quant.plan_file import planned_by, read_plan
 from llmopt.quant.solver import Solver
-from llmopt.quant.zeros import Keep
+from llmopt.quant.zeros import Keep, keeps
 from llmopt.recipe.schemes import Scheme
 from llmopt.specs import Dtype
 
@@ -62,7 +62,7 @@ class Settings(Method):
     scheme: kinds.Name | None = Field(None, description="these three by a name, or small floats, rounded inputs")
     clip: bool = Field(True, description="search each scale for the least error (norm 2.4)")
     keep_zeros: Keep = Field("auto", description="whether what is exactly 0 stays 0, as zeros of pruning are to; auto: "
-                             "in weights of which a hundredth or more is 0")
+                             "in weights of which two fifths or more are 0")
     scale_dtype: Dtype | None = Field(None, description="null: the model's; in float32 float16, but for zero points")
     ignore: Several[str] = Field((), description="names, globs or endings of names that stay as they are")
     overrides: dict[str, Override] = Field(default_factory=dict, description="NAME: {bits: ..., group_size: ...} or "
@@ -116,6 +116,10 @@ class Settings(Method):
     def says(self) -> Scheme:
         """All that the scheme says; plain integers where none is named."""
         return kinds.of(self.scheme)
+
+    def keeps_zeros_of(self, share: float) -> bool:
+        """Do zeros stay in a weight of which they are such a share? They do in any that is rounded alone."""
+        return self.solver.inputs == "none" or keeps(self.keep_zeros, share)
 
     def scheme_of(self, target: Target) -> Scheme:
         """All that is said of the numbers of one weight, by `overrides` or for all."""

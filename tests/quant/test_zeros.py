@@ -28,13 +28,13 @@ def masked(out: int = 12, columns: int = 24):
     return weight * alive, stats, alive
 
 
-def test_a_mask_is_told_by_a_hundredth_of_the_weight():
+def test_a_mask_is_told_by_two_fifths_of_the_weight():
     weight = torch.ones(10, 40)
     assert live(weight, "auto") is None and live(weight, True) is None
-    weight[0, :3] = 0
-    assert live(weight, "auto") is None and live(weight, True).sum() == 397
-    weight[0, 3] = 0
-    assert live(weight, "auto").sum() == 396 and live(weight, False) is None
+    weight[:, :16] = 0
+    assert live(weight, "auto").sum() == 240 and live(weight, False) is None
+    weight[0, 0] = 1
+    assert live(weight, "auto") is None and live(weight, True).sum() == 241
 
 
 @pytest.mark.parametrize("fields", [{}, {"act_order": False}, {"static_groups": False}, {"sweeps": 0}, PLAIN])
@@ -128,6 +128,9 @@ def test_the_solver_fills_them_where_it_is_told_to():
     assert "notes" not in report.records[1]["meta"]
     assert "quant.gptq will fill zeros again" in report.records[0]["meta"]["notes"][-1]
     assert not any("fill" in note for note in prune.notes(Run(ahead=(GPTQ(), RTN(keep_zeros=False)))))
+    thin = Wanda(ratio=0.3, units=["weights"], refit=False)
+    assert "quant.gptq will fill zeros again" in thin.notes(Run(ahead=(GPTQ(), RTN())))[-1]
+    assert not any("fill" in note for note in thin.notes(Run(ahead=(GPTQ(keep_zeros=True),))))
 
 
 def test_rows_are_solved_alike_by_several_processes():
