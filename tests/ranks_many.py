@@ -38,7 +38,7 @@ PLANS = {
     "nvfp4": [GPTQ(scheme="NVFP4A16")],
     "sensitivity": [Span(), Gradient(), GPTQ(bits=3.5, allocate="sensitivity", sweeps=0, **GROUPS)],
 }
-FEW = "rtn", "gptq", "lim", "blocks", "zeros", "fused", "sensitivity"           # without the word --all
+FEW = "rtn", "lim", "blocks", "zeros"           # without the word --all
 
 
 def batches(rows: int, size: int) -> list[dict]:

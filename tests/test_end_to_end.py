@@ -45,6 +45,7 @@ def test_everything_from_disk_equals_memory(tmp_path, sets):
     assert scored[0] == scored[1]
 
 
+@pytest.mark.full
 def test_the_same_recipe_twice_writes_the_same_bytes(tmp_path):
     words = ["compress", "--recipe", "everything", *(word for change in SMALL for word in ("--set", change))]
     folders = []

@@ -106,9 +106,10 @@ CASES = [*((family, STEPS) for family in ("llama", "gemma3_text", "phi3", "gpt2"
          *((family, "[quant.rtn: {group_size: 8}]") for family in ("mixtral", "qwen2_moe")),
          *(("llama", f"[prune.magnitude: {{ratio: 0.4, units: [{unit}], scope: {scope}}}]") for unit, scope in
            (("blocks", "local"), ("attention, mlp", "local"), ("ffn", "global"))),
-         *((family_for(name, "llama"), json.dumps([
-             *({before: given} for before, given in own_fields(name, "BEFORE").items()), {name: FIELDS.get(name, {})}]))
-           for name in llmopt.names())]
+         *(pytest.param(family_for(name, "llama"), json.dumps([
+             *({before: given} for before, given in own_fields(name, "BEFORE").items()), {name: FIELDS.get(name, {})}]),
+                        marks=pytest.mark.full if number % 3 else [])
+           for number, name in enumerate(llmopt.names()))]
 
 
 ONE_BLOCK_TOO_FEW = ("prune.depth", "prune.fuse")                   # of one block none may leave, and nothing is timed

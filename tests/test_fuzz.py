@@ -263,7 +263,7 @@ TARGETS = {
     "run_generation": Target("m/generation_config.json", damaged_json, lambda a: a.run("rtn.yaml"), 20),
     "run_tokenizer": Target("m/tokenizer_config.json", damaged_json, lambda a: a.run("rtn.yaml"), 10),
 }
-QUICK, LONG = 0.25, 20              # times a target's count
+QUICK, LONG = 0.12, 20              # times a target's count
 TIERS = [pytest.param(QUICK, id="quick"), pytest.param(LONG, id="long", marks=pytest.mark.full)]
 
 

@@ -97,8 +97,8 @@ def test_what_takes_more_than_weights_is_refused_by_its_level(tmp_path):
         with pytest.raises(LlmoptError, match=f"steps.0 {name}: qwen3_5_text: .* level 'structure'.*{NO_ENTRY}"):
             llmopt.compress(model, [build(name, fields)], batches=tiny.ids())
     with pytest.raises(LlmoptError, match="allocate: heads takes the level 'structure'"):
-        llmopt.compress(model, [build("quant.rtn", {"bits": 3.5, "group_size": 16, "allocate": "heads",
-                                                    "heads": "heads.span"})], batches=tiny.ids())
+        llmopt.compress(model, [build("heads.span", {}), build("quant.rtn", {
+            "bits": 3.5, "group_size": 16, "allocate": "heads", "heads": "heads.span"})], batches=tiny.ids())
 
 
 @pytest.mark.parametrize(("kind", "fields", "expected"), [

@@ -81,7 +81,7 @@ def test_two_processes_compute_what_one_does(words):
     code, out, err = warm_pair("tests/ranks_many.py", *words)
     assert code == 0, err
     found = json.loads(out)
-    assert len(found) > 12 and not {name: wrong for name, wrong in found.items() if wrong}
+    assert len(found) >= 12 and not {name: wrong for name, wrong in found.items() if wrong}
 
 
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.full), True])

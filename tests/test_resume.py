@@ -201,7 +201,8 @@ def test_a_full_disk_is_one_line_and_more_room_is_enough(made, small_disk, monke
 def test_decisions_are_not_made_twice(made, monkeypatch):
     steps = """
   - heads.gradient: {}
-  - quant.gptq: {bits: 3.5, group_size: 32, allocate: sensitivity}
+  - quant.gptq: {bits: 3.5, group_size: 32, allocate: sensitivity, widths: [3, 4], sweeps: 0,
+               plans: 1}
 """
     made.write_text(made.read_text().replace(STEPS, steps))
     with monkeypatch.context() as patch:

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from llmopt import kv, runtime
 from llmopt.errors import LlmoptError
 from llmopt.method import Record, Run
+from llmopt.model.blocks import blocks
 from llmopt.model.modeling import SkippedAttn
 from llmopt.runtime import hooks
 from tests.tiny import ids, make
@@ -169,6 +170,7 @@ def snapshot(model):
 
 def test_detach_leaves_no_trace(model):
     tokens, mask = padded()
+    blocks(model)                                       # what is found of a model's layers stays with them
     before, want = snapshot(model), model(tokens, attention_mask=mask).logits
     runtime.attach(model, kv.SnapKV(**SMALL))
     steps(model, tokens, mask, [20, 20])

@@ -53,6 +53,7 @@ def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
     assert says in errors
 
 
+@pytest.mark.full
 def test_a_table_of_real_runs(folder, tmp_path, monkeypatch, capfd):
     """The same entry twice gives the same figures; one that cannot be met is a row, and the others are measured."""
     words = ["bench", "prune", str(folder), "prune.magnitude: {refit: false}", "prune.magnitude: {minimum: 1}",

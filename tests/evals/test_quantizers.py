@@ -72,6 +72,7 @@ def test_a_tool_that_fails_says_why(folder, tmp_path):
         carried_out(Tool("llmcompressor"), Job(str(folder), str(tmp_path / "ids.jsonl"), 4, 32), tmp_path)
 
 
+@pytest.mark.full
 def test_a_table_of_real_runs(folder, tmp_path, monkeypatch, capfd):
     """One process of its own; the second run takes its checkpoint from the folder that was kept."""
     words = ["bench", "quant", str(folder), "quant.rtn: {clip: false}", "--bits", "3", "--samples", "2", "--length",
