@@ -78,7 +78,8 @@ class Stripes:
         else:
             first = (rows - torch.as_tensor(self.window).cpu().reshape(-1, 1) + 1).clamp(min=0)
         base = (rows + 1 - first + first.clamp(max=self.sinks)).clamp(min=0).double().sum(1).mean()
-        named = [(x, each) for x, each in ((self.columns, self.tile), (self.blocks, self.tile * self.block),
+        tile = min(self.tile, tokens)
+        named = [(x, each) for x, each in ((self.columns, tile), (self.blocks, tile * self.block),
                                            (self.diagonals, tokens)) if x is not None]
         return float(base) + sum(int((x != NONE).sum()) / len(x) * each for x, each in named)
 

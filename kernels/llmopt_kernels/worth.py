@@ -12,6 +12,7 @@ from llmopt_kernels.reference import Rule
 from llmopt_kernels.sparse import Stripes
 
 PAIR = {torch.float32: 1.6, torch.float16: 1.6, torch.bfloat16: 2.9}           # one pair, by torch's kernel in pieces
+LISTED = {torch.float32: 2.2, torch.float16: 2.2, torch.bfloat16: 3.5}         # the same, where keys are listed
 TILE = {torch.float32: 60_000, torch.float16: 60_000, torch.bfloat16: 170_000}         # one head's lists for one tile
 GATHERED = 9.0          # one pair by products of gathered keys
 LOCAL = 5.0             # the same, where no keys are listed
@@ -30,8 +31,9 @@ def gain(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes, rule: Ru
     if query.is_cuda:
         return dense / (ON_GPU * pairs)
     if fits(query.detach(), keys, values, stripes, rule):            # what is read must not hang on gradients
-        tiles = tokens / stripes.tile if stripes.has_lists else 0
-        return dense / (PAIR[query.dtype] * pairs + TILE[query.dtype] * tiles)
+        if not stripes.has_lists:
+            return dense / (PAIR[query.dtype] * pairs)
+        return dense / (LISTED[query.dtype] * pairs + TILE[query.dtype] * tokens / stripes.tile)
     if far is not None:                                 # each row of a tile names a key by it, and all rows look there
         pairs += far.shape[1] * tokens * (stripes.tile - 1)
     each = GATHERED if stripes.has_lists or stripes.pooled is not None else LOCAL

@@ -16,7 +16,14 @@ def test_pieces_of_torch_kernel_by_hand():
     assert gain(*half, band, Rule(1.0)) == pytest.approx(CAUSAL / BAND / 2.9)
     blocks = Stripes(0, start=torch.arange(0, T, 64), blocks=torch.zeros(1, 4, 1, dtype=torch.int64), tile=64)
     pairs = 4 * 64 * 65 / 2 + 4 * 64 * 64                           # the first tile's block is counted, too
-    assert gain(Q, K, K, blocks, Rule(1.0)) == pytest.approx(CAUSAL / (1.6 * pairs + 4 * 60_000))
+    assert gain(Q, K, K, blocks, Rule(1.0)) == pytest.approx(CAUSAL / (2.2 * pairs + 4 * 60_000))
+
+
+def test_rows_that_are_no_whole_tile_count_once():
+    few = Stripes(0, start=torch.tensor([T - 64]), blocks=torch.tensor([[[0]]]), tile=128)
+    pairs = 64 * 65 / 2 + 64 * 64
+    assert gain(Q[:, -64:], K, K, few, Rule(1.0)) == pytest.approx(
+        (64 * T - 64 * 63 / 2) / (2.2 * pairs + 60_000 / 2))
 
 
 def test_the_long_way_by_hand():
@@ -36,4 +43,4 @@ def test_it_does_not_hang_on_gradients():
 
 def test_every_type_that_the_kernel_takes_has_its_costs():
     from llmopt_kernels.flash import TYPES
-    assert set(TYPES) == set(worth.PAIR) == set(worth.TILE)
+    assert set(TYPES) == set(worth.PAIR) == set(worth.LISTED) == set(worth.TILE)
