@@ -40,16 +40,21 @@ def size(folder) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def test_plain_transformers_loads_them_exactly_at_the_size_foretold(tmp_path):
+def saved_as_foretold(cases: dict, place) -> dict:
+    """{folder: model in memory} of compressed models, whose files have the size that was foretold."""
     saved = {}
-    for name, (family, dtype, step, changes) in CASES.items():
+    for name, (family, dtype, step, changes) in cases.items():
         model = make(family, dtype, **changes)
         told = predict(model, [step])
         llmopt.compress(model, [step], batches=batches())
-        llmopt.save(model, tmp_path / name)
-        assert size(tmp_path / name) == told.bytes, name
-        saved[str(tmp_path / name)] = model
-    for folder, plain, expected in loaded_plain(saved, tmp_path):
+        llmopt.save(model, place / name)
+        assert size(place / name) == told.bytes, name
+        saved[str(place / name)] = model
+    return saved
+
+
+def test_plain_transformers_loads_them_exactly_at_the_size_foretold(tmp_path):
+    for folder, plain, expected in loaded_plain(saved_as_foretold(CASES, tmp_path), tmp_path):
         assert torch.equal(plain, expected), folder
 
 
@@ -73,16 +78,8 @@ OURS = {
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """{folder: model in memory} of embeddings at few bits beside weights of other settings, and the sizes foretold."""
-    saved, place = {}, tmp_path_factory.mktemp("ours")
-    for name, (family, dtype, step, changes) in OURS.items():
-        model = make(family, dtype, **changes)
-        told = predict(model, [step])
-        llmopt.compress(model, [step], batches=batches())
-        llmopt.save(model, place / name)
-        assert size(place / name) == told.bytes, name
-        saved[str(place / name)] = model
-    return saved
+    """Embeddings at few bits beside weights of other settings."""
+    return saved_as_foretold(OURS, tmp_path_factory.mktemp("ours"))
 
 
 def test_beside_other_weights_llmopt_loads_them_exactly_and_saves_them_as_small(ours, tmp_path):
