@@ -32,6 +32,7 @@ from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
 from llmopt.quant.options import Table, Unit
 from llmopt.quant.plan import DENSE, Choice
+from llmopt.quant.settings import FEW
 
 BITS = 4            # at which an error is made to see what becomes of it
 
@@ -79,7 +80,7 @@ def _gains(making: Making) -> dict[str, float]:
         spec = step.spec(targets[p.name].at(BITS), p.weight.dtype)
         return round_to_nearest(p.weight.float(), spec).dequantize(p.weight.dtype)
 
-    rows = sample(making.run.batches, step.seed, step.trial_tokens)
+    rows = sample(making.run.batches, step.seed, step.trial_tokens or FEW)
     return gains(making.model, replace(making.run, batches=rows), rounded)
 
 

@@ -7,6 +7,8 @@ above the average. Damage grows faster than its parts add up, so that a unit mea
 than it is among others that are rounded too. What the sums of the table still get wrong is put right by measuring: the
 programme's best plans, each of which differs from the others in an eighth of the units, and the best choice that is the
 same for all units; the one that does least damage is taken.
+
+Too few tokens choose a plan that is good on these alone: the more the better, and small models can have them all.
 """
 from collections.abc import Callable, Sequence
 
@@ -15,14 +17,17 @@ from torch import Tensor
 
 from llmopt.calibration.trials import Trials, sample
 from llmopt.calibration.walk import Visit
+from llmopt.model.blocks import blocks
 from llmopt.model.codes import Quantized
 from llmopt.quant.allocate import around
 from llmopt.quant.making import Making
 from llmopt.quant.options import Budget, Plan, Table, Unit, average, chosen, programme
 from llmopt.quant.plan import DENSE, Choice
+from llmopt.quant.settings import FEW
 
 APART = 8           # plans that are measured differ in a unit of every so many
 LEVEL = "level"
+WORK = 2e13         # multiplications with weights that all trials may take, where `trial_tokens` leaves that open
 Made = dict[tuple[str, Choice], Quantized]
 Rows = list[dict[str, Tensor]]
 
@@ -31,7 +36,7 @@ Rows = list[dict[str, Tensor]]
 def allocation(making: Making, bound: Budget, units: list[Unit]) -> tuple[Table, list[dict[str, float]], list[int]]:
     """(D, {foretold, measured} of each whole plan, the option that each unit takes)."""
     step, run = making.step, making.run
-    rows = sample(run.batches, step.seed, step.trial_tokens)
+    rows = sample(run.batches, step.seed, step.trial_tokens or _affordable(making, units))
     level = _level(making, bound, units)
     table = run.ranks.agree(_table(making, units, level, rows))
     problem = programme(bound, units, table)
@@ -44,6 +49,14 @@ def allocation(making: Making, bound: Budget, units: list[Unit]) -> tuple[Table,
     told = [{"foretold": problem.harm(picks) - (len(units) - 1) * base, "measured": found}
             for picks, found in zip(plans, damage, strict=True)]
     return table, told, plans[damage.index(min(damage))]
+
+
+def _affordable(making: Making, units: Sequence[Unit]) -> int:
+    """The tokens that WORK allows, each of which half of the blocks read in every trial; at least FEW."""
+    times = (making.run.layers or len(blocks(making.model))) / len(blocks(making.model))        # of a rehearsal's units
+    trials = sum(len(unit.choices) for unit in units) * times
+    weights = sum(target.size for unit in units for target in unit.members) * times
+    return max(FEW, int(WORK / max(1, trials * weights / 2)))
 
 
 def _level(making: Making, bound: Budget, units: Sequence[Unit]) -> dict[str, Choice]:

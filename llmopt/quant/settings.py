@@ -28,6 +28,7 @@ from llmopt.specs import Dtype
 
 Allocation = Literal["uniform", "lim", "zd", "sensitivity", "hessian", "heads", "lrp"]
 BY_RANK = ("lim", "zd")         # they rank whole blocks, which take one of two widths
+FEW = 2048                      # tokens on which a choice is tried where a model is large
 Width = Annotated[int, Field(ge=2, le=8)] | Literal[16]
 GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
 
@@ -83,7 +84,8 @@ class Settings(Method):
                               "but for what later steps add")
     plans: int = Field(4, ge=1, le=100, description="of allocate: sensitivity: so many plans are measured whole, "
                        "and the best is taken")
-    trial_tokens: int = Field(2048, ge=1, description="of allocate: sensitivity: damage is measured on so many tokens")
+    trial_tokens: int | None = Field(None, ge=1, description="of allocate: sensitivity: damage is measured on so many "
+                                     "tokens; null: 2048, and more, up to all of the data, where the model is small")
     experts: Together = Field("model", description="of allocate, which experts take one choice: all of the model, as "
                               "plain transformers wants it; of a layer; a stack of matrices of a layer; each by itself")
     heads: str | None = Field(None, description="of allocate: heads: the step whose head scores count, or a file")

@@ -6,7 +6,7 @@ from torch import tensor
 
 from llmopt.errors import BudgetError, FieldError, LlmoptError
 from llmopt.method import Run
-from llmopt.quant import GPTQ, RTN
+from llmopt.quant import GPTQ, RTN, measured
 from llmopt.quant.allocate import around, two_level
 from llmopt.quant.plan import average_bits
 from llmopt.quant.scores import alignment, lim, share_above
@@ -124,6 +124,17 @@ def test_same_seed_same_record():
     step = GPTQ(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4), sweeps=0)
     first, second = (step.apply(make("qwen3"), Run(batches())).meta for _ in range(2))
     assert first == second
+
+
+def test_small_models_are_tried_on_all_of_the_data(monkeypatch):
+    def scores(**fields):
+        step = RTN(bits=3.5, group_size=16, allocate="sensitivity", widths=(3, 4), plans=1, **fields)
+        return step.apply(make("llama"), Run(batches())).meta["allocation"]["scores"]
+
+    monkeypatch.setattr(measured, "FEW", 48)
+    assert scores() == scores(trial_tokens=6 * 24) != scores(trial_tokens=48)
+    monkeypatch.setattr(measured, "WORK", 1.0)
+    assert scores() == scores(trial_tokens=48)
 
 
 def test_allocation_errors():
