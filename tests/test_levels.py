@@ -89,6 +89,18 @@ def test_blocks_leave(kind, tmp_path):
     assert torch.equal(fresh(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_plan_that_drops_blocks_alone_asks_for_no_table(repair, tmp_path):
+    model, ids = tiny.make("qwen3_5_text"), tiny.ids(4, 24)
+    steps = [build("prune.plan", {"path": str(tmp_path / "plan.json"), "refit": repair})]
+    (tmp_path / "plan.json").write_text('{"layers": [{"drop": true}, {"drop": false}, {}]}')
+    llmopt.compress(model, steps, batches=ids)
+    assert len(blocks(model)) == 2 and torch.isfinite(model(ids).logits).all()
+    (tmp_path / "plan.json").write_text('{"layers": [{"skip": ["mlp"]}, {}]}')
+    with pytest.raises(LlmoptError, match=f"steps.0 prune.plan: qwen3_5_text: .* level 'structure'.*{NO_ENTRY}"):
+        llmopt.compress(model, steps, batches=ids)
+
+
 def test_what_takes_more_than_weights_is_refused_by_its_level(tmp_path):
     model = tiny.make("qwen3_5_text")
     assert levels.described(model).startswith("run time; not structure: ")

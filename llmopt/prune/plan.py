@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, refuse_units
+from llmopt.model.levels import Level
 from llmopt.parts import build, register
 from llmopt.prune.allocate import Units, survivors
 from llmopt.prune.base import Criterion
@@ -37,6 +38,10 @@ class ByPlan(Cutter):
         "wanda", description="what chooses the units where the plan says how many stay, and not which")
     refit: bool = Field(True, description="fit the writers of what leaves, and those in front of whole parts, to the "
                                           "model as it was, by least squares on calibration data")
+
+    @property
+    def level(self) -> Level:
+        return "structure" if any(entry.keys() - {"drop"} for entry in read_layers(self.path)) else "weights"
 
     @property
     def refits(self) -> bool:
