@@ -143,6 +143,11 @@ def test_a_key_may_be_shortened_where_it_is_unambiguous(key, full):
     assert ".".join(assign.whole_key(data, key)) == full
 
 
+def test_numbers_with_an_exponent_are_numbers_without_a_point_too():
+    data, _ = read_yaml("{a: 1e-4, b: 2E3, c: -1.5e-6, d: '1e-4', e: 1e-x, f: 2:4}", "r.yaml")
+    assert data == {"a": 1e-4, "b": 2000.0, "c": -1.5e-6, "d": "1e-4", "e": "1e-x", "f": "2:4"}
+
+
 def test_short_keys_change_what_they_name_and_are_kept_written_out():
     made = recipe.parse(TWO, "r.yaml", ("bits=3", "steps.snapkv.ratio=0.25", "samples=9"))
     assert (made.steps[1].bits, made.steps[2].ratio, made.data.samples) == (3, 0.25, 9)

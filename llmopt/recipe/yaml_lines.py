@@ -1,4 +1,5 @@
 """YAML text -> plain data and the line of every key; what no recipe needs is refused before anything is built."""
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import yaml
 from llmopt.errors import LlmoptError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_NUMBER = 1_000_000, 20, 20_000, 2**63
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
 KeyPath = tuple[str | int, ...]
 
 
@@ -49,6 +51,8 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source
         return _mapping(node, path, lines, source)
     if ":" in node.value and node.tag.endswith((":int", ":float")):         # 2:4, which is 124 in YAML 1.1
         return node.value
+    if node.style is None and EXPONENT.fullmatch(node.value):                # 1e-4, which is a word in YAML 1.1
+        return float(node.value)
     try:
         value = yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:
