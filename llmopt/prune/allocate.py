@@ -3,6 +3,7 @@
 A layer's units leave from the weakest up, in chunks that keep its width divisible by what later steps need. `globally`
 ranks the chunks of all layers together; `locally` takes the same number from every layer of the same shape.
 """
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,6 +90,19 @@ def check_reachable(units: list[Units], ratio: float) -> None:
     if ratio * total > reach + step:
         raise BudgetError(f"ratio {ratio:g} cannot be met: the floors leave {reach / total:.3f} of the chosen units "
                           f"to remove")
+
+
+def least_ratio(units: list[Units], by_layer: bool) -> float:
+    """The ratio from which on something leaves: the smallest step's share, of all units or of those of its layer.
+
+    In ten thousandths, rounded up.
+    """
+    def share(some: list[Units]) -> float:
+        return min((u.freed(len(u.scores) - u.allowed[1]) for u in some if len(u.allowed) > 1), default=math.inf) / \
+            sum(u.total for u in some)
+
+    layers = {u.layer for u in units} if by_layer else {None}
+    return math.ceil(1e4 * min(share([u for u in units if layer in (None, u.layer)]) for layer in layers) - 1e-9) / 1e4
 
 
 def globally(units: list[Units], ratio: float) -> list[int]:

@@ -16,7 +16,7 @@ from llmopt.method import Run
 from llmopt.model.blocks import Block, blocks, layer_list, refuse_units
 from llmopt.model.levels import Level
 from llmopt.parts import Several
-from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally
+from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, least_ratio
 from llmopt.prune.budgets import Budget, Parameters
 from llmopt.prune.cutting import Cutter, multiple_of
 from llmopt.prune.groups import COARSE, cost, members
@@ -193,11 +193,15 @@ class Pruner(Cutter):
             return [0] * len(units), {}
         check_reachable(units, self.ratio)
         coarse = units[0].kind in COARSE
-        removed, figures = (globally(units, self.ratio), {}) if coarse else decide(units)
+        local = isinstance(self.scope, Local) and not coarse
+        least = least_ratio(units, local)
+        removed, figures = [], {}
+        if self.ratio > least - 1e-4:                                               # as it is rounded up
+            removed, figures = (globally(units, self.ratio), {}) if coarse else decide(units)
         if not any(removed):
-            raise BudgetError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} "
-                              f"({'rounding included, ' if not coarse else ''}nothing would be removed); raise it"
-                              + (" or use scope: global" if isinstance(self.scope, Local) and not coarse else ""))
+            raise BudgetError(f"ratio {self.ratio:g} is less than one unit of {', '.join(self.units)} ({least:g}"
+                              f"{'' if coarse else ', rounding included'}; nothing would be removed); raise it"
+                              + " or use scope: global" * local)
         return removed, figures
 
 

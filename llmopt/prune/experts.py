@@ -97,7 +97,7 @@ class ExpertPruner(Method):
                               f"for each token: at least {least} have to stay, ratio {1 - least / count:.3g} at most")
         if stay == count and self.ratio:
             raise BudgetError(f"ratio {self.ratio:g} is less than one of {each} experts{' of a group' * (groups > 1)} "
-                              "(nothing would be removed); raise it")
+                              f"({1 / each:.3g}; nothing would be removed); raise it")
         return Room(count, stay, groups, told_count(config, count))
 
     @torch.no_grad()

@@ -87,8 +87,10 @@ class Leaving(Method):
             chosen = choose(gone, fits)
             gone, left = gone + chosen, left - sum(parts[part] for part in chosen)
         if not gone and self.ratio:
-            raise BudgetError(f"ratio {self.ratio:g} is less than one of the {', '.join(self.units)} (nothing would "
-                              "be removed); raise it")
+            total = sum(cost(block, unit) for block in views for unit in self.units)
+            least = min(parts.values(), default=0) / max(1, total)
+            raise BudgetError(f"ratio {self.ratio:g} is less than one of the {', '.join(self.units)} ({least:.3g}; "
+                              "nothing would be removed); raise it")
         return gone
 
     def _guess(self, views: list[Block]) -> list[Part]:

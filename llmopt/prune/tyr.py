@@ -124,6 +124,8 @@ class Tyr(Pruner):
     def _guess(self, model: nn.Module, run: Run) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The same widths everywhere, as far as units go evenly into them."""
         ground = self._ground(model, run)
+        if self.ratio and run.layers is None:
+            ground.check_reachable()
         plan = ground.uniform()
         return ground.told(plan, [ground.first(b, option) for b, option in enumerate(plan)])
 

@@ -4,7 +4,16 @@ import torch
 from torch import tensor
 
 from llmopt.errors import BudgetError
-from llmopt.prune.allocate import Units, allowed_counts, check_reachable, globally, locally, normalise, survivors
+from llmopt.prune.allocate import (
+    Units,
+    allowed_counts,
+    check_reachable,
+    globally,
+    least_ratio,
+    locally,
+    normalise,
+    survivors,
+)
 from llmopt.prune.base import _slices
 
 
@@ -34,6 +43,15 @@ def test_cost_counts_and_an_unaffordable_layer_is_closed():
     found = [units(0, [1.0, 2.0], cost=10), units(1, [3.0, 4.0, 5.0, 6.0], cost=1)]      # 24 in all
     assert globally(found, 0.5) == [1, 2]
     assert globally(found, 0.25) == [0, 3]          # 6 do not pay for a unit of 10; the cheap ones keep their floor
+
+
+def test_from_the_least_ratio_on_something_leaves():
+    found = [units(0, [1.0] * 7, cost=3, counts=(7, 5)), units(1, [2.0] * 3, counts=(3,)), units(1, [4.0] * 90)]
+    for share_out, by_layer, least in ((globally, False, 1 / 114), (locally, True, 1 / 93)):
+        told = least_ratio(found, by_layer)
+        assert told - 1e-4 < least <= told and any(share_out(found, told))
+        assert not any(share_out(found, told - 1e-4))
+    assert least_ratio(found[:1], True) == pytest.approx(0.2858)              # 2 of 7: the rounding counts
 
 
 def test_chunks_are_ranked_by_their_mean():

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_named():
             Depth(units=units)
     with pytest.raises(FieldError, match="angular is of whole blocks"):
         Depth(units=["mlp"], score="angular")
-    with pytest.raises(BudgetError, match="less than one of the blocks"):
+    with pytest.raises(BudgetError, match=r"less than one of the blocks \(0.333; nothing"):
         Depth(ratio=0.2).apply(tiny.make("llama"), Run(data()))
     with pytest.raises(BudgetError, match=r"at most 0.333 of the blocks may leave, as the first and the last"):
         Depth(ratio=0.7).apply(tiny.make("llama"), Run(data()))

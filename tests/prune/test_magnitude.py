@@ -180,7 +180,7 @@ def test_bad_fields_are_named(fields, key):
 
 
 def test_ratios_that_cannot_be_met():
-    with pytest.raises(LlmoptError, match="less than one unit"):
+    with pytest.raises(LlmoptError, match=r"less than one unit of kv_groups \(0.5, rounding included; nothing"):
         Magnitude(ratio=0.1, units=["kv_groups"], refit=False).apply(tiny.make("llama"), Run())
     with pytest.raises(BudgetError, match="cannot be met"):
         Magnitude(ratio=0.99, refit=False).apply(tiny.make("llama"), Run())

@@ -31,6 +31,14 @@ def test_global_lamp_and_flap_by_hand():
     assert normalise(tensor([2.0, 2.0]), "standard").tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("scope", ["local", "lamp", "flap", "nvit", "ecoflap", "pagcp", "measured"])
+def test_less_than_one_unit_is_refused_before_any_long_work(scope, monkeypatch):
+    monkeypatch.setattr(Scope.of(scope).__class__, "removed", None)
+    with pytest.raises(BudgetError, match=r"less than one unit of ffn \(0.0\d+, rounding included; nothing"):
+        Magnitude(ratio=0.001, units=["ffn"], scope=scope).apply(tiny.make("llama"), Run(
+            [{"input_ids": tiny.ids(), "attention_mask": torch.ones_like(tiny.ids())}]))
+
+
 def test_a_budget_that_is_no_multiple_of_the_units():
     """Prices of [4, 3, 2, 1] kept units: what the last units take is more than what the first do."""
     found = [units(0, [1.0, 2.0, 3.0, 4.0], prices=(10, 9, 7, 4)), units(1, [1.5, 2.5, 3.5, 4.5], prices=(10, 6, 5, 4))]

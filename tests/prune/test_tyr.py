@@ -6,6 +6,7 @@ import torch
 
 from llmopt.calibration.prefixes import Prefixes
 from llmopt.errors import BudgetError, FieldError, LlmoptError
+from llmopt.forecast.size import predict
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.model.shapes import shapes
@@ -83,6 +84,9 @@ def test_heads_leave_equally_from_every_group():
 def test_what_cannot_be_is_named(fields, error, says):
     with pytest.raises(error, match=says):
         pruned(tiny.make("llama"), **fields)
+    if error is BudgetError:                                        # which a plan says as well
+        with pytest.raises(LlmoptError, match=says):
+            predict(tiny.make("llama"), [Tyr(**SHORT | fields)])
 
 
 def test_no_data_and_layers_that_must_be_alike():
