@@ -10,17 +10,19 @@ before the block left, on what it reads in the model as it is now:
     relative   mean_t |out_t - y_t|^2 / |y_t|^2     each token by its own size: massive activations are not all of it
     kl         mean_t KL(softmax(y_t) || softmax(out_t)) over the features
 
-C, B and f begin at 0: the first state is the block gone and nothing else. Adam (.9, .95), the rate falling by half a
-cosine after a twentieth of the steps in which it rises. Every eighth batch is held out, and the state that does best on
-those is kept. Then all is folded into plain weights, so that a block that leaves later takes along what it was given,
-and the checkpoint is that of a smaller stock model. Blocks of another kind (attention of another window, other shapes)
-learn B A and norms alone. Other than the paper: the number of blocks is rounded down, the first and the last are
-protected, and every fusion is folded at once.
+C, B and f begin at 0: the first state is the block gone and nothing else; with `repair` the writer in front of it is
+repaired in closed form first (repair.py), on the batches that are learned from. Adam (.9, .95), the rate falling by
+half a cosine after a twentieth of the steps in which it rises. Every eighth batch is held out, and the state that does
+best on those is kept. Then all is folded into plain weights, so that a block that leaves later takes along what it was
+given, and the checkpoint is that of a smaller stock model. Blocks of another kind (attention of another window, other
+shapes) learn B A, biases and norms alone. Other than the paper: the number of blocks is rounded down, the first and the
+last are protected, and every fusion is folded at once.
 
 Streamed, the blocks of one group are in memory together. Each of several processes does all of the work.
 """
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,8 +41,10 @@ from llmopt.parts import register
 from llmopt.prune.influence import left_out
 from llmopt.prune.learned import Learned, LowRank, Whole, factors
 from llmopt.prune.leaving import Leaving, Part, Parts
+from llmopt.prune.repair import repaired, writer_of
+from llmopt.scale.processes import Ranks
 
-LISTS = 5           # of activations held at once: what a group reads, what it writes, two on the way, the masks
+LISTS = 7           # of activations held at once: what a group reads and writes, four on the way, the masks
 
 
 @register("prune.fuse")
@@ -58,6 +62,8 @@ class Fuse(Leaving):
     loss: Literal["relative", "kl"] = Field("relative", description="how far the group's output is from what it was: "
                                                                     "by squares, or by softmax over the features")
     coefficients: float = Field(1e-3, gt=0, description="learning rate of C, D and f")
+    repair: bool = Field(False, description="the writer in front of a gap begins where prune.depth ends: at the least "
+                                           "squares that stand in for the block")
     rate: float = Field(9.65e-6, ge=0, description="learning rate of A, B and the norms")
 
     def take_out(self, model: nn.Module, run: Run) -> tuple[list[Part], dict[str, Any]]:
@@ -80,19 +86,21 @@ class Fuse(Leaving):
         """Ready the group around a block for going without it; figures for the record."""
         here = window([i for i in range(len(layer_list(model))) if i not in gone], index, self.group)
         found = run.memory.keep_named(f"fused {index}", lambda: self._learned(model, run, gone, here, index))
-        before, after, steps = found.pop("figures").tolist()
+        bare, repaired, after, steps = found.pop("figures").tolist()
         with torch.no_grad():
             for block in each(model, run, f"fusing block {index}", only=[i for i in here if i != index]):
                 for name, parameter in block.module.named_parameters():
                     if (key := f"{block.name}.{name}") in found:
                         parameter.copy_(found[key])
-        return {"block": index, "group": here, "steps": int(steps), "error_before": before, "error": after}
+        return {"block": index, "group": here, "steps": int(steps), "error_before": bare, "error_repaired": repaired,
+                "error": after}
 
     def _learned(self, model: nn.Module, run: Run, gone: list[int], here: list[int], index: int) -> dict[str, Tensor]:
         """By name, the parameters of the group as they are to be; "figures": errors before and after, steps."""
         memory, drawing = run.memory.reading.holding(LISTS), torch.Generator().manual_seed(run.seed)
         hidden, calls = record_calls(model, run.batches, memory)
         masks = [batch["attention_mask"].bool() for batch in run.batches]
+        learned, judged = split(len(masks))
 
         def visit(inner: int, inputs: list[Tensor]) -> Visit:
             return Visit(model, blocks(model)[inner], inputs, calls[inner], masks)
@@ -101,25 +109,42 @@ class Fuse(Leaving):
             with memory.block(model, inner):
                 hidden = memory.keep(visit(inner, hidden).outputs())
         with ExitStack() as stack:
-            wanted = hidden
+            wanted, before, behind = hidden, None, None
             for inner in here:
                 stack.enter_context(memory.block(model, inner))
+                before = visit(inner, wanted) if inner < index else before
                 wanted = memory.keep(visit(inner, wanted).outputs())
+                behind = wanted if inner == index else behind
             leaving, views = blocks(model)[index], [blocks(model)[inner] for inner in here if inner != index]
-            slow, fast = [], []
-            for block in views:
-                for part in _parts(model, block, leaving, self.rank, drawing):
-                    slow.append(part)
-                    fast += part.coefficients if isinstance(part, Fused) else []
+            slow = [part for block in views for part in _parts(model, block, leaving, self.rank, drawing)]
+            fast = [number for part in slow if isinstance(part, Fused) for number in part.coefficients]
             knobs = [Knobs(fast, self.coefficients), Knobs([n for part in slow for n in part.numbers], self.rate)]
             loss = GroupLoss([visit(block.index, hidden) for block in views], wanted, slow, self.loss)
+            with torch.no_grad():
+                bare = sum(float(loss(i)) for i in judged)
+                if self.repair and before is not None:
+                    _repair(before, behind, learned, slow)
             first, last, steps = learn(run, f"fusing {index}", loss, knobs, self.epochs, self.minutes)
             with torch.no_grad():
                 made = {part.key: part.value().detach().contiguous() for part in slow}
         for tensor in made.values():
             run.ranks.broadcast_(tensor)
-        share = loss.tokens / sum(int(masks[i].sum()) for i in split(len(masks))[1])
-        return made | {"figures": torch.tensor([first * share, last * share, steps], dtype=torch.float64)}
+        share = loss.tokens / sum(int(masks[i].sum()) for i in judged)
+        return made | {"figures": torch.tensor([bare * share, first * share, last * share, steps], dtype=torch.float64)}
+
+
+def _repair(front: Visit, behind: list[Tensor], learned: list[int], parts: list[Learned]) -> None:
+    """Let the last writer of the block in front of a gap begin as what stands in for the block that leaves best.
+
+    behind: what the stream was behind that block. learned: the batches to fit to.
+    """
+    inputs, calls, masks, wanted = ([of[i] for i in learned] for of in (front.inputs, front.calls, front.masks, behind))
+    writer = writer_of(front.block)
+    weight, bias, _ = repaired(replace(front, inputs=inputs, calls=calls, masks=masks, wanted=wanted), writer, Ranks())
+    made = {} if weight is None else {writer.key: weight, f"{writer.path}.bias": bias}
+    for part in parts:
+        if part.key in made:
+            part.begin(made[part.key])
 
 
 class Fused(LowRank):
@@ -139,15 +164,18 @@ class FusedBias(Fused):
     """b + f (.) r, r the bias of the block that leaves."""
 
     def __init__(self, projection: Projection, removed: Projection):
-        self.key, self.parameter = f"{projection.path}.bias", projection.module.bias
+        self.key, self.parameter, self.bias = f"{projection.path}.bias", projection.module.bias, projection.bias.float()
         self.removed, self.coefficients = removed.bias.float(), [torch.zeros_like(removed.bias, dtype=torch.float32)]
 
     @property
     def numbers(self) -> list[Tensor]:
         return []
 
+    def begin(self, bias: Tensor) -> None:
+        self.bias = bias.float()
+
     def value(self) -> Tensor:
-        return (self.parameter.detach().float() + self.coefficients[0] * self.removed).to(self.parameter.dtype)
+        return (self.bias + self.coefficients[0] * self.removed).to(self.parameter.dtype)
 
 
 class GroupLoss:
@@ -191,8 +219,9 @@ def _parts(model: nn.Module, block: Block, leaving: Block, rank: int, drawing: t
     for projection, removed in zip(block.projections(), leaving.projections() if alike else block.projections(),
                                    strict=True):
         yield Fused(projection, removed, rank, drawing) if alike else LowRank(projection, rank, drawing)
-        if alike and projection.bias is not None:
-            yield FusedBias(projection, removed)
+        if projection.bias is not None:
+            key = f"{projection.path}.bias"
+            yield FusedBias(projection, removed) if alike else Whole(key, projection.module.bias)
     for norm in block.norms.values():
         for name, parameter in norm.module.named_parameters():
             yield Whole(f"{norm.name}.{name}", parameter)

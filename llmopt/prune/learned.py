@@ -22,6 +22,10 @@ class Whole:
     def numbers(self) -> list[Tensor]:
         return [self.number]
 
+    def begin(self, number: Tensor) -> None:
+        """Learn from another value on."""
+        self.number.copy_(number)
+
     def value(self) -> Tensor:
         """What stands in the place of the parameter."""
         return cleared(self.number, self.zeros).to(self.parameter.dtype)
@@ -39,6 +43,10 @@ class LowRank:
     @property
     def numbers(self) -> list[Tensor]:
         return [self.up, self.down]
+
+    def begin(self, weight: Tensor) -> None:                                        # [out, in]
+        """Learn from another weight on."""
+        self.weight = weight
 
     def value(self) -> Tensor:
         """What stands in the place of the parameter."""

@@ -11,7 +11,7 @@ on rows held out, and where none does better there than the weight as it is, tha
 With a norm between writer and stream the equation is not linear, and experts are no single writer: parts leave without
 a repair then, which the record says.
 """
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from llmopt.calibration.leaving import visits_in_place
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
 from llmopt.model.architectures import NO_ENTRY, NORMS_KEPT, UNTURNED
-from llmopt.model.blocks import Projection, spec_of
+from llmopt.model.blocks import Block, Projection, spec_of
 from llmopt.prune.refit import RIDGES, Sums, fitted, held_out
 from llmopt.prune.surgery import LayerPlan
+from llmopt.scale.processes import Ranks
 
 
 @torch.no_grad()
@@ -36,22 +37,33 @@ def repair(model: nn.Module, run: Run, plan: list[LayerPlan], label: str) -> lis
                if layer.drop or layer.skip}
     figures: dict[int, dict] = {}
     for visit in visits_in_place(model, run, label, leaving):
-        found = _repaired(visit, leaving.get(visit.block.index, ()), run)
+        writer = writer_of(visit.block, leaving.get(visit.block.index, ()))
+        weight, bias, found = repaired(visit, writer, run.ranks)
+        if weight is not None:
+            writer.write(weight)
+        if bias is not None:
+            writer.bias.copy_(bias)
         figures[visit.block.index] = run.memory.remember(f"repair {visit.block.index}", lambda known=found: known)
     told = [figures[index] if index in figures else run.memory.remember(f"repair {index}", dict)
             for index in range(len(plan))]
     return [one for one in told if one]
 
 
-def _repaired(visit: Visit, gone: tuple[str, ...], run: Run) -> dict[str, Any]:
+def writer_of(block: Block, gone: Collection[str] = ()) -> Projection | None:
+    """The last writer of a block that loses these parts; None where it is none of those that can be repaired."""
+    return block.attn_out if block.ffn_out is None or "mlp" in gone else block.ffn_out
+
+
+def repaired(visit: Visit, writer: Projection | None, ranks: Ranks
+             ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+    """(weight [out, in], bias, figures) with which the block writes `visit.wanted`, as near as its last writer can.
+
+    None for what it has not, and for both where no equation tells them.
+    """
     block = visit.block
-    writer = block.attn_out if block.ffn_out is None or "mlp" in gone else block.ffn_out
-    if block.form in UNTURNED or block.form in NORMS_KEPT:
-        return {"name": block.name, "ridge": None, "note": "a norm stands between its writers and the stream"}
-    if not spec_of(visit.model).ffn_out:
-        why = "its last writers are experts" if spec_of(visit.model).known else NO_ENTRY
-        return {"name": block.name, "ridge": None, "note": why}
-    sums, bias = Sums(held_out(visit.masks, run.ranks), run.ranks), writer.bias is not None
+    if why := _not_linear(visit):
+        return None, None, {"name": block.name, "ridge": None, "note": why}
+    sums, bias = Sums(held_out(visit.masks, ranks), ranks), writer.bias is not None
     for x in _augmented(visit, writer, bias):
         sums.add(x)
     weight = writer.weight
@@ -59,10 +71,16 @@ def _repaired(visit: Visit, gone: tuple[str, ...], run: Run) -> dict[str, Any]:
                      torch.eye(len(weight), device=weight.device)], 1)
     found, figures = fitted(writer, old, torch.arange(old.shape[1] - len(weight), device=weight.device), sums,
                             (*RIDGES, 10.0))
-    writer.write(found[:, :weight.shape[1]])
-    if bias:
-        writer.bias.copy_(found[:, -1])
-    return figures
+    return found[:, :weight.shape[1]], found[:, -1] if bias else None, figures
+
+
+def _not_linear(visit: Visit) -> str | None:
+    """Why no equation tells what the last writer of a block should write; None: one does."""
+    if visit.block.form in UNTURNED or visit.block.form in NORMS_KEPT:
+        return "a norm stands between its writers and the stream"
+    if spec_of(visit.model).ffn_out:
+        return None
+    return "its last writers are experts" if spec_of(visit.model).known else NO_ENTRY
 
 
 def _augmented(visit: Visit, writer: Projection, bias: bool) -> Iterator[Tensor]:

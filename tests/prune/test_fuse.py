@@ -6,7 +6,7 @@ import torch
 
 from llmopt.method import Run
 from llmopt.model.blocks import blocks, layer_list
-from llmopt.prune import Fuse
+from llmopt.prune import Depth, Fuse
 from llmopt.prune.fuse import Fused, FusedBias, GroupLoss, _parts, window
 from llmopt.prune.learned import LowRank, Whole
 from llmopt.prune.surgery import LayerPlan, apply_plan
@@ -72,6 +72,24 @@ def test_the_group_learns_and_what_is_folded_is_what_has_learned():
     apply_plan(bare, [LayerPlan(drop=index == told["block"]) for index in range(4)], Run())
     assert error(bare) == pytest.approx(told["error_before"], rel=1e-4)
     assert error(model) == pytest.approx(told["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_begins_with_the_repair_of_prune_depth(family):
+    """Fitted to the batches that it learns from, so that the others can judge."""
+    rows, told = data(16), {}
+    models = {repair: scaled(tiny.make(family, num_hidden_layers=4), 2, 0.3) for repair in (False, True)}
+    for repair, model in models.items():
+        told[repair], = Fuse(ratio=0.25, epochs=0.4, rank=2, rate=0, coefficients=1e-12, repair=repair).apply(
+            model, Run(rows)).meta["fusions"]
+    assert told[True]["block"] == 2 and told[True]["steps"] == 1
+    assert told[True]["error_before"] == pytest.approx(told[False]["error_before"])
+    assert told[False]["error_repaired"] == told[False]["error_before"]
+    assert told[True]["error"] == told[True]["error_repaired"] < 0.99 * told[True]["error_before"]
+    depth = scaled(tiny.make(family, num_hidden_layers=4), 2, 0.3)
+    Depth(ratio=0.25, score="mi").apply(depth, Run(rows[1:]))
+    for name, parameter in depth.named_parameters():
+        torch.testing.assert_close(models[True].get_parameter(name), parameter)
 
 
 def test_the_block_of_least_macro_influence_leaves_and_a_second_one_is_measured_anew():
