@@ -32,6 +32,7 @@ from tests import table, tiny
 from tests.tiny import BASE, EXPERTS, GATED, WIDE
 
 TABLE = {cell: reason for cell, reason in table.read().items() if cell[0] in SPECS}
+PLAIN = {"bits": 4, "group_size": 16, "clip": False, "sweeps": 0}
 GLOBAL = {"ratio": 0.3, "scope": "global", "normalize": "none"}
 CELLS = {
     "heads.*": ("heads.gradient", {}),
@@ -174,7 +175,7 @@ def test_a_config_of_the_wild_survives_a_whole_recipe(name, tmp_path):
     unit = "kv_groups" if "moe" in name else "ffn"
     before = behaviour(model)
     for part, fields in [("heads.span", {}), ("prune.magnitude", {"ratio": 0.5, "units": [unit]}),
-                         ("quant.gptq", {"bits": 4, "group_size": 16}), CELLS["attention.*"], CELLS["kv.*"]]:
+                         ("quant.gptq", PLAIN), CELLS["attention.*"], CELLS["kv.*"]]:
         step(part, fields, model, ahead=(build("quant.rtn", {"group_size": 16}),))
     llmopt.save(model, tmp_path / "out", format="dense" if name.startswith("gpt2") else "portable")
     fresh, _ = load(tmp_path / "out")

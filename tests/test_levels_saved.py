@@ -31,8 +31,7 @@ def pairs(every, ways=tuple(WAYS)):
             for i, kind in enumerate(UNKNOWN) for j, way in enumerate(ways)]
 
 
-
-@pytest.mark.parametrize(("kind", "way"), pairs(2))
+@pytest.mark.parametrize(("kind", "way"), pairs(3))
 def test_quantized_and_loaded_again(kind, way, tmp_path):
     model, ids = tiny.make(kind), tiny.ids(4, 24)
     before = model(ids, use_cache=False).logits

@@ -19,7 +19,8 @@ from tests import tiny, warm
 from tests.command import ROOT, command, torchrun
 
 STEPS = ("[heads.span: {}, prune.magnitude: {ratio: 0.2, units: [ffn]}, "
-         "quant.gptq: {bits: 3, group_size: 16, allocate: lim}, kv.snapkv: {ratio: 0.5, window: 8}]")
+         "quant.gptq: {bits: 3, group_size: 16, allocate: lim, clip: false, sweeps: 0}, "
+         "kv.snapkv: {ratio: 0.5, window: 8}]")
 
 
 def prepare(folder: Path, steps: str = STEPS, **changes) -> Path:
@@ -113,7 +114,7 @@ def kill(process: subprocess.Popen, rank: int | None, number: signal.Signals) ->
     (1, signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.full) for case in (
         (0, signal.SIGKILL), (1, signal.SIGINT), (None, signal.SIGINT), (None, signal.SIGTERM)))])
 def test_a_process_that_dies_ends_the_run(rank, number, tmp_path):
-    steps = STEPS.replace("heads.span: {}, ", "").replace("quant.gptq: {", "quant.gptq: {sweeps: 0, ")
+    steps = STEPS.replace("heads.span: {}, ", "")
     file = prepare(tmp_path, steps, hidden_size=256, intermediate_size=1024)
     process = launch("-m", "llmopt", "compress", "--recipe", file, "--output", tmp_path / "out", "--stream")
     deadline = time.monotonic() + 150

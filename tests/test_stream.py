@@ -34,8 +34,8 @@ from tests.test_contract import FIELDS, family_for, own_fields
 
 STEPS = {
     "rtn": "[quant.rtn: {bits: 4, group_size: 32}]",
-    "gptq": "[quant.gptq: {bits: 3, group_size: 32}]",
-    "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim, sweeps: 0}]",
+    "gptq": "[quant.gptq: {bits: 3, group_size: 32, clip: false}]",
+    "lim": "[quant.gptq: {bits: 3, group_size: 32, allocate: lim, sweeps: 0, clip: false}]",
     "measured": "[quant.gptq: {bits: 3.5, group_size: 32, group_sizes: [16, -1], allocate: sensitivity, "
                 "widths: [3, 4], sweeps: 0, plans: 1}]",
     "estimated": "[quant.rtn: {bits: 3.5, group_size: 32, allocate: hessian, widths: [3, 4]}]",
@@ -45,10 +45,11 @@ STEPS = {
     "widths": "[prune.wanda: {ratio: 0.3, scope: {measured: {shares: [0.5], plans: 1}}}, "
               "prune.magnitude: {units: [ffn], refit: false, scope: {ecoflap: {order: first}}}, "
               "prune.magnitude: {units: [ffn], refit: false, scope: {pagcp: {growth: 1.5}}}]",
-    "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, quant.gptq: {bits: 4, group_size: 32, sweeps: 0}]",
+    "blocks": "[prune.magnitude: {ratio: 0.4, units: [blocks]}, "
+              "quant.gptq: {bits: 4, group_size: 32, sweeps: 0, clip: false}]",
     "parts": "[prune.magnitude: {ratio: 0.3, units: [attention, mlp]}, attention.a_shape: {sinks: 2, window: 8}]",
     "all": "[prune.magnitude: {ratio: 0.2, scope: global, units: [ffn], refit: false}, "
-           "quant.gptq: {bits: 4, group_size: 16}, attention.a_shape: {sinks: 2, window: 8, min_length: 0}, "
+           "quant.gptq: {bits: 4, group_size: 16, sweeps: 0}, attention.a_shape: {sinks: 2, window: 8, min_length: 0}, "
            "kv.snapkv: {ratio: 0.5, window: 8}]",
     "heads": "[heads.span: {}, prune.magnitude: {ratio: 0.3, scope: global, units: [kv_groups], refit: false}, "
              "kv.snapkv: {ratio: 0.5, window: 8, allocate: heads, heads: heads.span}]",

@@ -116,14 +116,16 @@ def test_only_numbers_of_bits_are_taken():
 PLANS = {
     "tied": ("llama", "[quant.rtn: {group_size: 32, embedding: {bits: 8}}]", "", {"tie_word_embeddings": True}),
     "beside": ("llama", "[quant.rtn: {bits: 4, group_size: 32, embedding: {bits: 6}}]", "", {}),
-    "alike": ("llama", "[quant.gptq: {bits: 3, group_size: 32, sweeps: 0, embedding: {bits: 3}}]", "", {}),
+    "alike": ("llama", "[quant.gptq: {bits: 3, group_size: 32, sweeps: 0, clip: false, embedding: {bits: 3}}]", "",
+              {}),
     "rotated": ("llama", "[transform.rotate: {}, quant.rtn: {group_size: 32, embedding: {bits: 8}, head: {bits: 5}}, "
                          "kv.streaming: {budget: 16}]", "", {"tie_word_embeddings": True}),
     "dense": ("gpt2", "[quant.rtn: {group_size: 32, embedding: {bits: 6}}]", "format: dense\n", {}),
     "buffers": ("gemma3_text", "[quant.rtn: {group_size: 32, embedding: {bits: 8}}]", "", {})}
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ("tied", "dense") else name
+                                  for name in PLANS])
 def test_streamed_and_resumed_runs_write_the_bytes_of_one_in_memory(name, tmp_path, monkeypatch):
     family, steps, extra, changes = PLANS[name]
     made = plan(tmp_path, dense(tmp_path, family, **changes), steps, extra)
