@@ -123,6 +123,20 @@ def test_layers_that_cannot_run_one_by_one_are_refused_by_name(kind, fields, exp
         llmopt.compress(AutoModelForCausalLM.from_config(config), [build("quant.rtn", {})])
 
 
+def test_both_looks_that_failed_are_told(monkeypatch):
+    told = {discovery.LOOKING: "it asks for a mask", None: "it has no such layer"}
+
+    def seen(model, path, attention):
+        raise LlmoptError(told[attention])
+
+    monkeypatch.setattr(discovery, "_seen", seen)
+    with pytest.raises(LlmoptError, match="^it asks for a mask; with its own attention: it has no such layer$"):
+        discovery.found_of(tiny.make("bloom"), "transformer.h")
+    told[None] = told[discovery.LOOKING]
+    with pytest.raises(LlmoptError, match="^it asks for a mask$"):
+        discovery.found_of(tiny.make("bloom"), "transformer.h")
+
+
 def test_a_plan_tells_what_stays_dense():
     told = predict(tiny.make("llama4_text"), [build("quant.rtn", {"group_size": 16})], "dense").steps[0][1]
     assert "left dense: 1 gate_up_proj, 1 down_proj (it is a stack of matrices, as experts are, and its products " \

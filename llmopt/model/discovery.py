@@ -162,8 +162,9 @@ def _look(model: nn.Module, path: str) -> list[Found]:
     except LlmoptError as first:
         try:
             return _seen(model, path, None)
-        except LlmoptError:
-            raise first from None
+        except LlmoptError as second:
+            told = dict.fromkeys([str(first), str(second)])
+            raise LlmoptError("; with its own attention: ".join(told)) from second
 
 
 def _seen(model: nn.Module, path: str, attention: str | None) -> list[Found]:
