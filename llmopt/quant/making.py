@@ -21,7 +21,7 @@ from llmopt.quant import kinds
 from llmopt.quant.grid import Spec
 from llmopt.quant.plan import Target
 from llmopt.quant.settings import Settings
-from llmopt.quant.zeros import live
+from llmopt.quant.zeros import held, live
 from llmopt.scale.processes import Ranks
 
 Wanted = Mapping[str, Sequence[Target]]         # by the name of a weight: what it is to be made into
@@ -112,7 +112,9 @@ class Making:
             _check_finite(p)
         with naming(visit.block.name):
             specs = {p.name: self._spec(p, todo[p.name], wholes) for p in chosen}
-            yield from self.step.solver.quantize_block(visit, specs, self.run)
+            for p, made in self.step.solver.quantize_block(visit, specs, self.run):
+                made.figures |= held(specs[p.name].live)
+                yield p, made
 
     def _spec(self, projection: Projection, target: Target, wholes: kinds.Wholes | None = None) -> Spec:
         """The grid of a dense weight, with the zeros that it is to keep."""
@@ -145,8 +147,10 @@ class Making:
         with naming(projection.name):
             own = team.share(projection.weight).to(torch.float32, copy=True)
             own = own.contiguous()              # so that a row's last bits do not depend on how many others there are
-            spec = replace(spec, live=None if spec.live is None else team.share(spec.live))
-            return self.step.solver.quantize(own, None if isinstance(stats, Peak) else stats, spec)
+            shared = replace(spec, live=None if spec.live is None else team.share(spec.live))
+            made = self.step.solver.quantize(own, None if isinstance(stats, Peak) else stats, shared)
+        made.figures |= held(spec.live)
+        return made
 
     @torch.no_grad()
     def _write(self, target: Target, projection: Projection, stats: Seen, part: Quantized, team: Ranks) -> None:
@@ -157,8 +161,6 @@ class Making:
         whole = _whole(part, projection, team)
         whole.figures |= {name: total[name] for name in sums if name in total}
         whole.figures |= stats.told if isinstance(stats, Moments) else {}
-        held = live(projection.weight, self.step.keep_zeros)
-        whole.figures |= {} if held is None else {"zeros": int((~held).sum())}
         whole.figures["weight_error"] = total["lost"] / max(total["all"], 1e-30)
         if isinstance(stats, Moments):
             whole.figures["output_error"] = total["lost output"] / max(total["all output"], 1e-30)

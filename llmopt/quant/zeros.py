@@ -26,9 +26,14 @@ def keeps(keep: Keep, share: float) -> bool:
     return keep is True or keep == "auto" and share >= MASKED
 
 
+def held(live: Tensor | None) -> dict[str, int]:
+    """The figure that the record of a weight has of the zeros that stay in it; live: see the function."""
+    return {} if live is None else {"zeros": int((~live).sum())}
+
+
 def told(figures: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> list[str]:
     """A note on the weights [by name] whose zeros were held; figures: what is known of each, its `zeros` if they were.
     """
-    held = {name: of["zeros"] for name, of in figures.items() if "zeros" in of}
-    share = sum(held.values()) / max(1, sum(sizes[name] for name in held))
-    return [f"zeros of {len(held)} weights stay zeros ({share:.1%} of these)"] if held else []
+    counts = {name: of["zeros"] for name, of in figures.items() if "zeros" in of}
+    share = sum(counts.values()) / max(1, sum(sizes[name] for name in counts))
+    return [f"zeros of {len(counts)} weights stay zeros ({share:.1%} of these)"] if counts else []

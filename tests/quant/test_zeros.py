@@ -9,7 +9,7 @@ from llmopt.model.blocks import blocks
 from llmopt.model.forms import FORMS
 from llmopt.model.weights import Projection
 from llmopt.prune import Wanda
-from llmopt.quant import GPTQ, HQQ, RTN, AutoRound, Tune
+from llmopt.quant import GPTQ, HQQ, RTN, AutoRound, Tune, making
 from llmopt.quant.grid import Spec
 from llmopt.quant.latent import Following, Held
 from llmopt.quant.start import _solved
@@ -95,6 +95,14 @@ def test_a_pattern_outlives_every_solver(name):
     assert meta["notes"] == ["zeros of 21 weights stay zeros (50.0% of these)"]
     told = meta["modules"]["model.layers.1.mlp.down_proj"]
     assert told["zeros"] == 64 * 96 / 2 and told["bits"] == STEPS[name].bits
+
+
+@pytest.mark.parametrize("name", ["rtn", "autoround"])
+def test_a_weight_is_asked_for_its_mask_once(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(making, "live", lambda weight, keep: asked.append(weight) or live(weight, keep))
+    STEPS[name].apply(make("llama", num_hidden_layers=1), Run(batches()))
+    assert len(asked) == 7
 
 
 @pytest.mark.parametrize("kind", [Held, Following])
