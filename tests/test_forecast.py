@@ -29,7 +29,7 @@ from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
 from llmopt.prune import Magnitude, Taylor
 from llmopt.quant import RTN
-from llmopt.run.dry_run import Rehearsal, dry_run
+from llmopt.run.dry_run import Rehearsal, _works, dry_run
 from llmopt.run.foresight import Foresight
 from llmopt.run.opening import Streaming
 from llmopt.scale import pages
@@ -134,6 +134,18 @@ def test_a_dry_run_works_on_one_block_and_leaves_nothing(family, steps, tmp_path
         assert told["predicted_seconds"][0] <= told["predicted_seconds"][1]
         assert told["predicted_memory"] == max(private for _, private in told["peaks"])
     assert list(scratch.iterdir()) == []
+
+
+def test_what_one_block_cannot_do_is_told_from_a_fault_of_ours():
+    def foreign():
+        raise KeyError("layers.1")
+
+    def refused():
+        raise LlmoptError("one layer is too few")
+
+    assert [_works(do) for do in (foreign, refused, dict)] == [False, False, True]
+    with pytest.raises(AttributeError):
+        _works(private_bytes, None)
 
 
 def test_too_little_memory_is_said_with_what_helps():

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from llmopt.errors import LlmoptError
@@ -16,6 +17,7 @@ MAX_COUNTED = {"layer": 1_000, "label": 100_000}    # keys of a config with thes
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WORK = ".llmopt-work"                               # behind the name of an output: where a run keeps unfinished work
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OURS = ("llmopt", "llmopt_kernels", "llmopt_evals")
 CONVERT = 'python -c "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}).save_pretrained(NEW)"'
 
 
@@ -236,6 +238,20 @@ def refusals(what: str) -> Iterator[None]:
     except LlmoptError:
         raise
     except Exception as error:
+        raise LlmoptError(f"{what}: {fact_of(error)}") from error
+
+
+@contextmanager
+def foreign_refusals(what: str) -> Iterator[None]:
+    """`refusals` for work that our own code takes part in: an error that is raised there stays what it is."""
+    try:
+        yield
+    except LlmoptError:
+        raise
+    except Exception as error:
+        *_, (last, _) = walk_tb(error.__traceback__)
+        if last.f_globals["__name__"].partition(".")[0] in OURS:
+            raise
         raise LlmoptError(f"{what}: {fact_of(error)}") from error
 
 
