@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from llmopt_kernels import NONE, sparse_attention, sparse_partial
-from pydantic.dataclasses import dataclass
 from torch.testing import assert_close
 
 from llmopt import attention as a
@@ -60,31 +59,29 @@ def test_all_of_it_is_dense_attention(name, rule):
             assert pairs.tolist() == [int(seen.sum())] * H
 
 
-@dataclass(frozen=True)
-class Watched(a.BlockTopK):
-    """Tells for how many queries blocks are chosen."""
+@pytest.fixture
+def chosen(monkeypatch) -> list[tuple[int, int]]:
+    """(queries, keys) of every time that blocks have been chosen."""
+    found, select = [], a.BlockTopK.select
+    monkeypatch.setattr(a.BlockTopK, "select", lambda self, q, k, state: (
+        found.append((q.shape[1], k.shape[1])), select(self, q, k, state))[1])
+    return found
 
-    def select(self, q, k, state):
-        ROWS.append((q.shape[1], k.shape[1]))
-        return super().select(q, k, state)
 
-
-ROWS: list[tuple[int, int]] = []
 LONG = {"num_hidden_layers": 1, "max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize("least", [8, 0])
 @pytest.mark.parametrize("keep", [0, 99])
-def test_what_is_no_faster_is_computed_densely(keep, least):
+def test_what_is_no_faster_is_computed_densely(keep, least, chosen):
     model, tokens = make("llama", **LONG), ids(1, 4096)
-    ROWS.clear()
     with torch.no_grad():
         want = model(tokens).logits
-        with runtime.attached(model, Watched(block=64, keep=keep, min_length=least)):
+        with runtime.attached(model, a.BlockTopK(block=64, keep=keep, min_length=least)):
             got = model(tokens).logits
             density = float(runtime.attachment(model).stats[0].density.mean())
     middle = [(TRIAL, 2048)] if least else []                      # tried on a few rows first
-    assert middle + ([(4096, 4096)] if keep == 0 or not least else []) == ROWS
+    assert middle + ([(4096, 4096)] if keep == 0 or not least else []) == chosen
     assert density == (1.0 if keep else pytest.approx((4096 * 65 / 2 + 64 * 64 * 63) / (4096 * 4097 / 2)))
     assert torch.equal(got, want) == (keep > 0 and least > 0)
 
