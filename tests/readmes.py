@@ -23,7 +23,8 @@ FILES = {"my.yaml": "steps: [quant.rtn: {bits: 4, group_size: 32}]\n",
          "calibration.txt": "a text of thirty two tokens or more, to calibrate on " * 8}
 # Less data than the page has, so that a command takes a second.
 LESS = {"compress": ("--set", "data.samples=2", "--set", "data.length=32", "--set", "eval.limit=1"),
-        "eval": ("--limit", "1"), "heads": ("--samples", "2", "--length", "32")}
+        "eval": ("--limit", "1"), "heads": ("--samples", "2", "--length", "32"),
+        "llmopt_evals.needles": ("--documents", "1", "--needles", "1")}
 # Commands that no test runs as they stand, and why. Their options are held against the command's own.
 READ = {"-m venv": "run by .ci/run", "pip": "run by .ci/run", "pytest": "these tests", "ruff": "run by .ci/run",
         "--recipe quickstart": "run by .ci/run", "push": "a hub account", "pull": "the hub", "m7": "13 GB",
@@ -107,7 +108,8 @@ def furnish(folder: Path) -> None:
     text = perplexity_text(40, 60)
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(text))
     tokenizer = tiny.tokenizer(text)
-    model = tiny.make("llama", vocab_size=len(tokenizer), intermediate_size=128, max_position_embeddings=1024)
+    model = tiny.make("llama", vocab_size=len(tokenizer), intermediate_size=128, max_position_embeddings=1024,
+                      num_hidden_layers=2)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, content in FILES.items():

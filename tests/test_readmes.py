@@ -26,8 +26,8 @@ def furnished(tmp_path_factory):
 class Shell:
     """Runs the commands of a page, in this process where that is the same."""
 
-    def __init__(self, monkeypatch, capfd, full: bool):
-        self.patch, self.capfd, self.full = monkeypatch, capfd, full
+    def __init__(self, monkeypatch, capfd, full: bool, made: dict):
+        self.patch, self.capfd, self.full, self.made = monkeypatch, capfd, full, made
 
     def run(self, line: str) -> None:
         given = words(line)
@@ -42,12 +42,19 @@ class Shell:
         """The command, whose output may go to a file."""
         *given, target = given if ">" in given else (*given, None)
         given = [word for word in given if word != ">"]
+        output = given[given.index("--output") + 1] if given[0] == "compress" and "--output" in given else None
+        asked = tuple(word for word in given if word != output)
+        if output and asked in self.made:
+            shutil.copytree(self.made[asked], self.folder / output)
+            return
         self.capfd.readouterr()
         code = call(self.patch, *given, *LESS.get(given[0], ()))
         out, errors = self.capfd.readouterr()
         assert code == 0, errors
         if target:
             (self.folder / target).write_text(out)
+        if output and "--resume" not in given:
+            self.made[asked] = self.folder / output
 
     def other(self, line: str, given: list[str]) -> None:
         """A module, in a process of its own; several processes under torchrun."""
@@ -55,14 +62,22 @@ class Shell:
         launch, variables = torchrun(*given[given.index("-m"):]) if given[0] == "torchrun" else command()
         if given[0] == "torchrun":
             launch += LESS[given[given.index("llmopt") + 1]]
+        else:
+            given += LESS.get(given[2], ())
         done = warm.run(*(launch[1:] if given[0] == "torchrun" else given[1:]), env=variables, cwd=self.folder)
         assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def made():
+    """{words of a compression, but the name of its output: the folder that came of it}; it is not run twice."""
+    return {}
+
+
 @pytest.fixture
-def shell(furnished, tmp_path, monkeypatch, capfd, request):
+def shell(furnished, made, tmp_path, monkeypatch, capfd, request):
     """A shell in a fresh copy of the furnished folder."""
-    found = Shell(monkeypatch, capfd, request.config.getoption("--full"))
+    found = Shell(monkeypatch, capfd, request.config.getoption("--full"), made)
     found.folder = shutil.copytree(furnished, tmp_path / "page")
     monkeypatch.chdir(found.folder)
     return found

@@ -1,8 +1,5 @@
 """The lm-eval model class: equal to `hf` where nothing is dropped, and really under compression where something is."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import llmopt
-from tests.command import ROOT, call
+from tests import warm
+from tests.command import call, command
 
 TASKS = ["world_ppl", "world_facts", "world_copy", "world_recall_40_aware", "world_recall_40_agnostic"]
 
@@ -156,12 +154,10 @@ def test_the_command_scores_a_checkpoint_with_its_small_cache(forgetful, monkeyp
 
 
 def test_lm_evals_own_command_knows_the_class(forgetful, tmp_path):
-    line = [sys.executable, "-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={forgetful}",
+    line = ["-m", "llmopt_evals", "--model", "llmopt", "--model_args", f"pretrained={forgetful}",
             "--tasks", "world_recall_40_aware", "--include_path", str(tasks_path()), "--limit", "3", "--device", "cpu",
             "--output_path", str(tmp_path)]
-    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "evals"))
-    run = subprocess.run(line, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                         text=True, timeout=300)
+    run = warm.run(*line, env=command()[1])
     assert run.returncode == 0, run.stderr
     results, = tmp_path.rglob("results_*.json")
     found = json.loads(results.read_text())

@@ -1,8 +1,5 @@
 """The committed weights: their shape, what they know, and that damage shows."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from llmopt_evals.world import reference_path
@@ -10,6 +7,9 @@ from llmopt_evals.world.check import brittleness, knowledge, table
 from llmopt_evals.world.damage import round_to_nearest, without_channels
 from llmopt_evals.world.model import build, export
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import warm
+from tests.command import command
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,5 @@ def test_channels_removed_are_the_share_asked_for(model):
 
 def test_check_fails_a_model_that_knows_nothing(tmp_path):
     export(build(num_hidden_layers=1), tmp_path / "blank", [])
-    command = [sys.executable, "-m", "llmopt_evals.world.check", str(tmp_path / "blank"), "--documents", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run("-m", "llmopt_evals.world.check", tmp_path / "blank", "--documents", "2", env=command()[1])
     assert done.returncode == 1 and "MISSED" in done.stdout
