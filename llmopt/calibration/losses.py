@@ -58,3 +58,18 @@ def drawn_slopes(model: nn.Module, hidden: Tensor, drawing: torch.Generator) -> 
         drawn = torch.multinomial(logs.detach().exp().flatten(0, 1), 1, generator=drawing).view(*logs.shape[:2], 1)
         found[:, part] = torch.autograd.grad(logs.gather(-1, drawn).sum(), some)[0]
     return found
+
+
+def odds_slopes(model: nn.Module, hidden: Tensor) -> Tensor:      # [B, T, E]
+    """d log(p / (1 - p))/dhidden, summed over the tokens, where p is that of the successor that the model prefers.
+
+    Unlike log p it goes on rising where the model is sure. As many tokens at a time as LOGITS allows.
+    """
+    found = torch.zeros_like(hidden)
+    for part in _pieces(model, hidden.new_ones(len(hidden), hidden.shape[1])):
+        some = hidden[:, part].detach().requires_grad_()
+        logits = logits_of(model, some).float()
+        best = logits.detach().argmax(-1, keepdim=True)
+        others = logits.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)
+        found[:, part] = torch.autograd.grad((logits.gather(-1, best) - others).sum(), some)[0]
+    return found

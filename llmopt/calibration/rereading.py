@@ -8,21 +8,22 @@ from llmopt_kernels import Rule, attention_weights, dense_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from llmopt.calibration.losses import drawn_slopes
-from llmopt.model.blocks import decoder
+from llmopt.calibration.losses import odds_slopes
+from llmopt.model.blocks import blocks, decoder
 from llmopt.runtime.interface import attending_by, llmopt_mask
 from llmopt.runtime.replay import chunks
 
 NAME = "llmopt_reread"      # of the attention function
 KEY = "_llmopt_reread"      # where attention modules keep what they have computed
+CHUNK = 256                 # tokens of the second reading that share one backward pass
 
 
 @dataclass(frozen=True)
 class Reread:
     """One layer while a chunk of t tokens is read behind its context, over the last S of all `seen` positions.
 
-    weights: attention [H, t, S]; values [G, S, D]; output: [H, t, D]; slope: what the log-probability of a token drawn
-    from the model's own prediction gains by it, summed over the chunk [H, t, D]. All fp32.
+    weights: attention [H, t, S]; values [G, S, D]; output: [H, t, D]; slope: what is made of the model's predictions,
+    summed over the chunk, gains by it [H, t, D]. All fp32.
     """
 
     layer: int
@@ -33,13 +34,14 @@ class Reread:
     slope: Tensor
 
 
-def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, see: Callable[[Reread], None]) -> None:
+def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, slopes: Callable[[Tensor], Tensor],
+           see: Callable[[Reread], None]) -> None:
     """Read the context `ids` [n], then again in chunks of `size` tokens, each on its own and shown layer by layer.
 
-    Gradients reach the attention outputs of the chunk; one backward pass a chunk. Tokens are drawn from a fixed seed.
+    slopes: what is made of the predictions, by the decoder's output [1, t, E], changes by it [1, t, E]. Gradients reach
+    the attention outputs of the chunk; one backward pass a chunk.
     """
     found: list[tuple[int, Tensor, Tensor, Tensor]] = []
-    drawing = torch.Generator(model.device).manual_seed(0)
     read, ids = decoder(model), ids.to(model.device)
     model.requires_grad_(False)
     with attending_by(model, NAME, KEY, lambda layer, module: (found, layer)):
@@ -51,10 +53,38 @@ def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, see: Call
             with torch.enable_grad():
                 hidden = read(input_ids=chunk[None], past_key_values=deepcopy(whole), use_cache=True)[0]
                 outputs = [output for *_, output in found]
-                slopes = torch.autograd.grad(hidden, outputs, drawn_slopes(model, hidden, drawing))
-            for (layer, weights, values, output), slope in zip(found, slopes, strict=True):
+                own = torch.autograd.grad(hidden, outputs, slopes(hidden))
+            for (layer, weights, values, output), slope in zip(found, own, strict=True):
                 see(Reread(layer, len(ids) + len(chunk), *(x.detach()[0].float() for x in
                                                            (weights, values, output, slope))))
+
+
+def replay_odds(model: nn.Module, ids: Tensor, asked: list[int], size: int) -> list[Tensor]:
+    """By layer, how far predictions move when an entry of the context `ids` [n] goes alone: [G, n], 1 on average.
+
+    sum over the tokens t of the second reading of (sum over the heads h of the group of
+    g_t^h . (o_t^h - v_j) a_tj^h / (1 - a_tj^h))^2          g: the slope of the log odds of what the model prefers
+
+    To the first order; attention a to the others rises to fill the gap. [0, n] where attention is skipped.
+    """
+    found = [torch.zeros(block.kv_heads if block.attention is not None else 0, len(ids)) for block in blocks(model)]
+
+    def see(part: Reread) -> None:
+        moved, slid = moves(part).square().sum(1).cpu(), part.seen - part.weights.shape[-1]
+        found[part.layer][:, slid:] += moved[:, :len(ids) - slid]
+
+    reread(model, ids, asked, size, lambda hidden: odds_slopes(model, hidden), see)
+    even = torch.cat([layer.flatten() for layer in found]).mean().clamp(min=1e-30)
+    return [layer / even for layer in found]
+
+
+def moves(part: Reread) -> Tensor:
+    """What each entry's going alone takes from what the slopes are of: [G, t, S]."""
+    groups = len(part.values)
+    told = part.slope @ part.values.mT.repeat_interleave(len(part.weights) // groups, 0)              # [H, t, S]
+    whole = (part.slope * part.output).sum(-1, keepdim=True)
+    weights = part.weights.clamp(max=1 - 1e-3)
+    return (weights / (1 - weights) * (whole - told)).unflatten(0, (groups, -1)).sum(1)
 
 
 def reread_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

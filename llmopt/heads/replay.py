@@ -2,10 +2,12 @@
 
     s_j = max over queries t of the second reading, and over the heads h of the group, of a_tj^h           (KVzip)
     plus: of a_tj^h * |v_j W_O^h| / |x_t|            x_t: what the layer's attention reads at t            (KVzip+)
+    odds: in their place, how far the model's predictions would move without the entry (calibration/rereading.py)
     at r of the entries kept: how many of a head's entries are among the best r of all heads of all layers
 
 Replay scores: KVzip (arXiv:2505.23416), KVzip+ (arXiv:2601.07891); their thresholds as budgets per head that are fixed
-once: the idea of LU-KV (arXiv:2602.08585). First and last entries, which every head keeps, are left out, and those that
+once: the idea of LU-KV (arXiv:2602.08585). Odds are ours; their form is that of DropKV, along the slope of the
+predictions. First and last entries, which every head keeps, are left out, and those that
 a sliding window has left behind. A score of 1 is an even share.
 """
 from dataclasses import replace
@@ -16,7 +18,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.errors import LlmoptError
+from llmopt.calibration.rereading import CHUNK, replay_odds
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.heads.base import HeadScore
 from llmopt.method import Record, Replayed, Run, Sample
 from llmopt.model.blocks import blocks
@@ -42,8 +45,17 @@ class Replay(HeadScore):
     length: int = Field(2048, ge=64, le=1_000_000, description="tokens of each")
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
     plus: bool = Field(False, description="weigh attention by what the value does to the residual stream (KVzip+)")
+    odds: bool = Field(False, description="how far predictions move without the entry, by gradients, in the place of "
+                                          "attention; three times the work")
     sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
     window: int = Field(32, ge=0, description="last entries, always kept and left out here")
+
+    def check(self) -> None:
+        if self.odds and self.plus:
+            raise FieldError("plus", True, "false with odds, which know values too")
+
+    def backward(self, rows: int, length: int) -> int:
+        return min(CHUNK, self.length) if self.odds else 0
 
     def sample(self, run: Run) -> Sample:
         if not run.batches:
@@ -68,7 +80,8 @@ class Replay(HeadScore):
         """{"piece.layer": scores [G, n]}."""
         found = {}
         for i in run.progress(range(len(pieces)), self.name):
-            scores = replay_scores(model, pieces[i], asked, self.chunk, self.plus)
+            scores = (replay_odds(model, pieces[i], asked, min(CHUNK, self.chunk)) if self.odds
+                      else replay_scores(model, pieces[i], asked, self.chunk, self.plus))
             found |= {f"{i}.{layer}": part for layer, part in enumerate(scores)}
         return found
 

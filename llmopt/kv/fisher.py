@@ -9,17 +9,18 @@ E / 2 is the second-order (Fisher) estimate of the KL divergence between the pre
 of a model with this one head cut; several heads are taken to add up. Unlike the replay mass of `captured` it knows
 values, and heads whose attention nothing depends on. Ours; the form is that of Optimal Brain Surgeon for outputs.
 """
+from functools import partial
+
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.rereading import Reread, reread
+from llmopt.calibration.losses import drawn_slopes
+from llmopt.calibration.rereading import CHUNK, Reread, reread
 from llmopt.kv.captured import PLACES, Captured
 from llmopt.method import Replayed, Run
 from llmopt.parts import register
 from llmopt.runtime.replay import request
-
-CHUNK = 256             # tokens of the second reading that share one backward pass
 
 
 @register("fisher")
@@ -39,7 +40,8 @@ class Fisher(Captured):
         def see(part: Reread) -> None:
             losses[part.layer] += errors(part, orders[part.layer].to(part.weights.device)).cpu()
 
-        reread(model, piece.ids, request(run.tokenizer), CHUNK, see)
+        slopes = partial(drawn_slopes, model, drawing=torch.Generator(model.device).manual_seed(0))
+        reread(model, piece.ids, request(run.tokenizer), CHUNK, slopes, see)
         return -torch.cat(losses)
 
 

@@ -4,8 +4,9 @@ import torch
 from torch.testing import assert_close
 
 from llmopt import kv
-from llmopt.calibration import rereading
-from llmopt.calibration.rereading import Reread, reread
+from llmopt.calibration import losses
+from llmopt.calibration.rereading import Reread, moves, reread
+from llmopt.errors import FieldError
 from llmopt.heads.replay import Replay
 from llmopt.kv.captured import PLACES
 from llmopt.kv.fisher import errors
@@ -37,12 +38,57 @@ def test_the_error_of_a_cut_head_is_that_of_attention_without_the_others():
     assert float(found[:, -1].abs().max()) < 1e-8 < float(found[:, 0].min())
 
 
+def test_what_an_entry_moves_by_going_is_that_of_attention_without_it():
+    weights, values, slope = torch.rand(4, 3, 20).softmax(-1), torch.randn(2, 20, 5), torch.randn(4, 3, 5)
+    output = weights @ values.repeat_interleave(2, 0)
+    found = moves(Reread(0, 22, weights, values, output, slope))
+    for entry in (0, 7, 19):
+        others = torch.arange(20) != entry
+        left = weights[..., others] / weights[..., others].sum(-1, keepdim=True)
+        moved = (slope * (left @ values[:, others].repeat_interleave(2, 0) - output)).sum(-1)      # [H, t]
+        assert_close(found[..., entry], moved.unflatten(0, (2, 2)).sum(1), rtol=1e-3, atol=1e-5)
+
+
+def test_odds_rise_as_their_slopes_say():
+    model = make("llama").double()
+    hidden, step = torch.randn(2, 1, 3, 64).double()
+
+    def odds(size):
+        shares = model.lm_head(hidden + size * step).softmax(-1)
+        best = model.lm_head(hidden).argmax(-1, keepdim=True)
+        return torch.logit(shares.gather(-1, best)).sum()
+
+    found = (losses.odds_slopes(model, hidden) * step).sum()
+    assert_close((odds(1e-4) - odds(-1e-4)) / 2e-4, found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_replays_by_odds(family):
+    """An entry that nothing depends on scores 0; budgets and the student follow the scores."""
+    model = make(family)
+    with torch.no_grad():
+        block = blocks(model)[0]
+        width = block.attn_out.in_features // block.kv_heads
+        block.attn_out.module.weight[:, :width] = 0                             # of all query heads of KV head 0
+    run = Run([{"input_ids": ids(3, 80), "attention_mask": torch.ones(3, 80, dtype=torch.long)}])
+    Replay(pieces=3, length=80, chunk=40, sinks=1, window=4, odds=True).apply(model, run)
+    for piece in run.replays:
+        assert torch.cat(piece.scores).mean() == pytest.approx(1, rel=1e-4)
+        assert piece.scores[0][0].abs().max() == 0 < piece.scores[0][1][piece.free(0)].min()
+        assert all(bool((layer[:, :start] == 0).all()) for layer, start in zip(piece.scores, piece.slid, strict=True))
+    profile, student = kv.SnapKV(ratio=0.7, window=4, allocate="profile"), kv.KVzap(ratio=0.7, allocate="captured")
+    assert all(parts[0][0] == 0 for parts in profile.plan(model, run).meta["parts"])
+    kept = student.plan(model, run).meta
+    assert all(parts[0][0] == 0 for share, parts in zip(kept["kept"], kept["parts"], strict=True) if share < 0.5)
+    with pytest.raises(FieldError, match="plus"):
+        Replay(odds=True, plus=True)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
-def test_slopes_are_those_of_the_chunk_behind_its_context(family, monkeypatch):
-    """The loss is put in place of one whose change is seen: the sum of hidden states, when one output is moved."""
+def test_slopes_are_those_of_the_chunk_behind_its_context(family):
+    """Of the sum of hidden states, whose change is seen when one output is moved."""
     model, parts, text = make(family), [], ids(1, 40)[0]
-    monkeypatch.setattr(rereading, "drawn_slopes", lambda model, hidden, drawing: torch.ones_like(hidden))
-    reread(model, text, [5, 6], 16, parts.append)
+    reread(model, text, [5, 6], 16, torch.ones_like, parts.append)
     layers = len(blocks(model))
     assert [part.layer for part in parts] == [*range(layers)] * 3
     for part in parts:
@@ -71,7 +117,7 @@ def test_drawn_tokens_have_slopes_that_cancel_on_average():
     model = make("llama")
     hidden = model.get_decoder()(input_ids=ids(1, 4), use_cache=False)[0].detach()
     drawing = torch.Generator().manual_seed(0)
-    many = rereading.drawn_slopes(model, hidden.expand(2000, -1, -1), drawing)
+    many = losses.drawn_slopes(model, hidden.expand(2000, -1, -1), drawing)
     assert float(many.mean(0).norm()) < 0.1 * float(many.norm(dim=-1).mean())   # E[d log p(y)] = 0 for y from p
 
 
