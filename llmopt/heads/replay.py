@@ -46,7 +46,7 @@ class Replay(HeadScore):
     chunk: int = Field(512, ge=16, description="tokens that are read again at a time")
     plus: bool = Field(False, description="weigh attention by what the value does to the residual stream (KVzip+)")
     odds: bool = Field(False, description="how far predictions move without the entry, by gradients, in the place of "
-                                          "attention; three times the work")
+                                          "attention; three to four times the work")
     sinks: int = Field(4, ge=0, description="first entries, always kept and left out here")
     window: int = Field(32, ge=0, description="last entries, always kept and left out here")
 
