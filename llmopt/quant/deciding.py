@@ -31,10 +31,18 @@ def planned(step: Settings, model: nn.Module) -> list[Target]:
     bound.check(units)
     if step.allocate in BY_RANK:
         return with_plan(found, _by_rank(step, bound, units, [0.0] * len({t.block for u in units for t in u.members})))
-    level = min(average(step, bound, units), max(step.widths))
+    level = _fitting(bound, units, min(average(step, bound, units), max(step.widths)))
     experts = [unit for unit in units if unit.members[0].expert is not None]
     apart = {t.name: HAIR * place for place, unit in enumerate(experts) for t in unit.members}
     return [t.at(level - apart.get(t.name, 0)) for t in found]
+
+
+def _fitting(bound: Budget, units: Sequence[Unit], level: float) -> float:
+    """The level, or what of it the budget has room for where rows of codes end at whole words."""
+    members = [target for unit in units for target in unit.members]
+    while (over := sum(bound.price(target.at(level)) for target in members) - bound.room) > 0:
+        level -= max(over, 1) / sum(target.size for target in members)
+    return level
 
 
 def decided(step: Settings, model: nn.Module, run: Run) -> tuple[list[Target], dict]:

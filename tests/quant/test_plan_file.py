@@ -38,7 +38,7 @@ def test_the_file_is_as_large_as_the_budget_allows(fields, dtype):
     foretold = predict(one, [step]).bytes
     step.apply(one, Run(batches(), scores=HEADS))
     assert (0.98 if "widths" in fields else 0.9) * room < checkpoint_bytes(one) <= room     # the latter: whole blocks
-    assert foretold == pytest.approx(room, rel=0.1)
+    assert 0.9 * room < foretold <= room
 
 
 def test_prices_are_the_bytes_in_the_file():

@@ -185,6 +185,7 @@ def test_a_budget_of_bytes_counts_the_embedding(tmp_path):
     model = make("llama", BF16)
     most = predict(make("llama", BF16), [RTN(bits=3, group_size=32, embedding=E8)]).bytes + 2000
     step = RTN(group_size=32, allocate="sensitivity", bytes=most, embedding=E8)
+    assert most - 3000 < predict(model, [step]).bytes <= most
     llmopt.compress(model, [step], batches=batches())
     llmopt.save(model, tmp_path / "out")
     assert most - 3000 < size(tmp_path / "out") <= most
