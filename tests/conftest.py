@@ -71,6 +71,10 @@ def pytest_collection_finish(session):
     session.config.stash[LAST] = cpu_seconds()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()           # or extensions would report all of them as leaked
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Let every report carry the CPU time of its phase, from a worker to the terminal."""
