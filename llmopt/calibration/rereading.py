@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from llmopt.calibration.losses import odds_slopes
 from llmopt.model.blocks import blocks, decoder
 from llmopt.runtime.interface import attending_by, llmopt_mask
-from llmopt.runtime.replay import chunks
+from llmopt.runtime.replay import check_positions, chunks
 
 NAME = "llmopt_reread"      # of the attention function
 KEY = "_llmopt_reread"      # where attention modules keep what they have computed
@@ -50,6 +50,7 @@ def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, slopes: C
             read(input_ids=ids[None], past_key_values=whole, use_cache=True)
         for chunk in chunks(ids, asked, size):
             found.clear()
+            check_positions(model, len(ids), len(chunk))
             with torch.enable_grad():
                 hidden = read(input_ids=chunk[None], past_key_values=deepcopy(whole), use_cache=True)[0]
                 outputs = [output for *_, output in found]

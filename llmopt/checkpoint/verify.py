@@ -53,7 +53,7 @@ def probe_length(model: nn.Module) -> int:
     return min(64, context_length(model.config) // 2)
 
 
-def greedy(model: nn.Module, ids: Tensor, count: int = 4) -> list[int]:
+def greedy(model: nn.Module, ids: Tensor, count: int = 8) -> list[int]:
     """The next `count` tokens; without `generate`, which listens to whatever the model's generation config says."""
     kept, written = {}, []
     for _ in range(count):

@@ -231,26 +231,18 @@ def _is_entry(entry: Any) -> bool:
 
 
 @contextmanager
-def refusals(what: str) -> Iterator[None]:
-    """Every way in which a library refuses a foreign file becomes one line; tokenizers raises bare exceptions."""
-    try:
-        yield
-    except LlmoptError:
-        raise
-    except Exception as error:
-        raise LlmoptError(f"{what}: {fact_of(error)}") from error
+def refusals(what: str, ours: bool = True) -> Iterator[None]:
+    """Every way in which a library refuses a foreign file becomes one line; tokenizers raises bare exceptions.
 
-
-@contextmanager
-def foreign_refusals(what: str) -> Iterator[None]:
-    """`refusals` for work that our own code takes part in: an error that is raised there stays what it is."""
+    ours: False for work that our own code takes part in: an error that is raised there stays what it is.
+    """
     try:
         yield
     except LlmoptError:
         raise
     except Exception as error:
         *_, (last, _) = walk_tb(error.__traceback__)
-        if last.f_globals["__name__"].partition(".")[0] in OURS:
+        if not ours and last.f_globals["__name__"].partition(".")[0] in OURS:
             raise
         raise LlmoptError(f"{what}: {fact_of(error)}") from error
 

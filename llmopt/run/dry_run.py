@@ -19,7 +19,7 @@ from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.checkpoint.verify import greedy, probe
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
-from llmopt.files.checks import foreign_refusals
+from llmopt.files.checks import refusals
 from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
@@ -235,7 +235,7 @@ class Rehearsal:
 def _works(do: Callable, *given: Any) -> bool:
     """True if one block does this, False where it is refused or code that is not ours fails; our faults come out."""
     try:
-        with foreign_refusals("the first block"):
+        with refusals("the first block", ours=False):
             do(*given)
     except LlmoptError:
         return False

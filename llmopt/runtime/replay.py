@@ -49,13 +49,19 @@ def highest_scores(live: Attachment, cache: LlmoptCache, row: int, pieces: Itera
     return best
 
 
+def check_positions(model: nn.Module, seen: int, more: int) -> None:
+    """Raise LlmoptError where a model has no positions for `more` tokens behind those that it has seen."""
+    longest = seen + more
+    if spec_of(model).rotary is None and longest > getattr(model.config, "max_position_embeddings", longest):
+        raise LlmoptError(f"reading {more} tokens again behind {seen} goes beyond the "
+                          f"{model.config.max_position_embeddings} positions of this model; use a shorter prompt or "
+                          "chunk")
+
+
 def _read(live: Attachment, cache: LlmoptCache, row: int, chunk: Tensor) -> LlmoptCache:
     """A copy of one row of the cache that has read `chunk` [t] behind what it had seen."""
-    copy, config = cache.fork(), live.model.config
-    longest = cache.get_seq_length() + len(chunk)
-    if spec_of(live.model).rotary is None and longest > getattr(config, "max_position_embeddings", longest):
-        raise LlmoptError(f"reading {len(chunk)} tokens again behind {cache.get_seq_length()} goes beyond the "
-                          f"{config.max_position_embeddings} positions of this model; use a shorter prompt or chunk")
+    check_positions(live.model, cache.get_seq_length(), len(chunk))
+    copy = cache.fork()
     copy.forward = None
     copy.batch_select_indices(torch.tensor([row]))
     places = {}

@@ -5,8 +5,8 @@ from torch.testing import assert_close
 
 from llmopt import kv
 from llmopt.calibration import losses
-from llmopt.calibration.rereading import Reread, moves, reread
-from llmopt.errors import FieldError
+from llmopt.calibration.rereading import Reread, moves, replay_odds, reread
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.heads.replay import Replay
 from llmopt.kv.captured import PLACES
 from llmopt.kv.fisher import errors
@@ -111,6 +111,13 @@ def test_slopes_are_those_of_the_chunk_behind_its_context(family):
 
     slope = parts[1].slope.transpose(0, 1).flatten(1)                            # [t, H D]
     assert_close((total(1e-2) - total(-1e-2)) / 2e-2, (slope * step).sum().double(), rtol=2e-2, atol=1e-2)
+
+
+def test_texts_beyond_the_positions_of_a_model_are_refused_by_name():
+    model = make("gpt2")
+    text = ids(1, model.config.max_position_embeddings - 4)[0]
+    with pytest.raises(LlmoptError, match="goes beyond the .* positions of this model"):
+        replay_odds(model, text, [], 64)
 
 
 def test_drawn_tokens_have_slopes_that_cancel_on_average():
