@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from llmopt_kernels import Rule, attention_weights, dense_attention
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from llmopt.calibration.losses import odds_slopes
@@ -51,7 +52,7 @@ def reread(model: nn.Module, ids: Tensor, asked: list[int], size: int, slopes: C
         for chunk in chunks(ids, asked, size):
             found.clear()
             check_positions(model, len(ids), len(chunk))
-            with torch.enable_grad():
+            with torch.enable_grad(), allow_mutation_on_saved_tensors():    # caches write states in place
                 hidden = read(input_ids=chunk[None], past_key_values=deepcopy(whole), use_cache=True)[0]
                 outputs = [output for *_, output in found]
                 own = torch.autograd.grad(hidden, outputs, slopes(hidden))
