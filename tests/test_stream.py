@@ -293,3 +293,12 @@ def test_a_dry_run_says_the_same(tmp_path):
     told = [dry_run(made, Streaming(streamed)) for streamed in (True, False)]
     assert [plan["streamed"] for plan in told] == [True, False]
     assert len({str([plan[key] for key in ("steps", "predicted_bytes", "dense_bytes")]) for plan in told}) == 1
+
+
+def test_some_blocks_only_are_no_model(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["gptq"])
+    pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=2))
+    names = [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)]
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+    with pytest.raises(LlmoptError, match="no config.json"):
+        checkpoint.load(tmp_path / "out")

@@ -17,6 +17,7 @@ from llmopt.scale.processes import Ranks
 from llmopt.specs import ModelSpec
 from llmopt_evals.asking import Asking, check_asking, check_templates
 from llmopt_evals.large import opened
+from llmopt_evals.task_names import task_names
 from llmopt_evals.texts import documents
 from llmopt_evals.world import speaks_world, tasks_path
 
@@ -45,7 +46,7 @@ def evaluate(model: ModelSpec | nn.Module, tasks: list[str], tokenizer: Any = No
 
     trust, options = trust or isinstance(model, ModelSpec) and model.trust_remote_code, dict(options or {})
     check_asking(asking, trust)
-    task_manager(tasks, trust, folder=asking.include_path)    # a wrong name is an error before the model is loaded
+    check_names(tasks, trust, asking.include_path)            # a wrong name is an error before the model is loaded
     there = opened(model) if isinstance(model, ModelSpec) else nullcontext((model, tokenizer))
     with there as (loaded, words):
         refuse_foreign(tasks, words)
@@ -125,6 +126,12 @@ def refuse_foreign(tasks: list[str], tokenizer: Any) -> None:
 def foreign_tasks(tasks: list[str], tokenizer: Any) -> list[str]:
     """The tasks that are written in the embedded world's words, where `tokenizer` has other ones."""
     return [] if speaks_world(tokenizer) else [task for task in tasks if task.startswith("world")]
+
+
+def check_names(tasks: list[str], trust: bool = False, folder: str | None = None) -> None:
+    """Raise LlmoptError for a task that nobody knows; lm-eval's index is read only for names that were not shipped."""
+    if folder or not set(tasks) <= set(task_names()):
+        task_manager(tasks, trust, folder=folder)
 
 
 def task_manager(tasks: list[str], trust: bool = False, metadata: dict[str, Any] | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 from llmopt.model.loading import load_tokenizer, read_config, resolve
 from llmopt.specs import EvalSpec, ModelSpec
 from llmopt_evals.asking import Asking, check_asking, check_templates
-from llmopt_evals.evaluate import FOR_ANY, asked_by, foreign_tasks, prepared, refuse_foreign, task_manager
+from llmopt_evals.evaluate import FOR_ANY, asked_by, check_names, foreign_tasks, prepared, refuse_foreign
 from llmopt_evals.fidelity import NAME
 
 
@@ -16,7 +16,7 @@ def check_tasks(models: list[ModelSpec], tasks: list[str], text: str | None,
     check_asking(asking, models[0].trust_remote_code)
     if not tasks:
         return
-    task_manager(tasks, models[0].trust_remote_code, folder=asking.include_path)
+    check_names(tasks, models[0].trust_remote_code, asking.include_path)
     for spec, config in zip(models, configs, strict=True):
         tokenizer = tokenizer_of(spec)
         refuse_foreign(tasks, tokenizer)
@@ -36,7 +36,7 @@ def agreed_tasks(spec: ModelSpec, wanted: EvalSpec, output: Path, named: bool = 
     if not tasks:
         return ours, []
     _, config = read_config(spec)
-    task_manager(tasks, spec.trust_remote_code)
+    check_names(tasks, spec.trust_remote_code)
     tokenizer = tokenizer_of(spec)
     if tokenizer is None:
         return [NAME], [f"not scored: {', '.join(tasks)}, as {spec.id} has no tokenizer; instead: {NAME}"]

@@ -5,9 +5,11 @@
 
 Jiang et al., 2024 (MInference, arXiv:2407.02490). The first `always` keys and the nearest `always` distances count as
 best; of its own tile a row reads all that is not after it. An estimate from the end of the prompt: what only earlier
-queries need is lost. Left out: the offline search for numbers of each head, and its other two patterns, which the
-published search turns into this one in the end.
+queries need is lost. With `density`, numbers of each head are searched for offline (search.py). Left out: the other two
+patterns, which the published search turns into this one in the end.
 """
+from typing import ClassVar
+
 import torch
 from llmopt_kernels import NONE, Stripes
 from pydantic import Field
@@ -25,6 +27,8 @@ from llmopt.parts import register
 class VerticalSlash(ByHead):
     """Costs `queries` rows of attention."""
 
+    tried: ClassVar = dict.fromkeys(("vertical", "slash"), (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8))
+
     vertical: int = Field(1000, ge=1, description="keys that every row reads")
     slash: int = Field(800, ge=1, description="distances at which every tile of rows reads")
     queries: int = Field(64, ge=1, description="last queries that the estimate looks at")
@@ -33,8 +37,8 @@ class VerticalSlash(ByHead):
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         vertical, slash = self.lines(q, k, state)                                             # [H, S] each
-        columns = best(vertical, self.budget(self.vertical, state))
-        distances = best(slash, self.budget(self.slash, state))
+        columns = best(vertical, self.number("vertical", k.shape[1], state))
+        distances = best(slash, self.number("slash", k.shape[1], state))
         begins = torch.arange(0, q.shape[1], self.tile, device=q.device) + state.offset
         return Stripes(0, start=begins, columns=columns.unsqueeze(1).expand(-1, len(begins), -1), tile=self.tile,
                        diagonals=distances)

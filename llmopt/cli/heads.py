@@ -117,9 +117,9 @@ def check_wanted(methods, correlate, ablate, output, plot) -> None:
 
 def check_tasks(tasks, trust):
     """Raise LlmoptError for a task that does not exist, or may not run its code, before the heads are scored."""
-    from llmopt_evals.evaluate import task_manager
+    from llmopt_evals.evaluate import check_names
 
-    task_manager(tasks, trust)
+    check_names(tasks, trust)
 
 
 def costs(model, run, scores, ablate, how, asked, trust):

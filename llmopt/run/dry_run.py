@@ -4,19 +4,22 @@ Sizes follow from shapes. Time and memory are measured: each step works on the m
 recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
 is gone afterwards. The other blocks take as long, and leave as much behind.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from torch import nn
 
 from llmopt.calibration import data
-from llmopt.calibration.head_scores import check_known
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
+from llmopt.checkpoint.verify import greedy, probe
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
+from llmopt.files.checks import refusals
 from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
@@ -28,6 +31,8 @@ from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.heap import give_back_freed
 from llmopt.model.loading import local_folder
+from llmopt.model.modeling import saved_config
+from llmopt.model.outline import outline
 from llmopt.model.usable import check_numbers
 from llmopt.model.ways import view
 from llmopt.model.weights import coded
@@ -103,7 +108,6 @@ class Rehearsal:
         self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")
-        check_known(self.steps, self.run, model)
         acting = self._on_all_blocks(steps)
         weights = _block_bytes(model)
         self._cut()
@@ -135,8 +139,6 @@ class Rehearsal:
                     acting.append(self.peaks.pop())
             elif step.stage == "score":
                 self._applied(i, step, step.sample(self.run).run)
-            if step.stage == "score" and step.sample(self.run).times == 1:      # of a part they may be others
-                check_known(self.steps, self.run, self.model)
         return acting
 
     def _whole(self, index: int, step: Method) -> None:
@@ -153,11 +155,27 @@ class Rehearsal:
         before, self.run.layers = private_bytes(self.model), len(layer_list(self.model))
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
         self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
-        self.alone = cut_short(self.model, 1, self.streamed)
+        self._cut_short()
         self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
         self.elsewhere = before - private_bytes(self.model)
         give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
+
+    def _cut_short(self) -> None:
+        """Leave the first block. Where its model cannot do without the others, the config goes on telling of them."""
+        config = self.model.config.get_text_config()
+        whole, ran = dict(vars(config)), _works(self._run)
+        cut_short(self.model, 1)
+        self.alone = _works(saved_config, self.model) and (not ran or _works(self._run))
+        if not self.alone:                              # states without any attention, tables by layer
+            vars(config).update(whole)
+
+    def _run(self) -> None:
+        """A few tokens; streamed, their shapes alone, which not all code can do."""
+        if self.streamed:
+            outline(self.model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        else:
+            greedy(self.model, probe(self.model)[:1], 2)
 
     def _one_block(self, index: int, step: Method, forwards: float) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
@@ -212,6 +230,16 @@ class Rehearsal:
         found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
         inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
+
+
+def _works(do: Callable, *given: Any) -> bool:
+    """True if one block does this, False where it is refused or code that is not ours fails; our faults come out."""
+    try:
+        with refusals("the first block", ours=False):
+            do(*given)
+    except LlmoptError:
+        return False
+    return True
 
 
 def _block_bytes(model: nn.Module) -> list[int]:

@@ -89,11 +89,12 @@ def test_documents_of_the_world_hold_their_questions():
 
 
 def test_answers_on_the_command_line(monkeypatch, capfd, tmp_path):
-    words = ["attention.a_shape: {window: 20, min_length: 0}", "attention.a_shape: {window: 60, min_length: 0}"]
+    words = ["attention.a_shape: {window: 20, min_length: 0}", "attention.a_shape: {window: 60, min_length: 0}",
+             "attention.a_shape: {sinks: 1, density: 0.5, rows: 1, min_length: 0}"]          # searched for once
     more = ["--part", "answers", "--length", "128", "--rows", "1", "--plot", str(tmp_path / "a.svg")]
     assert call(monkeypatch, "bench", "attention", *words, *more) == 0
     told = capfd.readouterr().out
-    assert "window: 60" in told and "dense" in told and "100.0%" in told
+    assert "window: 60" in told and "dense" in told and "100.0%" in told and "density: 0.5" in told
     assert "right answers" in (tmp_path / "a.svg").read_text()
 
 

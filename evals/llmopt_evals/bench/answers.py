@@ -17,7 +17,7 @@ from torch import nn
 from llmopt.attention.base import Selector
 from llmopt.errors import LlmoptError
 from llmopt.method import Run
-from llmopt.runtime.attach import attached, attachment
+from llmopt.runtime.attach import attach, attachment, detach
 from llmopt_evals import contexts
 from llmopt_evals.contexts import Question
 from llmopt_evals.needles import Plan as Planted
@@ -62,24 +62,26 @@ class Tally:
     causal: float = 0.0
 
 
-@torch.inference_mode()
 def measure(model: nn.Module, texts: Sequence[Text], methods: Sequence[Selector], run: Run) -> list[dict[str, Any]]:
     """A row for dense attention and one for each method: {"method", "fields", "exact", "asked", "density", "seconds" of
     a text, "faster": median of the texts' ratios}.
     """
     before, tallies = torch.get_num_threads(), [Tally() for _ in range(len(methods) + 1)]
+    records = [method.plan(model, run) for method in methods]
     try:
         torch.set_num_threads(1)
         _read(model, texts[0], Tally())                          # what the first forward alone has to do
         for text in run.progress(texts, "texts"):
             _read(model, text, tallies[0])
-            for method, tally in zip(methods, tallies[1:], strict=True):
-                with attached(model, method, run=run):
-                    _read(model, text, tally)
-                    for counter in attachment(model).stats.values():
-                        tally.computed += float(counter.computed.double().mean())
-                        tally.causal += counter.causal
+            for method, record, tally in zip(methods, records, tallies[1:], strict=True):
+                attach(model, method, record)
+                _read(model, text, tally)
+                for counter in attachment(model).stats.values():
+                    tally.computed += float(counter.computed.double().mean())
+                    tally.causal += counter.causal
+                detach(model)
     finally:
+        detach(model)
         torch.set_num_threads(before)
     return [_row(None, tallies[0], tallies[0]), *(_row(method, tally, tallies[0])
                                                   for method, tally in zip(methods, tallies[1:], strict=True))]
@@ -93,6 +95,7 @@ def _row(method: Selector | None, tally: Tally, dense: Tally) -> dict[str, Any]:
             "seconds": sum(tally.seconds) / len(tally.seconds), "faster": ratios[len(ratios) // 2]}
 
 
+@torch.inference_mode()
 def _read(model: nn.Module, text: Text, tally: Tally) -> None:
     """Read a text, and count what is answered."""
     ids, start = torch.tensor([text.ids]), time.process_time()

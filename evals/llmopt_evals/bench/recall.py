@@ -96,12 +96,11 @@ def selectors(words: Sequence[str]) -> list[Selector]:
     return found
 
 
-@torch.no_grad()
 def measure(model: nn.Module, rows: Sequence[Tensor], methods: Sequence[Selector], run: Run) -> list[dict[str, Any]]:
     """{"method", "fields", "recall", "density"} of each, over rows [T] of token ids."""
     watch = Watch(others=tuple((method, method.plan(model, run)) for method in methods),
                   found=tuple([] for _ in methods))
-    with runtime.attached(model, watch):
+    with runtime.attached(model, watch), torch.no_grad():
         for row in run.progress(list(rows), "texts"):
             model(row[None], use_cache=False)
     told = []
