@@ -3,7 +3,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import CONV1D, NO_ENTRY, NORMS_KEPT, ONE_TENSOR, SPECS, UNITS, UNTURNED
+from llmopt.model.architectures import CONV1D, NORMS_KEPT, ONE_TENSOR, SPECS, UNITS, UNTURNED
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.expert_files import parts_of
 from llmopt.model.experts import experts_of, told_count
@@ -31,9 +31,10 @@ def abilities_of(model: nn.Module) -> dict[str, str | None]:
     if spec_of(model).known:
         return abilities(model.config.model_type)
     running = lacking(model)["run time"]
-    return dict.fromkeys(abilities(next(iter(SPECS))), NO_ENTRY) | {
+    no = spec_of(model).refuse
+    return dict.fromkeys(abilities(next(iter(SPECS))), no["mlp"]) | {
         "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": _unpackable(model),
-        "blocks": _without_one(model)}
+        "ffn": no.get("ffn"), "widths by layer": no.get("per_layer_shapes"), "blocks": _without_one(model)}
 
 
 def abilities_of_experts(model: nn.Module) -> dict[str, str | None]:

@@ -1,8 +1,9 @@
 """The architectures: where each keeps its parts in transformers, and what it refuses to lose. A table.
 
-Supporting another one is an entry here and one in modeling.FAMILIES.
+Supporting another one is an entry here and one in modeling.FAMILIES; of its feed-forward part alone, a name in
+FEED_FORWARD.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmopt.errors import nearest
@@ -19,6 +20,8 @@ ROUTED = "the experts that a router chooses are left alone, and the router"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 
 NO_ENTRY = "no table tells what its layers are made of"
+FFN_ALONE = "of its layers a table knows the feed-forward part alone, whose channels can leave (units: [ffn])"
+BESIDE_OTHERS = "its config keeps shapes of other parts by layer, or of more than text"
 
 REFUSED = {                                   # architectures that are not compressed at all, and why
     "bitnet": "its weights are ternary already, 1.58 bits each", "rwkv": "its forward rescales its own weights"}
@@ -139,11 +142,25 @@ SPECS: dict[str, Spec] = {
 }
 
 
-def found(layers: str, rotary: str | None, entries: int, at_once: bool, note: str) -> Spec:
-    """The entry of a model without one: where its layers are, and that no more is known of them."""
-    parts = ("ffn", "kv_groups", "q_heads", "attention", "mlp", "per_layer_shapes", "per_layer_heads")
-    return Spec(layers=layers, attention="", ffn=None, qkv=(), out="", ffn_in=(), ffn_out="", norms=(), rotary=rotary,
-                note=note, known=False, at_once=at_once, entries=entries, refuse=dict.fromkeys(parts, NO_ENTRY))
+# Model types of the language part whose layers have an entry for their feed-forward part alone, a Spec's as it is by
+# default: what attends in them differs from layer to layer, or they read more than text. In their config the width is
+# `intermediate_size`; True: in a model of text alone it may differ by layer.
+FEED_FORWARD = {"qwen3_5_text": True, **dict.fromkeys((
+    "gemma4_text", "gemma3_text", "gemma", "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen2_vl_text",
+    "qwen2_5_vl_text", "qwen3_vl_text"), False)}
+
+
+def found(kind: str | None, alone: bool, **places: Any) -> Spec:
+    """The entry of a model without one: places says where its layers are; of them the feed-forward part may be known.
+
+    kind: the model type of the language part; None: its layers have no such part. alone: it is the whole model.
+    """
+    bare = Spec(**places, attention="", ffn=None, qkv=(), out="", norms=(), known=False)
+    parts = "kv_groups", "q_heads", "attention", "mlp", "per_layer_heads"
+    if kind not in FEED_FORWARD:
+        return replace(bare, ffn_in=(), ffn_out="", refuse=dict.fromkeys((*parts, "ffn", "per_layer_shapes"), NO_ENTRY))
+    alike = {} if alone and FEED_FORWARD[kind] else {"per_layer_shapes": BESIDE_OTHERS}
+    return replace(bare, refuse=dict.fromkeys(parts, FFN_ALONE) | alike)
 
 
 def unsupported(kind: Any) -> str:

@@ -55,7 +55,15 @@ def _found(model: nn.Module) -> Spec:
             raise LlmoptError(f"architecture {kind!r} is not supported: {path}.{index} is given what earlier layers "
                               f"made beside the hidden state ({', '.join(layer.earlier)})")
     rotary = discovery.rotary_path(model, path)
-    return found(path, rotary, layers[0].entries, any(layer.at_once for layer in layers), discovery.note_of(layers))
+    kind = model.config.get_text_config().model_type if all(map(_has_ffn, layers)) else None
+    at_once = any(layer.at_once for layer in layers)
+    return found(kind, kind == model.config.model_type, layers=path, rotary=rotary, entries=layers[0].entries,
+                 at_once=at_once, note=discovery.note_of(layers))
+
+
+def _has_ffn(layer: discovery.Found) -> bool:
+    """True if the maps of an entry's feed-forward part by default are among those that run."""
+    return {*Spec.ffn_in, Spec.ffn_out} <= {name for group in layer.groups for name in group}
 
 
 def refuse_units(model: nn.Module, unit: str) -> None:
@@ -87,7 +95,8 @@ def refuse_turning(model: nn.Module) -> None:
 class Block:
     """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists.
 
-    read: of a layer that no table describes, what was found to read one input together; its parts are not told apart.
+    read: of a layer that no table describes, what was found to read one input together; its parts are not told apart,
+    but for the feed-forward part where that has an entry.
     beside: the same of what a layer of the table has beside the experts that are chosen, or in their place: shared
     experts, and the feed-forward of a dense layer among sparse ones. No part of these leaves.
     """
@@ -243,7 +252,7 @@ def blocks(model: nn.Module) -> list[Block]:
 def _block(spec: Spec, index: int, layer: nn.Module) -> Block:
     name = f"{spec.layers}.{index}"
     if not spec.known:
-        return _found_block(index, name, layer, vars(layer)[discovery.FOUND])
+        return _found_block(spec, index, name, layer)
     attention = layer.get_submodule(spec.attention)
     ffn_skipped = not spec.ffn_out or (spec.ffn is not None and is_skipped(layer.get_submodule(spec.ffn)))
     shape = dict(heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
@@ -263,8 +272,9 @@ def _beside(name: str, layer: nn.Module, attention: str) -> list[list[Projection
             for group in vars(layer)[discovery.FOUND].groups if not group[0].startswith(f"{attention}.")]
 
 
-def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found) -> Block:
-    """A layer that no table describes; of its attention the sizes are known that it showed."""
+def _found_block(spec: Spec, index: int, name: str, layer: nn.Module) -> Block:
+    """A layer that no table describes, or its feed-forward part alone; of its attention the sizes that it showed."""
+    known: discovery.Found = vars(layer)[discovery.FOUND]
     read = [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group] for group in known.groups]
     shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
     if len(known.attention) == 1:
@@ -273,8 +283,8 @@ def _found_block(index: int, name: str, layer: nn.Module, known: discovery.Found
         readers = next((group for group in read if group[0].name.startswith(f"{name}.{child}.")), [])
         shape = dict(attention=layer.get_submodule(child), heads=seen.heads, kv_heads=seen.kv_heads,
                      head_dim=seen.head_dim, attn_in=readers, attn_out=writer)
-    return Block(index, name, layer, **shape, width=0, ffn_in=[], ffn_out=None, norms={},
-                 form="branch_post", read=read)
+    ffn = _ffn_view(spec, name, layer) if spec.ffn_out else dict(width=0, ffn_in=[], ffn_out=None)
+    return Block(index, name, layer, **shape, **ffn, norms={}, form="branch_post", read=read)
 
 
 def _form(spec: Spec, layer: nn.Module) -> Form:

@@ -1,6 +1,7 @@
 """How much of llmopt works on a model: three levels, each of which holds the ones before.
 
-    weights     quantization, blocks that leave: every causal LM whose decoder layers are one list of modules
+    weights     quantization, blocks that leave: every causal LM whose decoder layers are one list of modules; of those
+                whose feed-forward parts have an entry (architectures.FEED_FORWARD), channels that leave
     run time    heads.*, kv.*, attention.*: models whose attention goes through transformers' attention interface
     structure   widths and heads that leave, transforms: architectures with an entry in the table (architectures.py)
 """
@@ -18,7 +19,6 @@ from transformers.cache_utils import (
 )
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import NO_ENTRY
 from llmopt.model.blocks import known_layers, spec_of
 from llmopt.model.discovery import Found
 
@@ -34,7 +34,7 @@ def lacking(model: nn.Module) -> dict[Level, str | None]:
     """By level, why it does not hold; None: it does. Raises LlmoptError for a model on which nothing works."""
     if spec_of(model).known:
         return {"weights": None, "run time": None, "structure": None}
-    return {"weights": None, "run time": _attention(model), "structure": NO_ENTRY}
+    return {"weights": None, "run time": _attention(model), "structure": spec_of(model).refuse["mlp"]}
 
 
 def _attention(model: nn.Module) -> str | None:

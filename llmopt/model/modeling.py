@@ -109,6 +109,7 @@ FAMILIES: dict[str, Family] = {
                       attention_norms=("attention_layernorm",), mlp_norms=("feedforward_layernorm",)),
     "starcoder2": Family("starcoder2", "Starcoder2ForCausalLM", "Starcoder2DecoderLayer"),
     "stablelm": Family("stablelm", "StableLmForCausalLM", "StableLmDecoderLayer"),
+    "qwen3_5_text": Family("qwen3_5", "Qwen3_5ForCausalLM", "Qwen3_5DecoderLayer"),
     "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXLayer", attention="attention"),
     "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Block", attention="attn",
                    attention_norms=("ln_1",), mlp_norms=("ln_2",), width="n_inner"),

@@ -25,10 +25,10 @@ class LayerShape(NamedTuple):
 def shape_of(block: Block, has_ffn: bool = True) -> LayerShape:
     """The present shape of a block; has_ffn: False for Mixture-of-Experts, whose FFN is not seen as one.
 
-    No figure of a block whose parts no table tells apart.
+    No figure of parts that no table tells apart.
     """
     if block.read is not None:
-        return LayerShape(0, 0, 0)
+        return LayerShape(0, 0, block.width)
     skip = ("attention",) * (block.attention is None) + ("mlp",) * (has_ffn and block.ffn_out is None)
     return LayerShape(block.heads, block.kv_heads, block.width, skip)
 
@@ -45,8 +45,8 @@ def uniform(layers: list[LayerShape]) -> bool:
 
 
 def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
-    """The pairs (H, G) that occur."""
-    return {(layer.heads, layer.kv_heads) for layer in layers if "attention" not in layer.skip}
+    """The pairs (H, G) that occur; none where heads are not told apart."""
+    return {(layer.heads, layer.kv_heads) for layer in layers if layer.heads}
 
 
 def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
@@ -54,6 +54,8 @@ def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
     if not uniform(layers):
         refuse_units(model, "per_layer_shapes")
     counts = head_counts(layers)
+    if not counts:
+        return
     if len(counts) > 1 or not heads_fit(model.config, next(iter(counts))[0]):
         refuse_units(model, "per_layer_heads")
     else:
@@ -116,14 +118,18 @@ def _slice(config: Any, kept: list[int]) -> None:
 def sync_config(model: nn.Module) -> None:
     """Make `model.config` describe the model's present shapes; raises LlmoptError where it cannot."""
     layers, config = shapes(model), model.config
-    if not spec_of(model).known:            # whose layers stay as they are, or leave
+    spec = spec_of(model)
+    if not spec.known and not spec.ffn_out:             # whose layers stay as they are, or leave
         return
     check_storable(model, layers)
+    if not spec.known and "per_layer_shapes" in spec.refuse:
+        config.get_text_config().intermediate_size = layers[0].width
+        return
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = False
     counts = head_counts(layers)
-    together = len(counts) == 1 and (uniform(layers) or heads_fit(config, next(iter(counts))[0]))
-    if together:
+    together = not counts or len(counts) == 1 and (uniform(layers) or heads_fit(config, next(iter(counts))[0]))
+    if together and counts:
         _write_heads(model, *next(iter(counts)))
     if uniform(layers):
         if layers[0].width:

@@ -66,7 +66,7 @@ class Pruner(Cutter):
 
     @property
     def level(self) -> Level:
-        return "weights" if set(self.units) == {"blocks"} else "structure"
+        return "weights" if set(self.units) <= {"blocks", "ffn"} else "structure"
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -61,8 +61,8 @@ def _inner(block: Block, parts: tuple[str, ...], writer: Projection, units: int)
 
 def cost(block: Block, unit: str) -> int:
     """Parameters that leave with one unit."""
-    if block.read is not None:
-        return sum(parameter.numel() for parameter in block.module.parameters()) if unit == "blocks" else 0
+    if block.read is not None and unit == "blocks":
+        return sum(parameter.numel() for parameter in block.module.parameters())
     return sum(m.weights + m.biases for m in members(block, unit))
 
 

@@ -41,7 +41,7 @@ class ByPlan(Cutter):
 
     @property
     def level(self) -> Level:
-        return "structure" if any(entry.keys() - {"drop"} for entry in read_layers(self.path)) else "weights"
+        return "structure" if any(entry.keys() - {"drop", "ffn"} for entry in read_layers(self.path)) else "weights"
 
     @property
     def refits(self) -> bool:
@@ -87,7 +87,8 @@ class ByPlan(Cutter):
         if {"kv_groups", "q_heads"} <= set(kinds):
             raise LlmoptError(f"{file}: numbers of heads in one layer and of kv_groups in another; one kind for all "
                               "layers expected, or lists")
-        for unit in {*kinds, *(f for entry in entries for f in _coarse(entry))}:
+        for unit in {word for entry in entries for word in (*(UNITS[key] for key in UNITS.keys() & entry.keys()),
+                                                            *_coarse(entry))}:
             refuse_units(model, unit)
         rated = rate(views, kinds) if kinds else [{}] * len(views)
         ranked = partial(self._of_units(kinds)._ranked, multiple=multiple_of(run))

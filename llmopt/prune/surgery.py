@@ -56,7 +56,7 @@ class LayerPlan:
         """The shape that the layer will have."""
         now = shape_of(block, has_ffn)
         return LayerShape(
-            0 if "attention" in self.skip else len(self.kept_heads(block)),
+            0 if "attention" in self.skip or not now.heads else len(self.kept_heads(block)),
             0 if "attention" in self.skip else now.kv_heads if self.kv_groups is None else len(self.kv_groups),
             0 if "mlp" in self.skip else now.width if self.ffn is None else len(self.ffn),
             tuple(part for part in ("attention", "mlp") if part in now.skip + self.skip))
@@ -108,14 +108,15 @@ def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> N
         raise LlmoptError(f"the plan is for another model: it has {len(plan)} layers, this model has {len(views)}")
     for block, layer in zip(views, plan, strict=True):
         _check_kept(block, layer)
-    has_ffn = bool(spec_of(model).ffn_out)
+    spec = spec_of(model)
+    has_ffn = bool(spec.ffn_out)
     planned = [layer.shape(block, has_ffn) for block, layer in zip(views, plan, strict=True) if not layer.drop]
     kept = [block for block, layer in zip(views, plan, strict=True) if not layer.drop and "attention" not in layer.skip]
     if all(block.attention is None for block in kept) and any(block.attention is not None for block in views):
         raise LlmoptError("no layer with attention would remain")
     if len(planned) < len(plan):
         check_droppable(model, [index for index, layer in enumerate(plan) if not layer.drop])
-    if spec_of(model).known:
+    if spec.known or spec.ffn_out:
         check_storable(model, planned)
 
 
