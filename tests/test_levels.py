@@ -139,7 +139,8 @@ def test_both_looks_that_failed_are_told(monkeypatch):
 
 
 def test_a_plan_tells_what_stays_dense():
-    told = predict(tiny.make("llama4_text"), [build("quant.rtn", {"group_size": 16})], "dense").steps[0][1]
+    model = tiny.make("llama4_text", num_experts_per_tok=2)
+    told = predict(model, [build("quant.rtn", {"group_size": 16})], "dense").steps[0][1]
     assert "left dense: 1 gate_up_proj, 1 down_proj (it is a stack of matrices, as experts are, and its products " \
            "cannot be seen one by one)" in told
     told = predict(tiny.make("deepseek_v3"), [build("quant.rtn", {"group_size": 16})]).steps[0][1]

@@ -40,7 +40,7 @@ def test_what_works_is_shown_of_a_model_that_no_table_knows(kind, running, leave
 
 
 @pytest.mark.parametrize(("kind", "leave", "skipped"), [
-    ("qwen3_moe", "yes", "yes"), ("deepseek_v3", "yes", "not these (MLA)"), ("llama4_text", "not known", "not known"),
+    ("qwen3_moe", "yes", "yes"), ("deepseek_v3", "yes", "not these (MLA)"), ("llama4_text", "yes", "cut into chunks"),
     ("llama", None, None)])
 def test_what_can_be_done_with_experts_is_shown(kind, leave, skipped, said, tmp_path):
     tiny.make(kind).save_pretrained(tmp_path / "m")

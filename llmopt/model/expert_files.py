@@ -45,6 +45,10 @@ def parts_of(model: nn.Module, weight: Weight) -> list[list[Part]] | None:
     from transformers.core_model_loading import revert_weight_conversion
 
     stack = model.get_parameter(weight.key)
+    if names := APART.get(type(weight.module).__name__, {}).get(weight.parameter):
+        size = weight.weight.shape[0] // len(names)
+        return [[Part(f"{weight.path}.{expert}.{name}", slice(place * size, (place + 1) * size))
+                 for place, name in enumerate(names)] for expert in range(len(stack))]
     if weight.transposed:                       # [E, in, out], of which no model makes single matrices
         return None
     rows = torch.arange(stack.shape[0] * stack.shape[1]).view(stack.shape[0], stack.shape[1], 1)

@@ -19,7 +19,8 @@ from llmopt.model.weights import STACKS, Projection
 
 UNSEEN = "it is a stack of matrices, as experts are, and its products cannot be seen one by one"
 LINEAR = {torch.nn.functional.linear}                                       # W is [out, in]
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}                    # [in, out]
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,                    # [in, out]
+            torch.bmm, Tensor.bmm}                                                                  # of one expert
 
 
 class Stack(NamedTuple):
@@ -46,6 +47,8 @@ class _Products(TorchFunctionMode):
             x, weight = (*args, *(kwargs or {}).values())[:2]
             # W[e] lies in the stack's memory; of W[e].T the columns are what lies together
             name = self.stacks.get(weight.untyped_storage().data_ptr())
+            if weight.dim() == 3 and len(weight) == 1:
+                x, weight = x[0], weight[0]
             if name is not None and weight.dim() == 2:
                 turned = weight.stride(0) < weight.stride(1)
                 self.see(name, x, (function in PRODUCTS) != turned)
@@ -123,7 +126,7 @@ def _seen(experts: Experts) -> tuple[Stack, ...]:
     copied._parameters = {name: None if given is None else nn.Parameter(
         torch.zeros(1, *given.shape[1:]).expand(given.shape), requires_grad=False)
         for name, given in experts.module._parameters.items()}
-    trial = Experts(experts.name, copied, copied, experts.count)
+    trial = type(experts)(experts.name, copied, copied, experts.count)
     for width in dict.fromkeys(shapes[names[0]][1:]):
         calls: list[tuple[str, Tensor, bool]] = []
         watching = _Products(_places(copied), lambda *call, calls=calls: calls.append(call))

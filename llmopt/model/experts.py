@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmopt.errors import LlmoptError
 from llmopt.model.discovery import stacks
 
+SORTED = {"Llama4TextExperts"}
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}      # the config's names for E
 
 
@@ -93,6 +94,23 @@ class Experts:
         return tensor.shape[0] == self.count or tuple(tensor.shape) == (1, self.count)
 
 
+class Sorted(Experts):
+    """Experts whose module is called with N rows for each of them, one after the other [E N, d]: every token's, times
+    the router's weight, and 0 where it goes to another one. A token goes to one expert.
+    """
+
+    def routed(self, args: tuple, kwargs: dict[str, Any]) -> Routed:
+        (rows,) = self.call(args, kwargs).arguments.values()
+        rows = rows.view(self.count, -1, rows.shape[-1])
+        return Routed(rows.sum(0), (rows != 0).any(2).int().argmax(0)[:, None], rows.new_ones(rows.shape[1], 1))
+
+    def output(self, expert: int, x: Tensor) -> Tensor:
+        one = self.module.__new__(type(self.module))
+        vars(one).update(vars(self.module))
+        one._parameters = {name: given[expert:expert + 1] for name, given in self.module._parameters.items()}
+        return one(x)
+
+
 def _own(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [(module, name, tensor) for name, tensor in named if tensor.dim()]
@@ -110,11 +128,16 @@ def experts_of(layer: nn.Module, name: str) -> Experts | None:
             continue
         counts = {getattr(module, key).shape[0] for key in held}
         given = inspect.signature(module.forward).parameters.values()
-        if len(counts) > 1 or sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in given) < 3:
+        kind = Sorted if type(module).__name__ in SORTED else Experts
+        taken = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in given)
+        if len(counts) > 1 or kind is Experts and taken < 3:
             raise LlmoptError(f"{name}.{path}: experts of a kind that is not known here: a module is expected that is "
                               "called with tokens, the indices of their experts, and weights")
-        found = Experts(f"{name}.{path}", module, layer.get_submodule(path.rpartition(".")[0]), counts.pop())
+        found = kind(f"{name}.{path}", module, layer.get_submodule(path.rpartition(".")[0]), counts.pop())
         list(found.held())
+        if kind is Sorted and found.around.top_k > 1:
+            raise LlmoptError(f"{found.name}: each token goes to {found.around.top_k} of these experts, and what each "
+                              "reads is known where it goes to one")
         return found
     return None
 

@@ -123,6 +123,39 @@ def test_plain_transformers_loads_them_from_the_names_that_vllm_expects(tmp_path
         assert torch.equal(fresh, mine), folder
 
 
+def test_experts_that_are_given_their_rows_one_after_the_other(tmp_path):
+    """Llama 4: every expert reads its tokens times the router's weight. In the files each has matrices of its own."""
+    model, seen = tiny.make("llama4_text"), []
+    part = model.model.layers[1].feed_forward
+    handle = part.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    handle.remove()
+    x = torch.cat([rows[batch["attention_mask"].flatten().bool()] for rows, batch in
+                   zip(seen, batches(), strict=True)])
+    scores, chosen = (x @ part.router.weight.T).max(1)
+    best = int(chosen.bincount().argmax())
+    own = (x * scores.sigmoid()[:, None])[chosen == best]
+    gate, up = (own @ part.experts.gate_up_proj[best]).chunk(2, 1)
+    wanted = {name for name in names(model) if name.endswith(f".{best}")}
+    got = {p.parameter: found for p, found in each_weight(model, Run(batches()), wanted, "test", Inputs("moments"),
+                                                          edits=False)}
+    for parameter, read in (("gate_up_proj", own), ("down_proj", torch.nn.functional.silu(gate) * up)):
+        torch.testing.assert_close(got[parameter].hessian, 2 / len(own) * read.T @ read)
+        assert got[parameter].told == {"tokens": len(own), "shared": False} and 1 < len(own) < len(x)
+    dense = {name: value.clone() for name, value in part.experts.named_parameters()}
+    llmopt.compress(model, [GPTQ(bits=4, **SIXTEEN)], batches())
+    assert not any(torch.equal(value, dense[name]) for name, value in part.experts.named_parameters())
+    for form in ("portable", "dense"):
+        folder = llmopt.save(model, tmp_path / form, format=form)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()), logits(model))
+    with safe_open(tmp_path / "portable/model.safetensors", "pt") as file:
+        held = {name for name in set(file.keys()) if ".experts." in name and name.endswith("weight_packed")}
+    assert held == {f"model.layers.1.feed_forward.experts.{expert}.{name}_proj.weight_packed"
+                    for expert in range(4) for name in ("gate", "up", "down")}
+
+
 def test_turned_stacks_are_rounded_along_what_they_read():
     model, dense = tiny.make("gpt_oss"), tiny.make("gpt_oss")
     RTN(bits=4, **SIXTEEN).apply(model, Run())
