@@ -160,16 +160,28 @@ class Method(Part, ABC):
     meta_shape: ClassVar[Any] = {str: object}       # of its record's meta, in the words of files/json_shapes.py
 
     @property
+    def scored_by(self) -> str | None:
+        """The head scores that its field `heads` names: a score step, or a file."""
+        heads = getattr(self, "heads", None)
+        return heads if isinstance(heads, str) else None
+
+    def check_scores(self, scores: list[Tensor], model) -> None:
+        """Raise LlmoptError for head scores [H_l] by layer of `model`, those it is `scored_by`, that it cannot use.
+
+        Asked as soon as they are known, before steps that take long.
+        """
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Files that its fields name: a resumed run must find them as they were."""
-        heads = getattr(self, "heads", None)
-        return (heads,) if isinstance(heads, str) and heads.endswith(FILES) else ()
+        heads = self.scored_by
+        return (heads,) if heads and heads.endswith(FILES) else ()
 
     @property
     def asks(self) -> tuple[str, ...]:
         """Score steps that must come before it: the one that its field `heads` names."""
-        heads = getattr(self, "heads", None)
-        return (heads,) if isinstance(heads, str) and not heads.endswith(FILES) else ()
+        heads = self.scored_by
+        return (heads,) if heads and not heads.endswith(FILES) else ()
 
     @property
     def multiple(self) -> int:

@@ -1,17 +1,20 @@
 """Head scores for every family: by step or file, of the heads that pruning has left."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import llmopt
-from llmopt.calibration.head_scores import find
+from llmopt.attention import AShape
+from llmopt.calibration.head_scores import check_known, find
 from llmopt.errors import LlmoptError
-from llmopt.heads import Span
+from llmopt.heads import Influence, Span
 from llmopt.kv import SnapKV
 from llmopt.method import Run
 from llmopt.model.blocks import blocks
 from llmopt.prune.surgery import LayerPlan, apply_plan
+from llmopt.quant import RTN
 from tests import tiny
 
 DENSE = [[.1, .2, .3, .4], [1., 2., 3., 4.], [5., 6., 7., 8.]]
@@ -65,3 +68,43 @@ def test_a_recipe_prunes_between_a_file_of_scores_and_the_cache_that_reads_it(tm
         shares.append(report.records[-1]["meta"]["shares"])
         assert [len(s) for s in shares[-1]] == [block.kv_heads for block in blocks(model)] == [1, 1, 1]
     assert shares[0] == shares[1]
+
+
+def below_0(self, model, run):
+    return {"scores": [torch.full((4,), -1.0) for _ in range(3)]}
+
+
+READERS = [(AShape(heads="heads.influence", min_length=0), "scores below 0, or none above it, which are no shares"),
+           (SnapKV(ratio=.5, allocate="heads", heads="heads.influence"), "no score above 0"),
+           (RTN(bits=3.5, widths=(3, 4), allocate="heads", heads="heads.influence", group_size=32), "do not say how")]
+
+
+@pytest.mark.parametrize(("reader", "said"), READERS, ids=lambda given: getattr(given, "name", ""))
+def test_scores_that_a_later_step_cannot_use_are_refused_before_weights_change(reader, said, monkeypatch, tmp_path):
+    """Of a step, and of a file; behind a step that prunes nobody knows yet which heads will be left."""
+    model, ids, name = tiny.make("llama"), tiny.ids(2, 16), reader.name
+    before = llmopt.transform.FoldNorms() if reader.stage == "quant" else RTN(group_size=32)
+    monkeypatch.setattr(Influence, "measure", below_0)
+    with pytest.raises(LlmoptError, match=rf"steps\.2 {name}: heads: heads.influence holds.*{said}"):
+        llmopt.compress(model, [Influence(), before, reader], ids)
+    (tmp_path / "s.json").write_text(json.dumps([[-1.0] * 4] * 3))
+    of_file = replace(reader, heads=str(tmp_path / "s.json"))
+    with pytest.raises(LlmoptError, match=rf"steps\.1 {name}: heads: .*s.json holds.*{said}"):
+        llmopt.compress(model, [before, of_file], ids)
+    assert torch.equal(model(ids).logits, tiny.make("llama")(ids).logits)
+    check_known([llmopt.prune.Magnitude(ratio=0.5), of_file], Run(), model)
+
+
+def test_a_dry_run_refuses_them_too(monkeypatch, tmp_path):
+    tiny.make("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.jsonl").write_text(json.dumps(tiny.ids(1, 48)[0].tolist()) + "\n")
+    recipe = {"model": {"id": str(tmp_path / "model")}, "data": {"name": "ids", "path": str(tmp_path / "ids.jsonl")}}
+    shared = {"attention.a_shape": {"min_length": 0, "heads": "heads.influence"}}
+    monkeypatch.setattr(Influence, "measure", below_0)
+    steps = [{"heads.influence": {}}, shared]
+    with pytest.raises(LlmoptError, match=r"steps.1 attention.a_shape: heads: heads.influence holds scores below 0"):
+        llmopt.dry_run(recipe | {"steps": steps})
+    (tmp_path / "s.json").write_text(json.dumps([[1.0] * 4] * 2))
+    with pytest.raises(LlmoptError, match=r"steps.1 attention.local_heads: heads: .* of other heads than this model"):
+        llmopt.dry_run(recipe | {"steps": [{"quant.rtn": {"group_size": 32}}, {"attention.local_heads": {
+            "heads": str(tmp_path / "s.json")}}]})

@@ -59,13 +59,16 @@ class ByHead(Selector):
         if self.heads is None:
             return Record()
         scores = find(self.heads, run, model)
+        self.check_scores(scores, model)
+        rest = 1 - self.floor
+        shares = self.floor + rest * water_fill(torch.cat(scores).double(), (self.cap - self.floor) / rest)
+        return Record({"shares": [part.tolist() for part in shares.split([*map(len, scores)])]})
+
+    def check_scores(self, scores: list[Tensor], model: nn.Module) -> None:
         every = torch.cat(scores).double()
         if not len(every) or float(every.min()) < 0 or float(every.sum()) <= 0:
             raise LlmoptError(f"heads: {self.heads} holds scores below 0, or none above it, which are no shares; "
                               "heads.hess, heads.span and heads.retrieval give such")
-        rest = 1 - self.floor
-        shares = self.floor + rest * water_fill(every, (self.cap - self.floor) / rest)
-        return Record({"shares": [part.tolist() for part in shares.split([*map(len, scores)])]})
 
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)

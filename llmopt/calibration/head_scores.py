@@ -1,5 +1,6 @@
 """Head scores as they pass from step to step: checked, in JSON and safetensors files, found by name."""
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmopt.errors import LlmoptError, nearest
+from llmopt.errors import LlmoptError, naming, nearest
 from llmopt.files import tensors
 from llmopt.files.checks import load_json
 from llmopt.files.json_shapes import NUMBER
-from llmopt.method import FILES, Run
+from llmopt.method import FILES, Method, Run
 from llmopt.model.blocks import blocks
+from llmopt.model.levels import refuse_below
 
 
 def read_scores(file: Path, beside: str | None = None) -> list[list[float]]:
@@ -107,6 +109,21 @@ def find(name: str, run: Run, model: nn.Module, beside: str | None = None) -> li
         return run.heads.select(rows)
     raise LlmoptError(f"heads: {name} holds scores of other heads than this model has: {_counted(given)}; the model "
                       f"has {_counted(present)}")
+
+
+def check_known(steps: Sequence[Method], run: Run, model: nn.Module) -> None:
+    """Raise LlmoptError for head scores, of a file or of a step that has run, which a step to come cannot use.
+
+    steps: all of the recipe. Behind the first one that prunes, which heads will be left is not known: none is asked.
+    """
+    for index, step in enumerate(steps):
+        name = step.scored_by
+        if name in run.scores or name and name.endswith(FILES):
+            with naming(f"steps.{index} {step.name}"):
+                refuse_below(model, step.level, step.name)
+                step.check_scores(find(name, run, model), model)
+        if step.stage == "prune":
+            return
 
 
 def _from_file(name: str, run: Run, beside: str | None) -> list[Tensor]:

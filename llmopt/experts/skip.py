@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.errors import BudgetError, LlmoptError
+from llmopt.errors import BudgetError, FieldError, LlmoptError
 from llmopt.experts.base import ExpertsMethod
 from llmopt.experts.threshold import bisected, candidates, first_batches, layer_weights, skipped, watched
 from llmopt.files.json_shapes import finite
@@ -48,6 +48,11 @@ class Skip(ExpertsMethod):
     tokens: int = Field(8192, ge=1, description="of the calibration data that are read, in whole batches")
     whole_layers: bool = Field(False, description="allow that all experts of a layer are skipped for every token")
     seed: int = Field(0, ge=0, lt=2 ** 31, description="score: random: of the draw")
+
+    def check(self) -> None:
+        if self.ratio == 1 and not self.whole_layers:
+            raise FieldError("ratio", self.ratio, "less than 1, or whole_layers: true, as every expert of every layer "
+                             "would be skipped,")
 
     def sample(self, run: Run) -> Sample:
         return Sample(run, 1, "all")

@@ -103,6 +103,9 @@ class Allocator(Part, ABC):
         """See Method.backward."""
         return 0
 
+    def check_scores(self, scorer: "Scorer", scores: list[Tensor]) -> None:
+        """See Method.check_scores."""
+
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
         """Plain JSON that `weights` needs, decided once when the method is applied; record: what `scorer` learned."""
         return {}
@@ -190,7 +193,7 @@ SINKS = Field(4, ge=0, description="first tokens that every head keeps, for atte
 @register("heads")
 @dataclass(frozen=True)
 class Heads(Allocator):
-    """In proportion to head scores, the best query head of each group speaking for its KV head."""
+    """In proportion to head scores, the best query head of each group speaking for its KV head; below 0 is as 0."""
 
     looks_at: ClassVar = "nothing"
     reads_heads: ClassVar[bool] = True
@@ -198,7 +201,14 @@ class Heads(Allocator):
     sinks: int = SINKS
 
     def plan(self, scorer: "Scorer", record: Record, model: nn.Module, run: Run) -> dict[str, Any]:
+        self.check_scores(scorer, head_scores.find(scorer.heads, run, model))
         return {"shares": best_of_groups(scorer.heads, run, model)}
+
+    def check_scores(self, scorer: "Scorer", scores: list[Tensor]) -> None:
+        every = torch.cat(scores)
+        if bool((every < 0).any()) and not bool((every > 0).any()):
+            raise LlmoptError(f"heads: {scorer.heads} holds no score above 0, which would say who gets more; "
+                              "heads.retrieval, heads.replay and heads.span give scores from 0")
 
     @property
     def meta_shape(self) -> dict:

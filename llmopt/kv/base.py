@@ -165,6 +165,9 @@ class Scorer(CacheMethod):
         self.refuse(model)
         return self.planned(self.learn(model, run), model, run)
 
+    def check_scores(self, scores: list[Tensor], model: nn.Module) -> None:
+        self.allocate.check_scores(self, scores)
+
     def planned(self, learned: Record, model: nn.Module, run: Run) -> Record:
         """What the scorer has learned, and beside it what the allocator has decided on its scores."""
         record = replace(learned, meta=dict(learned.meta))

@@ -16,6 +16,7 @@ from llmopt.model.rounded_inputs import round_inputs
 from llmopt.model.weights import coded
 from llmopt.quant import floats, vocabulary, zeros
 from llmopt.quant.deciding import decided, planned
+from llmopt.quant.estimated import layer_means
 from llmopt.quant.experts import left_dense, of_experts
 from llmopt.quant.grid import Spec, round_to_nearest
 from llmopt.quant.making import Making
@@ -58,6 +59,9 @@ class Quantizer(Settings):
                 + "".join(f", {name} at {given['bits']} bits" for name, given in
                           (("embedding", self.embedding), ("head", self.head)) if given)
                 + (f" ({note})" if (note := left_dense(skeleton)) else ""))
+
+    def check_scores(self, scores: list[torch.Tensor], model: nn.Module) -> None:
+        layer_means(self.heads, scores, model)
 
     def apply(self, model: nn.Module, run: Run) -> Record:
         if self.needs_data and not run.batches:

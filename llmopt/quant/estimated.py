@@ -91,12 +91,18 @@ def _attends(block: Block, group: list[Projection]) -> bool:
 
 def _by_heads(views: Sequence[Block], name: str, run: Run, model: nn.Module) -> dict[str, float]:
     """By the name of the block."""
-    means = [float(row.mean()) if len(row) else 0.0 for row in find(name, run, model)]
-    present = [mean for mean, block in zip(means, views, strict=True) if block.attention is not None]
+    means = layer_means(name, find(name, run, model), model)
+    return {block.name: mean for block, mean in zip(views, means, strict=True)}
+
+
+def layer_means(name: str, scores: list[Tensor], model: nn.Module) -> list[float]:
+    """The mean head score of each layer over the mean of those that attend; raises LlmoptError for no such shares."""
+    means = [float(row.mean()) if len(row) else 0.0 for row in scores]
+    present = [mean for mean, block in zip(means, blocks(model), strict=True) if block.attention is not None]
     if not present or min(present) < 0 or sum(present) <= 0:
         raise LlmoptError(f"heads: {name} holds scores below 0, or none above it, which do not say how much more one "
                           "layer matters than another: a score that does is wanted (heads.gradient)")
-    return {block.name: mean * len(present) / sum(present) for block, mean in zip(views, means, strict=True)}
+    return [mean * len(present) / sum(present) for mean in means]
 
 
 def _by_relevance(model: nn.Module, run: Run) -> list[dict[str, float]]:

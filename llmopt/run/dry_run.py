@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llmopt.calibration import data
+from llmopt.calibration.head_scores import check_known
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
 from llmopt.checkpoint.verify import greedy, probe
@@ -108,6 +109,7 @@ class Rehearsal:
         self.note("cache before and after", timed(cache_bytes_per_token, model) * 2, "measured")
         forward = timed(check_numbers, model)
         self.note("check", forward, "measured")
+        check_known(self.steps, self.run, model)
         acting = self._on_all_blocks(steps)
         weights = _block_bytes(model)
         self._cut()
@@ -139,6 +141,8 @@ class Rehearsal:
                     acting.append(self.peaks.pop())
             elif step.stage == "score":
                 self._applied(i, step, step.sample(self.run).run)
+            if step.stage == "score" and step.sample(self.run).times == 1:      # of a part they may be others
+                check_known(self.steps, self.run, self.model)
         return acting
 
     def _whole(self, index: int, step: Method) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmopt import runtime
 from llmopt.calibration import data
+from llmopt.calibration.head_scores import check_known
 from llmopt.calibration.logits_loss import outputs
 from llmopt.calibration.sampling import Sampler
 from llmopt.checkpoint import save as checkpoint
@@ -85,6 +86,7 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
     if batches and any(step.recalls for step in steps):
         run.dense = outputs(model, batches)
     progress = run.progress
+    check_known(steps, run, model)
     for i, step in enumerate(steps):
         start, place = time.perf_counter(), f"step {i + 1} of {len(steps)}"
         LOG.info("%s: %s", place, step.name)
@@ -97,6 +99,8 @@ def _apply(model: nn.Module, steps: list[Method], run: Run) -> Report:
             if step.needs_data and not run.batches:
                 raise LlmoptError("needs calibration data, and none was given")
             record = step.apply(model, run)
+        if step.stage == "score":
+            check_known(steps, run, model)
         if step.stage not in UNCHANGED:
             unfinished.begin(model)
         report.records.append(describe(step, record))

@@ -169,7 +169,8 @@ def test_padding_is_in_no_figure_and_rows_are_alone():
 @pytest.mark.parametrize(("family", "fields", "error", "said"), [
     ("llama", {}, llmopt.LlmoptError, "its layers have no experts"),
     ("mixtral", {"ratio": 0.5, "score": "router"}, llmopt.LlmoptError, "ratio 0.5 is out of reach: .* skips is [01],"),
-    ("qwen3_moe", {"ratio": 1}, llmopt.LlmoptError, "layer 0: all of its experts would be skipped for every token")])
+    ("qwen3_moe", {"ratio": 1}, llmopt.LlmoptError, "ratio: 1.0 given, less than 1, or whole_layers: true"),
+    ("qwen3_moe", {"ratio": .9}, llmopt.LlmoptError, "layer [01]: all of its experts would be skipped for every tok")])
 def test_bad_input_is_refused_by_name(family, fields, error, said):
     with pytest.raises(error, match=said):
         llmopt.experts.Skip(**fields).apply(tiny.make(family), data())
