@@ -29,9 +29,9 @@ from llmopt.model.loading import load_dense
 from llmopt.progress import Clock
 from llmopt.prune import Magnitude, Taylor
 from llmopt.quant import RTN
-from llmopt.run.dry_run import Rehearsal, _works, dry_run
+from llmopt.run.dry_run import Rehearsal, dry_run
 from llmopt.run.foresight import Foresight
-from llmopt.run.opening import Streaming
+from llmopt.run.opening import Streaming, _works
 from llmopt.scale import pages
 from llmopt.scale.gauge import Gauge, Taken, taken
 from llmopt.specs import ModelSpec

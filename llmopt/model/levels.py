@@ -49,8 +49,8 @@ def _attention(model: nn.Module) -> str | None:
     if config.model_type in OWN_CACHE:
         return OWN_CACHE[config.model_type]
     kinds, held = getattr(config, "layer_types", None) or [None] * len(layers), DynamicCache(config=config).layers
-    reasons = (_of_layer(f"layer {index}", layer, kind, type(held[index]), config)
-               for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)))
+    reasons = (_of_layer(f"layer {index}", layer, kinds[index], type(held[index]), config)
+               for index, layer in enumerate(layers))       # of a model cut short the config may tell of more
     return next((reason for reason in reasons if reason), None)
 
 

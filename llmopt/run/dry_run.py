@@ -4,23 +4,19 @@ Sizes follow from shapes. Time and memory are measured: each step works on the m
 recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
 is gone afterwards. The other blocks take as long, and leave as much behind.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import torch
 from torch import nn
 
 from llmopt.calibration import data
 from llmopt.calibration.head_scores import check_known
 from llmopt.checkpoint import save as checkpoint
 from llmopt.checkpoint.streamed import StreamedWeights
-from llmopt.checkpoint.verify import greedy, probe
 from llmopt.errors import BudgetError, LlmoptError, naming
 from llmopt.files import shards
-from llmopt.files.checks import refusals
 from llmopt.forecast.memory import Peak, advice, code_bytes, held_bytes, private_bytes
 from llmopt.forecast.sampling import Foretaste
 from llmopt.forecast.size import Prediction, predict
@@ -32,8 +28,6 @@ from llmopt.model.computing import computing
 from llmopt.model.head_numbers import HeadNumbers
 from llmopt.model.heap import give_back_freed
 from llmopt.model.loading import local_folder
-from llmopt.model.modeling import saved_config
-from llmopt.model.outline import outline
 from llmopt.model.usable import check_numbers
 from llmopt.model.ways import view
 from llmopt.model.weights import coded
@@ -159,27 +153,11 @@ class Rehearsal:
         before, self.run.layers = private_bytes(self.model), len(layer_list(self.model))
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
         self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
-        self._cut_short()
+        self.alone = cut_short(self.model, 1, self.streamed)
         self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
         self.elsewhere = before - private_bytes(self.model)
         give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
-
-    def _cut_short(self) -> None:
-        """Leave the first block. Where its model cannot do without the others, the config goes on telling of them."""
-        config = self.model.config.get_text_config()
-        whole, ran = dict(vars(config)), _works(self._run)
-        cut_short(self.model, 1)
-        self.alone = _works(saved_config, self.model) and (not ran or _works(self._run))
-        if not self.alone:                              # states without any attention, tables by layer
-            vars(config).update(whole)
-
-    def _run(self) -> None:
-        """A few tokens; streamed, their shapes alone, which not all code can do."""
-        if self.streamed:
-            outline(self.model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        else:
-            greedy(self.model, probe(self.model)[:1], 2)
 
     def _one_block(self, index: int, step: Method, forwards: float) -> None:
         """A step on the block that is there. forwards: what one of the whole model takes, in those of this block."""
@@ -234,16 +212,6 @@ class Rehearsal:
         found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
         inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
-
-
-def _works(do: Callable, *given: Any) -> bool:
-    """True if one block does this, False where it is refused or code that is not ours fails; our faults come out."""
-    try:
-        with refusals("the first block", ours=False):
-            do(*given)
-    except LlmoptError:
-        return False
-    return True
 
 
 def _block_bytes(model: nn.Module) -> list[int]:

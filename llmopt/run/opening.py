@@ -1,15 +1,18 @@
 """A streamed run from the outside: whether there is to be one, its work folder, and the checkpoint that it writes."""
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmopt.calibration import data
+from llmopt.checkpoint.verify import greedy, probe
 from llmopt.errors import LlmoptError
 from llmopt.files import shards
+from llmopt.files.checks import refusals
 from llmopt.files.hub import fetch
 from llmopt.forecast.memory import whole_bytes
 from llmopt.method import Method
@@ -17,6 +20,8 @@ from llmopt.model import skeleton
 from llmopt.model.blocks import layer_list, replace_layers
 from llmopt.model.computing import choose
 from llmopt.model.loading import fitting_tokenizer, load_dense, resolve
+from llmopt.model.modeling import saved_config
+from llmopt.model.outline import outline
 from llmopt.model.shapes import slice_config
 from llmopt.model.ways import view
 from llmopt.progress import human
@@ -82,15 +87,42 @@ def _open_streamed(spec: ModelSpec, format: str, journal: Journal,
     model, places = skeleton.open_model(spec.at(local))
     memory = Streamed(journal, places, model, format, spec.device, streaming.activations // journal.ranks.size)
     if streaming.blocks:
-        cut_short(model, streaming.blocks)
+        cut_short(model, streaming.blocks, streamed=True)
     return model, fitting_tokenizer(model, local, spec), memory
 
 
-def cut_short(model: nn.Module, count: int) -> None:
-    """Leave the first `count` blocks."""
-    kept = list(layer_list(model))[:count]
+def cut_short(model: nn.Module, count: int, streamed: bool) -> bool:
+    """Leave the first `count` blocks; True if they make a model of its kind.
+
+    Where the model cannot do without the others (states without any attention, tables by layer), its config goes on
+    telling of them.
+    """
+    config, kept = model.config.get_text_config(), list(layer_list(model))[:count]
+    whole, ran = dict(vars(config)), _works(_run, model, streamed)
     replace_layers(model, kept)
     slice_config(model, list(range(len(kept))))
+    alone = _works(saved_config, model) and (not ran or _works(_run, model, streamed))
+    if not alone:
+        vars(config).update(whole)
+    return alone
+
+
+def _run(model: nn.Module, streamed: bool) -> None:
+    """A few tokens; streamed, their shapes alone, which not all code can do."""
+    if streamed:
+        outline(model)(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    else:
+        greedy(model, probe(model)[:1], 2)
+
+
+def _works(do: Callable, *given: Any) -> bool:
+    """True if some blocks do this, False where it is refused or code that is not ours fails; our faults come out."""
+    try:
+        with refusals("the first blocks", ours=False):
+            do(*given)
+    except LlmoptError:
+        return False
+    return True
 
 
 def refuse_whole(model: nn.Module, steps: Sequence[Method], spec: DataSpec, room: int) -> None:
