@@ -293,28 +293,3 @@ def test_a_dry_run_says_the_same(tmp_path):
     told = [dry_run(made, Streaming(streamed)) for streamed in (True, False)]
     assert [plan["streamed"] for plan in told] == [True, False]
     assert len({str([plan[key] for key in ("steps", "predicted_bytes", "dense_bytes")]) for plan in told}) == 1
-
-
-def test_some_blocks_only_are_no_model(tmp_path):
-    made = plan(tmp_path, dense(tmp_path, "llama"), STEPS["gptq"])
-    pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=2))
-    names = [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)]
-    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
-    with pytest.raises(LlmoptError, match="no config.json"):
-        checkpoint.load(tmp_path / "out")
-
-
-@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "lfm2"])
-def test_a_first_block_that_makes_no_model_is_worked_on_as_in_the_whole(family, tmp_path):
-    """Tables with a part for each layer, and a block without attention: what the config tells of the others stays."""
-    steps = "[quant.gptq: {bits: 4, group_size: 16, clip: false}" + (
-        "]" if family == "lfm2" else ", kv.snapkv: {ratio: 0.5}]")
-    made, found = plan(tmp_path, dense(tmp_path, family), steps), []
-    for blocks_there in (1, None):
-        pipeline.run(made, tmp_path / f"{blocks_there}", streaming=Streaming(force=True, blocks=blocks_there))
-        files = (tmp_path / f"{blocks_there}").glob("*.safetensors")
-        found.append({name: part for file in files for name, part in load_file(file).items()})
-    few, every = found
-    assert {name.split(".")[2] for name in few if ".layers." in name} == {"0"}
-    assert len(few) > 10 and all(torch.equal(part, every[name]) for name, part in few.items())
-    assert dry_run(made, Streaming(blocks=1))["predicted_bytes"] > 0

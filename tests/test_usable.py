@@ -7,6 +7,7 @@ from transformers import AutoModel, Gemma3TextConfig, LlamaForSequenceClassifica
 
 import llmopt
 from llmopt.errors import LlmoptError
+from llmopt.forecast.size import predict
 from llmopt.model.usable import check_numbers
 from llmopt.runtime.rehearsal import cache_bytes_per_token, prompt_length
 from tests import tiny
@@ -54,6 +55,12 @@ def test_what_cannot_be_worked_on_is_refused(name, tmp_path):
         assert words in str(caught.value)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_forecast_is_made_of_what_cannot_be_worked_on():
+    """Before, of layers that are one an IndexError."""
+    with pytest.raises(LlmoptError, match="layers 0 and 2 share weights"):
+        predict(with_twins(tiny.make("llama")), STEPS)
 
 
 def test_a_model_in_training_is_worked_on_and_saved_in_eval_mode(tmp_path):

@@ -6,6 +6,7 @@ and only then renamed to its name: whatever stands under that name is whole.
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from llmopt.specs import ModelSpec
 VERSIONS = ("llmopt", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
+@cache
 def versions() -> dict[str, str]:
     """The packages on which the bytes of a checkpoint depend."""
     return {name: version(name) for name in VERSIONS}

@@ -20,6 +20,7 @@ from llmopt.model.outline import filed, outline
 from llmopt.model.shapes import LayerShape, shapes
 from llmopt.model.state import packs
 from llmopt.model.stored import refuse_rounded_inputs, refuse_unportable
+from llmopt.model.usable import check_model
 
 
 class Prediction(NamedTuple):
@@ -47,8 +48,9 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
 
     A pruning step whose scores are not known yet (it needs calibration data, or follows another one) is counted with as
     many units as it will remove, whichever they are: exact where its scope is local. run: the one to come; what it
-    remembers of its decisions is not decided again.
+    remembers of its decisions is not decided again. Raises LlmoptError for a model that cannot be compressed.
     """
+    check_model(model, streamed=True)
     skeleton, told, source = outline(model), [], model
     layers = [shapes(skeleton)]
     run = Run() if run is None else replace(run)
