@@ -29,9 +29,6 @@ def spec_of(model: nn.Module) -> Spec:
     if kind in REFUSED:
         raise LlmoptError(unsupported(kind))
     known = SPECS.get(kind)
-    if known is not None and not known.ffn_out:             # what lies beside its experts is seen, not told
-        discovery.found_of(model, known.layers if model.base_model is not model else
-                           known.layers.removeprefix(f"{model.base_model_prefix}."))
     if known is None or any(bool(getattr(model.config, flag.removeprefix("not "), False)) != flag.startswith("not ")
                             for flag in known.unless):
         return _found(model)
@@ -246,6 +243,9 @@ def final_norm(model: nn.Module) -> Norm:
 def blocks(model: nn.Module) -> list[Block]:
     """Views of every decoder layer, made anew from the modules' present shapes."""
     spec = spec_of(model)
+    if spec.known and not spec.ffn_out:                     # what lies beside its experts is seen, not told
+        discovery.found_of(model, spec.layers if model.base_model is not model else
+                           spec.layers.removeprefix(f"{model.base_model_prefix}."))
     return [_block(spec, i, layer) for i, layer in enumerate(layer_list(model))]
 
 
