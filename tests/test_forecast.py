@@ -35,7 +35,7 @@ from llmopt.run.opening import Streaming, _works
 from llmopt.scale import pages
 from llmopt.scale.gauge import Gauge, Taken, taken
 from llmopt.specs import ModelSpec
-from tests import tiny
+from tests import plans, tiny
 from tests.command import llmopt as command
 from tests.test_contract import FIELDS, family_for, own_fields
 
@@ -351,3 +351,20 @@ def test_a_step_that_goes_back_block_by_block_holds_what_each_reads():
     assert held_bytes(Taylor(), model, batches) == 5 * 24 * 64 * 4
     assert held_bytes(Magnitude(), model, batches) == held_bytes(Gradient(), model, batches) == 0
     assert held_bytes(Taylor(), model, None) == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("family", "steps", "among"), [
+    ("llama", "[quant.rtn: {group_size: 16, overrides: {'model.layers.2.mlp': {bits: 8}}, ignore: [layers.1]}]", None),
+    ("glm4_moe", "[prune.experts: {ratio: 0.5}, quant.rtn: {group_size: 16, ignore: [self_attn]}]", "experts")])
+def test_the_block_that_is_worked_on_stands_for_the_others(family, steps, among, streamed, tmp_path):
+    """Names mean blocks that are gone, too; of a model whose first blocks have no experts, one that has is taken."""
+    plan = plans.plan(tmp_path, plans.dense(tmp_path, family), steps)
+    seen, apply = [], RTN.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RTN, "apply", lambda self, model, run: seen.append(
+            [p.name for block in blocks(model) for p in block.of_experts()]) or apply(self, model, run))
+        told = dry_run(plan, Streaming(streamed))
+    assert [len(names) for names in seen] == [4 if among else 0]            # two matrices of each of two experts
+    spent = [part for part in told["seconds"] if part[0].startswith("steps.")]
+    assert [part[3] for part in spent] == ["one of 3 blocks, measured"] * len(plan.steps) and spent[-1][1] > 0

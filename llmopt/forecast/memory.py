@@ -1,4 +1,4 @@
-"""How much memory a run will take: what its first block took, the other blocks like it, and what is known from shapes.
+"""How much memory a run will take: what one block took, the other blocks like it, and what is known from shapes.
 
 In memory, weights are mapped from their files and become private where a step rewrites them; that and the codes beside
 them stay until the checkpoint is written. Streamed, all of that lasts for one block. Shapes alone tell what writing and

@@ -8,6 +8,7 @@ from torch import nn
 
 from llmopt.errors import LlmoptError, nearest
 from llmopt.model.blocks import blocks, spec_of
+from llmopt.model.names import is_cut, names_of
 
 KERNELS = (128, 64, 32)     # group sizes that inference kernels are written for
 DENSE = 16    # this many bits: the weight is left as it is
@@ -70,9 +71,7 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
     has been spelt out (kinds.py); nothing that was said before it holds beside it.
     """
     found_in = [(block, block.weights()) for block in blocks(model)]
-    names = [name for name, _ in model.named_modules() if name]
-    names += dict.fromkeys(name for _, groups in found_in for group in groups for p in group if p.expert is not None
-                           for name in (p.key, p.name))
+    names = names_of(model)
     skipped = _matching(ignore, names, "ignore")
     special = {pattern: _matching([pattern], names, "overrides") for pattern in overrides}
     found, known, unpacked = [], [], spec_of(model).at_once
@@ -91,7 +90,7 @@ def targets(model: nn.Module, ignore: Iterable[str], overrides: dict[str, dict],
             check_divides(target)
         found.append(replace(target, bits=given["bits"], fixed=True) if "bits" in given else target)
     for pattern, matched in special.items():
-        if not any(_within(name, matched) for name in known):
+        if not any(_within(name, matched) for name in known) and not is_cut(model):
             raise LlmoptError(f"overrides: {pattern!r} matches no weight that is quantized{nearest(pattern, known)}")
     return found
 

@@ -1,6 +1,6 @@
 """`compress --dry-run`: what a recipe will do, how large its checkpoint will be, what that takes of memory and of time.
 
-Sizes follow from shapes. Time and memory are measured: each step works on the model's first block for real, with the
+Sizes follow from shapes. Time and memory are measured: each step works on one of the model's blocks for real, with the
 recipe's own calibration data, under the memory gauge; what comes of it is saved and verified in a temporary folder that
 is gone afterwards. The other blocks take as long, and leave as much behind.
 """
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:    
 
 
 class Rehearsal:
-    """The parts of a run one after the other, on the first block of its model; `play` cuts the others off.
+    """The parts of a run one after the other, on one block of its model; `play` cuts the others off.
 
     elsewhere: private bytes of the blocks that are not there, as the steps so far would have left them. A part takes
     what it was seen to take, and that. left: private bytes that steps have added to all blocks, those there included.
@@ -105,8 +105,8 @@ class Rehearsal:
         self.note("check", forward, "measured")
         check_known(self.steps, self.run, model)
         acting = self._on_all_blocks(steps)
-        weights = _block_bytes(model)
-        self._cut()
+        weights, block = _block_bytes(model), _typical(model)
+        self._cut(block)
         forwards = forward.high / max(timed(check_numbers, model).high, 1e-9)
         by_block = [(i, step) for i, step in steps if step.stage != "runtime" and not _needs_all(step)]
         for last in (False, True):          # steps that take whole parts come last: the others need all of the block
@@ -114,7 +114,7 @@ class Rehearsal:
                 if self.told.takes_parts(i) == last:
                     self._one_block(i, step, forwards)
             if not last:
-                spent = self._saved(weights, format, max_shard_size)
+                spent = self._saved(weights, block, format, max_shard_size)
                 if self.streamed:
                     more = streamed_saving(model, spec, self.told, max_shard_size)
                 else:
@@ -148,13 +148,13 @@ class Rehearsal:
             self.run.replays = sample.run.replays * round(sample.times)
         self.note(f"steps.{index} {step.name}", spent * sample.times, f"{sample.what}, measured")
 
-    def _cut(self) -> None:
-        """Leave the first block, and its part of what the run knows."""
+    def _cut(self, block: int) -> None:
+        """Leave one block, and its part of what the run knows."""
         before, self.run.layers = private_bytes(self.model), len(layer_list(self.model))
         numbers = HeadNumbers.of(block.heads for block in blocks(self.model))
-        self.run.heads = HeadNumbers(numbers.before, numbers.left[:1])
-        self.alone = cut_short(self.model, 1, self.streamed)
-        self.run.scores = {name: scores[:1] for name, scores in self.run.scores.items()}
+        self.run.heads = HeadNumbers(numbers.before, numbers.left[block:block + 1])
+        self.alone = cut_short(self.model, [block], self.streamed)
+        self.run.scores = {name: scores[block:block + 1] for name, scores in self.run.scores.items()}
         self.elsewhere = before - private_bytes(self.model)
         give_back_freed()                           # by steps on all blocks: it is not the next step's
         self.gauge.lap()
@@ -172,7 +172,7 @@ class Rehearsal:
         spent, part = loops.scaled(spent, count, forwards), f"steps.{index} {step.name}"
         streams = 0 if self.streamed else (count - 1) * max(0, loops.high_trials - loops.high)
         trials = loops.high_trials + max(0, stays - codes) + streams        # the hidden states of each block's trials
-        self.times.add(part, spent, f"first of {count} blocks, measured")
+        self.times.add(part, spent, f"one of {count} blocks, measured")
         held = 0 if self.streamed else (count - 1) * held_bytes(step, self.model, self.run.batches)
         self.peaks.append(Peak(part, self.elsewhere + max(loops.high + max(0, stays) + held, trials)))
         self.elsewhere, self.left = self.elsewhere + stays, self.left + added + stays
@@ -190,7 +190,7 @@ class Rehearsal:
                 step.apply(self.model, run)
         return watch.read()
 
-    def _saved(self, dense: list[int], format: str, max_shard_size: str) -> Span:
+    def _saved(self, dense: list[int], block: int, format: str, max_shard_size: str) -> Span:
         """The time of saving and verifying the block, and the others by their bytes; dense: see _block_bytes."""
         folder = self.run.memory.journal.folder / "saved"
         streamed = StreamedWeights(self.model, self.run.memory) if self.streamed else None
@@ -202,7 +202,7 @@ class Rehearsal:
             folder.mkdir()
             spent = timed(weights.write, folder, max_shard_size) * 2                # and read back
         rest, *layers = dense
-        scale = (rest + slow * sum(layers)) / (rest + slow * layers[0])
+        scale = (rest + slow * sum(layers)) / (rest + slow * layers[block])
         if self.streamed:                       # compared as bytes
             scale = self.told.bytes / shards.written_bytes(folder)
         return spent * scale
@@ -212,6 +212,12 @@ class Rehearsal:
         found = [weight for layer in layer_list(self.model) for weight in coded(layer)]
         inflated = sum(weight.weight.nbytes for weight in found) if state.packs(self.model, format) else 0
         return (len(self.told.layers[-1]) - 1) * inflated
+
+
+def _typical(model: nn.Module) -> int:
+    """The first block of the kind that most are of: some models begin with blocks of another one."""
+    kinds = [tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layer_list(model)]
+    return max(range(len(kinds)), key=lambda index: kinds.count(kinds[index]))
 
 
 def _block_bytes(model: nn.Module) -> list[int]:

@@ -16,13 +16,14 @@ from llmopt.files.checks import refusals
 from llmopt.files.hub import fetch
 from llmopt.forecast.memory import whole_bytes
 from llmopt.method import Method
-from llmopt.model import skeleton
+from llmopt.model import places, skeleton
 from llmopt.model.blocks import layer_list, replace_layers
 from llmopt.model.computing import choose
 from llmopt.model.loading import fitting_tokenizer, load_dense, resolve
 from llmopt.model.modeling import saved_config
+from llmopt.model.names import remember_names
 from llmopt.model.outline import outline
-from llmopt.model.shapes import slice_config
+from llmopt.model.shapes import slice_config, sliced
 from llmopt.model.ways import view
 from llmopt.progress import human
 from llmopt.scale.available import available
@@ -84,24 +85,26 @@ def _open_streamed(spec: ModelSpec, format: str, journal: Journal,
     """(skeleton, tokenizer, memory); the room for activations is shared by the processes."""
     source = resolve(spec)
     local = source if Path(source).is_dir() else str(fetch(source, spec.revision))
-    model, places = skeleton.open_model(spec.at(local))
-    memory = Streamed(journal, places, model, format, spec.device, streaming.activations // journal.ranks.size)
+    model, held = skeleton.open_model(spec.at(local))
+    memory = Streamed(journal, held, model, format, spec.device, streaming.activations // journal.ranks.size)
     if streaming.blocks:
-        cut_short(model, streaming.blocks, streamed=True)
+        cut_short(model, range(min(streaming.blocks, len(layer_list(model)))), streamed=True)
     return model, fitting_tokenizer(model, local, spec), memory
 
 
-def cut_short(model: nn.Module, count: int, streamed: bool) -> bool:
-    """Leave the first `count` blocks; True if they make a model of its kind.
+def cut_short(model: nn.Module, kept: Sequence[int], streamed: bool) -> bool:
+    """Leave the blocks of these numbers; True if they make a model of its kind.
 
     Where the model cannot do without the others (states without any attention, tables by layer), its config goes on
     telling of them.
     """
-    config, kept = model.config.get_text_config(), list(layer_list(model))[:count]
+    remember_names(model)
+    config, layers = model.config.get_text_config(), layer_list(model)
     whole, ran = dict(vars(config)), _works(_run, model, streamed)
-    replace_layers(model, kept)
-    slice_config(model, list(range(len(kept))))
-    alone = _works(saved_config, model) and (not ran or _works(_run, model, streamed))
+    alike = kept[0] == 0 or _works(places.check, model, [*kept], sliced(model.config, [*kept]))
+    replace_layers(model, [layers[index] for index in kept])
+    slice_config(model, [*kept])
+    alone = alike and _works(saved_config, model) and (not ran or _works(_run, model, streamed))
     if not alone:
         vars(config).update(whole)
     return alone
