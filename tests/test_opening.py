@@ -36,3 +36,10 @@ def test_a_first_block_that_makes_no_model_is_worked_on_as_in_the_whole(family, 
     assert {name.split(".")[2] for name in few if ".layers." in name} == {"0"}
     assert len(few) > 10 and all(torch.equal(part, every[name]) for name, part in few.items())
     assert dry_run(made, Streaming(blocks=1))["predicted_bytes"] > 0
+
+
+def test_first_blocks_without_attention_are_told_from_a_model_without(tmp_path):
+    made = plan(tmp_path, dense(tmp_path, "lfm2"), "[kv.snapkv: {ratio: 0.5}]")
+    with pytest.raises(LlmoptError, match=r"lfm2: .* none of its layers of those that are left .*max-blocks"):
+        pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=1))
+    pipeline.run(made, tmp_path / "out", streaming=Streaming(blocks=2))

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 from llmopt.errors import LlmoptError
 from llmopt.model.blocks import known_layers, spec_of
 from llmopt.model.discovery import Found
+from llmopt.model.names import is_cut
 
 OWN_CACHE = {"minimax": "it takes no cache but one of a class of its own",
              "recurrent_gemma": "it does not give back the cache that it fills"}
@@ -45,7 +46,8 @@ def _attention(model: nn.Module) -> str | None:
     if getattr(config, "attention_chunk_size", None):
         return "its attention is cut into chunks"
     if not any(layer.attention for layer in layers):
-        return "none of its layers attends by transformers' attention interface"
+        left = " of those that are left to measure (--max-blocks)" if is_cut(model) else ""
+        return f"none of its layers{left} attends by transformers' attention interface"
     if config.model_type in OWN_CACHE:
         return OWN_CACHE[config.model_type]
     kinds, held = getattr(config, "layer_types", None) or [None] * len(layers), DynamicCache(config=config).layers
