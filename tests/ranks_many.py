@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from llmopt.attention import AShape
 from llmopt.calibration.factor import inverse_factor
 from llmopt.calibration.inputs import Inputs, Moments, each_weight
 from llmopt.calibration.second_moments import WIDTH, Gram, row_errors
@@ -36,9 +37,10 @@ PLANS = {
     "tune": [Tune(bits=3, iterations=2, **GROUPS)],
     "fp8": [RTN(scheme="FP8")],
     "nvfp4": [GPTQ(scheme="NVFP4A16")],
+    "searched": [AShape(sinks=1, density=0.6, rows=1, min_length=0)],
     "sensitivity": [Span(), Gradient(), GPTQ(bits=3.5, allocate="sensitivity", sweeps=0, **GROUPS)],
 }
-FEW = "rtn", "lim", "blocks", "zeros"           # without the word --all
+FEW = "rtn", "lim", "blocks", "zeros", "searched"           # without the word --all
 
 
 def batches(rows: int, size: int) -> list[dict]:
