@@ -2,9 +2,9 @@
 
 First every row meets its local keys: tiles of rows whose local keys lie alike are one call of the kernel, under one
 mask, over pieces of the keys that overlap in memory and are not copied. Then the keys before the local ones, which all
-rows of a tile see: the first keys of all, or gathered ones. Each call tells the sum of its softmax, by which its result
-is merged into what there is. U units share their keys: KV heads, h query heads each, whose rows are rows of one
-product; or query heads, where each has lists of its own.
+rows of a tile see: the first keys of all, gathered ones, or lines (lines.py). Each call tells the sum of its softmax,
+by which its result is merged into what there is. U units share their keys: KV heads, h query heads each, whose rows
+are rows of one product; or query heads, where each has lists of its own.
 
 The kernel is faster where keys come in multiples of 32 (bfloat16: by a third): keys that nobody reads fill them up.
 """
@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_kernels.partial import Partial
+from llmopt_kernels.lines import AT_ONCE, KEYS, add_slashes, add_verticals
+from llmopt_kernels.partial import Partial, by_flash, merge_into
 from llmopt_kernels.reference import Rule
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = 64               # of each head, whose local keys are computed at once, of less than four heads twice as many
-KEYS = 32               # in multiples of which the kernel is fast
-AT_ONCE = 1 << 20       # numbers of the keys of one call, about: what the processor's cache holds
 
 
 def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bool:
@@ -38,7 +37,8 @@ def fits(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Rule) -> bo
             and query.dtype == keys.dtype == values.dtype and keys.shape[-1] == values.shape[-1]
             and not (torch.is_grad_enabled() and query.requires_grad)
             and rule.softcap is None and (rule.window is None or rule.window >= keys.shape[1])
-            and stripes.pooled is None and not (stripes.start is None and stripes.has_lists)
+            and stripes.pooled is None
+            and not (stripes.start is None and (stripes.has_lists or stripes.verticals is not None))
             and (stripes.start is None or bool((stripes.start <= begins).all())))
 
 
@@ -47,7 +47,9 @@ def flash_partial(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Ru
     heads, tokens, _ = query.shape
     whole = (Partial(torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32))
              if stripes.done is None else Partial(stripes.done.out.clone(), stripes.done.lse.clone()))
-    pairs = torch.zeros(heads, dtype=torch.int64)
+    pairs, lines = torch.zeros(heads, dtype=torch.int64), stripes
+    if stripes.columns is None and stripes.blocks is None:
+        stripes = replace(stripes, diagonals=None)              # slashes by themselves are no lists of single tiles
     for part in _parts(stripes, len(keys), heads):
         spans = part.spans(query.shape, keys.shape[1], stripes.tile)
         if stripes.done is None:
@@ -63,6 +65,10 @@ def flash_partial(query: Tensor, keys: Tensor, values: Tensor, stripes, rule: Ru
             spans, part.window, stripes.sinks)
     if stripes.has_lists:
         _add_listed(whole, query, keys, values, stripes, rule.scaling, pairs)
+    elif lines.diagonals is not None:
+        add_slashes(whole, query, keys, values, lines, rule.scaling, pairs)
+    if lines.verticals is not None:
+        add_verticals(whole, query, keys, values, lines, rule.scaling, pairs)
     return whole, pairs
 
 
@@ -159,7 +165,7 @@ class _Base(NamedTuple):
                 rows = _pieces(self.query, run[0].begin, size, step, len(run)).flatten(2, 3)       # [n, U, h R, D]
                 keys, values = (_pieces(x, run[0].read, before + size, step, len(run))
                                 for x in (self.keys, self.values))
-                got = _attention(rows, keys, values, self.scaling, mask)
+                got = by_flash(rows, keys, values, self.scaling, mask)
                 for whole, x in ((self.found.out, got.out), (self.found.lse.unsqueeze(-1), got.lse.unsqueeze(-1))):
                     _pieces(whole, run[0].begin, size, step, len(run)).copy_(x.unflatten(2, (heads, size)))
 
@@ -169,9 +175,9 @@ class _Base(NamedTuple):
             rows = list(same)
             for some in (rows[at:at + 8] for at in range(0, len(rows) if count else 0, 8)):
                 part = slice(some[0].begin, some[-1].begin + some[-1].size)
-                got = _attention(self.query[:, :, part].flatten(1, 2)[None], self.keys[None, :, :count],
+                got = by_flash(self.query[:, :, part].flatten(1, 2)[None], self.keys[None, :, :count],
                                  self.values[None, :, :count], self.scaling)
-                _merge(self.found.out, self.found.lse, (slice(None), slice(None), part), got)
+                merge_into(self.found.out, self.found.lse, (slice(None), slice(None), part), got)
 
 
 def _mask(before: int, size: int, near: int, window: int | None, gap: int, dtype: torch.dtype) -> Tensor:
@@ -210,13 +216,13 @@ def _add_listed(whole: Partial, query: Tensor, keys: Tensor, values: Tensor, str
     lists, grain = _in_grains(stripes)
     flat = [_runs(x, grain) for x in (keys, values)]
     owner = torch.arange(units) * len(keys) // units * (keys.shape[1] // grain)
-    starts = lists.start.reshape(-1, lists.start.shape[-1])
-    starts = starts.repeat_interleave(units // len(starts), 0)                                     # [U, tiles]
+    starts, everywhere = lists.starts(units), lists.everywhere(units, keys.shape[1])
     for number, (first, of_unit) in enumerate(zip(starts.T, starts.T.tolist(), strict=True)):
         part = slice(number * stripes.tile, min((number + 1) * stripes.tile, query.shape[1]))
         marks = lists.marked(number, (part.start + offset, part.stop + offset), max(of_unit))
         marks[:, :lists.sinks] = stripes.done is None
         marks = marks if len(marks) == units else marks.repeat_interleave(units // len(marks), 0)
+        marks &= ~everywhere[:, :marks.shape[1]]
         if len(set(of_unit)) > 1:
             marks &= torch.arange(marks.shape[1]) < first[:, None]
         counts = marks.sum(1)
@@ -225,14 +231,15 @@ def _add_listed(whole: Partial, query: Tensor, keys: Tensor, values: Tensor, str
         for some, places, mask in _alike(marks, counts, grain, query.dtype):
             read = [x.index_select(0, (places + owner[some, None]).flatten()).view(1, len(places), -1, keys.shape[-1])
                     for x in flat]
-            got = _attention(given[some, :, part].flatten(1, 2)[None], *read, scaling, mask)
-            _merge(out, lse, (some, slice(None), part), got)
+            got = by_flash(given[some, :, part].flatten(1, 2)[None], *read, scaling, mask)
+            merge_into(out, lse, (some, slice(None), part), got)
 
 
 def _in_grains(stripes) -> tuple[Any, int]:
     """Stripes counted in runs of so many keys that are listed all together or not at all: whole blocks, or single keys.
     """
-    whole = stripes.columns is None and stripes.diagonals is None and stripes.sinks % stripes.block == 0
+    single = any(x is not None for x in (stripes.columns, stripes.diagonals, stripes.verticals))
+    whole = not single and stripes.sinks % stripes.block == 0
     if not whole or bool((stripes.start % stripes.block != 0).any()):
         return stripes, 1
     return replace(stripes, columns=stripes.blocks, blocks=None, start=stripes.start // stripes.block,
@@ -259,18 +266,3 @@ def _alike(marks: Tensor, counts: Tensor, grain: int,
         beyond = torch.arange(size * grain) >= counts[some, None] * grain
         mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[None, :, None]
         yield some, places[some, :size], mask if bool(beyond.any()) else None
-
-
-def _attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Partial:
-    """[n, U, R, D] over [n, U, C, D]."""
-    return Partial(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, False, attn_mask=mask, scale=scaling))
-
-
-def _merge(out: Tensor, lse: Tensor, at: tuple, got: Partial) -> None:
-    """Merge [1, n, h R, D] into out [U, h, T, D] and lse [U, h, T], where that is; no row of it is without keys."""
-    here, known = out[at], lse[at]
-    more, other = got.out.view(here.shape), got.lse.view(known.shape)
-    share = torch.sigmoid(other - known).unsqueeze(-1)
-    out[at] = torch.lerp(here, more.to(here.dtype), share.to(here.dtype))
-    lse[at] = torch.logaddexp(known, other)

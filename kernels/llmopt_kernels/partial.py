@@ -48,6 +48,25 @@ def sunk(part: Partial, rule: Rule) -> Partial:
     return Partial(part.out * torch.sigmoid(part.lse - sinks).unsqueeze(-1), torch.logaddexp(part.lse, sinks))
 
 
+def by_flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Partial:
+    """By torch's flash kernel on the CPU: [n, U, R, D] over [n, U, C, D]; mask: additive, of the queries' type.
+
+    Out is of that type. A row that sees nothing has out 0, and lse 0 too.
+    """
+    return Partial(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, False, attn_mask=mask, scale=scaling))
+
+
+def merge_into(out: Tensor, lse: Tensor, at: tuple, got: Partial) -> None:
+    """Merge [1, n, h R, D] into out [U, h, T, D] and lse [U, h, T], where that is; there, no row of it is without keys.
+    """
+    here, known = out[at], lse[at]
+    more, other = got.out.view(here.shape), got.lse.view(known.shape)
+    share = torch.sigmoid(other - known).unsqueeze(-1)
+    out[at] = torch.lerp(here, more.to(here.dtype), share.to(here.dtype))
+    lse[at] = torch.logaddexp(known, other)
+
+
 def ragged_partial(query: Tensor, kept: Ragged, first: int, rule: Rule, block: int = 256) -> Partial:
     """Attention over flat kept entries alone, a block of queries at a time: [B, H, T, D] and [B, H, T].
 

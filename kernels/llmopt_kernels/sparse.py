@@ -3,7 +3,7 @@
 Notation as in `reference.py`; X lists of keys, one per KV head (X = G) or per query head (X = H).
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Stripes:
     columns: int64 [X, tiles, C], in any order, NONE as filler; None: no columns.
     blocks: int64 [X, tiles, K], n standing for the keys from n * block to (n + 1) * block - 1; NONE as filler.
     diagonals: int64 [X, S], distances: a tile reads every key that is so far before one of its rows; NONE as filler.
+    verticals: int64 [X, V], columns that all tiles read; NONE as filler.
     tile: number of query rows that share one list. A key named twice counts once, a key after its row not at all.
     done: attention over the base, out [H, T, D] and lse [H, T], where the selector has computed it already: it is
     merged with what the lists give, and not computed again.
@@ -52,6 +53,7 @@ class Stripes:
     start: Tensor | None = None
     done: Partial | None = None
     diagonals: Tensor | None = None
+    verticals: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.window is None) == (self.start is None):
@@ -59,18 +61,34 @@ class Stripes:
 
     @property
     def has_lists(self) -> bool:
-        """True if keys are named besides the base."""
+        """True if keys are named tile by tile besides the base."""
         return any(x is not None for x in (self.columns, self.blocks, self.diagonals))
 
     @property
     def lists(self) -> int:
         """The largest X."""
-        given = (self.columns, self.blocks, self.diagonals, self.window if isinstance(self.window, Tensor) else None,
+        given = (self.columns, self.blocks, self.diagonals, self.verticals,
+                 self.window if isinstance(self.window, Tensor) else None,
                  self.start if self.start is not None and self.start.ndim > 1 else None)
         return max((len(x) for x in given if x is not None), default=1)
 
+    def starts(self, units: int) -> Tensor:
+        """The first local keys, [U, tiles]."""
+        given = self.start.reshape(-1, self.start.shape[-1])
+        return given.repeat_interleave(units // len(given), 0)
+
+    def everywhere(self, units: int, total: int) -> Tensor:
+        """bool [U, total]: the keys that all tiles read as verticals, the first `sinks` left out."""
+        if self.verticals is None:
+            return torch.zeros(units, total, dtype=torch.bool)
+        found = torch.zeros(len(self.verticals), total + 1, dtype=torch.bool)                # the last one: fillers
+        inside = (self.verticals != NONE) & (self.verticals < total)
+        found.scatter_(1, self.verticals.where(inside, total), True)
+        found[:, :self.sinks] = False
+        return found[:, :total].repeat_interleave(units // len(found), 0)
+
     def about(self, tokens: int, total: int) -> float:
-        """Pairs of a head, about: what lists and base name twice counts twice, a distance as one key for each row."""
+        """Pairs of a head, about: what lists, lines and base name twice counts twice."""
         rows = torch.arange(total - tokens, total)
         begins = rows[::self.tile]
         if self.start is not None:
@@ -79,9 +97,39 @@ class Stripes:
             first = (rows - torch.as_tensor(self.window).cpu().reshape(-1, 1) + 1).clamp(min=0)
         base = (rows + 1 - first + first.clamp(max=self.sinks)).clamp(min=0).double().sum(1).mean()
         tile = min(self.tile, tokens)
-        named = [(x, each) for x, each in ((self.columns, tile), (self.blocks, tile * self.block),
-                                           (self.diagonals, tokens)) if x is not None]
-        return float(base) + sum(int((x != NONE).sum()) / len(x) * each for x, each in named)
+        named = [(x, each) for x, each in ((self.columns, tile), (self.blocks, tile * self.block)) if x is not None]
+        lists = sum(int((x != NONE).sum()) / len(x) * each for x, each in named)
+        return float(base) + lists + self._lines(begins.tolist(), total)
+
+    def _lines(self, begins: list[int], total: int) -> float:
+        """Pairs of a head with columns of all tiles and, before the tiles that begin there, with distances."""
+        pairs = 0.0
+        if self.verticals is not None:
+            below = total - self.verticals.where(self.verticals != NONE, total).clamp(min=begins[0])
+            pairs += int(below.clamp(min=0).sum()) / len(self.verticals)
+        if self.diagonals is not None:
+            rows = [min(self.tile, total - begin) for begin in begins]
+            reach = self._reach(total).cumsum(1)[:, begins].cpu().double()                  # places before each tile
+            pairs += float((reach @ torch.tensor(rows, dtype=torch.float64)).mean())
+        return pairs
+
+    def _reach(self, total: int) -> Tensor:
+        """bool [X, total]: is what stands so far before a whole tile reached by a distance of one of its rows?"""
+        far = self.diagonals.where((self.diagonals != NONE) & (self.diagonals < total + self.tile), total + self.tile)
+        steps = torch.zeros(len(far), total + 2 * self.tile, dtype=torch.int32, device=far.device)
+        for places, by in (((far - self.tile + 1).clamp(min=0), 1), (far + 1, -1)):
+            steps.scatter_add_(1, places, torch.full_like(places, by, dtype=torch.int32))
+        found = steps.cumsum(1)[:, :total] > 0
+        found[:, :1] = False
+        return found
+
+    def spelled(self, tokens: int) -> "Stripes":
+        """The same with the verticals among the columns of each tile, of a prompt of so many query rows."""
+        if self.verticals is None:
+            return self
+        everywhere = self.verticals.unsqueeze(1).expand(-1, -(-tokens // self.tile), -1)
+        given = [everywhere] if self.columns is None else _as_many([self.columns, everywhere])
+        return replace(self, columns=torch.cat(given, -1), verticals=None)
 
     def local(self, number: int, row: int) -> list[tuple[int, int | None]]:
         """(first local key, window) of a tile whose first row is at `row`: one pair for all heads, or one for each X.
@@ -156,7 +204,7 @@ def sparse_partial(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes
         from llmopt_kernels import sparse_on_gpu  # Triton is not everywhere
 
         if sparse_on_gpu.fits(query, keys, values, stripes, rule):
-            return sparse_on_gpu.triton_partial(query, keys, values, stripes, rule)
+            return sparse_on_gpu.triton_partial(query, keys, values, stripes.spelled(query.shape[1]), rule)
     if fits(query, keys, values, stripes, rule):
         return flash_partial(query, keys, values, stripes, rule)
     return by_gathering(query, keys, values, stripes, rule)
@@ -169,6 +217,7 @@ def _for_triton(query: Tensor) -> bool:
 def by_gathering(query: Tensor, keys: Tensor, values: Tensor, stripes: Stripes,
                  rule: Rule) -> tuple[Partial, Tensor]:
     """What `sparse_partial` means, for all rules and devices."""
+    stripes = stripes.spelled(query.shape[1])
     out = query.new_empty(*query.shape[:2], values.shape[-1], dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     pairs = torch.zeros(len(query), dtype=torch.int64, device=query.device)

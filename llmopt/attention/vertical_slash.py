@@ -27,7 +27,7 @@ from llmopt.parts import register
 class VerticalSlash(ByHead):
     """Costs `queries` rows of attention."""
 
-    tried: ClassVar = dict.fromkeys(("vertical", "slash"), (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8))
+    tried: ClassVar = {"vertical": (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8), "slash": (0, 1 / 32, 1 / 10, 1 / 4, 5 / 8)}
 
     vertical: int = Field(1000, ge=1, description="keys that every row reads")
     slash: int = Field(800, ge=1, description="distances at which every tile of rows reads")
@@ -37,20 +37,24 @@ class VerticalSlash(ByHead):
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         vertical, slash = self.lines(q, k, state)                                             # [H, S] each
-        columns = best(vertical, self.number("vertical", k.shape[1], state))
-        distances = best(slash, self.number("slash", k.shape[1], state))
+        distances = best(slash, self.number("slash", k.shape[1], state).clamp(min=self.always))
         begins = torch.arange(0, q.shape[1], self.tile, device=q.device) + state.offset
-        return Stripes(0, start=begins, columns=columns.unsqueeze(1).expand(-1, len(begins), -1), tile=self.tile,
-                       diagonals=distances)
+        near = min(self.always, int((distances != NONE).sum(1).min()))        # distances that all heads have
+        far = distances.masked_fill(distances < near, NONE)
+        return Stripes(0, start=(begins - max(0, near - 1)).clamp(min=0), tile=self.tile,
+                       verticals=best(vertical, self.number("vertical", k.shape[1], state).clamp(min=self.always)),
+                       diagonals=far if bool((far != NONE).any()) else None)
 
     def lines(self, q: Tensor, k: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """What the last queries read: by key, and by distance, [H, S] both."""
         total = k.shape[1]
         weights = last_weights(q, k, state, self.queries)                                     # [H, R, S]
         vertical, slash = weights.sum(1), along_diagonals(weights)
-        vertical[:, :max(0, self.always - state.dropped)] = torch.inf
-        slash[:, :self.always] = torch.inf
-        return vertical, slash[:, :total]
+        first = torch.arange(self.always, 0, -1, device=k.device) + self.queries          # more than any sum, in order
+        vertical[:, :max(0, self.always - state.dropped)] = first[state.dropped:][:total]
+        slash = slash[:, :total]
+        slash[:, :self.always] = first[:total]
+        return vertical, slash
 
 
 def best(scores: Tensor, counts: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_pairs_are_known_about(name):
     if stripes.pooled is None:
         _, pairs = sparse_attention(q, k, v, stripes, state.rule)
         assert stripes.about(40, 60) >= 0.99 * float(pairs.double().mean())
-        if stripes.diagonals is None and stripes.columns is None:
+        if all(x is None for x in (stripes.diagonals, stripes.columns, stripes.verticals)):
             assert stripes.about(40, 60) <= 1.15 * float(pairs.double().mean())
 
 
@@ -205,8 +205,16 @@ def test_a_planted_column_is_found_only_if_the_end_reads_it():
     k[:, 11] = 5 * q[0, -1]
     method = a.VerticalSlash(vertical=3, slash=2, queries=4, always=1, tile=8)
     found = method.select(q, k, state)
-    assert (found.columns[:, 0] == 11).any(1).all() and found.columns.shape == (H, 5, 3)
-    assert (found.columns[:, 0] == 0).any(1).all() and (found.diagonals == 0).any(1).all()
+    assert (found.verticals == 11).any(1).all() and found.verticals.shape == (H, 3)
+    assert (found.verticals == 0).any(1).all() and found.start.tolist() == [0, 8, 16, 24, 32]
+    assert (found.diagonals != NONE).sum(1).tolist() == [1] * H                        # besides the row's own place
+
+
+def test_what_is_always_read_are_the_first_and_the_nearest():
+    q, k, _, state = drawn(40, 40)
+    found = a.VerticalSlash(vertical=1, slash=1, queries=4, always=5, tile=8).select(q, k, state)
+    assert found.verticals.tolist() == [[0, 1, 2, 3, 4]] * H and found.diagonals is None
+    assert found.start.tolist() == [0, 4, 12, 20, 28]                   # four before each tile
 
 
 def test_distances_between_distributions():

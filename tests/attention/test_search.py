@@ -89,7 +89,7 @@ def test_found_numbers_are_parts_of_what_there_is():
         return method.select(q, k, state)
 
     lines = of(a.VerticalSlash(queries=4, always=0, tile=8), slash=[parts[::-1]])
-    assert [int((row[0] != NONE).sum()) for row in lines.columns] == [0, 16, 32, 64]
+    assert [int((row != NONE).sum()) for row in lines.verticals] == [0, 16, 32, 64]
     assert [int((row != NONE).sum()) for row in lines.diagonals] == [64, 32, 16, 0]
     assert of(a.AShape(sinks=2)).window.tolist() == [1, 16, 32, 64]
     for method in (a.BlockTopK(block=4, first=0), a.Stem(block=4, stride=4, first=0, decay=1.0)):

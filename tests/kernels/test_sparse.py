@@ -146,9 +146,9 @@ def lists(columns, blocks):
 
 def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
     """bool [heads, tokens, total], twice: of the base, and of everything; one entry after the other."""
-    window, start, columns, blocks, diagonals = (
-        None if x is None else torch.as_tensor(x).tolist()
-        for x in (stripes.window, stripes.start, stripes.columns, stripes.blocks, stripes.diagonals))
+    window, start, columns, blocks, diagonals, verticals = (
+        None if x is None else torch.as_tensor(x).tolist() for x in (
+            stripes.window, stripes.start, stripes.columns, stripes.blocks, stripes.diagonals, stripes.verticals))
     base, every = ([[[False] * total for _ in range(tokens)] for _ in range(heads)] for _ in range(2))
 
     def own(x, h, t):
@@ -170,7 +170,8 @@ def visible_by_hand(stripes, rule, heads, tokens, total=TOTAL):
             base[h][t][j] = j < stripes.sinks or j >= first
             every[h][t][j] = bool(base[h][t][j] or (columns and j in own(columns, h, t))
                                   or (blocks and j // stripes.block in own(blocks, h, t))
-                                  or (diagonals and reaches(diagonals[h * len(diagonals) // heads], t, i - j)))
+                                  or (diagonals and reaches(diagonals[h * len(diagonals) // heads], t, i - j))
+                                  or (verticals and j in verticals[h * len(verticals) // heads]))
     return torch.tensor(base), torch.tensor(every)
 
 
@@ -190,9 +191,12 @@ def test_every_base_with_every_list_equals_a_mask_built_entry_by_entry(rule, bas
     monkeypatch.setattr(flash, "ROWS", 3)
     tokens = TOTAL - offset
     query, keys, values = draw(4, tokens, 8), draw(2, TOTAL, 8, seed=1), draw(2, TOTAL, 8, seed=2)
-    for columns, blocks, lines in ((0, 0, 0), (2, 0, 0), (4, 0, 2), (0, 2, 4), (4, 2, 0), (2, 4, 4), (0, 0, 2)):
-        diagonals = torch.tensor([[7, NONE, 3], [0, 11, 12], [5, 6, NONE], [13, 2, 1]])[:lines] if lines else None
-        stripes = Stripes(SINKS, tile=TILE, block=BLOCK, diagonals=diagonals, **BASES[base], **lists(columns, blocks))
+    for columns, blocks, slashes, lines in ((0, 0, 0, 0), (2, 0, 0, 0), (4, 0, 2, 2), (0, 2, 4, 0), (4, 2, 0, 4),
+                                            (2, 4, 4, 0), (0, 0, 2, 0), (0, 0, 0, 4), (0, 0, 4, 2), (0, 0, 2, 4)):
+        diagonals = torch.tensor([[7, NONE, 3], [0, 11, 12], [5, 6, NONE], [13, 2, 1]])[:slashes] if slashes else None
+        verticals = torch.tensor([[NONE, 9, 4], [1, 14, 2], [3, NONE, 99], [0, 5, 5]])[:lines] if lines else None
+        stripes = Stripes(SINKS, tile=TILE, block=BLOCK, diagonals=diagonals, verticals=verticals, **BASES[base],
+                          **lists(columns, blocks))
         near, every = visible_by_hand(stripes, rule, 4, tokens)
         want, done = (masked(query, keys, values, seen, rule) for seen in (every, near))
         for given in (stripes, replace(stripes, done=done)):
@@ -271,6 +275,12 @@ LONG = {
                        columns=random_columns(8, 7, 400)),
     "columns and blocks": Stripes(9, start=TILES_64, tile=64, columns=random_columns(2, 7, 400), block=64,
                                   blocks=some_blocks(8, 7, 6, 1), diagonals=torch.tensor([[70, NONE], [3, 300]])),
+    "lines": Stripes(9, start=(TILES_64 - 29).clamp(min=0), tile=64, verticals=random_columns(8, 1, 400)[:, 0],
+                     diagonals=random_columns(8, 1, 400, seed=8)[:, 0]),
+    "lines of a group": Stripes(0, start=TILES_64, tile=64, verticals=random_columns(2, 1, 90)[:, 0],
+                                diagonals=torch.tensor([[70, NONE], [3, 300]])),
+    "lines and blocks": Stripes(64, start=TILES_64, tile=64, verticals=random_columns(2, 1, 400)[:, 0], block=64,
+                                blocks=some_blocks(8, 7, 6, 1)),
 }
 
 
@@ -281,7 +291,7 @@ def test_the_flash_kernel_computes_what_is_meant(name, dtype):
     stripes = LONG[name]
     assert flash.fits(query, keys, values, stripes, Rule(0.125))
     want, pairs = by_gathering(query.float(), keys.float(), values.float(), stripes, Rule(0.125))
-    base = replace(stripes, columns=None, blocks=None, diagonals=None)
+    base = replace(stripes, columns=None, blocks=None, diagonals=None, verticals=None)
     done = by_gathering(query.float(), keys.float(), values.float(), base, Rule(0.125))[0]
     for given in (stripes, replace(stripes, done=done)):
         got, count = flash.flash_partial(query, keys, values, given, Rule(0.125))

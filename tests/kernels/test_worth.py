@@ -32,8 +32,17 @@ def test_the_long_way_by_hand():
     assert gain(Q, K, K, band, Rule(1.0, softcap=30.0)) == pytest.approx(CAUSAL / BAND / 0.9)      # dense goes it, too
     assert gain(Q, K, K, band, Rule(1.0, window=128)) == pytest.approx(1.2 * T * T / BAND / 5)     # dense skips nothing
     far = Stripes(0, 1, diagonals=torch.tensor([[3, 9]]), tile=32)
-    assert gain(Q.double(), K.double(), K.double(), far, Rule(1.0)) == pytest.approx(
-        CAUSAL / (9 * (T + 2 * T * 32)))
+    before = sum(min(9, begin) for begin in range(0, T, 32)) * 32              # 1 to 9 places before a tile, by rows
+    assert gain(Q.double(), K.double(), K.double(), far, Rule(1.0)) == pytest.approx(CAUSAL / (9 * (T + before)))
+
+
+def test_lines_by_hand():
+    lines = Stripes(0, start=torch.arange(0, T, 64), tile=64, verticals=torch.tensor([[3, 100, -1], [7, 9, 9]]))
+    pairs = 4 * 64 * 65 / 2 + ((T - 3) + (T - 100) + (T - 7) + 2 * (T - 9)) / 2
+    assert gain(Q, K, K, lines, Rule(1.0)) == pytest.approx(CAUSAL / (2.8 * pairs + 300 * T))
+    far = Stripes(0, start=torch.arange(0, T, 64), tile=64, diagonals=torch.tensor([[100, -1]]))
+    pairs = 4 * 64 * 65 / 2 + 64 * sum(max(0, min(100, begin) - 36) for begin in range(0, T, 64))
+    assert gain(Q, K, K, far, Rule(1.0)) == pytest.approx(CAUSAL / (2.8 * pairs))
 
 
 def test_it_does_not_hang_on_gradients():
@@ -43,4 +52,4 @@ def test_it_does_not_hang_on_gradients():
 
 def test_every_type_that_the_kernel_takes_has_its_costs():
     from llmopt_kernels.flash import TYPES
-    assert set(TYPES) == set(worth.PAIR) == set(worth.LISTED) == set(worth.TILE)
+    assert set(TYPES) == set(worth.PAIR) == set(worth.LISTED) == set(worth.TILE) == set(worth.ROW) == set(worth.LINES)

@@ -32,7 +32,7 @@ def blocks_of(stripes: Stripes, heads: int, tokens: int) -> BlockMask | None:
     start = stripes.start
     if (stripes.blocks is None or stripes.tile != size or stripes.sinks % size or start is None or start.ndim > 1
             or tokens % size or bool((start % size).any())
-            or stripes.columns is not None or stripes.diagonals is not None):
+            or any(x is not None for x in (stripes.columns, stripes.diagonals, stripes.verticals))):
         return None
     read = torch.zeros(len(stripes.blocks), tiles, tiles + 1, dtype=torch.bool)
     read.scatter_(2, stripes.blocks.where(stripes.blocks >= 0, tiles), True)
