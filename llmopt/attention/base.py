@@ -6,7 +6,7 @@ entries before that gap are what was worth keeping, and all queries read all of 
 """
 import dataclasses
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from llmopt_kernels import (
@@ -79,7 +79,12 @@ class Counter:
 
 @dataclass(frozen=True)
 class Selector(PrefillMethod):
-    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token."""
+    """Compute a prompt's attention from the selected keys only. Applies to every forward of more than one token.
+
+    tries: selects for a few queries first, to see what comes of it; not where that costs as much as for all of them.
+    """
+
+    tries: ClassVar[bool] = True
 
     min_length: int = Field(1024, ge=0, description="shorter prompts are computed densely, each row of a batch by its "
                                                     "own length; 0: none, however small the gain")
@@ -144,7 +149,7 @@ class Selector(PrefillMethod):
     def _middle(self, one: Sequence) -> Sequence | None:
         """Some queries from the middle of a long prompt, over all that they may read."""
         half = len(one.columns) // 2
-        if not self.min_length or half < 8 * TRIAL:
+        if not self.tries or not self.min_length or half < 8 * TRIAL:
             return None
         return one.divided(half)[0].divided(half - TRIAL)[1]
 

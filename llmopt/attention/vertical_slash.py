@@ -27,6 +27,7 @@ from llmopt.parts import register
 class VerticalSlash(ByHead):
     """Costs `queries` rows of attention."""
 
+    tries: ClassVar = False
     tried: ClassVar = {"vertical": (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8), "slash": (0, 1 / 32, 1 / 10, 1 / 4, 5 / 8)}
 
     vertical: int = Field(1000, ge=1, description="keys that every row reads")

@@ -86,6 +86,17 @@ def test_what_is_no_faster_is_computed_densely(keep, least, chosen):
     assert torch.equal(got, want) == (keep > 0 and least > 0)
 
 
+def test_lines_are_chosen_once(monkeypatch):
+    """Looking at the last queries costs as much for a few in the middle."""
+    lengths, lines = [], a.VerticalSlash.lines
+    monkeypatch.setattr(a.VerticalSlash, "lines", lambda self, q, *more: (
+        lengths.append(q.shape[1]), lines(self, q, *more))[1])
+    with torch.no_grad(), runtime.attached(make("llama", **LONG), a.VerticalSlash(vertical=64, slash=40)) as model:
+        model(ids(1, 4096))
+        assert float(runtime.attachment(model).stats[0].density.max()) < 0.2
+    assert lengths == [4096]
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_pairs_are_known_about(name):
     q, k, v, state = drawn(40, 60)
