@@ -32,6 +32,7 @@ def test_it_answers_what_the_world_asks(model):
     assert all(result.met for result in results), table(results)
 
 
+@pytest.mark.full
 def test_damage_shows_but_for_3_bits_that_it_bears_better_than_the_dense_one(model):
     met = {result.name: result.met for result in brittleness(model)}
     assert met == {"facts lost at 3 bits": False, "facts lost at 2 bits": True, "facts lost, FFN -25 % random": True}

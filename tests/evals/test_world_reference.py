@@ -39,6 +39,7 @@ def test_knowledge_meets_its_targets(model):
     assert all(result.met for result in results), table(results)
 
 
+@pytest.mark.full
 def test_damage_shows(model):
     results = brittleness(model)
     assert all(result.met for result in results), table(results)
