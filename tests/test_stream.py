@@ -19,6 +19,7 @@ from llmopt.kv import SnapKV
 from llmopt.method import Run
 from llmopt.model import skeleton
 from llmopt.model.blocks import blocks
+from llmopt.parts import build
 from llmopt.quant.making import Making
 from llmopt.run import opening, pipeline
 from llmopt.run.dry_run import dry_run
@@ -182,7 +183,7 @@ ALIKE = ("heads.divergence", "heads.influence", "heads.lofit", "heads.need90", "
 def streamed() -> list:
     """Every method; in the full tier alone: ALIKE, all but two of those that act at run time and learn nothing."""
     idle = [name for name in llmopt.names() if name.startswith(("attention.", "kv.")) and not own_fields(name, "BEFORE")
-            and not llmopt.get(name).needs_data and name not in ("attention.a_shape", "kv.snapkv")]
+            and not build(name, FIELDS.get(name, {})).needs_data and name not in ("attention.a_shape", "kv.snapkv")]
     return [pytest.param(name, marks=pytest.mark.full) if name in (*idle, *ALIKE) else name for name in llmopt.names()]
 
 

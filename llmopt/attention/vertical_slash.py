@@ -28,7 +28,8 @@ class VerticalSlash(ByHead):
     """Costs `queries` rows of attention."""
 
     tries: ClassVar = False
-    tried: ClassVar = {"vertical": (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8), "slash": (0, 1 / 32, 1 / 10, 1 / 4, 5 / 8)}
+    tried: ClassVar = {"vertical": (1 / 128, 1 / 32, 1 / 10, 1 / 4, 5 / 8),
+                       "slash": (0, 1 / 512, 1 / 128, 1 / 32, 1 / 10, 1 / 4)}         # besides those always read
 
     vertical: int = Field(1000, ge=1, description="keys that every row reads")
     slash: int = Field(800, ge=1, description="distances at which every tile of rows reads")
@@ -38,13 +39,18 @@ class VerticalSlash(ByHead):
 
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         vertical, slash = self.lines(q, k, state)                                             # [H, S] each
-        distances = best(slash, self.number("slash", k.shape[1], state).clamp(min=self.always))
+        distances = best(slash, self._count("slash", k.shape[1], state))
         begins = torch.arange(0, q.shape[1], self.tile, device=q.device) + state.offset
         near = min(self.always, int((distances != NONE).sum(1).min()))        # distances that all heads have
         far = distances.masked_fill(distances < near, NONE)
         return Stripes(0, start=(begins - max(0, near - 1)).clamp(min=0), tile=self.tile,
-                       verticals=best(vertical, self.number("vertical", k.shape[1], state).clamp(min=self.always)),
+                       verticals=best(vertical, self._count("vertical", k.shape[1], state)),
                        diagonals=far if bool((far != NONE).any()) else None)
+
+    def _count(self, name: str, total: int, state: State) -> Tensor:
+        """How many lines each head reads, int64 [H] or [1], those that are always read among them."""
+        counts = self.number(name, total, state)
+        return counts.clamp(min=self.always) if self.found(name, state) is None else counts + self.always
 
     def lines(self, q: Tensor, k: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """What the last queries read: by key, and by distance, [H, S] both."""
