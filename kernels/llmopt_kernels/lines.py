@@ -4,6 +4,8 @@ A unit is a KV head with its h query heads, or a query head with lines of its ow
 long run of tiles reads the first so many of them. Distances reach the same places before each tile, so that many tiles
 are one call. Of keys that are read in any case, or by a column, distances read nothing again.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,11 +62,14 @@ def add_slashes(whole: Partial, query: Tensor, keys: Tensor, values: Tensor, str
             pairs.unflatten(0, (units, -1))[unit] += counted
 
 
-class _Unit:
+class _Unit(NamedTuple):
     """Query rows [h, T, D] of whole tiles, with what they have found, and their keys and values [S, D]."""
 
-    def __init__(self, query: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.query, self.out, self.lse, self.keys, self.values = query, out, lse, keys, values
+    query: Tensor
+    out: Tensor
+    lse: Tensor
+    keys: Tensor
+    values: Tensor
 
     def add(self, far: Tensor, places: Tensor, starts: Tensor, free: Tensor, size: int, scaling: float) -> int:
         """Merge in the keys `far` before some row of their tiles, which stand at `places`; the pairs of a head."""

@@ -97,6 +97,35 @@ def test_found_numbers_are_parts_of_what_there_is():
         assert taken == [0, *((4, 8, 15) if method.name == "attention.block_topk" else (3, 7, 15))]    # one is near
 
 
+@pytest.mark.parametrize("kind", SMALL, ids=lambda kind: kind.name)
+@torch.no_grad()
+def test_a_padded_row_is_what_it_is_alone_and_parts_of_1_are_dense(kind):
+    """In two turns, too, over one cache."""
+    model, tokens, mask = make("llama"), ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :20] = 0
+    places, dense = (mask.cumsum(-1) - 1).clamp(min=0), model(tokens[1:, 20:]).logits[0]
+    method = kind(density=0.5, min_length=0, **SMALL[kind], **({"decay": 1.0} if kind is a.Stem else {}))
+    for part in (0.1, 1.0):
+        record = Record({"numbers": {name: [[part] * 4] * 3 for name in method.tried}})
+        method.restore(model, record)
+        alone = model(tokens[1:, 20:]).logits[0]
+        padded = model(tokens, attention_mask=mask, position_ids=places).logits[1, 20:]
+        assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+        assert (part == 1.0) == torch.allclose(alone, dense, atol=1e-4)
+        apart = []
+        for rows in (tokens[1:, 20:], tokens):                          # a first turn of 40 columns and a second of 20
+            padding, cache, found = len(rows[0]) - 40, None, []
+            seen = mask if padding else mask[1:, 20:]
+            for turn in (slice(0, padding + 20), slice(padding + 20, None)):
+                read = model(rows[:, turn], attention_mask=seen[:, :turn.stop], past_key_values=cache, use_cache=True,
+                             position_ids=(seen.cumsum(-1) - 1).clamp(min=0)[:, turn])
+                cache, found = read.past_key_values, [*found, read.logits[-1]]
+            apart.append(torch.cat(found)[-40:])
+        assert_close(*apart, atol=1e-5, rtol=1e-5)
+        assert part < 1 or torch.allclose(apart[0], dense, atol=1e-4)
+        runtime.detach(model)
+
+
 def test_in_a_checkpoint(tmp_path):
     model, tokens = make("llama"), ids(2, 60)
     llmopt.compress(model, a.VerticalSlash(density=0.5, rows=2, min_length=0, **SMALL[a.VerticalSlash]), tokens)
