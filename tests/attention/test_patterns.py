@@ -222,10 +222,11 @@ def test_a_planted_column_is_found_only_if_the_end_reads_it():
 
 
 def test_what_is_always_read_are_the_first_and_the_nearest():
-    q, k, _, state = drawn(40, 40)
-    found = a.VerticalSlash(vertical=1, slash=1, queries=4, always=5, tile=8).select(q, k, state)
-    assert found.verticals.tolist() == [[0, 1, 2, 3, 4]] * H and found.diagonals is None
-    assert found.start.tolist() == [0, 4, 12, 20, 28]                   # four before each tile
+    for tokens, begins in ((40, [0, 4, 12, 20, 28]), (16, [20, 28])):   # four before each tile, in a later turn too
+        q, k, _, state = drawn(tokens, 40)
+        found = a.VerticalSlash(vertical=1, slash=1, queries=4, always=5, tile=8).select(q, k, state)
+        assert found.verticals.tolist() == [[0, 1, 2, 3, 4]] * H and found.diagonals is None
+        assert found.start.tolist() == begins
 
 
 def test_distances_between_distributions():
