@@ -60,7 +60,8 @@ class State:
 class Counter:
     """Pairs of one layer by query head, int64 [H], of all prompts: computed, and what dense attention would compute.
 
-    Prompts that are too short to be sparse are in it, with all their pairs; forwards of one token are not.
+    Prompts that are too short to be sparse are in it, with all their pairs; forwards of one token only where the method
+    decodes, which counts those in the place of prompts.
     """
 
     computed: Tensor
@@ -97,7 +98,7 @@ class Selector(PrefillMethod):
     def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
         if prompt.mask is None and prompt.kept is None and prompt.seen < self.min_length:         # no row differs
             pairs = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) * len(prompt.query)
-            _count(live, prompt, pairs, pairs)
+            count(live, prompt, pairs, pairs)
             return dense_attention(prompt.query, prompt.keys, prompt.values, None, prompt.first, prompt.rule)
         out = prompt.query.new_zeros(*prompt.query.shape[:3], prompt.values.shape[-1])
         for one in sequences(prompt, *self._numbered(prompt, live.now.shared)):
@@ -106,7 +107,7 @@ class Selector(PrefillMethod):
             else:
                 shared = live.now.shared.setdefault((ATTENTION, one.number), {})
                 got, pairs = self.attend(one, prompt.layer, live.record(ATTENTION), shared)
-                _count(live, prompt, pairs, one.dense_pairs())
+                count(live, prompt, pairs, one.dense_pairs())
             out[one.number[0]][:, one.columns] = got
         return out
 
@@ -168,7 +169,8 @@ def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:
     return sunk(merged(Partial(old.out[0], old.lse[0]), new), one.rule).out.to(one.query.dtype), pairs + one.old_pairs()
 
 
-def _count(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:
+def count(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:
+    """Add pairs [H] to what a layer has computed so far, and to what dense attention would have."""
     if prompt.layer not in live.stats:
         none = torch.zeros(prompt.query.shape[1], dtype=torch.long, device=prompt.query.device)
         live.stats[prompt.layer] = Counter(none, none)

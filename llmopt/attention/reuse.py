@@ -1,38 +1,49 @@
 """Layer reuse: some layers choose blocks, those above read by the choice of a layer below (HyLRA, arXiv:2602.00777).
 
-Decided once, on rows of the calibration data, from the attention that the blocks of keys draw in each KV head:
+It serves prompts, where the queries of a tile choose together; or, the paper's own use, `phase: decode`: tokens that
+are written one by one, each of which chooses for itself while the cache holds every key.
 
-    ratio90[l]      share of the visible blocks that hold .9 of a tile's attention, mean over tiles and heads
+Decided once, on rows of the calibration data, from the attention that the blocks of keys draw in each KV head, from
+the queries of a tile (decode: from each of the last 128 queries of a row):
+
+    ratio90[l]      share of the visible blocks that hold .9 of the attention, mean over tiles and heads
     overlap[i, j]   of the `keep` best blocks of layers i < j, the share that they have in common, least of the heads
 
 The layers of the largest ratio90, all but `sparsity` of them, read everything: their attention is spread out. Of the
 others, `computed` choose by themselves (policy.py). Two layers that choose at random agree, too: an overlap counts
-only if (overlap - chance) / (1 - chance) >= `guard`. A choice is the `keep` blocks of the largest pooled attention
-of a KV head's queries together.
+only if (overlap - chance) / (1 - chance) >= `guard`. A choice is the `keep` blocks whose mean keys draw most of the
+attention of a KV head's queries together; the paper's runtime compares hashes of single keys in their place.
 
-For prompts; the paper's own use, tokens that are written one by one, is left out: there the cache is read in full.
+While decoding, layers with a window, and whatever a kv method has left of a cache, are read in full.
 """
 import math
 from collections import defaultdict
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from llmopt_kernels import Stripes
+from llmopt_kernels import Stripes, dense_attention
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.attention.base import State
+from llmopt.attention.base import State, count
+from llmopt.attention.by_token import Held
 from llmopt.attention.grid import BlockSelector, Grid, largest, top
 from llmopt.attention.policy import sources
-from llmopt.errors import LlmoptError
+from llmopt.attention.sequences import causal_pairs
+from llmopt.errors import FieldError, LlmoptError
 from llmopt.method import Record, Run, Sample
-from llmopt.model.blocks import blocks
+from llmopt.model.blocks import blocks, decoder
 from llmopt.parts import register
 from llmopt.runtime.attention_rows import Rows, attention_rows
+from llmopt.runtime.compression import ATTENTION
+from llmopt.runtime.hooks import Attachment
+from llmopt.runtime.prompt import Prompt
 
 FULL = -1           # in the place of a layer whose choice is read
+STEPS = 128         # last queries of a row by which decoding is planned
+STARTS = "starts of rows"
 
 
 @register("attention.reuse")
@@ -43,12 +54,18 @@ class Reuse(BlockSelector):
     meta_shape: ClassVar[Any] = {"sources": [int], str: object}
     needs_data: ClassVar[bool] = True
 
-    block: int = Field(64, ge=1, description="tokens of a block, and queries that share a choice")
+    phase: Literal["prefill", "decode"] = Field("prefill", description="who reads by blocks: queries of prompts, or "
+                                                                       "tokens that are written one by one")
+    block: int = Field(64, ge=1, description="tokens of a block, and of a prompt the queries that share a choice")
     keep: int = Field(16, ge=1, description="blocks for each tile, besides those that are always read")
     sparsity: float = Field(0.9, ge=0, le=1, description="share of the layers that do not read everything")
     computed: float = Field(0.3, ge=0, le=1, description="share of these that choose by themselves, at most")
     guard: float = Field(0.5, ge=0, le=1, description="overlap beyond chance below which nothing is taken over")
     rows: int = Field(8, ge=1, description="of the calibration data that are looked at")
+
+    def check(self) -> None:
+        if self.decodes and self.last:
+            raise FieldError("last", self.last, "0, as prompts are read in full where phase is decode,")
 
     def sample(self, run: Run) -> Sample:
         return Sample(run, 1, "all")
@@ -77,9 +94,9 @@ class Reuse(BlockSelector):
         """(ratio90 [L], overlap [L, L], 0 where the guard says that it is chance)."""
         ratios, common, chooses = defaultdict(list), defaultdict(list), False
         for ids in _single(run.batches)[:self.rows]:
-            mass = self._mass(model, ids)                                                # by layer [G, tiles, blocks]
-            causal = torch.ones(mass[0].shape[1:]).tril().bool()
-            far = causal.tril(-1) & (torch.arange(causal.shape[1]) >= self.first)
+            begins = self._begins(ids.shape[1])
+            mass = self._mass(model, ids, begins)                                        # by layer [G, tiles, blocks]
+            causal, far = self._choice(begins, mass[0].shape[2])
             tiles = far.sum(1) > self.keep                                               # where there is a choice
             picks = [top(x.masked_fill(~far, -1.0), self.keep)[:, tiles] for x in mass]
             for layer, x in enumerate(mass):
@@ -100,20 +117,29 @@ class Reuse(BlockSelector):
             alike[i, j] = sum(values) / len(values)
         return torch.stack([torch.stack(ratios[layer]).mean() for layer in range(len(ratios))]).double(), alike
 
-    def _mass(self, model: nn.Module, ids: Tensor) -> list[Tensor]:
+    def _begins(self, length: int) -> Tensor:
+        """The first query of each tile; a query alone where tokens are written one by one."""
+        return torch.arange(max(0, length - STEPS), length) if self.decodes else torch.arange(0, length, self.block)
+
+    def _choice(self, begins: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """bool [tiles, blocks] twice: the blocks that a tile sees, and those of them that are read only if chosen."""
+        block, newest = torch.arange(blocks), begins[:, None] // self.block
+        return block <= newest, (block <= newest - self.near) & (block >= self.first)
+
+    def _mass(self, model: nn.Module, ids: Tensor, begins: Tensor) -> list[Tensor]:
         """By layer [G, tiles, blocks]: what the queries of a tile put on each block, mean over a KV head's queries."""
-        count = -(-ids.shape[1] // self.block)
+        count, first, size = -(-ids.shape[1] // self.block), int(begins[0]), 1 if self.decodes else self.block
         groups = [block.kv_heads for block in blocks(model) if block.attention is not None]
         found: dict[int, Tensor] = {}
 
         def see(rows: Rows) -> None:
-            whole = found.setdefault(rows.layer, torch.zeros(rows.weights.shape[1], count, count))
+            whole = found.setdefault(rows.layer, torch.zeros(rows.weights.shape[1], len(begins), count))
             by_key = torch.zeros(*rows.weights.shape[1:3], count)
             by_key.index_add_(2, rows.keys.cpu() // self.block, rows.weights[0].cpu())
-            whole.index_add_(1, rows.queries.cpu() // self.block, by_key)
+            whole.index_add_(1, (rows.queries.cpu() - first) // size, by_key)
 
-        with attention_rows(model, see):
-            model(ids, use_cache=False)
+        with attention_rows(model, see, slice(first, None)):
+            decoder(model)(input_ids=ids.to(model.device), use_cache=False)
         return [found[layer].unflatten(0, (groups[place], -1)).mean(1) for place, layer in enumerate(sorted(found))]
 
     def check_record(self, model: nn.Module, record: Record) -> None:
@@ -137,6 +163,54 @@ class Reuse(BlockSelector):
             together = pooled.unflatten(0, (len(grid.keys), -1)).mean(1).masked_fill(~grid.far, -1.0)
             known = state.shared[self.name, source] = top(together, self.keep)
         return grid.for_heads(known)
+
+    @property
+    def decodes(self) -> bool:
+        return self.phase == "decode"
+
+    def decode(self, prompt: Prompt, live: Attachment) -> Tensor:
+        source, out = live.record(ATTENTION).meta["sources"][prompt.layer], []
+        for row, start in enumerate(_starts(prompt, live.now.shared)):
+            held = None if source == FULL or start is None else self._held(prompt, live, row, start)
+            if held is None:
+                got, read, whole = _dense(prompt, row)
+            else:
+                chosen = live.now.shared.setdefault((ATTENTION, row), {})
+                if source not in chosen or len(chosen[source]) != len(held.keys):       # its own, or other KV heads'
+                    chosen[source] = held.chosen(self.keep)
+                got, read, whole = held.read(chosen[source]), chosen[source].shape[1], held.keys.shape[1]
+            count(live, prompt, read, whole)
+            out.append(got)
+        return torch.stack(out)
+
+    def _held(self, prompt: Prompt, live: Attachment, row: int, start: int) -> Held | None:
+        """What the cache holds of a row; None where there is too little to choose from, or a window."""
+        if prompt.rule.window is not None or prompt.seen - start < self.min_length:
+            return None
+        means = live.now.cache.layers[prompt.layer].pooled(row, start, self.block)
+        held = Held(prompt.query[row, :, 0], prompt.keys[row, :, start:], prompt.values[row, :, start:], means,
+                    prompt.rule, self.block, self.first, self.near)
+        return held if held.choice > self.keep else None
+
+
+def _starts(prompt: Prompt, shared: dict[Any, Any]) -> list[int | None]:
+    """By row, the column of its first real token; None where padding stands behind it."""
+    if prompt.mask is None:
+        return [0] * len(prompt.query)
+    if STARTS not in shared:
+        mask = prompt.mask.bool()
+        first = mask.int().argmax(1)
+        unbroken = mask.sum(1) == prompt.seen - first
+        shared[STARTS] = [start if ok else None for start, ok in zip(first.tolist(), unbroken.tolist(), strict=True)]
+    return shared[STARTS]
+
+
+def _dense(prompt: Prompt, row: int) -> tuple[Tensor, int, int]:
+    """Attention [H, 1, D] of a row's newest token to all that it may read, and twice how many keys that are."""
+    query, keys, values = (x[row:row + 1] for x in (prompt.query, prompt.keys, prompt.values))
+    mask = None if prompt.mask is None else prompt.mask[row:row + 1].bool()
+    read = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) if mask is None else int(mask.sum())
+    return dense_attention(query, keys, values, mask, prompt.first, prompt.rule)[0], read, read
 
 
 def _single(batches: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -1,18 +1,19 @@
 """The words of one command line, and what is wrong with them: known before torch is imported."""
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from llmopt.errors import FieldError, LlmoptError
-from llmopt.parts import Checked, in_our_words
+from llmopt.parts import Checked, default_of, fields_of, in_our_words
 from llmopt.recipe.schemes import scheme_name
 from llmopt.recipe.sources import source
-from llmopt.specs import MAX_SAMPLES, MAX_SEED, Dtype
+from llmopt.specs import MAX_SAMPLES, MAX_SEED, DataSpec, Dtype
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else
                                                    tuple(given) if isinstance(given, list) else given)]
+SOURCE = ("name", "path", "config", "split", "column", "template")      # of the data: where it comes from
 GroupSize = Annotated[int, Field(ge=1)] | Literal[-1]
 
 
@@ -53,9 +54,19 @@ class Words(Checked):
         return tuple(word for word, value in given.items() if value not in (None, ()))
 
     def assignments(self) -> tuple[str, ...]:
-        """All other words, as `--set` takes them: what they change in any recipe."""
+        """All other words, as `--set` takes them: what they change in any recipe.
+
+        Other data comes with the rows, their number and length, that the recipe asks for.
+        """
         made = {f"model.{key}": getattr(self, key) for key in ("dtype", "device", "revision", "gguf_file", "adapter")}
-        made |= {"model.dequantize": self.dequantize or None,
-                 "data": source(self.data) if self.data is not None else None, "data.samples": self.samples,
+        made |= {"model.dequantize": self.dequantize or None, "data.samples": self.samples,
                  "data.length": self.length, "data.seed": self.seed, "seed": self.seed}
-        return tuple(f"{key}={json.dumps(value)}" for key, value in made.items() if value is not None)
+        said = {key: value for key, value in made.items() if value is not None}
+        return tuple(f"{key}={json.dumps(value)}" for key, value in (self._source() | said).items())
+
+    def _source(self) -> dict[str, Any]:
+        """The keys that say where other data comes from; those that say nothing of it are as in no recipe."""
+        if self.data is None:
+            return {}
+        keys, given = fields_of(DataSpec), source(self.data)
+        return {f"data.{key}": given.get(key, default_of(keys[key])) for key in SOURCE}

@@ -117,13 +117,19 @@ class StoreMethod(RuntimeMethod):
 
 
 class PrefillMethod(RuntimeMethod):
-    """A method that computes attention over a prompt from fewer pairs."""
+    """A method that computes attention over a prompt from fewer pairs; or, where it `decodes`, that of single tokens.
+    """
 
     place = ATTENTION
+    decodes: bool = False
 
     @abstractmethod
     def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
         """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
+
+    def decode(self, prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention of the newest token of every row over what the layer holds: [B, H, 1, D]."""
+        raise NotImplementedError
 
 
 class AdjustMethod(RuntimeMethod):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from llmopt.runtime.lanes import Lanes
+from llmopt.runtime.pools import Pools
 
 SOURCE = "source"       # a column of entries that were packed: 1 + their place among the kept ones; it is not kept
 
@@ -73,6 +74,7 @@ class RaggedLayer(CacheLayerMixin):
         self.query_positions: Tensor | None = None  # [B, W], NONE at holes
         self.hidden: Tensor | None = None           # [B, W, N] of what attention read of them, if asked for
         self.drawn: Tensor | None = None            # [2, B, C, seen], see `note_drawn`
+        self.pools: dict[int, Pools] = {}           # by batch row, where a method asks for them
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -163,6 +165,7 @@ class RaggedLayer(CacheLayerMixin):
             self.queries, self.query_positions = self.queries[place], self.query_positions[place]
             self.hidden = None if self.hidden is None else self.hidden[place]
         self.drawn = None if self.drawn is None else self.drawn[:, place]
+        self.pools = {new: self.pools[old] for new, old in enumerate(rows.tolist()) if old in self.pools}
 
     def of_head(self, row: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All that a KV head of a row holds, oldest first, padding of the tail too: keys and values [n, D], positions
@@ -179,6 +182,17 @@ class RaggedLayer(CacheLayerMixin):
             keys = torch.cat([dense(self._kept.keys[where]), keys])
             values = torch.cat([dense(self._kept.values[where]), values])
         return keys, values, positions, bias
+
+    def pooled(self, row: int, start: int, size: int) -> Tensor:
+        """[G, n, D] float32: mean keys of a row's complete blocks of `size` tokens, the first one at column `start`.
+
+        Of a layer that has dropped nothing. The means are kept: each key is read for them once.
+        """
+        known = self.pools.get(row)
+        if known is None or (known.size, known.start) != (size, start):
+            known = Pools.empty(size, start, self.keys[row])
+        self.pools[row] = known.grown(self.keys[row])
+        return self.pools[row].means
 
     def drawn_so_far(self, rows: int, heads: int) -> Tensor:
         """[B, C, seen]: the attention that each token has drawn, in each of C heads, before the present forward."""
@@ -202,7 +216,8 @@ class RaggedLayer(CacheLayerMixin):
     def fork(self) -> "RaggedLayer":
         """A layer that holds the same tensors until it grows, so that the two can part ways."""
         twin = RaggedLayer(self.groups, self.window)
-        twin.__dict__.update(self.__dict__, lanes=None if self.lanes is None else self.lanes.fork())
+        twin.__dict__.update(self.__dict__, lanes=None if self.lanes is None else self.lanes.fork(),
+                             pools=dict(self.pools))
         return twin
 
     def without_last(self) -> "RaggedLayer":
@@ -210,6 +225,7 @@ class RaggedLayer(CacheLayerMixin):
         twin = self.fork()
         twin.seen -= 1
         twin.folded = min(self.folded, twin.seen)
+        twin.pools = {}                             # the last block may be none any more
         twin.forget_queries()
         if self.drawn is not None:
             twin.drawn = (self.drawn * self.drawn.new_tensor([1, 0]).view(2, 1, 1, 1))[..., :-1]
@@ -333,7 +349,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _hold(self, kept: Ragged) -> None:
         """Hold these entries, apart from the lanes, which become empty."""
-        self._kept, self.joined = kept, False
+        self._kept, self.joined, self.pools = kept, False, {}
         self.lanes = Lanes.empty(torch.zeros_like(self.lanes.counts), 0, self.lanes.buffers)
 
     def counts(self) -> Tensor:
@@ -352,6 +368,7 @@ class RaggedLayer(CacheLayerMixin):
         """Every tensor this layer holds."""
         held = [] if self.lanes is None else list(self.lanes.buffers)
         held += [t for t in (self.queries, self.query_positions, self.hidden, self.drawn) if t is not None]
+        held += [pools.means for pools in self.pools.values()]
         return held if self._kept is None else held + self._kept.tensors()
 
 

@@ -265,9 +265,10 @@ class Attachment:
         return lanes_attention(query, layer.lanes, self.now.mask_from(layer.tail_start, mask), rule.scaling)
 
     def _attention(self, prompt: Prompt) -> Tensor:
-        """Attention of the newest tokens over all that a layer holds: by the prefill selector if there is one."""
+        """Attention of the newest tokens over all that a layer holds: by the sparse method if there is one for them."""
         if self._is_selected(prompt):
-            return self.method(ATTENTION).prefill(prompt, self)
+            method = self.method(ATTENTION)
+            return (method.decode if method.decodes else method.prefill)(prompt, self)
         query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
@@ -282,8 +283,11 @@ class Attachment:
         return method.adjust(out, at, self) if method is not None and method.adjusts else out
 
     def _is_selected(self, prompt: Prompt) -> bool:
-        method = self.method(ATTENTION)
-        return method is not None and not method.adjusts and prompt.query.shape[2] > 1 and not self.now.frozen
+        method, single = self.method(ATTENTION), prompt.query.shape[2] == 1
+        if method is None or method.adjusts or self.now.frozen or method.decodes != single:
+            return False
+        two_axes = prompt.mask is None or prompt.mask.ndim == 2
+        return not single or self.now.cache is not None and prompt.kept is None and two_axes
 
     def _record(self, index: int, query: Tensor, mask: Tensor | None) -> None:
         """Keep the queries that the kv method will ask for; of single tokens only if it compresses after them, or asks

@@ -72,10 +72,12 @@ def test_other_words_are_keys_of_the_recipe(folder, tmp_path):
     made = one_line(folder, ("eval.limit=3",), method="rtn", dtype="bf16", data="world", samples=9, length=32, seed=5)
     assert (made.model.dtype, made.data.name, made.data.samples, made.data.length) == ("bfloat16", "world", 9, 32)
     assert (made.seed, made.data.seed, made.eval.limit) == (5, 5, 3)
-    (tmp_path / "r.yaml").write_text("data: {name: text, path: old.txt, samples: 3}\nsteps: [quant.rtn]")
+    (tmp_path / "r.yaml").write_text("data: {name: hub, path: a/b, split: test, samples: 3, length: 9, shifts: 2}\n"
+                                   "steps: [quant.rtn]")
     changed = plan_of(folder, str(tmp_path / "r.yaml"), (), False, {"data": "world", "length": 32, "dtype": "fp32"})
     assert (changed.model.id, changed.model.dtype) == (folder, "float32")
-    assert (changed.data.name, changed.data.path, changed.data.length) == ("world", None, 32)
+    assert (changed.data.name, changed.data.path, changed.data.split) == ("world", None, "train")
+    assert (changed.data.samples, changed.data.length, changed.data.shifts) == (3, 32, 2)       # as the recipe asks
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), [
