@@ -21,8 +21,12 @@ def abilities(kind: str) -> dict[str, str | None]:
     return {"heads.*": None, "kv.*": None, "attention.*": None, "quant.*": no.get("packed"),
             "transform.fold_norms": NORMS_KEPT.get(spec.form),
             "transform.smoothquant": NORMS_KEPT.get(spec.form),
-            "transform.rotate": UNTURNED.get(spec.form, no.get("ffn")), **{unit: no.get(unit) for unit in UNITS},
-            "widths by layer": no.get("ffn", no.get("per_layer_shapes")),
+            "transform.rotate": UNTURNED.get(spec.form, no.get("ffn")), **_leaves(no)}
+
+
+def _leaves(no: dict[str, str]) -> dict[str, str | None]:
+    """What pruning may take, and whether layers may differ; no: what an entry refuses."""
+    return {**{unit: no.get(unit) for unit in UNITS}, "widths by layer": no.get("ffn", no.get("per_layer_shapes")),
             "heads by layer": no.get("kv_groups", no.get("per_layer_heads", no.get("per_layer_shapes")))}
 
 
@@ -34,7 +38,7 @@ def abilities_of(model: nn.Module) -> dict[str, str | None]:
     no = spec_of(model).refuse
     return dict.fromkeys(abilities(next(iter(SPECS))), no["mlp"]) | {
         "heads.*": running, "kv.*": running, "attention.*": running, "quant.*": _unpackable(model),
-        "ffn": no.get("ffn"), "widths by layer": no.get("per_layer_shapes"), "blocks": _without_one(model)}
+        **_leaves(no), "blocks": _without_one(model)}
 
 
 def abilities_of_experts(model: nn.Module) -> dict[str, str | None]:

@@ -1,9 +1,9 @@
 """The architectures: where each keeps its parts in transformers, and what it refuses to lose. A table.
 
 Supporting another one is an entry here and one in modeling.FAMILIES; of its feed-forward part alone, a name in
-FEED_FORWARD.
+FEED_FORWARD, of its heads a name in HEADS.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmopt.errors import nearest
@@ -21,6 +21,11 @@ ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must sta
 
 NO_ENTRY = "no table tells what its layers are made of"
 FFN_ALONE = "of its layers a table knows the feed-forward part alone, whose channels can leave (units: [ffn])"
+HEADS_ALONE = "of its layers a table knows the heads alone, which can leave (units: [kv_groups] or [q_heads])"
+BOTH_ALONE = ("of its layers a table knows channels and heads alone, which can leave (units: [ffn, kv_groups] or "
+              "[ffn, q_heads])")
+PARTS_KNOWN = {                               # (feed-forward part, heads)
+    (False, False): NO_ENTRY, (True, False): FFN_ALONE, (False, True): HEADS_ALONE, (True, True): BOTH_ALONE}
 BESIDE_OTHERS = "its config keeps shapes of other parts by layer, or of more than text"
 
 REFUSED = {                                   # architectures that are not compressed at all, and why
@@ -63,10 +68,16 @@ class Spec:
     served: bool = False                          # servers run its layers with shapes of their own (nemotron-nas)
     unless: tuple[str, ...] = ()                  # flags of the config, or "not FLAG", with which it does not hold
     note: str = ""                                # what every plan and card of such a model says
-    known: bool = True                            # False: no entry of SPECS, its linear maps are found (discovery.py)
+    known: bool = True                            # False: no entry of SPECS, its linear maps are found (discovery.py);
+                                                  # of qkv, out, ffn_in and ffn_out those that are empty are not known
     at_once: bool = False                         # transformers can only unpack its packed weights while it loads
     entries: int = 0                              # of the tuple that a layer returns; 0: the hidden state alone
     refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads, packed
+
+    @property
+    def reshapes(self) -> bool:
+        """True if anything can leave layers that stay."""
+        return bool(self.qkv or self.ffn_out)
 
 
 _SANDWICH = (("attn_in", "input_layernorm"), ("attn_out", "post_attention_layernorm"),
@@ -144,23 +155,33 @@ SPECS: dict[str, Spec] = {
 
 # Model types of the language part whose layers have an entry for their feed-forward part alone, a Spec's as it is by
 # default: what attends in them differs from layer to layer, or they read more than text. In their config the width is
-# `intermediate_size`; True: in a model of text alone it may differ by layer.
+# `intermediate_size`; True: in a model of text alone layers may differ.
 FEED_FORWARD = {"qwen3_5_text": True, **dict.fromkeys((
     "gemma4_text", "gemma3_text", "gemma", "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text"), False)}
 
+# Those whose layers with attention have one for their heads, a Spec's as it is by default. For each head q_proj has D
+# rows of its query, and behind them D of a gate on what the head gives.
+HEADS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
-def found(kind: str | None, alone: bool, **places: Any) -> Spec:
-    """The entry of a model without one: places says where its layers are; of them the feed-forward part may be known.
 
-    kind: the model type of the language part; None: its layers have no such part. alone: it is the whole model.
+def found(kind: str, ffn: bool, alone: bool, **places: Any) -> Spec:
+    """The entry of a model without one: places says where its layers are; parts of these may be known.
+
+    kind: the model type of the language part. ffn: its layers have a feed-forward part. alone: it is the whole model.
     """
-    bare = Spec(**places, attention="", ffn=None, qkv=(), out="", norms=(), known=False)
-    parts = "kv_groups", "q_heads", "attention", "mlp", "per_layer_heads"
-    if kind not in FEED_FORWARD:
-        return replace(bare, ffn_in=(), ffn_out="", refuse=dict.fromkeys((*parts, "ffn", "per_layer_shapes"), NO_ENTRY))
-    alike = {} if alone and FEED_FORWARD[kind] else {"per_layer_shapes": BESIDE_OTHERS}
-    return replace(bare, refuse=dict.fromkeys(parts, FFN_ALONE) | alike)
+    ffn, heads = ffn and kind in FEED_FORWARD, kind in HEADS
+    reason = PARTS_KNOWN[ffn, heads]
+    unknown = ["attention", "mlp", *["ffn"] * (not ffn), *["kv_groups", "q_heads"] * (not heads)]
+    refuse = dict.fromkeys(unknown, reason)
+    if not heads:
+        places, refuse = places | dict(qkv=(), out=""), refuse | {"per_layer_heads": reason}
+    if not ffn:
+        places |= dict(ffn_in=(), ffn_out="")
+    if not alone or not FEED_FORWARD.get(kind, False):
+        alike = BESIDE_OTHERS if ffn else ALIKE if heads else reason
+        refuse = {"per_layer_shapes": alike, "per_layer_heads": alike} | refuse
+    return Spec(**places, attention="", ffn=None, norms=(), known=False, refuse=refuse)
 
 
 def unsupported(kind: Any) -> str:

@@ -52,10 +52,10 @@ def _found(model: nn.Module) -> Spec:
             raise LlmoptError(f"architecture {kind!r} is not supported: {path}.{index} is given what earlier layers "
                               f"made beside the hidden state ({', '.join(layer.earlier)})")
     rotary = discovery.rotary_path(model, path)
-    kind = model.config.get_text_config().model_type if all(map(_has_ffn, layers)) else None
+    kind = model.config.get_text_config().model_type
     at_once = any(layer.at_once for layer in layers)
-    return found(kind, kind == model.config.model_type, layers=path, rotary=rotary, entries=layers[0].entries,
-                 at_once=at_once, note=discovery.note_of(layers))
+    return found(kind, all(map(_has_ffn, layers)), kind == model.config.model_type, layers=path, rotary=rotary,
+                 entries=layers[0].entries, at_once=at_once, note=discovery.note_of(layers))
 
 
 def _has_ffn(layer: discovery.Found) -> bool:
@@ -93,7 +93,7 @@ class Block:
     """One decoder layer by its functions. Skipped or unsupported parts are None / empty lists.
 
     read: of a layer that no table describes, what was found to read one input together; its parts are not told apart,
-    but for the feed-forward part where that has an entry.
+    but for the feed-forward part and the heads where these have an entry.
     beside: the same of what a layer of the table has beside the experts that are chosen, or in their place: shared
     experts, and the feed-forward of a dense layer among sparse ones. No part of these leaves.
     """
@@ -127,6 +127,11 @@ class Block:
     def behind(self) -> dict[str, list[Projection]]:
         """By the role of a norm, what reads it."""
         return {"attn_in": self.attn_in, "ffn_in": self.ffn_in, "both_in": [*self.attn_in, *self.ffn_in]}
+
+    @property
+    def heads_known(self) -> bool:
+        """True if it is known which rows belong to which head."""
+        return any("q" in reader.parts for reader in self.attn_in)
 
     def projections(self) -> list[Projection]:
         return [p for group in self.groups() for p in group]
@@ -215,9 +220,9 @@ def replace_layers(model: nn.Module, layers: list[nn.Module]) -> None:
 
 def tell_shapes(model: nn.Module) -> None:
     """Bring the numbers that modules keep about themselves in line with the present shapes of their weights."""
-    for block in blocks(model) if spec_of(model).known else ():
-        told = {"intermediate_size": block.width}
-        if block.attention is not None:
+    for block in blocks(model):
+        told = {"intermediate_size": block.width} if block.width and block.read is None else {}
+        if block.heads_known:
             told |= {"num_heads": block.heads, "num_key_value_heads": block.kv_heads,
                      "num_key_value_groups": block.heads // block.kv_heads}
         for module in block.module.modules():
@@ -273,7 +278,7 @@ def _beside(name: str, layer: nn.Module, attention: str) -> list[list[Projection
 
 
 def _found_block(spec: Spec, index: int, name: str, layer: nn.Module) -> Block:
-    """A layer that no table describes, or its feed-forward part alone; of its attention the sizes that it showed."""
+    """A layer that no table describes, or parts of it alone; where heads are not known, the sizes that it showed."""
     known: discovery.Found = vars(layer)[discovery.FOUND]
     read = [[Projection(f"{name}.{child}", layer.get_submodule(child)) for child in group] for group in known.groups]
     shape = dict(attention=None, heads=0, kv_heads=0, head_dim=0, attn_in=[], attn_out=None)
@@ -283,6 +288,8 @@ def _found_block(spec: Spec, index: int, name: str, layer: nn.Module) -> Block:
         readers = next((group for group in read if group[0].name.startswith(f"{name}.{child}.")), [])
         shape = dict(attention=layer.get_submodule(child), heads=seen.heads, kv_heads=seen.kv_heads,
                      head_dim=seen.head_dim, attn_in=readers, attn_out=writer)
+        if spec.qkv:
+            shape |= _attention_view(spec, f"{name}.{child}", shape["attention"])
     ffn = _ffn_view(spec, name, layer) if spec.ffn_out else dict(width=0, ffn_in=[], ffn_out=None)
     return Block(index, name, layer, **shape, **ffn, norms={}, form="branch_post", read=read)
 
@@ -308,7 +315,7 @@ def _attention_view(spec: Spec, name: str, module: nn.Module) -> dict[str, Any]:
     if len(readers) == 3:
         kv_heads = readers[1].out_features // dim
         for reader, part, units in zip(readers, "qkv", (heads, kv_heads, kv_heads), strict=True):
-            reader.parts = {part: torch.arange(units * dim).view(units, dim)}
+            reader.parts = {part: torch.arange(reader.out_features).view(units, -1)}    # of q also its gates
     else:
         kv_heads = (readers[0].out_features // dim - heads) // 2
         readers[0].parts = _fused_rows(heads, kv_heads, dim, spec.interleaved)

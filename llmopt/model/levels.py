@@ -1,7 +1,8 @@
 """How much of llmopt works on a model: three levels, each of which holds the ones before.
 
     weights     quantization, blocks that leave: every causal LM whose decoder layers are one list of modules; of those
-                whose feed-forward parts have an entry (architectures.FEED_FORWARD), channels that leave
+                whose feed-forward parts or heads have an entry (architectures.FEED_FORWARD, HEADS), channels and heads
+                that leave
     run time    heads.*, kv.*, attention.*: models whose attention goes through transformers' attention interface
     structure   widths and heads that leave, transforms: architectures with an entry in the table (architectures.py)
 """

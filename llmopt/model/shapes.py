@@ -28,7 +28,7 @@ def shape_of(block: Block, has_ffn: bool = True) -> LayerShape:
     No figure of parts that no table tells apart.
     """
     if block.read is not None:
-        return LayerShape(0, 0, block.width)
+        return LayerShape(*((block.heads, block.kv_heads) if block.heads_known else (0, 0)), block.width)
     skip = ("attention",) * (block.attention is None) + ("mlp",) * (has_ffn and block.ffn_out is None)
     return LayerShape(block.heads, block.kv_heads, block.width, skip)
 
@@ -40,8 +40,9 @@ def shapes(model: nn.Module) -> list[LayerShape]:
 
 
 def uniform(layers: list[LayerShape]) -> bool:
-    """True if one plain config describes all layers."""
-    return len(set(layers)) == 1 and not layers[0].skip
+    """True if one plain config describes all layers; of a hybrid some have no heads."""
+    return (len({layer.width for layer in layers}) == 1 and len(head_counts(layers)) <= 1
+            and not any(layer.skip for layer in layers))
 
 
 def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
@@ -53,13 +54,13 @@ def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
     """Raise LlmoptError if no config of this architecture can describe `layers`."""
     if not uniform(layers):
         refuse_units(model, "per_layer_shapes")
-    counts = head_counts(layers)
+    counts, config = head_counts(layers), model.config.get_text_config()
     if not counts:
         return
-    if len(counts) > 1 or not heads_fit(model.config, next(iter(counts))[0]):
+    if len(counts) > 1 or not heads_fit(config, next(iter(counts))[0]):
         refuse_units(model, "per_layer_heads")
     else:
-        _check_heads(model.config, *next(iter(counts)))
+        _check_heads(config, *next(iter(counts)))
 
 
 def _check_heads(config, heads: int, kv_heads: int) -> None:
@@ -117,17 +118,19 @@ def _slice(config: Any, kept: list[int]) -> None:
 
 def sync_config(model: nn.Module) -> None:
     """Make `model.config` describe the model's present shapes; raises LlmoptError where it cannot."""
-    layers, config = shapes(model), model.config
-    spec = spec_of(model)
-    if not spec.known and not spec.ffn_out:             # whose layers stay as they are, or leave
+    layers, config, spec = shapes(model), model.config.get_text_config(), spec_of(model)
+    counts = head_counts(layers)
+    if not spec.reshapes:                               # whose layers stay as they are, or leave
         return
     check_storable(model, layers)
     if not spec.known and "per_layer_shapes" in spec.refuse:
-        config.get_text_config().intermediate_size = layers[0].width
+        if layers[0].width:
+            config.intermediate_size = layers[0].width
+        for heads, kv_heads in counts:
+            _write_heads(model, heads, kv_heads)
         return
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = False
-    counts = head_counts(layers)
     together = not counts or len(counts) == 1 and (uniform(layers) or heads_fit(config, next(iter(counts))[0]))
     if together and counts:
         _write_heads(model, *next(iter(counts)))
@@ -141,7 +144,7 @@ def sync_config(model: nn.Module) -> None:
 
 
 def _write_heads(model: nn.Module, heads: int, kv_heads: int) -> None:
-    config = model.config
+    config = model.config.get_text_config()
     known = config.to_dict()        # GPT-2 and the like keep their heads under other names, and keep them all
     if (known.get("num_attention_heads", heads), known.get("num_key_value_heads", kv_heads)) == (heads, kv_heads):
         return
@@ -155,6 +158,6 @@ def _head_dim(model: nn.Module) -> int:
 
 def _entry(layer: LayerShape, width: str, layers: list[LayerShape], together: bool) -> dict:
     entry: dict = {width: layer.width or max(other.width for other in layers)}
-    if not together and "attention" not in layer.skip:
+    if not together and layer.heads:
         entry |= {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
     return entry | ({"skip": list(layer.skip)} if layer.skip else {})

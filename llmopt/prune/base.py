@@ -66,7 +66,7 @@ class Pruner(Cutter):
 
     @property
     def level(self) -> Level:
-        return "weights" if set(self.units) <= {"blocks", "ffn"} else "structure"
+        return "structure" if set(self.units) & {"attention", "mlp"} else "weights"
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     heads: int              # query heads for each KV head, and KV heads, where all are there
     groups: int
     dim: int
+    queries: int = 1        # rows of a query head's reader for each of its channels: 2 with a gate
 
     def run(self, count: int, phase: Phase, like: Tensor) -> Callable[[], Tensor]:
         """Something to be timed: this part with `count` of its units."""
@@ -53,12 +54,13 @@ class Shape(NamedTuple):
         heads = count * (self.heads if self.kind == "kv_groups" else self.groups)
         new = TOKENS if phase == "prefill" else 1
         x, old = _noise(like, new, self.hidden), _noise(like, 2, 1, groups, TOKENS - new + 1, self.dim)
-        inner = _noise(like, (heads + 2 * groups) * self.dim, self.hidden)
+        inner = _noise(like, (self.queries * heads + 2 * groups) * self.dim, self.hidden)
         outer = _noise(like, self.hidden, heads * self.dim)
 
         def go() -> Tensor:
             read = linear(x, inner).unflatten(-1, (-1, self.dim)).transpose(0, 1)[None]             # [1, heads, t, D]
-            queries, keys, values = read.split([heads, groups, groups], dim=1)
+            queries, keys, values = read.split([self.queries * heads, groups, groups], dim=1)
+            queries = queries[:, :heads]
             if phase == "decode":
                 keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
             mixed = scaled_dot_product_attention(queries, keys, values, is_causal=phase == "prefill", enable_gqa=True)
@@ -83,7 +85,8 @@ def shape_of(block: Block, kind: str) -> Shape:
     writer = block.ffn_out if kind == "ffn" else block.attn_out
     gated = any("gate" in reader.parts for reader in block.ffn_in)
     groups = max(1, block.kv_heads)
-    return Shape(kind, writer.out_features, 1 + gated, block.heads // groups, block.kv_heads, block.head_dim)
+    queries = block.part("q")[1].shape[1] // block.head_dim if block.heads_known else 1
+    return Shape(kind, writer.out_features, 1 + gated, block.heads // groups, block.kv_heads, block.head_dim, queries)
 
 
 def table(allowed: tuple[int, ...], cost: Callable[[list[int]], list[float]]) -> tuple[int, ...]:

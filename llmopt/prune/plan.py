@@ -41,7 +41,7 @@ class ByPlan(Cutter):
 
     @property
     def level(self) -> Level:
-        return "structure" if any(entry.keys() - {"drop", "ffn"} for entry in read_layers(self.path)) else "weights"
+        return "structure" if any("skip" in entry for entry in read_layers(self.path)) else "weights"
 
     @property
     def refits(self) -> bool:

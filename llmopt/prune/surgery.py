@@ -116,7 +116,7 @@ def check_plan(model: nn.Module, views: list[Block], plan: list[LayerPlan]) -> N
         raise LlmoptError("no layer with attention would remain")
     if len(planned) < len(plan):
         check_droppable(model, [index for index, layer in enumerate(plan) if not layer.drop])
-    if spec.known or spec.ffn_out:
+    if spec.reshapes:
         check_storable(model, planned)
 
 
@@ -129,6 +129,8 @@ def _check_kept(block: Block, layer: LayerPlan) -> None:
             continue
         if not len(kept):
             raise LlmoptError(f"{block.name}: the plan keeps no {kind}; skip: [{part}] takes the whole part out")
+        if not count:
+            raise LlmoptError(f"{block.name}: the plan is for another model: it keeps {kind}, and this layer has none")
         if not 0 <= int(kept.min()) <= int(kept.max()) < count or bool((kept.diff() <= 0).any()):
             raise LlmoptError(f"{block.name}: the plan is for another model: of its {kind}, 0 to {count - 1}, it keeps "
                               f"{int(kept.min())} to {int(kept.max())}; ascending numbers of them expected")
