@@ -6,6 +6,7 @@ is gone afterwards. The other blocks take as long, and leave as much behind.
 """
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,7 +106,7 @@ class Rehearsal:
         self.note("check", forward, "measured")
         check_known(self.steps, self.run, model)
         acting = self._on_all_blocks(steps)
-        weights, block = _block_bytes(model), _typical(model)
+        weights, block = _block_bytes(model), _typical(model, self.told)
         self._cut(block)
         forwards = forward.high / max(timed(check_numbers, model).high, 1e-9)
         by_block = [(i, step) for i, step in steps if step.stage != "runtime" and not _needs_all(step)]
@@ -214,10 +215,13 @@ class Rehearsal:
         return (len(self.told.layers[-1]) - 1) * inflated
 
 
-def _typical(model: nn.Module) -> int:
-    """The first block of the kind that most are of: some models begin with blocks of another one."""
+def _typical(model: nn.Module, told: Prediction) -> int:
+    """Of the blocks that most steps reshape the first of the kind that most are of: some begin with another one."""
     kinds = [tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layer_list(model)]
-    return max(range(len(kinds)), key=lambda index: kinds.count(kinds[index]))
+    cuts = [[old != new for old, new in zip(before, after, strict=True)]
+            for step, (before, after) in enumerate(pairwise(told.layers))
+            if len(before) == len(kinds) and not told.takes_parts(step)]
+    return max(range(len(kinds)), key=lambda index: (sum(own[index] for own in cuts), kinds.count(kinds[index])))
 
 
 def _block_bytes(model: nn.Module) -> list[int]:

@@ -14,6 +14,7 @@ from llmopt.prune.groups import cost
 from llmopt.prune.latency import shape_of
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from llmopt.run import pipeline
+from llmopt.run.dry_run import dry_run
 from llmopt.run.opening import Streaming
 from tests import seeing, tiny, warm
 from tests.command import ROOT, command
@@ -125,6 +126,15 @@ def test_streamed_and_by_a_plan_it_is_the_same(tmp_path):
     llmopt.compress(model, [prune.ByPlan(path=str(tmp_path / "True"))], batches=tiny.ids())
     assert [(b.heads, b.kv_heads, b.width) for b in blocks(model)] == [(b.heads, b.kv_heads, b.width) for b in found]
     assert min(block.kv_heads for block in found if block.heads) < 4
+
+
+def test_a_dry_run_looks_at_a_layer_that_has_heads(tmp_path):
+    """Most layers have none."""
+    more = FOUR | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
+    steps = ("[heads.span: {}, prune.heads: {heads: heads.span, units: [q_heads], ratio: 0.5}, "
+             "quant.rtn: {bits: 8, group_size: -1}]")
+    recipe = plan(tmp_path, dense(tmp_path, "qwen3_5_text", **more), steps)
+    assert dry_run(recipe)["predicted_bytes"] == pipeline.run(recipe, tmp_path / "out").size
 
 
 def test_a_gate_is_part_of_the_price():
