@@ -7,7 +7,7 @@ from llmopt_evals.world import reference_path
 import llmopt
 from llmopt.checkpoint.look import checkpoint_facts, dense_facts
 from llmopt.model.abilities import abilities
-from llmopt.model.architectures import FFN_ALONE, NO_ENTRY
+from llmopt.model.architectures import BESIDE_OTHERS, BOTH_ALONE, NO_ENTRY
 from llmopt.specs import ModelSpec
 from tests import tiny
 from tests.command import call
@@ -33,9 +33,9 @@ def test_what_works_is_shown_of_a_model_that_no_table_knows(kind, running, leave
     for part in ("heads.*", "kv.*", "attention.*"):
         assert running in works[part] if running else works[part] == "yes"
     assert leaves in works["blocks"] if leaves else works["blocks"] == "yes"
-    other = FFN_ALONE if kind == "gemma4_text" else NO_ENTRY
-    assert works["transform.rotate"] == works["mlp"] == works["heads by layer"] == other
-    assert works["ffn"] == ("yes" if kind == "gemma4_text" else NO_ENTRY)
+    other, alike = (BOTH_ALONE, BESIDE_OTHERS) if kind == "gemma4_text" else (NO_ENTRY, NO_ENTRY)
+    assert works["transform.rotate"] == works["mlp"] == other and works["heads by layer"] == alike
+    assert works["ffn"] == works["q_heads"] == ("yes" if kind == "gemma4_text" else NO_ENTRY)
     assert "pruning of kv_groups" in said("show", tmp_path / "m")
 
 

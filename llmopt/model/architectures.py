@@ -72,6 +72,7 @@ class Spec:
                                                   # of qkv, out, ffn_in and ffn_out those that are empty are not known
     at_once: bool = False                         # transformers can only unpack its packed weights while it loads
     entries: int = 0                              # of the tuple that a layer returns; 0: the hidden state alone
+    groups_by_type: bool = False                  # its config holds KV heads by layer_types, query heads once
     refuse: dict[str, str] = field(default_factory=dict)    # one of UNITS, per_layer_shapes or _heads, packed
 
     @property
@@ -160,9 +161,10 @@ FEED_FORWARD = {"qwen3_5_text": True, **dict.fromkeys((
     "gemma4_text", "gemma3_text", "gemma", "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text"), False)}
 
-# Those whose layers with attention have one for their heads, a Spec's as it is by default. For each head q_proj has D
-# rows of its query, and behind them D of a gate on what the head gives.
-HEADS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+# Those whose layers with attention have one for their heads, a Spec's as it is by default; of each head q_proj may have
+# D rows of its query and behind them D of a gate on what the head gives. True: their config holds KV heads by the type
+# of a layer.
+HEADS = {"qwen3_5_text": False, "qwen3_5_moe_text": False, "qwen3_next": False, "gemma4_text": True}
 
 
 def found(kind: str, ffn: bool, alone: bool, **places: Any) -> Spec:
@@ -173,7 +175,7 @@ def found(kind: str, ffn: bool, alone: bool, **places: Any) -> Spec:
     ffn, heads = ffn and kind in FEED_FORWARD, kind in HEADS
     reason = PARTS_KNOWN[ffn, heads]
     unknown = ["attention", "mlp", *["ffn"] * (not ffn), *["kv_groups", "q_heads"] * (not heads)]
-    refuse = dict.fromkeys(unknown, reason)
+    refuse, places = dict.fromkeys(unknown, reason), places | dict(groups_by_type=HEADS.get(kind, False))
     if not heads:
         places, refuse = places | dict(qkv=(), out=""), refuse | {"per_layer_heads": reason}
     if not ffn:

@@ -65,11 +65,13 @@ def _has_ffn(layer: discovery.Found) -> bool:
 
 def refuse_units(model: nn.Module, unit: str) -> None:
     """Raise LlmoptError if this architecture cannot lose `unit` (of UNITS), or store per_layer_shapes or _heads."""
-    refused = spec_of(model).refuse
+    spec = spec_of(model)
+    refused = spec.refuse
     if unit in refused:
         verb, left = "pruned", ", ".join(u for u in UNITS if u not in refused)
         if unit not in UNITS:
-            verb, left = "stored", "scope: local, which keeps the layers alike"
+            verb, left = "stored", "scope: local, which keeps the layers alike" if spec.known else (
+                "scope: local and one kind of units, which keep the layers alike")
         raise LlmoptError(f"{model.config.model_type}: {unit} cannot be {verb}: {refused[unit]}. Possible: {left}")
 
 
@@ -308,13 +310,14 @@ def _norm(spec: Spec, role: str, name: str, module: nn.Module) -> Norm:
 
 
 def _attention_view(spec: Spec, name: str, module: nn.Module) -> dict[str, Any]:
-    readers = [Projection(f"{name}.{child}", module.get_submodule(child)) for child in spec.qkv]
+    readers = [Projection(f"{name}.{child}", module.get_submodule(child)) for child in spec.qkv
+               if getattr(module, child) is not None]                       # Gemma-4: keys may be its values, too
     writer = Projection(f"{name}.{spec.out}", module.get_submodule(spec.out))
     dim = getattr(module, spec.head_dim)
     heads = writer.in_features // dim
-    if len(readers) == 3:
+    if len(spec.qkv) == 3:
         kv_heads = readers[1].out_features // dim
-        for reader, part, units in zip(readers, "qkv", (heads, kv_heads, kv_heads), strict=True):
+        for reader, part, units in zip(readers, "qkv", (heads, kv_heads, kv_heads), strict=False):
             reader.parts = {part: torch.arange(reader.out_features).view(units, -1)}    # of q also its gates
     else:
         kv_heads = (readers[0].out_features // dim - heads) // 2

@@ -52,15 +52,30 @@ def head_counts(layers: list[LayerShape]) -> set[tuple[int, int]]:
 
 def check_storable(model: nn.Module, layers: list[LayerShape]) -> None:
     """Raise LlmoptError if no config of this architecture can describe `layers`."""
-    if not uniform(layers):
+    by_type = spec_of(model).groups_by_type
+    if not uniform([layer._replace(heads=0) for layer in layers] if by_type else layers):
         refuse_units(model, "per_layer_shapes")
     counts, config = head_counts(layers), model.config.get_text_config()
     if not counts:
+        return
+    if by_type:
+        _check_types(config, layers)
         return
     if len(counts) > 1 or not heads_fit(config, next(iter(counts))[0]):
         refuse_units(model, "per_layer_heads")
     else:
         _check_heads(config, *next(iter(counts)))
+
+
+def _check_types(config, layers: list[LayerShape]) -> None:
+    """Raise LlmoptError unless all layers have as many query heads, and those of a type as many KV heads."""
+    held = {(kind, layer.kv_heads) for kind, layer in zip(config.layer_types, layers, strict=False)}
+    heads = sorted({layer.heads for layer in layers})
+    if len(heads) > 1 or len(held) > len({kind for kind, _ in held}):
+        left = ", ".join(f"{kind} {count}" for kind, count in sorted(held))
+        raise LlmoptError(f"{config.model_type}: its config has one number of query heads for all layers, of KV heads "
+                          f"for all of a type; left would be {' or '.join(map(str, heads))} query heads, and of KV "
+                          f"heads {left}; another ratio may fit, such as one half")
 
 
 def _check_heads(config, heads: int, kv_heads: int) -> None:
@@ -126,6 +141,9 @@ def sync_config(model: nn.Module) -> None:
     if not spec.known and "per_layer_shapes" in spec.refuse:
         if layers[0].width:
             config.intermediate_size = layers[0].width
+        if spec.groups_by_type and counts:
+            _write_types(model)
+            return
         for heads, kv_heads in counts:
             _write_heads(model, heads, kv_heads)
         return
@@ -150,6 +168,19 @@ def _write_heads(model: nn.Module, heads: int, kv_heads: int) -> None:
         return
     config.head_dim = _head_dim(model)
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+
+
+def _write_types(model: nn.Module) -> None:
+    """As many query heads in all layers; KV heads by the types of layers that are there, the others' as they were."""
+    config, views = model.config.get_text_config(), blocks(model)
+    found = {block.attention.layer_type: block for block in views}
+    own = {int(index): entry for index, entry in (config.to_dict().get("per_layer_config") or {}).items()}
+    given = [config.per_layer_config[index].num_key_value_heads for index in range(config.num_hidden_layers)]
+    config.per_layer_config = None
+    config.num_attention_heads, config.num_key_value_heads = views[0].heads, views[0].kv_heads
+    config.per_layer_config = {index: own.get(index, {}) | {
+        "num_key_value_heads": found[kind].kv_heads if kind in found else given[index]}
+        for index, kind in enumerate(config.layer_types)}
 
 
 def _head_dim(model: nn.Module) -> int:

@@ -48,7 +48,8 @@ def members(block: Block, unit: str) -> list[Member]:
     if unit == "q_heads":
         return _inner(block, ("q",), block.attn_out, block.heads) if attention else []
     if unit == "kv_groups":
-        return _inner(block, ("q", "k", "v"), block.attn_out, block.kv_heads) if attention else []
+        parts = tuple(part for part in "qkv" if any(part in reader.parts for reader in block.attn_in))
+        return _inner(block, parts, block.attn_out, block.kv_heads) if attention else []
     whole = {"attention": [*block.attn_in, block.attn_out] if attention else [],
              "mlp": [*block.ffn_in, block.ffn_out] if ffn else [], "blocks": block.projections()}[unit]
     return [Member(p, torch.arange(p.out_features)[None]) for p in whole]

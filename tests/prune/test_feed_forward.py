@@ -70,7 +70,7 @@ def test_streamed_and_by_a_plan_it_is_the_same(tmp_path):
 @pytest.mark.parametrize(("kind", "fields", "said"), [
     ("gemma4_text", {"units": ["ffn"], "scope": "global"}, "per_layer_shapes cannot be stored: its config keeps"),
     ("qwen3_5", {"units": ["ffn"], "scope": "global"}, "per_layer_shapes cannot be stored: its config keeps"),
-    ("gemma4_text", {}, "kv_groups cannot be pruned: of its layers a table knows the feed-forward part alone"),
+    ("gemma3", {}, "kv_groups cannot be pruned: of its layers a table knows the feed-forward part alone"),
     ("qwen3_5_moe", {"units": ["ffn"]}, "ffn cannot be pruned: of its layers a table knows the heads alone")])
 def test_what_else_would_leave_is_refused_by_name(kind, fields, said):
     model, ids = made(kind), torch.randint(3, 90, (2, 20))

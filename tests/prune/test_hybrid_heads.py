@@ -27,13 +27,19 @@ FOUR = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attentio
 ALIKE = {"groups": [LayerPlan(kv_groups=pick(4, 1)), LayerPlan(kv_groups=pick(4, 0))],
          "heads": [LayerPlan(heads=torch.tensor([1, 2, 4, 7])), LayerPlan(heads=torch.tensor([0, 3, 5, 6]))]}
 OTHERS = [LayerPlan(kv_groups=pick(4, 1)), LayerPlan(heads=torch.tensor([0, 3, 5, 6]), ffn=pick(96, 7))]
+BY_TYPE = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_k_eq_v=True,
+               per_layer_config={2: {"head_dim": 16, "num_key_value_heads": 2}})        # its keys are its values, too
+TYPED = {"groups": [LayerPlan(kv_groups=kept) for kept in (pick(4, 1, 2), pick(4, 0, 3), pick(2, 0))],
+         "heads": [LayerPlan(heads=torch.tensor([*pair])) for pair in ([1, 2, 4, 7], [0, 2, 5, 6], [0, 1, 5, 6])],
+         "both": [LayerPlan(heads=torch.tensor([1, 2, 4, 7]))] * 2 + [LayerPlan(kv_groups=pick(2, 0))]}
+CHANGES = {"gemma4_text": BY_TYPE}
 SCORES = [name for name in llmopt.names() if name.startswith("heads.") and name != "heads.hess"]
 PADDED = {"input_ids": tiny.ids(3, 30).clamp(max=89), "attention_mask": torch.ones(3, 30, dtype=torch.long)}
 PADDED["attention_mask"][1, :7] = 0
 
 
 def made(kind):
-    return tiny.make(kind, norms=True, **FOUR) if kind in tiny.MORE else seeing.make(kind)
+    return tiny.make(kind, norms=True, **CHANGES.get(kind, FOUR)) if kind in tiny.MORE else seeing.make(kind)
 
 
 def every(model, some):
@@ -58,7 +64,9 @@ def assert_alike(model, other):
 @pytest.mark.parametrize(("kind", "some"), [
     ("qwen3_5_text", ALIKE["groups"]), ("qwen3_5_text", ALIKE["heads"]), ("qwen3_5_text", OTHERS),
     ("qwen3_next", ALIKE["heads"]), ("qwen3_5_moe_text", ALIKE["groups"]),
-    ("qwen3_5", [LayerPlan(kv_groups=pick(2, 0))]),
+    ("gemma4_text", TYPED["groups"]), ("gemma4_text", TYPED["both"]),
+    pytest.param("gemma4_text", TYPED["heads"], marks=pytest.mark.full),
+    ("qwen3_5", [LayerPlan(kv_groups=pick(2, 0))]), ("gemma4", [LayerPlan(kv_groups=pick(2, i % 2)) for i in range(3)]),
     pytest.param("qwen3_5_moe", [LayerPlan(heads=torch.tensor([1, 2]))], marks=pytest.mark.full)])
 def test_the_heads_that_leave_are_what_the_model_loses(kind, some, tmp_path):
     """As the dense model whose writers read nothing from them; linear attention keeps its heads; read back exactly."""
@@ -73,7 +81,7 @@ def test_the_heads_that_leave_are_what_the_model_loses(kind, some, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(own.module.state_dict().values(),
                                                          old.module.state_dict().values(), strict=True))
         else:
-            heads, rows = layer.kept_heads(old), old.attention.q_proj.weight.view(old.heads, 2 * old.head_dim, -1)
+            heads, rows = layer.kept_heads(old), old.attention.q_proj.weight.view(old.heads, -1, 64)
             assert torch.equal(own.attention.q_proj.weight, rows[heads].flatten(0, 1))
             assert len(own.attention.q_norm.weight) == own.head_dim == old.head_dim
     assert_alike(load(tmp_path / "out")[0], model)
@@ -85,6 +93,8 @@ def test_it_is_read_back_by_those_who_can(tmp_path):
     for name, kind, steps in (
             ("bits", "qwen3_5_text", [("prune.obs", {"ratio": 0.5, "units": ["q_heads"]}),
                                       ("quant.gptq", {"bits": 4, "group_size": 8})]),
+            ("types", "gemma4_text", [("prune.wanda", {"ratio": 0.5, "units": ["kv_groups"]}),
+                                      ("quant.gptq", {"bits": 4, "group_size": 8})]),
             ("experts", "qwen3_next", [("prune.wanda", {"ratio": 0.5, "units": ["kv_groups"]})]),
             ("layers", "qwen3_5_text", [("prune.nvit", {"ratio": 0.4, "units": ["kv_groups"]})])):
         models[name] = made(kind)
@@ -92,7 +102,7 @@ def test_it_is_read_back_by_those_who_can(tmp_path):
         llmopt.save(models[name], tmp_path / name)
         assert_alike(AutoModelForCausalLM.from_pretrained(tmp_path / name), models[name])
     counts = {name: [block.kv_heads for block in blocks(model) if block.heads] for name, model in models.items()}
-    assert counts["experts"] == [2, 2] and len({*counts["layers"]}) == 2
+    assert counts["experts"] == [2, 2] and counts["types"] == [2, 2, 1] and len({*counts["layers"]}) == 2
     folders = {name: tmp_path / name for name in models}
     done = warm.run(ROOT / "tests" / "load_many.py", "plain,trust", tmp_path / "r.pt", *folders.values(),
                     env=command()[1])
@@ -115,14 +125,16 @@ def test_any_head_score_is_a_criterion(name):
                                   if len(own) else [])
 
 
-def test_streamed_and_by_a_plan_it_is_the_same(tmp_path):
-    steps = ("[prune.wanda: {ratio: 0.5, units: [ffn, kv_groups], scope: global}, "
+@pytest.mark.parametrize(("kind", "changes", "scope"), [
+    ("qwen3_5_text", FOUR, "global"), pytest.param("gemma4_text", BY_TYPE, "local", marks=pytest.mark.full)])
+def test_streamed_and_by_a_plan_it_is_the_same(kind, changes, scope, tmp_path):
+    steps = (f"[prune.wanda: {{ratio: 0.5, units: [ffn, kv_groups], scope: {scope}}}, "
              "quant.gptq: {bits: 4, group_size: 8, clip: false}, kv.snapkv: {ratio: 0.5, window: 4}]")
-    recipe = plan(tmp_path, dense(tmp_path, "qwen3_5_text", **FOUR), steps)
+    recipe = plan(tmp_path, dense(tmp_path, kind, **changes), steps)
     for streamed in (False, True):
         pipeline.run(recipe, tmp_path / f"{streamed}", streaming=Streaming(streamed))
     assert contents(tmp_path / "True") == contents(tmp_path / "False")
-    model, found = tiny.make("qwen3_5_text", **FOUR), blocks(load(tmp_path / "True")[0])
+    model, found = tiny.make(kind, **changes), blocks(load(tmp_path / "True")[0])
     llmopt.compress(model, [prune.ByPlan(path=str(tmp_path / "True"))], batches=tiny.ids())
     assert [(b.heads, b.kv_heads, b.width) for b in blocks(model)] == [(b.heads, b.kv_heads, b.width) for b in found]
     assert min(block.kv_heads for block in found if block.heads) < 4
@@ -148,6 +160,7 @@ def test_a_gate_is_part_of_the_price():
 
 @pytest.mark.parametrize(("kind", "steps", "said"), [
     ("qwen3_next", {"units": ["q_heads"], "scope": "pagcp"}, "per_layer_shapes cannot be stored: attention parts only"),
+    ("qwen3_5", {}, "per_layer_shapes cannot be stored: .* Possible: scope: local and one kind of units, which keep"),
     ("qwen3_next", {}, "ffn cannot be pruned: of its layers a table knows the heads alone"),
     ("qwen3_5_text", {"units": ["attention"]}, "takes the level 'structure', and .* channels and heads alone"),
     ("lfm2", {"units": ["q_heads"]}, "q_heads cannot be pruned: no table tells what its layers are made of")])
@@ -157,6 +170,17 @@ def test_what_else_would_leave_is_refused_by_name(kind, steps, said):
     with pytest.raises(LlmoptError, match=f"{kind}: .*{said}"):
         llmopt.compress(model, [build("prune.magnitude", {"ratio": 0.3} | steps)], batches=tiny.ids())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("some", [
+    [LayerPlan(kv_groups=pick(4, 1)), LayerPlan(kv_groups=pick(4, 0)), LayerPlan(kv_groups=pick(2, 0))],
+    [LayerPlan(heads=torch.tensor([1, 2, 4, 7])), LayerPlan(kv_groups=pick(4, 0, 3)), LayerPlan(kv_groups=pick(2, 0))]])
+def test_what_a_config_by_types_cannot_hold_is_refused(some):
+    """Layers of one type with other KV heads; layers of two with other query heads."""
+    model = made("gemma4_text")
+    with pytest.raises(LlmoptError, match="gemma4_text: its config has one number of query heads for all layers"):
+        apply_plan(model, some, Run())
+    assert_alike(model, made("gemma4_text"))
 
 
 @pytest.mark.parametrize(("kind", "why"), [("qwen3_next", "attention parts only"), ("qwen3_5_moe_text", "attention p")])
