@@ -121,7 +121,7 @@ def test_any_head_score_is_a_criterion(name):
     model, _, scores = applied(name, "qwen3_5_text")
     record = prune.Heads(heads=name, ratio=0.5, units=["q_heads"], refit=False).apply(model, Run(scores=dict(scores)))
     for layer, own in zip(record.meta["layers"], scores[name], strict=True):
-        assert layer["heads"] == ([2 * g + int(row[1] > row[0]) for g, row in enumerate(own.view(2, 2))]
+        assert layer["heads"] == ([2 * g + int(row[1] >= row[0]) for g, row in enumerate(own.view(2, 2))]
                                   if len(own) else [])
 
 
