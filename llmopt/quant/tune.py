@@ -26,7 +26,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.descent import Course, Knobs, descend, split
+from llmopt.calibration.descent import Course, Knobs, descend_surely, split
 from llmopt.calibration.logits_loss import LogitsLoss, outputs
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
@@ -66,8 +66,8 @@ class Tuning(BlockSolver):
         latents = [Held(start) for start in starts]
         gains = [Gain(norm) for norm in visit.block.norms.values() if norm.weight is not None]
         parts = (run.layers or len(layer_list(visit.model))) * (2 if self.whole else 1)
-        losses = descend(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)),
-                         self._knobs(latents, gains, REACH), self._course(run, parts))
+        losses = descend_surely(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)),
+                                self._knobs(latents, gains, REACH), self._course(run, parts))
         for gain in gains if visit.wanted is not None else ():          # else the block is to stay as it is
             gain.write()
         yield from results(latents, losses)
@@ -82,7 +82,8 @@ class Tuning(BlockSolver):
     def finish(self, model: nn.Module, specs: Mapping[str, Spec], run: Run, prepared: list[Tensor]) -> None:
         def learn(latents: list[Held], gains: list[Gain]) -> tuple[float, float]:
             loss = LogitsLoss(model, run.batches, prepared, lambda: substitutes(latents, gains))
-            return descend(loss, *split(len(run.batches)), self._knobs(latents, gains, FAR), self._course(run, 2))
+            return descend_surely(loss, *split(len(run.batches)), self._knobs(latents, gains, FAR),
+                                  self._course(run, 2))
 
         for _ in run.progress([0], "all blocks together"):
             found = run.memory.keep_named("tuned", lambda: learned(model, specs, learn))
