@@ -6,9 +6,10 @@
 u is where the best place of a weight lies, all others of its row as they are (start.py): a code goes to its neighbour
 where the block gains by it. The slope passes straight through roundings (Bengio et al., arXiv:1308.3432), scales are
 signed and of the stored type in every step. The loss is AutoRound's (block_loss.py: behind the edited blocks, against
-what the dense model writes). Every eighth batch of the data is held out where there are four at least, and the state
-that does best on those is kept, the first one included. Gains stay ordinary weights of the checkpoint. OmniQuant
-(arXiv:2308.13137) and EfficientQAT (arXiv:2407.11062) tune block by block as well.
+what the dense model writes), each token's as a share of it. Every eighth batch of the data is held out where there are
+four at least, and the state that does best on those is kept, the first one included; where that is the first one, twice
+more in smaller steps. Gains stay ordinary weights of the checkpoint. OmniQuant (arXiv:2308.13137) and EfficientQAT
+(arXiv:2407.11062) tune block by block as well.
 
 objective: logits goes on from there with all blocks at once, as many again, by the KL of the next-token
 probabilities to the dense model's (logits_loss.py): codes from the middle of their places, V in -0.75 .. 0.75. It needs

@@ -1,4 +1,5 @@
 """AutoRound with so many iterations, all else as it is by default."""
+import compressed_tensors  # noqa: F401  what it saves needs it, which it would find out at its end, an hour later
 from auto_round import AutoRound
 from job import Job, carry_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
