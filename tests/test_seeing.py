@@ -126,6 +126,15 @@ def test_files_that_name_the_language_part_as_the_model_does(streamed, tmp_path)
                        kept["model.language_model.layers.2.mlp.up_proj.weight"])
 
 
+def test_a_model_that_has_generated_is_saved_all_the_same(tmp_path):
+    """It keeps how far the positions of the rows that it read last lie behind their tokens, of two rows here."""
+    model = seeing.make("qwen2_5_vl")
+    model.generate(torch.full((2, 5), 7), attention_mask=torch.ones(2, 5, dtype=torch.long), max_new_tokens=2)
+    known = model.model.rope_deltas
+    llmopt.save(model, tmp_path / "out")
+    assert len(known) == 2 and model.model.rope_deltas is known
+
+
 def test_a_tied_head_is_the_table_again(made):
     folder, _, seen = made["qwen2_5_vl", "gptq"]
     config = json.loads((folder / "out/config.json").read_text())
