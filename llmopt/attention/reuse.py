@@ -169,19 +169,22 @@ class Reuse(BlockSelector):
         return self.phase == "decode"
 
     def decode(self, prompt: Prompt, live: Attachment) -> Tensor:
-        source, out = live.record(ATTENTION).meta["sources"][prompt.layer], []
-        for row, start in enumerate(_starts(prompt, live.now.shared)):
-            held = None if source == FULL or start is None else self._held(prompt, live, row, start)
-            if held is None:
-                got, read, whole = _dense(prompt, row)
-            else:
-                chosen = live.now.shared.setdefault((ATTENTION, row), {})
-                if source not in chosen or len(chosen[source]) != len(held.keys):       # its own, or other KV heads'
-                    chosen[source] = held.chosen(self.keep)
-                got, read, whole = held.read(chosen[source]), chosen[source].shape[1], held.keys.shape[1]
-            count(live, prompt, read, whole)
-            out.append(got)
-        return torch.stack(out)
+        source = live.record(ATTENTION).meta["sources"][prompt.layer]
+        rows = [None if source == FULL or start is None else self._held(prompt, live, row, start)
+                for row, start in enumerate(_starts(prompt, live.now.shared))]
+        if all(held is None for held in rows):
+            return _dense(prompt, live, slice(None))
+        return torch.cat([_dense(prompt, live, slice(row, row + 1)) if held is None else
+                          self._by_blocks(held, (row, source), prompt, live) for row, held in enumerate(rows)])
+
+    def _by_blocks(self, held: Held, place: tuple[int, int], prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention [1, H, 1, D] of one row, by the choice of one layer; place: both of them."""
+        row, source = place
+        chosen = live.now.shared.setdefault((ATTENTION, row), {})                       # by layer, the keys to read
+        if source not in chosen or len(chosen[source]) != len(held.keys):               # its own, or other KV heads'
+            chosen[source] = held.chosen(self.keep)
+        count(live, prompt, chosen[source].shape[1], held.keys.shape[1])
+        return held.read(chosen[source])[None]
 
     def _held(self, prompt: Prompt, live: Attachment, row: int, start: int) -> Held | None:
         """What the cache holds of a row; None where there is too little to choose from, or a window."""
@@ -205,12 +208,14 @@ def _starts(prompt: Prompt, shared: dict[Any, Any]) -> list[int | None]:
     return shared[STARTS]
 
 
-def _dense(prompt: Prompt, row: int) -> tuple[Tensor, int, int]:
-    """Attention [H, 1, D] of a row's newest token to all that it may read, and twice how many keys that are."""
-    query, keys, values = (x[row:row + 1] for x in (prompt.query, prompt.keys, prompt.values))
-    mask = None if prompt.mask is None else prompt.mask[row:row + 1].bool()
-    read = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) if mask is None else int(mask.sum())
-    return dense_attention(query, keys, values, mask, prompt.first, prompt.rule)[0], read, read
+def _dense(prompt: Prompt, live: Attachment, rows: slice) -> Tensor:
+    """Attention [B, H, 1, D] of some rows' newest tokens to all that they may read."""
+    query, keys, values = (x[rows] for x in (prompt.query, prompt.keys, prompt.values))
+    mask = None if prompt.mask is None else prompt.mask[rows].bool()
+    each = causal_pairs(prompt.first, prompt.seen, prompt.rule.window)
+    pairs = len(query) * each if mask is None else int(mask.sum())
+    count(live, prompt, pairs, pairs)
+    return dense_attention(query, keys, values, mask, prompt.first, prompt.rule)
 
 
 def _single(batches: list[dict[str, Tensor]]) -> list[Tensor]:
