@@ -226,10 +226,9 @@ def test_tuned_blocks_are_gone_on_with(stream, objective, at, made, monkeypatch)
     steps = f"\n  - quant.tune: {{bits: 3, group_size: 16, iterations: 2, objective: {objective}}}\n"
     made.write_text(made.read_text().replace(STEPS, steps))
     run(made, "whole")
-    calls = counted(monkeypatch, tune, "descend_surely")
+    calls = counted(monkeypatch, tune, "descend")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(tune, "descend_surely",
-                      lambda *args, go=tune.descend_surely: go(*args) if len(calls) + 1 < at else stop())
+        patch.setattr(tune, "descend", lambda *args, go=tune.descend: go(*args) if len(calls) + 1 < at else stop())
         run(made, stream=stream)
     before = len(calls)
     run(made, stream=stream)

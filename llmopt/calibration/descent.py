@@ -5,7 +5,7 @@ kept as well, a descent that was cut off goes on behind the last of these times.
 """
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,8 +16,6 @@ from torch import Tensor
 from llmopt.progress import Progress, silent
 
 LOOKS = 10          # at how many places on the way the state is judged
-TRIES, BACK = 3, 0.25           # ways that are gone at most, and what each takes the rates of the one before times
-HOPELESS = 1.25     # times the loss at the beginning: who has more half-way turns back
 BETAS = (0.9, 0.99)
 HELD, LEAST = 8, 4              # every which batch is held out, and of how many at least
 State = tuple[dict[str, Tensor], dict[str, Any]]            # tensors, and plain data beside them
@@ -36,8 +34,7 @@ class Knobs:
 class Course:
     """How to go. signs: by the sign of the slope, the rate falling evenly to 0; else by Adam, in half a cosine.
 
-    late: True once no further step may begin. warm: steps over which the rate first rises. hopeless: times the first
-    loss, from which on there is no going on half-way.
+    late: True once no further step may begin. warm: steps over which the rate first rises.
     """
 
     steps: int
@@ -46,7 +43,6 @@ class Course:
     late: Callable[[], bool] = lambda: False
     betas: tuple[float, float] = BETAS
     warm: int = 0
-    hopeless: float = math.inf
     progress: Progress = silent
 
     def share(self, step: int) -> float:
@@ -81,29 +77,11 @@ def descend(loss: Callable[[int], Tensor], learned: Sequence[int], judged: Seque
             break
         way.go(torch.autograd.grad(loss(index), way.numbers, allow_unused=True), step)
         if (step + 1) % max(1, course.steps // LOOKS) == 0 or step + 1 == course.steps:
-            now = best.look()
-            if 2 * (step + 1) >= course.steps and now > course.hopeless * best.first:
-                break
+            best.look()
             if kept:
                 kept.save(way.state() | best.state(), {"step": step + 1, "first": best.first, "loss": best.loss})
     best.restore()
     return best.first, best.loss
-
-
-def descend_surely(loss: Callable[[int], Tensor], learned: Sequence[int], judged: Sequence[int], knobs: list[Knobs],
-                   course: Course) -> tuple[float, float]:
-    """As `descend`; where a way ends no better than it began, another one is tried in smaller steps.
-
-    How large steps may be differs by orders of magnitude from one model to another, and a way of large ones may lead
-    through worse states to far better ones: so it is the end that counts.
-    """
-    course = replace(course, hopeless=HOPELESS)
-    for _ in range(TRIES):
-        before, after = descend(loss, learned, judged, knobs, course)
-        if after < before or course.late():
-            break
-        knobs = [replace(knob, rate=BACK * knob.rate) for knob in knobs]
-    return before, after
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -137,12 +115,10 @@ class _Best:
             self.first, self.loss = told["first"], told["loss"]
             self.kept = [tensors[f"{i}.best"] for i in range(len(self.numbers))]
 
-    def look(self) -> float:
-        """The loss of the state as it is now."""
+    def look(self) -> None:
         now = self.judge()
         if now < self.loss:
             self.loss, self.kept = now, self._copy()
-        return now
 
     def state(self) -> dict[str, Tensor]:
         return {f"{i}.best": kept for i, kept in enumerate(self.kept)}

@@ -5,11 +5,10 @@
 
 The loss (block_loss.py) is of the block behind the edited ones, against what the dense model writes; the best state is
 kept. Cheng et al. (arXiv:2309.05516), and the tool AutoRound, whose `enable_quanted_input` this is: inputs of the
-edited stream, targets of the dense one; its loss is of plain squares, not of shares of each token. `start: gptq` begins
-at the codes of quant.gptq instead of the nearest, w being where these and the Hessian put it (start.py); that was no
-better where it was tried (README). A step takes one batch of the calibration data; the state is judged on all of them
-some ten times, where the tool goes by the loss of each step's own rows. Left out: momentum, gains and biases, grids of
-floats, losses scaled for float16.
+edited stream, targets of the dense one. `start: gptq` begins at the codes of quant.gptq instead of the nearest, w being
+where these and the Hessian put it (start.py); that was no better where it was tried (README). A step takes one batch of
+the calibration data; the state is judged on all of them some ten times, where the tool goes by the loss of each step's
+own rows. Left out: momentum, gains and biases, grids of floats, losses scaled for float16.
 """
 from collections.abc import Iterator
 

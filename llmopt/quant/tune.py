@@ -6,10 +6,9 @@
 u is where the best place of a weight lies, all others of its row as they are (start.py): a code goes to its neighbour
 where the block gains by it. The slope passes straight through roundings (Bengio et al., arXiv:1308.3432), scales are
 signed and of the stored type in every step. The loss is AutoRound's (block_loss.py: behind the edited blocks, against
-what the dense model writes), each token's as a share of it. Every eighth batch of the data is held out where there are
-four at least, and the state that does best on those is kept, the first one included; where that is the first one, twice
-more in smaller steps. Gains stay ordinary weights of the checkpoint. OmniQuant (arXiv:2308.13137) and EfficientQAT
-(arXiv:2407.11062) tune block by block as well.
+what the dense model writes). Every eighth batch of the data is held out where there are four at least, and the state
+that does best on those is kept, the first one included. Gains stay ordinary weights of the checkpoint. OmniQuant
+(arXiv:2308.13137) and EfficientQAT (arXiv:2407.11062) tune block by block as well.
 
 objective: logits goes on from there with all blocks at once, as many again, by the KL of the next-token
 probabilities to the dense model's (logits_loss.py): codes from the middle of their places, V in -0.75 .. 0.75. It needs
@@ -27,7 +26,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.calibration.descent import Course, Knobs, descend_surely, split
+from llmopt.calibration.descent import Course, Knobs, descend, split
 from llmopt.calibration.logits_loss import LogitsLoss, outputs
 from llmopt.calibration.walk import Visit
 from llmopt.method import Run
@@ -67,8 +66,8 @@ class Tuning(BlockSolver):
         latents = [Held(start) for start in starts]
         gains = [Gain(norm) for norm in visit.block.norms.values() if norm.weight is not None]
         parts = (run.layers or len(layer_list(visit.model))) * (2 if self.whole else 1)
-        losses = descend_surely(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)),
-                                self._knobs(latents, gains, REACH), self._course(run, parts))
+        losses = descend(BlockLoss(visit, latents, gains, weights), *split(len(visit.inputs)),
+                         self._knobs(latents, gains, REACH), self._course(run, parts))
         for gain in gains if visit.wanted is not None else ():          # else the block is to stay as it is
             gain.write()
         yield from results(latents, losses)
@@ -83,8 +82,7 @@ class Tuning(BlockSolver):
     def finish(self, model: nn.Module, specs: Mapping[str, Spec], run: Run, prepared: list[Tensor]) -> None:
         def learn(latents: list[Held], gains: list[Gain]) -> tuple[float, float]:
             loss = LogitsLoss(model, run.batches, prepared, lambda: substitutes(latents, gains))
-            return descend_surely(loss, *split(len(run.batches)), self._knobs(latents, gains, FAR),
-                                  self._course(run, 2))
+            return descend(loss, *split(len(run.batches)), self._knobs(latents, gains, FAR), self._course(run, 2))
 
         for _ in run.progress([0], "all blocks together"):
             found = run.memory.keep_named("tuned", lambda: learned(model, specs, learn))
