@@ -119,7 +119,8 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", [
-    pytest.param(moment, marks=pytest.mark.full if moment in ("loading", "scoring") else []) for moment in MOMENTS])
+    pytest.param(moment, marks=pytest.mark.full if moment in ("starting", "loading", "scoring") else [])
+    for moment in MOMENTS])
 def test_ctrl_c_leaves_nothing_half_written(recipe, tmp_path, moment):
     line, environment = command("compress", "--recipe", recipe, "--output", tmp_path / "out")
     if moment in ("saving", "scoring"):

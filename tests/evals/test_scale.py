@@ -18,7 +18,8 @@ def test_memory_of_a_process_and_its_children_is_seen_from_outside():
 
 @pytest.mark.parametrize(("words", "says"), [
     (["--shape", "lama-7b"], "there is no shape 'lama-7b' (did you mean 'llama-7b'?)"),
-    (["--blocks", "4,none"], "--blocks: '4,none' given"), (["--recipe", "nothing.yaml", "--blocks", "1"], "nothing")])
+    (["--blocks", "4,none"], "--blocks: '4,none' given"),
+    pytest.param(["--recipe", "nothing.yaml", "--blocks", "1"], "nothing", marks=pytest.mark.full)])
 def test_bad_words_are_one_line(words, says, monkeypatch, capfd):
     monkeypatch.setattr(scale, "_checkpoint", lambda work, shape, blocks: work)
     assert call(monkeypatch, "bench", "scale", *words) == 2

@@ -57,6 +57,7 @@ def test_channels_removed_are_the_share_asked_for(model):
     assert (model.model.layers[3].mlp.down_proj.weight.abs().sum(0) > 0).all()
 
 
+@pytest.mark.full
 def test_check_fails_a_model_that_knows_nothing(tmp_path):
     export(build(num_hidden_layers=1), tmp_path / "blank", [])
     done = warm.run("-m", "llmopt_evals.world.check", tmp_path / "blank", "--documents", "2", env=command()[1])
