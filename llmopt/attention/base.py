@@ -95,10 +95,10 @@ class Selector(PrefillMethod):
     def select(self, q: Tensor, k: Tensor, state: State) -> Stripes:
         """The keys to read for q [H, T, D], k [G, S, D]: real tokens only, the queries are the last T of them."""
 
-    def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
+    def attention(self, prompt: Prompt, live: Attachment) -> Tensor:
         if prompt.mask is None and prompt.kept is None and prompt.seen < self.min_length:         # no row differs
             pairs = causal_pairs(prompt.first, prompt.seen, prompt.rule.window) * len(prompt.query)
-            count(live, prompt, pairs, pairs)
+            add_pairs(live, prompt, pairs, pairs)
             return dense_attention(prompt.query, prompt.keys, prompt.values, None, prompt.first, prompt.rule)
         out = prompt.query.new_zeros(*prompt.query.shape[:3], prompt.values.shape[-1])
         for one in sequences(prompt, *self._numbered(prompt, live.now.shared)):
@@ -107,7 +107,7 @@ class Selector(PrefillMethod):
             else:
                 shared = live.now.shared.setdefault((ATTENTION, one.number), {})
                 got, pairs = self.attend(one, prompt.layer, live.record(ATTENTION), shared)
-                count(live, prompt, pairs, one.dense_pairs())
+                add_pairs(live, prompt, pairs, one.dense_pairs())
             out[one.number[0]][:, one.columns] = got
         return out
 
@@ -169,7 +169,7 @@ def _sparse(one: Sequence, stripes: Stripes) -> tuple[Tensor, Tensor]:
     return sunk(merged(Partial(old.out[0], old.lse[0]), new), one.rule).out.to(one.query.dtype), pairs + one.old_pairs()
 
 
-def count(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:
+def add_pairs(live: Attachment, prompt: Prompt, computed: Tensor | int, dense: Tensor | int) -> None:
     """Add pairs [H] to what a layer has computed so far, and to what dense attention would have."""
     if prompt.layer not in live.stats:
         none = torch.zeros(prompt.query.shape[1], dtype=torch.long, device=prompt.query.device)

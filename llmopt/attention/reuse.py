@@ -14,7 +14,8 @@ others, `computed` choose by themselves (policy.py). Two layers that choose at r
 only if (overlap - chance) / (1 - chance) >= `guard`. A choice is the `keep` blocks whose mean keys draw most of the
 attention of a KV head's queries together; the paper's runtime compares hashes of single keys in their place.
 
-While decoding, layers with a window, and whatever a kv method has left of a cache, are read in full.
+While decoding, layers with a window, and whatever a kv method has left of a cache, are read in full. Left out of the
+paper's code: outliers of ratio90 are not clipped, each layer keeps as many blocks, none is dense by its place alone.
 """
 import math
 from collections import defaultdict
@@ -27,7 +28,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from llmopt.attention.base import State, count
+from llmopt.attention.base import State, add_pairs
 from llmopt.attention.by_token import Held
 from llmopt.attention.grid import BlockSelector, Grid, largest, top
 from llmopt.attention.policy import sources
@@ -57,7 +58,7 @@ class Reuse(BlockSelector):
     phase: Literal["prefill", "decode"] = Field("prefill", description="who reads by blocks: queries of prompts, or "
                                                                        "tokens that are written one by one")
     block: int = Field(64, ge=1, description="tokens of a block, and of a prompt the queries that share a choice")
-    keep: int = Field(16, ge=1, description="blocks for each tile, besides those that are always read")
+    keep: int = Field(16, ge=1, description="blocks for each tile or token, besides those that are always read")
     sparsity: float = Field(0.9, ge=0, le=1, description="share of the layers that do not read everything")
     computed: float = Field(0.3, ge=0, le=1, description="share of these that choose by themselves, at most")
     guard: float = Field(0.5, ge=0, le=1, description="overlap beyond chance below which nothing is taken over")
@@ -168,7 +169,11 @@ class Reuse(BlockSelector):
     def decodes(self) -> bool:
         return self.phase == "decode"
 
-    def decode(self, prompt: Prompt, live: Attachment) -> Tensor:
+    def attention(self, prompt: Prompt, live: Attachment) -> Tensor:
+        return self._decoded(prompt, live) if self.decodes else super().attention(prompt, live)
+
+    def _decoded(self, prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention [B, H, 1, D] of the newest token of every row."""
         source = live.record(ATTENTION).meta["sources"][prompt.layer]
         rows = [None if source == FULL or start is None else self._held(prompt, live, row, start)
                 for row, start in enumerate(_starts(prompt, live.now.shared))]
@@ -183,7 +188,7 @@ class Reuse(BlockSelector):
         chosen = live.now.shared.setdefault((ATTENTION, row), {})                       # by layer, the keys to read
         if source not in chosen or len(chosen[source]) != len(held.keys):               # its own, or other KV heads'
             chosen[source] = held.chosen(self.keep)
-        count(live, prompt, chosen[source].shape[1], held.keys.shape[1])
+        add_pairs(live, prompt, chosen[source].shape[1], held.keys.shape[1])
         return held.read(chosen[source])[None]
 
     def _held(self, prompt: Prompt, live: Attachment, row: int, start: int) -> Held | None:
@@ -214,7 +219,7 @@ def _dense(prompt: Prompt, live: Attachment, rows: slice) -> Tensor:
     mask = None if prompt.mask is None else prompt.mask[rows].bool()
     each = causal_pairs(prompt.first, prompt.seen, prompt.rule.window)
     pairs = len(query) * each if mask is None else int(mask.sum())
-    count(live, prompt, pairs, pairs)
+    add_pairs(live, prompt, pairs, pairs)
     return dense_attention(query, keys, values, mask, prompt.first, prompt.rule)
 
 

@@ -65,7 +65,7 @@ class Words(Checked):
         return tuple(f"{key}={json.dumps(value)}" for key, value in (self._source() | said).items())
 
     def _source(self) -> dict[str, Any]:
-        """The keys that say where other data comes from; those that say nothing of it are as in no recipe."""
+        """The keys that say where other data comes from, so that nothing is left of the recipe's own source."""
         if self.data is None:
             return {}
         keys, given = fields_of(DataSpec), source(self.data)

@@ -117,19 +117,14 @@ class StoreMethod(RuntimeMethod):
 
 
 class PrefillMethod(RuntimeMethod):
-    """A method that computes attention over a prompt from fewer pairs; or, where it `decodes`, that of single tokens.
-    """
+    """A method that computes attention from fewer pairs: of prompts, or, where it `decodes`, of single tokens."""
 
     place = ATTENTION
     decodes: bool = False
 
     @abstractmethod
-    def prefill(self, prompt: Prompt, live: Attachment) -> Tensor:
-        """Attention of a prompt's queries over what the layer holds: [B, H, T, D]."""
-
-    def decode(self, prompt: Prompt, live: Attachment) -> Tensor:
-        """Attention of the newest token of every row over what the layer holds: [B, H, 1, D]."""
-        raise NotImplementedError
+    def attention(self, prompt: Prompt, live: Attachment) -> Tensor:
+        """Attention of the queries over what the layer holds, [B, H, T, D]; single tokens come with a cache alone."""
 
 
 class AdjustMethod(RuntimeMethod):

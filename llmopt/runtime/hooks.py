@@ -267,8 +267,7 @@ class Attachment:
     def _attention(self, prompt: Prompt) -> Tensor:
         """Attention of the newest tokens over all that a layer holds: by the sparse method if there is one for them."""
         if self._is_selected(prompt):
-            method = self.method(ATTENTION)
-            return (method.decode if method.decodes else method.prefill)(prompt, self)
+            return self.method(ATTENTION).attention(prompt, self)
         query, tail, first, rule = prompt.query, (prompt.keys, prompt.values), prompt.first, prompt.rule
         if prompt.kept is None:
             return dense_attention(query, *tail, prompt.mask, first, rule)
@@ -323,7 +322,7 @@ class Attachment:
             raise LlmoptError("packed sequences and 4-D attention masks cannot be combined with an evicting kv method, "
                               "softcap or attention sinks; pass a 2-D attention_mask")
         if selected:
-            return self.method(ATTENTION).prefill(prompt, self)
+            return self.method(ATTENTION).attention(prompt, self)
         if self.method(ATTENTION) is not None and self.method(ATTENTION).adjusts:
             raise LlmoptError(f"packed sequences and 4-D attention masks cannot be combined with "
                               f"{self.method(ATTENTION).name}; pass a 2-D attention_mask")

@@ -7,6 +7,7 @@ import torch
 from llmopt_kernels import Rule
 from torch.testing import assert_close
 
+import llmopt
 from llmopt import kv, runtime
 from llmopt.attention import Reuse
 from llmopt.attention.by_token import Held, taken
@@ -115,6 +116,41 @@ def test_a_row_is_what_it_is_alone():
         together = written(model, tokens, 30, mask=mask)
         assert_close(together[0], written(model, long, 30)[0], atol=1e-5, rtol=1e-5)
         assert_close(together[1, 30:], written(model, short, 13)[0, 13:], atol=1e-5, rtol=1e-5)
+
+
+def test_several_turns_of_a_padded_row_are_as_alone():
+    """Prompts and single tokens in turn over one cache; where everything is kept it is dense attention."""
+    long, short, dense = ids(1, 60), ids(1, 43, seed=1), make("llama")(ids(1, 43, seed=1)).logits[0]
+    tokens, mask = torch.cat([long, torch.nn.functional.pad(short, (17, 0))]), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :17] = 0
+
+    def turns(rows, given):
+        """Logits of the last row; a second prompt comes behind 40 of its 60 columns, padding left out."""
+        gone, cache = 60 - rows.shape[1], runtime.new_cache(model)
+        first = written(model, rows[:, :40 - gone], 30 - gone, cache, given[:, :40 - gone])
+        places = (given.cumsum(1) - 1).clamp(min=0)
+        found = [first[-1]]
+        for start, end in [(40, 50), *((i, i + 1) for i in range(50, 60))]:
+            start, end = start - gone, end - gone
+            out = model(rows[:, start:end], past_key_values=cache, attention_mask=given[:, :end],
+                        position_ids=places[:, start:end])
+            found.append(out.logits[-1])
+        return torch.cat(found)[-43:]
+
+    for keep in (2, 99):
+        with decoding(keep=keep) as model:
+            alone = turns(short, mask[1:, 17:])
+            assert_close(turns(tokens, mask), alone, atol=1e-5, rtol=1e-5)
+            assert (keep == 99) == torch.allclose(alone, dense, atol=1e-4)
+
+
+def test_it_comes_back_from_a_checkpoint(tmp_path):
+    tokens = ids(1, 40)
+    with decoding(sources=(0, 0, 2)) as model:
+        want = written(model, tokens, 20)
+        llmopt.save(model, tmp_path / "out")
+    loaded, _ = llmopt.load(tmp_path / "out")
+    assert torch.equal(written(loaded, tokens, 20), want)
 
 
 def test_a_layer_reads_what_another_has_chosen(monkeypatch):

@@ -137,7 +137,7 @@ def test_what_is_selected_is_computed(model, method, rule):
     prompt, real = batch(rule, layer=1)
     with runtime.attached(model, method):
         live = runtime.attachment(model)
-        got, counter, record = method.prefill(prompt, live), live.stats[1], live.record(method.place)
+        got, counter, record = method.attention(prompt, live), live.stats[1], live.record(method.place)
     pairs = torch.zeros(2, 4, dtype=torch.long)
     for row in range(len(ROWS)):
         want, count = by_hand(method, record, rule, 1, row)
