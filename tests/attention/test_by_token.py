@@ -150,7 +150,7 @@ def test_it_comes_back_from_a_checkpoint(tmp_path):
         want = written(model, tokens, 20)
         llmopt.save(model, tmp_path / "out")
     loaded, _ = llmopt.load(tmp_path / "out")
-    assert torch.equal(written(loaded, tokens, 20), want)
+    assert torch.equal(written(loaded, tokens, 20), want) and density(loaded, 1) < 1
 
 
 def test_a_layer_reads_what_another_has_chosen(monkeypatch):
