@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from llmopt.checkpoint.compressed_tensors import TABLE, rounded_inputs
+from llmopt.checkpoint.compressed_tensors import TABLE, ours, rounded_inputs
 from llmopt.checkpoint.facts import FILE, read_facts, read_layers
 from llmopt.errors import one_line
 from llmopt.files.json_shapes import finite
@@ -14,6 +14,7 @@ from llmopt.files.packaged import EMBEDDED
 from llmopt.files.shards import write_text
 from llmopt.model.architectures import SPECS, Spec
 from llmopt.model.auto import CAUSAL, SEEING, auto_name
+from llmopt.model.expert_files import EXPERTS
 from llmopt.parts import get, names
 
 TEMPLATE = """---
@@ -187,27 +188,23 @@ def _loading(facts: dict[str, Any], config: dict[str, Any]) -> list[str]:
         told += [f"{_live(facts)} while the model runs, and only after `import llmopt`, or with "
                  "`trust_remote_code=True` where llmopt is installed. Without that the same weights run with a whole "
                  "KV cache and dense attention."]
-    if TABLE in _groups(config):
+    if TABLE in ours(config):
         told += ["**Its embedding is packed, at less than 8 bits**: plain transformers refuses it ('Embedding' object "
                  "has no attribute 'weight'). `import llmopt` first."]
+    if EXPERTS in ours(config):
+        told += ["**Its experts are packed one by one**, where the dense files keep them in one tensor: plain "
+                 "transformers refuses it. `import llmopt` first."]
     if not told:
         told += ["Plain transformers loads it, exactly as it was measured."]
     if "quantization_config" in config:
         packed = config["quantization_config"] if isinstance(config["quantization_config"], dict) else {}
-        at_once = packed.get("dequantize") or TABLE in _groups(config)
+        at_once = packed.get("dequantize") or TABLE in ours(config)
         moment = "while it loads them" if at_once else "at the first forward"
         told += ["Loading needs the package `compressed-tensors`. The file is small; transformers unpacks the weights "
                  f"{moment}, so in memory they take as much as before."]
         told += [f"What the weights read is rounded, too ({how}), by transformers as by kernels for such numbers; the "
                  "scores are of that." for how in rounded_inputs(packed)]
     return told
-
-
-def _groups(config: dict[str, Any]) -> dict[str, Any]:
-    """The groups of weights that a config.json, which anybody may have written, names."""
-    packed = config.get("quantization_config")
-    groups = packed.get("config_groups") if isinstance(packed, dict) else None
-    return groups if isinstance(groups, dict) else {}
 
 
 def _live(facts: dict[str, Any]) -> str:

@@ -14,13 +14,16 @@ from llmopt.model import expert_files
 from llmopt.model.beside_text import layers_alone
 from llmopt.model.blocks import blocks, spec_of
 from llmopt.model.codes import Quantized
+from llmopt.model.expert_files import EXPERTS
 from llmopt.model.forms import BYTES
+from llmopt.model.packed_loading import NEEDS
 from llmopt.model.packing import facts_of, format_of
 from llmopt.model.state import tied_names
 from llmopt.model.stored import dequantizes, is_table, packed_weights, refuse_unportable
 from llmopt.model.weights import Weight, check_consistent, coded
 
 TABLE = "embedding"         # the config group of one that takes `import llmopt` to be loaded
+OURS = {TABLE: "an embedding of less than 8 bits", EXPERTS: "experts that dense files keep in one tensor"}
 Exported = tuple[dict[str, dict[str, Tensor]], dict]
 
 
@@ -85,11 +88,11 @@ def rounded_inputs(config: dict) -> list[str]:
 
 def quantization_config(model: nn.Module) -> dict:
     """The quantization_config of config.json: one group for each setting, exact names as targets."""
-    found = coded(model)
+    found, own = coded(model), _ours(model)
     settings: dict[tuple, list] = {}
     for weight in found:
         codes = weight.codes
-        key = is_table(weight, model), codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
+        key = own.get(weight.key, ""), codes.bits, codes.group_size, codes.form.name, codes.inputs is not None
         settings.setdefault(key, []).append(weight)
     shared = [name.removesuffix(".weight") for name in tied_names(model)]
     named = {key: [name for weight in settings[key] if weight.expert is None
@@ -105,9 +108,29 @@ def quantization_config(model: nn.Module) -> dict:
     return {"quant_method": "compressed-tensors", "format": min(formats) if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", **({"dequantize": True} if dequantizes(model) else {}),
             "ignore": [*(["lm_head"] if "lm_head" not in known else []), *dense],
-            "config_groups": {TABLE if key[0] else f"group_{i}": _scheme(settings[key][0].codes, names,
-                                                                         len(formats) > 1)
-                              for i, (key, names) in enumerate(named.items())}}
+            "config_groups": {key[0] or f"group_{i}": _scheme(settings[key][0].codes, names, len(formats) > 1) |
+                              (NEEDS if key[0] == EXPERTS else {}) for i, (key, names) in enumerate(named.items())}}
+
+
+def _ours(model: nn.Module) -> dict[str, str]:
+    """By the keys of weights with codes that take `import llmopt` to be loaded, the names of their groups."""
+    found = coded(model)
+    stacks = expert_files.stacked(found)
+    return dict.fromkeys((w.key for w in found if is_table(w, model)), TABLE) | dict.fromkeys(
+        (key for key, members in stacks.items() if expert_files.kept_whole(model, members[0])), EXPERTS)
+
+
+def needed(model: nn.Module) -> list[str]:
+    """A sentence for what of a model with codes, or of its outline, only llmopt loads when it is packed."""
+    return [f"what is written loads after `import llmopt` alone: it holds {OURS[name]}; format: dense loads everywhere"
+            for name in dict.fromkeys(_ours(model).values())]
+
+
+def ours(config: dict) -> list[str]:
+    """What takes `import llmopt` to be loaded, by the names of its groups; of a config.json that anybody wrote."""
+    packed = config.get("quantization_config")
+    groups = packed.get("config_groups") if isinstance(packed, dict) else None
+    return [name for name in OURS if isinstance(groups, dict) and name in groups]
 
 
 def _moved(target: str, before: str, after: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmopt import runtime
 from llmopt.checkpoint.card import write_card
-from llmopt.checkpoint.compressed_tensors import TABLE, export, quantization_config
+from llmopt.checkpoint.compressed_tensors import OURS, export, ours, quantization_config
 from llmopt.checkpoint.facts import FILE, FORMAT_VERSION
 from llmopt.checkpoint.older import keep_tokenizer_class, with_rotary_names
 from llmopt.checkpoint.origin import origin
@@ -198,8 +198,8 @@ def recipe_text(recipe: Any) -> str:
 def how_to_load(config: dict[str, Any]) -> dict[str, str]:
     """For each way of loading, what it gives: "exact", "dense behaviour" or "refused"."""
     per_layer, live = "per_layer_config" in config, "llmopt" in config
-    if TABLE in config.get("quantization_config", {}).get("config_groups", {}):
-        refused = "refused: an embedding of less than 8 bits"
+    if found := ours(config):
+        refused = f"refused: {', '.join(OURS[name] for name in found)}"
         return {"transformers": refused, "trust_remote_code": refused, "import llmopt": "exact"}
     plain = "refused: per-layer shapes" if per_layer else ("same weights, dense behaviour" if live else "exact")
     trusted = "exact (runtime parts need llmopt installed)" if live else "exact"

@@ -10,9 +10,9 @@ from llmopt.checkpoint.place import staged
 from llmopt.checkpoint.verify import VerificationError
 from llmopt.files import own, shards, tensors
 from llmopt.model import skeleton
-from llmopt.model.expert_files import stacked, taken_apart
+from llmopt.model.expert_files import as_written, stacked, taken_apart
 from llmopt.model.finite import all_finite
-from llmopt.model.state import plain_state
+from llmopt.model.state import as_filed, plain_state
 from llmopt.model.weights import coded
 from llmopt.scale.stream import Streamed
 
@@ -55,9 +55,9 @@ def _verify_shapes(stage: Path, written: tensors.Places, model: nn.Module) -> No
     config = AutoConfig.from_pretrained(stage)
     fresh = skeleton.skeleton(config, config.dtype)
     fresh._weight_conversions = model._weight_conversions
-    as_filed = "quantization_config" not in config.to_dict() or bool(stacked(coded(model)))
-    wanted = plain_state(fresh, as_filed)
-    for name, like in (wanted if "quantization_config" not in config.to_dict() else taken_apart(fresh, wanted)).items():
+    wanted, packed = plain_state(fresh, renamed=False), "quantization_config" in config.to_dict()
+    wanted = taken_apart(fresh, as_written(model, wanted)) if packed else wanted
+    for name, like in (as_filed(fresh, wanted) if not packed or stacked(coded(model)) else wanted).items():
         shape = _shape(name, written)
         if shape is None:
             raise VerificationError(f"{stage.name}: the config wants {name}, which was not written")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmopt.checkpoint.compressed_tensors import refuse_unequal
+from llmopt.checkpoint.compressed_tensors import needed, refuse_unequal
 from llmopt.errors import LlmoptError, naming
 from llmopt.files import shards
 from llmopt.forecast.memory import saving_bytes
@@ -26,7 +26,8 @@ from llmopt.model.usable import check_model
 class Prediction(NamedTuple):
     """bytes: of the checkpoint's safetensors. steps: [[step, what it will do]]. layers: as each step finds them.
 
-    tensors: the checkpoint's, without values. saving: see forecast.memory.saving_bytes.
+    tensors: the checkpoint's, without values. saving: see forecast.memory.saving_bytes. needs: sentences on what
+    of it only llmopt loads.
     """
 
     bytes: int
@@ -34,6 +35,7 @@ class Prediction(NamedTuple):
     layers: list[list[LayerShape]]
     tensors: dict[str, Tensor]
     saving: int
+    needs: list[str]
 
     def takes_parts(self, index: int) -> bool:
         """True if a step removes blocks, or attentions or FFNs as a whole."""
@@ -64,7 +66,8 @@ def predict(model: nn.Module, steps: list[Method], format: str = "portable", run
         source = source if step.stage in UNCHANGED else None
     tensors = _tensors(skeleton, format)
     size = shards.files_bytes(tensors, max_shard_size)
-    return Prediction(size, told, layers, tensors, saving_bytes(skeleton, tensors))
+    return Prediction(size, told, layers, tensors, saving_bytes(skeleton, tensors),
+                      needed(skeleton) if packs(skeleton, format) else [])
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmopt.errors import LlmoptError
-from llmopt.model.architectures import CONV1D, NORMS_KEPT, ONE_TENSOR, SPECS, UNITS, UNTURNED
+from llmopt.model.architectures import CONV1D, NORMS_KEPT, SPECS, UNITS, UNTURNED
 from llmopt.model.blocks import blocks, spec_of
-from llmopt.model.expert_files import parts_of
 from llmopt.model.experts import experts_of, told_count
 from llmopt.model.levels import lacking
 from llmopt.model.shapes import check_droppable
@@ -66,8 +65,7 @@ def _unpackable(model: nn.Module) -> str | None:
     views = blocks(model)
     if any(isinstance(p.module, Conv1D) for block in views for p in block.projections()):
         return CONV1D
-    experts = next((found for block in views if (found := [p for p in block.of_experts() if p.expert == 0])), [])
-    return ONE_TENSOR if any(parts_of(model, p) is None for p in experts) else None
+    return None
 
 
 def _without_one(model: nn.Module) -> str | None:

@@ -14,8 +14,6 @@ HEADS_IN_CONFIG = "its config derives head_dim from hidden_size / num_attention_
 WIDE_HEADS = "its forward reads num_attention_heads from the model-wide config"
 EXPERTS = "attention parts only: the experts of a Mixture-of-Experts model are left alone"
 CONV1D = "Conv1D, which compressed-tensors cannot hold: format: dense (--set format=dense) rounds it, no file shrinks"
-ONE_TENSOR = ("its files keep the matrices of all experts in one tensor, which compressed-tensors cannot hold: "
-              "format: dense (--set format=dense), or ignore: [experts]")
 ROUTED = "the experts that a router chooses are left alone, and the router"
 ALIKE = "attention parts only: the layers of a Mixture-of-Experts model must stay alike"
 

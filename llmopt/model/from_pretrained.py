@@ -8,9 +8,7 @@ changed at the moment when it comes.
 """
 import functools
 import importlib
-import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -21,6 +19,7 @@ from typing import Any
 
 from llmopt.errors import LlmoptError
 from llmopt.files.packaged import EMBEDDED
+from llmopt.model import packed_loading
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")         # how the classes of causal LMs end
 
@@ -100,49 +99,6 @@ def _refuse_strange_names(model: Any) -> None:
                           f"of the causal LM; load that with AutoModelForCausalLM, and take its .{prefix[:-1]}")
 
 
-def _stay_packed(model: Any, source: str) -> None:
-    """Leave weights packed where that is asked for."""
-    from llmopt.model.stay_packed import asked_for, keep_packed
-
-    if asked_for() and model.hf_quantizer.quantization_config.quant_method == "compressed-tensors":
-        keep_packed(model, source)
-
-
-def _extend_quantizer(quantizers: ModuleType) -> None:
-    """Let packed weights be loaded that transformers would unpack at once, and experts without a false alarm."""
-    from llmopt.model.stay_packed import extend_quantizer
-
-    extend_quantizer(quantizers)
-    logging.getLogger("compressed_tensors.utils.match").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the warning that packed experts match no module, as they are put into one when their weights come."""
-    return not re.search(r"Could not match `re:.*\\\.experts\\\.", record.getMessage())
-
-
-def _keep_codes(model: Any) -> None:
-    """Let save_pretrained of a model that was loaded packed write it packed, as AutoModelForCausalLM's does."""
-    from llmopt.model.loaded import is_ours
-    from llmopt.model.modeling import let_save
-
-    if model.get_output_embeddings() is not None and is_ours(model):
-        let_save(model)
-
-
-def _forget_companions(model: Any) -> None:
-    """Let a model be saved whose experts were packed: transformers would part each stack by what lay in the files."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter
-    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
-
-    merged = [entry for entry in getattr(model, "_weight_conversions", None) or () if isinstance(entry, WeightConverter)
-              and len(entry.operations) > 1 and isinstance(entry.operations[0], CompressedTensorsDequantize)]
-    if merged:
-        model._weight_conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False)
-                                     if not isinstance(entry, PrefixChange)]
-
-
 def _extend_models(utilities: ModuleType) -> None:
     """Have every model class build what the config says, and attach runtime parts once the weights are there."""
     stock = utilities.PreTrainedModel.from_pretrained.__func__
@@ -156,9 +112,7 @@ def _extend_models(utilities: ModuleType) -> None:
 
             attach_from_config(model)
         if getattr(model, "hf_quantizer", None) is not None:
-            _forget_companions(model)
-            _stay_packed(model, str(pretrained_model_name_or_path))
-            _keep_codes(model)
+            packed_loading.finish(model, str(pretrained_model_name_or_path))
         return loaded
 
     utilities.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
@@ -193,7 +147,8 @@ def _extend_adapters(tuners: ModuleType) -> None:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _extend_models,
     "transformers.models.auto.modeling_auto": _extend_auto_model,
-    "transformers.quantizers.quantizer_compressed_tensors": _extend_quantizer,
+    "transformers.quantizers.quantizer_compressed_tensors": packed_loading.extend_quantizer,
+    "transformers.utils.quantization_config": packed_loading.extend_config,
     "peft.tuners.tuners_utils": _extend_adapters,
     "transformers.models.auto.configuration_auto": lambda module: _know_reference(module.AutoConfig),
     "transformers.models.auto.tokenization_auto": lambda module: _know_reference(module.AutoTokenizer),

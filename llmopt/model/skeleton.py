@@ -153,11 +153,11 @@ def merged(merging: list[Any], tensors: dict[str, Tensor], model: nn.Module, pre
     """
     from transformers.core_model_loading import apply_converters, dot_natural_key
 
-    ready, parts = {}, {}
+    ready, parts, wanted = {}, {}, dict(model.named_parameters()) if merging else {}
     by_pattern = {pattern: entry for entry in merging for pattern in entry.source_patterns}
     for name in sorted(tensors, key=dot_natural_key) if merging else tensors:     # expert 10 comes after expert 9
         target, pattern = apply_converters(prefix + name, merging)
-        if pattern is None:
+        if pattern is None or target not in wanted:         # codes of a stack have its name, and an ending
             ready[name] = tensors[name]
         else:
             collecting = parts.setdefault(target, copy.deepcopy(by_pattern[pattern]))

@@ -133,7 +133,7 @@ def refuse_unportable(model: nn.Module) -> None:
         if weight.codes.groups is not None:
             raise FieldError("static_groups", False, "true together with act_order (groups of scattered columns cannot "
                              "be stored portably), or format: dense")
-    unknown = REBUILT.keys() - expert_files.APART.keys()
+    unknown = REBUILT.keys() - expert_files.APART
     if rebuilt_experts := {type(module).__name__ for module in model.modules()} & unknown:
         raise LlmoptError(f"beside packed weights transformers builds the experts anew, one by one "
                           f"({min(rebuilt_experts)}), and does not find them: use format: dense")

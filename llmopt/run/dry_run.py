@@ -76,7 +76,7 @@ def dry_run(recipe: Recipe, streaming: Streaming = Streaming()) -> Foretold:    
             "model": recipe.model.id, "level": level, "streamed": streamed, "steps": told.steps, "dense_bytes": dense,
             "predicted_bytes": told.bytes, "predicted_memory": highest.private, "available_memory": free,
             "predicted_seconds": seconds.total, "peaks": [list(peak) for peak in peaks], "seconds": seconds.parts,
-            "advice": advice(highest, free, streamed, bool(run.batches))})
+            "advice": [*told.needs, *advice(highest, free, streamed, bool(run.batches))]})
 
 
 class Rehearsal:

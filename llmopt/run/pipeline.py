@@ -151,6 +151,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     with journal.opened({"recipe": recipe.resolved(), **made_from, "computes in": str(compute_type(model))}):
         run = Run(batches, seed=recipe.seed, tokenizer=tokenizer, memory=memory, ranks=ranks)
         predicted = predict(model, list(recipe.steps), recipe.format, run, recipe.max_shard_size)
+        for line in predicted.needs:
+            LOG.info(line)
         saving = predicted.saving
         if streamed:
             saving = streamed_saving(model, recipe.model, predicted, recipe.max_shard_size)

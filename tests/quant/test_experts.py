@@ -205,8 +205,7 @@ def test_what_cannot_be_done_is_named(step, said):
     ("qwen3_moe", RTN(overrides={"*.down_proj.1": {"bits": 16}}, **SIXTEEN), "all of them have the same bits"),
     ("qwen3_moe", RTN(ignore=("layers.1.mlp.experts",), **SIXTEEN), r"layers\.1\.mlp\.experts\.\w+: .* of all layers"),
     ("qwen3_moe", RTN(scale_dtype="float16", **SIXTEEN), "scale_dtype: 'float16' given, float32, .* experts, or"),
-    ("qwen3_moe", HQQ(symmetric=False, **SIXTEEN), "integers without zero points alone"),
-    ("granitemoe", RTN(**SIXTEEN), "keep the matrices of all experts in one tensor, .* format: dense")])
+    ("qwen3_moe", HQQ(symmetric=False, **SIXTEEN), "integers without zero points alone")])
 def test_what_plain_transformers_cannot_load_is_named_before_the_work_and_can_be_had_dense(family, step, said):
     with pytest.raises(LlmoptError, match=said):
         predict(tiny.make(family), [step])
@@ -233,8 +232,7 @@ def test_what_was_loaded_can_be_saved_again_then_the_experts_are_dense(tmp_path)
     assert torch.equal(logits(llmopt.load(tmp_path / "three")[0]), logits(model))
 
 
-@pytest.mark.parametrize(("family", "extra"), [("qwen3_moe", ""), pytest.param("gpt_oss", "format: dense\n",
-                                                                              marks=pytest.mark.full)])
+@pytest.mark.parametrize(("family", "extra"), [("qwen3_moe", ""), pytest.param("gpt_oss", "", marks=pytest.mark.full)])
 def test_a_run_that_was_cut_off_among_experts_goes_on_streamed(family, extra, tmp_path, monkeypatch):
     made = plan(tmp_path, dense(tmp_path, family), "[quant.gptq: {bits: 4, group_size: 16}]", extra)
     pipeline.run(made, tmp_path / "whole")

@@ -19,6 +19,7 @@ from llmopt.errors import LlmoptError
 from llmopt.files.checks import refusals
 from llmopt.files.limited import limited
 from llmopt.files.tensors import Made, Place, Places, file_of, outlines, read
+from llmopt.model.expert_files import EXPERTS
 
 FP8 = ("fp8", "fbgemm_fp8", "modelopt")             # quant_method in config.json, as tools write it
 KNOWN = (*FP8, "compressed-tensors", "mxfp4")
@@ -150,6 +151,8 @@ def _compressed(found: Places, config: dict[str, Any], dtype: torch.dtype, sourc
         if (config.get(key) or {}).get("format", "dense") != "dense" or (config.get(key) or {}).get("config_groups"):
             raise LlmoptError(f"{source}: its quantization_config has a {key}, which is not undone here; start from "
                               "the dense checkpoint")
+    if isinstance(config.get("config_groups"), dict) and EXPERTS in config["config_groups"]:
+        raise LlmoptError(f"{source}: its packed experts are not taken apart here; start from the dense checkpoint")
     with refusals(f"{source}: its quantization_config cannot be read"):
         known = {key: config[key] for key in QuantizationConfig.model_fields if key in config}
         settings = QuantizationConfig.model_validate(known)
