@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llmopt.errors import LlmoptError
-from llmopt.method import Record
+from llmopt.method import Record, Run
 from llmopt.model.experts import Routed
 from llmopt.runtime.attach import Attachment, RuntimeMethod
 from llmopt.runtime.compression import EXPERTS
@@ -42,6 +42,10 @@ class ExpertsMethod(RuntimeMethod):
             return weights
         sums = weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         return weights / sums * given.weights.sum(1, keepdim=True)
+
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        layers_with_experts(skeleton)                   # refuses a model without
+        return super().sketch(skeleton, run, source)
 
     def hooks(self, live: Attachment) -> list[RemovableHandle]:
         left = partial(self.left, live.record(self.place))

@@ -45,6 +45,10 @@ class TopK(ExpertsMethod):
                              "router chooses for a token,")
         return Record({"k": {str(layer): k for layer, k in zip(layers, each, strict=True)}})
 
+    def sketch(self, skeleton: nn.Module, run: Run, source: nn.Module | None = None) -> str:
+        self.plan(skeleton, run)                        # refuses numbers that do not fit
+        return super().sketch(skeleton, run, source)
+
     def check_record(self, model: nn.Module, record: Record) -> None:
         super().check_record(model, record)
         self.check_layers(model, record.meta["k"].keys())

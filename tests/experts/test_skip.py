@@ -10,6 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import llmopt
 from llmopt.experts.threshold import bisected, candidates, first_batches, layer_weights, skipped
+from llmopt.forecast.size import predict
 from llmopt.method import Record, Run
 from llmopt.model.experts import Routed
 from llmopt.runtime.attach import attach, detach
@@ -176,6 +177,11 @@ def test_bad_input_is_refused_by_name(family, fields, error, said):
         llmopt.experts.Skip(**fields).apply(tiny.make(family), data())
     with pytest.raises(llmopt.LlmoptError, match="calibration data and there is none"):
         llmopt.experts.Skip().apply(tiny.make("qwen3_moe"), Run())
+
+
+def test_a_model_without_experts_is_refused_before_the_work():
+    with pytest.raises(llmopt.LlmoptError, match=r"steps.0 experts.skip: llama: its layers have no experts"):
+        predict(tiny.make("llama"), [llmopt.experts.Skip()])
 
 
 @pytest.mark.parametrize("meta", [

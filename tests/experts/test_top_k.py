@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import llmopt
+from llmopt.forecast.size import predict
 from llmopt.method import Record, Run
 from tests import tiny
 
@@ -41,6 +42,8 @@ def test_layers_have_numbers_of_their_own():
 def test_bad_input_is_refused_by_name(family, fields, said):
     with pytest.raises(llmopt.LlmoptError, match=said):
         llmopt.experts.TopK(**fields).apply(tiny.make(family), Run())
+    with pytest.raises(llmopt.LlmoptError, match=said):
+        predict(tiny.make(family), [llmopt.experts.TopK(**fields)])
 
 
 def test_a_router_that_chooses_fewer_than_a_record_says_is_told_of():
