@@ -41,7 +41,10 @@ class LogitsLoss:
         self.rows = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
 
     def __call__(self, index: int) -> Tensor:
-        hidden = _decoded(self.model, self.batches[index], self.parameters())
+        return self.behind(_decoded(self.model, self.batches[index], self.parameters()), index)
+
+    def behind(self, hidden: Tensor, index: int) -> Tensor:                             # [B, T, E] -> ()
+        """The loss of a batch for which the decoder gives `hidden`."""
         real = self.batches[index]["attention_mask"].bool().to(hidden.device)
         now, then = hidden[real], self.dense[index][real]                                               # [N, E]
         found = [self._part(*some) for some in zip(now.detach().split(self.rows), then.split(self.rows), strict=True)]

@@ -7,8 +7,8 @@ state, the same without block i). Its group are the `group` blocks around it, it
 are; C D (of some rank; rate 1e-3), B A and the gains and biases of the norms (9.65e-6) learn what the group wrote
 before the block left, on what it reads in the model as it is now:
 
-    relative   mean_t |out_t - y_t|^2 / |y_t|^2     each token by its own size: massive activations are not all of it
-    kl         mean_t KL(softmax(y_t) || softmax(out_t)) over the features
+    logits     how far the model's predictions are from those before the block left, behind all later blocks
+    relative, kl    how far the group's output is, as in the paper (group_loss.py)
 
 C, B and f begin at 0: the first state is the block gone and nothing else; with `repair` the writer in front of it is
 repaired in closed form first (repair.py), on the batches that are learned from. Adam (.9, .95), the rate falling by
@@ -18,7 +18,8 @@ given, and the checkpoint is that of a smaller stock model. Blocks of another ki
 shapes) learn B A, biases and norms alone. Other than the paper: the number of blocks is rounded down, the first and the
 last are protected, and every fusion is folded at once.
 
-Streamed, the blocks of one group are in memory together. Each of several processes does all of the work.
+Streamed, the blocks of one group are in memory together, and with logits all behind it. Each of several processes does
+all of the work.
 """
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,7 +30,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from llmopt.calibration.calls import record_calls
 from llmopt.calibration.descent import Knobs, split
@@ -38,6 +38,7 @@ from llmopt.calibration.walk import Visit, each
 from llmopt.method import Run
 from llmopt.model.blocks import Block, Projection, blocks, layer_list
 from llmopt.parts import register
+from llmopt.prune.group_loss import GroupLoss, PredictionLoss
 from llmopt.prune.influence import left_out
 from llmopt.prune.learned import Learned, LowRank, Whole, factors
 from llmopt.prune.leaving import Leaving, Part, Parts
@@ -59,8 +60,8 @@ class Fuse(Leaving):
     epochs: float = Field(20, gt=0, description="how often each batch is learned from, at most")
     minutes: float | None = Field(None, gt=0, description="by the clock, for each block that leaves; null: as long as "
                                                           "the epochs take")
-    loss: Literal["relative", "kl"] = Field("relative", description="how far the group's output is from what it was: "
-                                                                    "by squares, or by softmax over the features")
+    loss: Literal["relative", "kl", "logits"] = Field("logits", description="how far the model's predictions are "
+        "from what they were; or the group's output, by squares, or by softmax over the features")
     coefficients: float = Field(1e-3, gt=0, description="learning rate of C, D and f")
     repair: bool = Field(False, description="the writer in front of a gap begins where prune.depth ends: at the least "
                                            "squares that stand in for the block")
@@ -108,9 +109,10 @@ class Fuse(Leaving):
         for inner in (i for i in range(here[0]) if i not in gone):
             with memory.block(model, inner):
                 hidden = memory.keep(visit(inner, hidden).outputs())
+        tail = [i for i in range(here[-1] + 1, len(layer_list(model))) if i not in gone and self.loss == "logits"]
         with ExitStack() as stack:
             wanted, before, behind = hidden, None, None
-            for inner in here:
+            for inner in [*here, *tail]:
                 stack.enter_context(memory.block(model, inner))
                 before = visit(inner, wanted) if inner < index else before
                 wanted = memory.keep(visit(inner, wanted).outputs())
@@ -119,7 +121,12 @@ class Fuse(Leaving):
             slow = [part for block in views for part in _parts(model, block, leaving, self.rank, drawing)]
             fast = [number for part in slow if isinstance(part, Fused) for number in part.coefficients]
             knobs = [Knobs(fast, self.coefficients), Knobs([n for part in slow for n in part.numbers], self.rate)]
-            loss = GroupLoss([visit(block.index, hidden) for block in views], wanted, slow, self.loss)
+            visits = [visit(inner, hidden) for inner in [*here, *tail] if inner != index]
+            if self.loss == "logits":
+                stack.enter_context(memory.outside(model, head=True))
+                loss = PredictionLoss(visits, wanted, slow, run.batches)
+            else:
+                loss = GroupLoss(visits, wanted, slow, self.loss)
             with torch.no_grad():
                 bare = sum(float(loss(i)) for i in judged)
                 if self.repair and before is not None:
@@ -176,35 +183,6 @@ class FusedBias(Fused):
 
     def value(self) -> Tensor:
         return (self.bias + self.coefficients[0] * self.removed).to(self.parameter.dtype)
-
-
-class GroupLoss:
-    """How far the group is from what it wrote, with the parameters that these parts stand for.
-
-    Call it with the index of a batch for that one's part of the mean over all tokens. visits: of the blocks that stay.
-    """
-
-    def __init__(self, visits: list[Visit], wanted: list[Tensor], parts: list[Learned], how: str):
-        self.visits, self.wanted, self.parts, self.how = visits, wanted, parts, how
-        self.tokens = sum(int(mask.sum()) for mask in visits[0].masks)
-
-    def __call__(self, index: int) -> Tensor:
-        values, hidden = {part.key: part.value() for part in self.parts}, self.visits[0].inputs[index]
-        for visit in self.visits:
-            prefix = f"{visit.block.name}."
-            own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-            one = Visit(visit.model, visit.block, [hidden], [visit.calls[index]], [visit.masks[index]])
-            hidden = one.forward(0, own)
-        return self.apart(hidden, index)
-
-    def apart(self, hidden: Tensor, index: int) -> Tensor:                              # [B, T, E] -> ()
-        """How far the group is from what it wrote for a batch if it writes `hidden`."""
-        mask = self.visits[0].masks[index].to(hidden.device)
-        out, then = hidden[mask].float(), self.wanted[index].to(hidden.device)[mask].float()             # [N, E]
-        if self.how == "kl":
-            return kl_div(out.log_softmax(-1), then.log_softmax(-1), log_target=True, reduction="sum") / self.tokens
-        size = then.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        return ((out - then).square().sum(1) / size).sum() / self.tokens
 
 
 def window(alive: list[int], index: int, size: int) -> list[int]:

@@ -7,7 +7,8 @@ import torch
 from llmopt.method import Run
 from llmopt.model.blocks import blocks, layer_list
 from llmopt.prune import Depth, Fuse
-from llmopt.prune.fuse import Fused, FusedBias, GroupLoss, _parts, window
+from llmopt.prune.fuse import Fused, FusedBias, _parts, window
+from llmopt.prune.group_loss import GroupLoss
 from llmopt.prune.learned import LowRank, Whole
 from llmopt.prune.surgery import LayerPlan, apply_plan
 from tests import tiny
@@ -50,7 +51,7 @@ def test_the_group_learns_and_what_is_folded_is_what_has_learned():
     """The error that the record tells is that of the plain small model, on the batch that was held out."""
     model, dense = tiny.make("llama", num_hidden_layers=4), tiny.make("llama", num_hidden_layers=4)
     before = copy.deepcopy(model.state_dict())
-    record = Fuse(ratio=0.25, epochs=15, rank=8, rate=1e-3).apply(model, Run(data(16)))
+    record = Fuse(ratio=0.25, epochs=15, rank=8, rate=1e-3, loss="relative").apply(model, Run(data(16)))
     told, = record.meta["fusions"]
     assert told["group"] == [0, 1, 2, 3] and told["steps"] == 45
     assert told["error"] < 0.97 * told["error_before"]
@@ -72,6 +73,26 @@ def test_the_group_learns_and_what_is_folded_is_what_has_learned():
     apply_plan(bare, [LayerPlan(drop=index == told["block"]) for index in range(4)], Run())
     assert error(bare) == pytest.approx(told["error_before"], rel=1e-4)
     assert error(model) == pytest.approx(told["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_predictions_are_what_a_group_in_front_of_others_learns(family):
+    """The error that the record tells is the KL to the dense model, on the batch that was held out."""
+    model, dense = (scaled(tiny.make(family, num_hidden_layers=5), 1, 0.3) for _ in range(2))
+    told, = Fuse(ratio=0.2, group=2, epochs=10, rank=8, rate=1e-3).apply(model, Run(data(16))).meta["fusions"]
+    assert told["block"] == 1 and told["group"] == [0, 1]                       # three blocks behind it
+    bare = scaled(tiny.make(family, num_hidden_layers=5), 1, 0.3)
+    apply_plan(bare, [LayerPlan(drop=index == 1) for index in range(5)], Run())
+
+    @torch.no_grad()
+    def apart(small):
+        ids, mask = data(16)[0]["input_ids"], data(16)[0]["attention_mask"]
+        p, q = (one(ids, attention_mask=mask).logits[mask.bool()].log_softmax(-1) for one in (dense, small))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert apart(bare) == pytest.approx(told["error_before"], rel=1e-4)
+    assert apart(model) == pytest.approx(told["error"], rel=1e-4)
+    assert told["error"] < told["error_before"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
