@@ -36,6 +36,7 @@ LEAST = 1e-8                            # of replay scores, which are 0 where no
 SINKS, AHEAD, VOTERS, POOL = 4, 512, 32, 5              # of the cheap scores; weights are learned for these
 CHEAP = 5                               # features of an entry that differ from head to head
 RIDGE = 3e-3                            # of the features beside the hidden state
+DEAD = 1e-5                             # parts of its level within which a feature that varies is rounding
 RANGE = -60.0, 60.0                     # of log scores, so that their exp is a positive number
 
 
@@ -158,7 +159,7 @@ class Sums:
 
     def __init__(self, constant: int):
         self.constant = constant
-        self.texts = 0
+        self.texts = self.count = 0
         self.level: Any = 0.0           # [G, S + C + 1], means of the texts, added up
         self.tokens: Any = 0.0          # [S, S]
         self.mixed: Any = 0.0           # [G, S, C + 1]
@@ -169,7 +170,7 @@ class Sums:
         tokens, entries = tokens.double(), entries.double()
         means = tokens.mean(0, keepdim=True), entries.mean(1, keepdim=True)
         tokens, entries = tokens - means[0], entries - means[1]
-        self.texts += 1
+        self.texts, self.count = self.texts + 1, self.count + len(tokens)
         self.level = self.level + torch.cat([means[0].expand(len(entries), -1), means[1][:, 0]], 1)
         self.tokens = self.tokens + tokens.T @ tokens
         self.mixed = self.mixed + tokens.T @ entries
@@ -182,13 +183,14 @@ class Sums:
         """
         shared = self.tokens.expand(len(self.entries), -1, -1)
         whole = torch.cat([torch.cat([shared, self.mixed], 2), torch.cat([self.mixed.mT, self.entries], 2)], 1)
-        square, target = whole[:, :-1, :-1], whole[:, :-1, -1:]
-        moments = square.diagonal(dim1=1, dim2=2).clamp(min=1e-9)                        # a dead feature gets no weight
+        spread, level = whole.diagonal(dim1=1, dim2=2)[:, :-1], self.level / self.texts
+        dead = spread <= self.count * (DEAD * level[:, :-1]).square()                    # keys of one length, say
+        square = whole[:, :-1, :-1].masked_fill(dead[:, None] | dead[:, :, None], 0)
+        target = whole[:, :-1, -1:].masked_fill(dead[..., None], 0)
+        moments = spread.clamp(min=1e-9)
         ridges = torch.full_like(moments[0], RIDGE)
         ridges[:self.constant] = ridge
         root = torch.linalg.cholesky(square + torch.diag_embed(ridges * moments))
         weights = torch.cholesky_solve(target, root)[..., 0]
-        weights[:, self.constant] = 0.0
-        level = self.level / self.texts
         weights[:, self.constant] = level[:, -1] - (weights * level[:, :-1]).sum(1)
         return weights

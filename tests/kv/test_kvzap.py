@@ -43,6 +43,19 @@ def test_the_sums_give_the_regression_of_deviations_from_each_text():
         assert_close(found, wanted)
 
 
+def test_rounding_is_not_learned_from():
+    """Keys that a norm makes equally long: their lengths tell of rounding alone, though that may go with the scores."""
+    tokens, logs = torch.randn(40, 3), torch.randn(1, 40)
+    tokens[:, 2] = 1.0
+    lengths, found = 4 + 4e-7 * logs, []
+    for own in (lengths, torch.full_like(lengths, 4.0)):
+        sums = Sums(2)
+        sums.add(tokens, torch.stack([own, logs], -1))
+        found.append(sums.solve(0.1)[0])
+    assert found[0][3] == 0
+    assert_close(found[0], found[1])
+
+
 def test_what_sets_two_texts_apart_is_not_learned():
     """Of two texts the second has a mark in every token and low scores; marked tokens of a third are no worse."""
     mark, slope = torch.tensor([0.0, 1.0]).repeat_interleave(30), torch.randn(60)
