@@ -1,8 +1,8 @@
 """Quantized modules as compressed-tensors holds them (model/packing.py), and their quantization_config.
 
-What is written loads in stock transformers, bit-exact, with the exact name of every module as a target, and one pattern
-for all experts (model/expert_files.py). What its lazy
-loading cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
+What is written loads in stock transformers, bit-exact, but for what OURS names: with the exact name of every module as
+a target, and one pattern for all experts (model/expert_files.py). What its lazy loading
+cannot do (zero points; small floats in a model that is not bfloat16) carries `dequantize: true`, by which
 transformers unpacks all weights when it loads them; that takes one setting for all of them.
 """
 import re

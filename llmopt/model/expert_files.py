@@ -22,7 +22,7 @@ from llmopt.model.weights import STACKS, Weight, coded
 
 APART = {"Llama4TextExperts"}       # stacks in whose place transformers builds single linear maps beside packed weights
 GATED, HALVES = "gate_up_proj", ("gate_proj", "up_proj")        # a stack's name, and what its rows are
-EXPERTS = "experts"         # the config group of those that take `import llmopt` to be loaded
+EXPERTS = "llmopt_experts"  # the config group of those that take `import llmopt` to be loaded; nobody else's name
 SUFFIXES = ("_packed", "_scale", "_shape", "")
 
 

@@ -15,9 +15,9 @@ form (repair.py), on the batches that are learned from. Adam (.9, .95), the rate
 half a cosine after a twentieth of the steps in which it rises. Every eighth batch is held out, and the state that does
 best on those is kept. Then all is folded into plain weights, so that a block that leaves later takes along what it was
 given, and the checkpoint is that of a smaller stock model. Blocks of another kind (attention of another window, other
-shapes) learn B A, biases and norms alone. Other than the paper: predictions are the default, as they gain five times as
-much on llmopt/reference; the number of blocks is rounded down, the first and the last are protected, and every fusion
-is folded at once.
+shapes) learn B A, biases and norms alone. Other than the paper: predictions are the default, as the group's output
+gains little or nothing on llmopt/reference; the number of blocks is rounded down, the first and the last are protected,
+and every fusion is folded at once.
 
 Streamed, the blocks of one group are in memory together, and with logits all behind it. Each of several processes does
 all of the work.

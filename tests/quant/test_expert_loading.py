@@ -71,7 +71,8 @@ def test_plain_transformers_refuses_them_and_says_what_is_needed(saved, tmp_path
     done = warm.run(ROOT / "tests" / "load_many.py", "plain,trust", tmp_path / "seen.pt", folder, env=command()[1])
     assert done.returncode == 0, done.stderr
     for told in torch.load(tmp_path / "seen.pt").values():
-        assert "config_groups.experts" in told[str(folder)]["error"] and "import llmopt" in told[str(folder)]["error"]
+        error = told[str(folder)]["error"]
+        assert "config_groups.llmopt_experts" in error and "import llmopt" in error
     refused = "refused: experts that dense files keep in one tensor"
     assert json.loads((folder / "llmopt.json").read_text())["loads_with"] == {
         "transformers": refused, "trust_remote_code": refused, "import llmopt": "exact"}
@@ -99,3 +100,15 @@ def test_streamed_the_bytes_are_the_same(kind, more, tmp_path):
     packed = any(".experts.3.up_proj.weight_packed" in name for file in (tmp_path / "True").glob("*.safetensors")
                  for name in load_file(file))
     assert packed == (not more)
+
+
+def test_a_group_that_another_tool_calls_experts_is_none_of_these(tmp_path):
+    model = tiny.make("qwen3_moe")
+    llmopt.compress(model, [RTN(bits=4, group_size=16)])
+    folder = llmopt.save(model, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    config["quantization_config"]["config_groups"] = {"experts": groups.pop("group_0")} | groups
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(llmopt.load(folder)[0]), logits(model))
+    assert load_dense(ModelSpec(id=str(folder), dequantize=True))[0].num_parameters() == model.num_parameters()
