@@ -5,7 +5,7 @@ import click
 
 from llmopt.cli import completion, log
 from llmopt.cli.help import Group
-from llmopt.cli.options import COUNT, FILE, JSON
+from llmopt.cli.options import COUNT, FILE, JSON, SEED
 from llmopt.errors import LlmoptError
 
 
@@ -74,6 +74,7 @@ def kv(lengths, dims, threads, rounds, part, quick, as_json) -> None:
 @click.option("--data", default="self", show_default=True, help="A file, self (sampled from the model), world, ...")
 @click.option("--samples", type=COUNT, default=48, show_default=True, help="Rows of calibration data.")
 @click.option("--length", type=COUNT, default=192, show_default=True, help="Tokens of a row.")
+@SEED
 @click.option("--rows", type=click.IntRange(2), default=64, show_default=True, help="Rows that are scored.")
 @click.option("--peer", "peers", multiple=True, metavar="NAME=PYTHON", help="llmcompressor, gptqmodel or autoround "
               "beside ours, by the Python of an environment that has it; repeatable.")
@@ -81,7 +82,7 @@ def kv(lengths, dims, threads, rounds, part, quick, as_json) -> None:
 @click.option("--keep", type=FILE, help="Folder for the checkpoints; what it holds is not made again.")
 @click.option("--quick", is_flag=True, help="The first of the bits, and little data.")
 @JSON
-def quant(model, methods, bits, group_size, data, samples, length, rows, peers, iterations, keep, quick,
+def quant(model, methods, bits, group_size, data, samples, length, seed, rows, peers, iterations, keep, quick,
           as_json) -> None:
     """Quantizers beside each other: distance to the dense model, bytes of the file, CPU seconds.
 
@@ -100,7 +101,8 @@ def quant(model, methods, bits, group_size, data, samples, length, rows, peers, 
     beside = tuple(peer(word, QUANTIZERS) for word in peers)
     plan = quant.Plan(model, tuple(zip(methods, methods, strict=True)) or tuple(quant.METHODS.items()),
                       _numbers("--bits", bits, "4,3"), _numbers("--group-size", group_size, "32,-1", (-1,)),
-                      DataSpec(**source(data), samples=samples, length=length), rows, beside, iterations, keep)
+                      DataSpec(**source(data), samples=samples, length=length, seed=seed), rows, beside, iterations,
+                      keep)
     with log.progress() as progress:
         found = quant.measure(plan.quick() if quick else plan, progress)
     measured.show_quantizers(found, as_json)
@@ -117,6 +119,7 @@ def quant(model, methods, bits, group_size, data, samples, length, rows, peers, 
 @click.option("--score", help="Where the rows that are scored come from; default: as --data, other rows.")
 @click.option("--samples", type=COUNT, default=48, show_default=True, help="Rows of calibration data.")
 @click.option("--length", type=COUNT, default=192, show_default=True, help="Tokens of a row.")
+@SEED
 @click.option("--rows", type=click.IntRange(2), default=64, show_default=True, help="Rows that are scored.")
 @click.option("--peer", "peers", multiple=True, metavar="NAME=PYTHON", help="torchpruning beside ours, by the Python "
               "of an environment that has it.")
@@ -125,7 +128,7 @@ def quant(model, methods, bits, group_size, data, samples, length, rows, peers, 
               help="What pruners cost, or how much faster pruned shapes are than their operations promise.")
 @click.option("--quick", is_flag=True, help="The last of the ratios, and little data.")
 @JSON
-def prune(model, methods, ratios, units, data, score, samples, length, rows, peers, keep, part, quick,
+def prune(model, methods, ratios, units, data, score, samples, length, seed, rows, peers, keep, part, quick,
           as_json) -> None:
     """Pruners beside each other: nats a token added, parameters, CPU seconds. Or the speed of what is left.
 
@@ -145,9 +148,9 @@ def prune(model, methods, ratios, units, data, score, samples, length, rows, pee
         if part == "speed":
             measured.show_lean(lean.measure(lean.QUICK if quick else lean.Plan(), progress), as_json)
             return
-        given = DataSpec(**source(data), samples=samples, length=length)
+        given = DataSpec(**source(data), samples=samples, length=length, seed=seed)
         plan = prune.Plan(model, methods or prune.METHODS, _shares("--ratios", ratios), tuple(units.split(",")), given,
-                          DataSpec(**source(score), samples=1, length=length) if score else None, rows,
+                          DataSpec(**source(score), samples=1, length=length, seed=seed) if score else None, rows,
                           tuple(peer(word, PRUNERS) for word in peers), keep)
         found = prune.measure(plan.quick() if quick else plan, progress)
     measured.show_pruners(found, as_json)

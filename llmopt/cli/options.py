@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Let code of the model, or of task files, run.")
 COUNT = click.IntRange(min=1)
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                    help="Of the data, and of what methods draw.")
 ANEW = click.option("--anew", is_flag=True, help="Measure scores of dense models again that are kept from earlier.")
 DATA = click.option("--data", metavar="WORD", help="A file, self (sampled from the model), world, or a dataset of the "
                     "hub.  [default: self; embedded models: world]")

@@ -7,8 +7,8 @@ state, the same without block i). Its group are the `group` blocks around it, it
 are; C D (of some rank; rate 1e-3), B A and the gains and biases of the norms learn what the group did before the
 block left, on what it reads in the model as it is now:
 
-    logits          how far the model's predictions are from those before the block left, behind all later blocks
-    relative, kl    how far the group's output is, as in the paper (group_loss.py)
+    logits          how far the model's predictions are from those before the first block left
+    relative, kl    how far the group's output is from that before this block left, as in the paper (group_loss.py)
 
 C, B and f begin at 0: the first state is the block gone, and with `repair` the writer in front of it repaired in closed
 form (repair.py), on the batches that are learned from. Adam (.9, .95), the rate falling by
@@ -47,7 +47,7 @@ from llmopt.prune.repair import repaired, writer_of
 from llmopt.scale.processes import Ranks
 
 PAPER, RATES = 9.65e-6, {"logits": 1e-3}
-LISTS = 7           # of activations held at once: what a group reads and writes, four on the way, the masks
+LISTS = 8           # of activations held at once: what a group reads and writes, the aims, four on the way, the masks
 
 
 @register("prune.fuse")
@@ -63,7 +63,7 @@ class Fuse(Leaving):
     minutes: float | None = Field(None, gt=0, description="by the clock, for each block that leaves; null: as long as "
                                                           "the epochs take")
     loss: Literal["relative", "kl", "logits"] = Field("logits", description="how far the model's predictions are "
-        "from what they were; or the group's output, by squares, or by softmax over the features")
+        "from the dense model's; or the group's output, by squares, or by softmax over the features")
     coefficients: float = Field(1e-3, gt=0, description="learning rate of C, D and f")
     repair: bool = Field(True, description="the writer in front of a gap begins where prune.depth ends: at the least "
                                            "squares that stand in for the block")
@@ -73,23 +73,35 @@ class Fuse(Leaving):
     def take_out(self, model: nn.Module, run: Run) -> tuple[list[Part], dict[str, Any]]:
         rounds: list[list] = []
         fusions: list[dict[str, Any]] = []
+        aims = self._written(model, run) if self.loss == "logits" else None
 
         def choose(gone: list[Part], fits: Parts) -> list[Part]:
             found = run.memory.remember(f"round {len(rounds)}", lambda: run.ranks.agree({"scores": [
                 [*part, value] for part, value in
                 left_out(model, run, gone, list(fits), "mi", self.trial_tokens).items()]}))["scores"]
             index = min(found, key=lambda told: told[2])[0]
-            fusions.append(self._fuse(model, run, [lost for lost, _ in gone], index))
+            fusions.append(self._fuse(model, run, [lost for lost, _ in gone], index, aims))
             rounds.append(found)
             return [(index, "blocks")]
 
         gone = self.in_turn(blocks(model), choose)
         return gone, {"rounds": rounds, "fusions": fusions}
 
-    def _fuse(self, model: nn.Module, run: Run, gone: list[int], index: int) -> dict[str, Any]:
+    def _written(self, model: nn.Module, run: Run) -> list[Tensor]:                     # [B, T, E] each
+        """What the last block writes while all are there."""
+        memory = run.memory.reading.holding(LISTS)
+        hidden, calls = record_calls(model, run.batches, memory)
+        masks = [batch["attention_mask"].bool() for batch in run.batches]
+        for block in blocks(model):
+            with memory.block(model, block.index):
+                hidden = memory.keep(Visit(model, block, hidden, calls[block.index], masks).outputs())
+        return hidden
+
+    def _fuse(self, model: nn.Module, run: Run, gone: list[int], index: int,
+              aims: list[Tensor] | None) -> dict[str, Any]:
         """Ready the group around a block for going without it; figures for the record."""
         here = window([i for i in range(len(layer_list(model))) if i not in gone], index, self.group)
-        found = run.memory.keep_named(f"fused {index}", lambda: self._learned(model, run, gone, here, index))
+        found = run.memory.keep_named(f"fused {index}", lambda: self._learned(model, run, gone, here, index, aims))
         bare, repaired, after, steps = found.pop("figures").tolist()
         with torch.no_grad():
             for block in each(model, run, f"fusing block {index}", only=[i for i in here if i != index]):
@@ -99,8 +111,12 @@ class Fuse(Leaving):
         return {"block": index, "group": here, "steps": int(steps), "error_before": bare, "error_repaired": repaired,
                 "error": after}
 
-    def _learned(self, model: nn.Module, run: Run, gone: list[int], here: list[int], index: int) -> dict[str, Tensor]:
-        """By name, the parameters of the group as they are to be; "figures": errors before and after, steps."""
+    def _learned(self, model: nn.Module, run: Run, gone: list[int], here: list[int], index: int,
+                 aims: list[Tensor] | None) -> dict[str, Tensor]:
+        """By name, the parameters of the group as they are to be; "figures": errors before and after, steps.
+
+        aims: what the last block is to write for each batch; None: the group what it writes with the block.
+        """
         memory, drawing = run.memory.reading.holding(LISTS), torch.Generator().manual_seed(run.seed)
         hidden, calls = record_calls(model, run.batches, memory)
         masks = [batch["attention_mask"].bool() for batch in run.batches]
@@ -112,11 +128,12 @@ class Fuse(Leaving):
         for inner in (i for i in range(here[0]) if i not in gone):
             with memory.block(model, inner):
                 hidden = memory.keep(visit(inner, hidden).outputs())
-        tail = [i for i in range(here[-1] + 1, len(layer_list(model))) if i not in gone and self.loss == "logits"]
+        tail = [i for i in range(here[-1] + 1, len(layer_list(model))) if i not in gone and aims is not None]
         with ExitStack() as stack:
-            wanted, before, behind = hidden, None, None
             for inner in [*here, *tail]:
                 stack.enter_context(memory.block(model, inner))
+            wanted, before, behind = hidden, None, None
+            for inner in here if aims is None else here[:here.index(index) + 1]:
                 before = visit(inner, wanted) if inner < index else before
                 wanted = memory.keep(visit(inner, wanted).outputs())
                 behind = wanted if inner == index else behind
@@ -126,11 +143,11 @@ class Fuse(Leaving):
             rate = RATES.get(self.loss, PAPER) if self.rate is None else self.rate
             knobs = [Knobs(fast, self.coefficients), Knobs([n for part in slow for n in part.numbers], rate)]
             visits = [visit(inner, hidden) for inner in [*here, *tail] if inner != index]
-            if self.loss == "logits":
-                stack.enter_context(memory.outside(model, head=True))
-                loss = PredictionLoss(visits, wanted, slow, run.batches)
-            else:
+            if aims is None:
                 loss = GroupLoss(visits, wanted, slow, self.loss)
+            else:
+                stack.enter_context(memory.outside(model, head=True))
+                loss = PredictionLoss(visits, aims, slow, run.batches)
             with torch.no_grad():
                 bare = sum(float(loss(i)) for i in judged)
                 if self.repair and before is not None:

@@ -72,6 +72,17 @@ def test_a_table_of_real_runs(folder, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.count("12345.0") == 2                     # they were found, not measured again
 
 
+def test_another_seed_measures_other_rows(folder, tmp_path, monkeypatch, capfd):
+    """Rows, draws, and what is kept: not those of the seed before."""
+    words = ["bench", "prune", str(folder), "prune.magnitude: {refit: false}", "--ratios", "0.5", *SMALL]
+    found = []
+    for seed in ("0", "1", "0"):
+        assert call(monkeypatch, *words, "--keep", str(tmp_path / "kept"), "--seed", seed, "--json") == 0
+        found.append(json.loads(capfd.readouterr().out)["rows"][0])
+    assert found[0] == found[2] and found[0]["kl"] != found[1]["kl"]
+    assert len(list((tmp_path / "kept").glob("ids-*.jsonl"))) == 2
+
+
 def test_the_promise_is_that_of_the_operations(monkeypatch):
     """With a clock that counts operations every model keeps exactly what it promises."""
     monkeypatch.setattr(lean, "_seconds", lambda work: 1e-9 * lean._operations(work))

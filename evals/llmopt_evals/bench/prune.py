@@ -83,7 +83,7 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
         work = plan.keep or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         ids, held = rows_of(plan.model, plan.data, plan.scored or plan.data, plan.rows, work)
-        key = [plan.model, ids.name, fingerprint(held)]
+        key = [plan.model, ids.name, fingerprint(held), plan.data.seed]
         with fidelity.reference(opened(spec, False), lambda *_: held, Path(scratch)) as against:
             rows = [_kept(work, [*key, repr(entry)], lambda entry=entry: _row(entry, plan, ids, work, against))
                     for entry in progress(todo, "pruners")]
@@ -145,7 +145,7 @@ def _ours(entry: Entry, plan: Plan, ids: Path, work: Path, against: fidelity.Aga
     model, tokenizer = load_dense(ModelSpec(id=plan.model))
     choose(model, "float32", "cpu")
     before, start = model.num_parameters(), time.process_time()
-    llmopt.compress(model, list(entry.steps), _rows(ids, plan, model), tokenizer=tokenizer)
+    llmopt.compress(model, list(entry.steps), _rows(ids, plan, model), plan.data.seed, tokenizer=tokenizer)
     seconds = time.process_time() - start
     return _figures(model, before, seconds, against(nullcontext((model, tokenizer))))
 
@@ -156,7 +156,7 @@ def _rows(ids: Path, plan: Plan, model: nn.Module) -> list[Batch]:
 
 
 def _theirs(entry: Entry, plan: Plan, ids: Path, work: Path, against: fidelity.Against) -> Answer:
-    done = carried_out(entry.tool, Job(resolve(plan.model), str(ids), ratio=entry.ratio), work)
+    done = carried_out(entry.tool, Job(resolve(plan.model), str(ids), ratio=entry.ratio, seed=plan.data.seed), work)
     with opened(ModelSpec(id=plan.model), False) as (model, _):
         before = model.num_parameters()
     with opened(ModelSpec(id=done.loadable, compute_dtype="float32"), False) as (model, words):

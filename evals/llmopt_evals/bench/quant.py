@@ -69,7 +69,8 @@ class Entry:
     def job(self, plan: Plan, ids: Path) -> Job:
         """What the tool is asked."""
         iterations = 0 if self.tool.name == OURS else plan.iterations
-        return Job(resolve(plan.model), str(ids), self.bits, self.group_size, iterations=iterations, steps=self.steps)
+        return Job(resolve(plan.model), str(ids), self.bits, self.group_size, iterations=iterations,
+                   seed=plan.data.seed, steps=self.steps)
 
 
 def measure(plan: Plan, progress: Progress) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Job:
     ratio: float = 0.0          # pruning: the share of the FFN channels that leaves
     out: str = ""
     iterations: int = 200       # of methods that have some
+    seed: int = 0               # of what methods draw
     steps: list[dict] = field(default_factory=list)         # llmopt's own: what a recipe's `steps` say
     solver: float = 0.0         # the answer: CPU seconds of calibration and solving
     versions: dict[str, str] = field(default_factory=dict)          # the answer, too
@@ -51,7 +52,7 @@ def carry_out(work: Callable[[Job], None], *packages: str) -> None:
     """Do the job that the command line names; packages: whose versions belong to the answer."""
     file = Path(sys.argv[1])
     job = Job(**json.loads(file.read_text()))
-    torch.manual_seed(0)
+    torch.manual_seed(job.seed)
     work(job)
     job.versions = {name: version(name) for name in (*packages, "torch", "transformers")}
     file.write_text(json.dumps(asdict(job)))

@@ -11,7 +11,7 @@ def work(job: Job) -> None:
     model, tokenizer = load_dense(ModelSpec(id=job.model))
     choose(model, "auto", "cpu")
     with job.solving():
-        report = llmopt.compress(model, job.steps, job.rows(), tokenizer=tokenizer)
+        report = llmopt.compress(model, job.steps, job.rows(), job.seed, tokenizer=tokenizer)
     report.save(job.out)
 
 
