@@ -67,13 +67,16 @@ def test_what_is_missing_is_the_difference_of_the_streams(weighed):
                 lack = lack @ p.weight.T + then[stream] - now[stream]
             torch.testing.assert_close(seen.missing.matrix, 2 / 89 * (r * lack).T @ now["x"],
                                        rtol=1e-3, atol=1e-4)
-            made = GPTQ(damping=1e-6).prepare(seen)
             lack = lack if seen.missing.of_outputs else lack @ p.weight.T
             best = torch.linalg.lstsq((r.sqrt() * now["x"]).double(), (r.sqrt() * lack).double(), driver="gelsd")
-            found = gptq.pull(p.weight, seen, made)
+            found = gptq.pull(p.weight, seen, 1e-6)
             left, least, all_of_it = (float((r * (lack - now["x"] @ pull.T).square()).sum()) for pull in
                                       (found, best.solution.T.float(), torch.zeros_like(found)))
             assert left <= least * 1.02 + 1e-3 * all_of_it < 0.9 * all_of_it
+            moments, cross = seen.hessian.double(), seen.missing.matrix.double()
+            moments.diagonal().add_(0.3 * moments.diagonal().mean())
+            wanted = torch.linalg.solve(moments, (cross if seen.missing.of_outputs else p.weight.double() @ cross).T).T
+            torch.testing.assert_close(gptq.pull(p.weight, seen, 0.3), wanted.float(), rtol=1e-3, atol=1e-5)
         p.write(p.weight * 0.9 + 0.02 * torch.randn(p.weight.shape, generator=torch.Generator().manual_seed(index)))
 
 

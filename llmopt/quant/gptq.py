@@ -7,9 +7,11 @@
 targets: dense aims at what the unedited model writes at this place, from its own inputs x~ and, at the two writers of a
 block, beside its own residual stream r~: by least squares over the tokens that is the weight
 
-    W + (W sum_t (x~_t - x_t) x_t^T + sum_t (r~_t - r_t) x_t^T) (H + damping mean(diag H) I)^-1         (missing.py)
+    W + (W sum_t (x~_t - x_t) x_t^T + sum_t (r~_t - r_t) x_t^T) (H + ridge mean(diag H) I)^-1           (missing.py)
 
-whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). The loss, and the figure `output_error`, are those of
+whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). Every such fit takes away more of what is missing at the
+calibration tokens than at others, and all fits of a model together have more numbers than there are tokens: hence a
+larger ridge than GPTQ's damping. The loss, and the figure `output_error`, are those of
 the distance to this weight. Scales are searched for what the errors of a group do to the outputs (search.py), and may
 be negative (grid.py). After the sweep scales and codes are improved in turns (alternate.py).
 
@@ -81,6 +83,8 @@ class ColumnSweep(Solver):
     targets: Literal["dense", "weights"] = Field("dense", description="what is to be met: what the dense model "
                                                  "writes, or what its weights make of the inputs that there are")
     residual: bool = Field(True, description="dense targets of o_proj and down_proj count the residual stream in")
+    ridge: float = Field(0.3, ge=0, description="share of the mean diagonal added to the Hessian where dense targets "
+                                                "are fitted: the less data, the more")
 
     @property
     def dense(self) -> Literal["none", "inputs", "residual"]:
@@ -96,7 +100,7 @@ class ColumnSweep(Solver):
             rounded = round_to_nearest(weight, spec)
             rounded.figures["note"] = "rounded to nearest: the Hessian is singular at every damping up to 1"
             return rounded
-        weight += pull(weight, moments, made)
+        weight += pull(weight, moments, self.ridge)
         spec = dataclasses.replace(spec, signed=self.signed)
         searched, lively = moments.hessian if self.search == "outputs" else None, weight
         if spec.live is not None:
@@ -139,24 +143,30 @@ class GPTQ(ColumnSweep, Quantizer):
     kind = "method"
 
 
-def pull(weight: Tensor, moments: Moments, made: Prepared) -> Tensor | float:
+def pull(weight: Tensor, moments: Moments, ridge: float) -> Tensor | float:
     """What to add to these rows [out, in] of a weight so that they make up for what is missing at it; 0: nothing.
 
-        (W M) (H + damping)^-1  for a reader,  M (H + damping)^-1  for a writer: least squares over the tokens
+        (W M) (H + ridge)^-1  for a reader,  M (H + ridge)^-1  for a writer: least squares over the tokens
     """
     lack = moments.missing and moments.missing.matrix
     if lack is None:
         return 0.0
     if moments.missing.of_outputs:
         own = lack if len(lack) == len(weight) else moments.ranks.share(lack)
-        return _solved(own, made)
-    return weight @ moments.cached("pull", lambda: _solved(lack, made))
+        return _solved(own, moments, ridge)
+    return weight @ moments.cached(("pull", ridge), lambda: _solved(lack, moments, ridge))
 
 
-def _solved(rows: Tensor, made: Prepared) -> Tensor:
-    """`rows` (H + damping)^-1, 0 for inputs that are always 0."""
-    found = times_inverse(rows.index_select(1, made.order), made.factor).index_select(1, made.order.argsort())
-    found[:, made.dead] = 0
+def _solved(rows: Tensor, moments: Moments, ridge: float) -> Tensor:
+    """`rows` (H + ridge)^-1, 0 for inputs that are always 0."""
+    hessian = moments.hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    factor, _ = inverse_factor(hessian, ridge, moments.ranks)
+    if factor is None:
+        return torch.zeros_like(rows)
+    found = times_inverse(rows, factor)
+    found[:, dead] = 0
     return found
 
 
