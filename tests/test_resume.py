@@ -109,7 +109,7 @@ def test_sigkill_while_blocks_leave_and_others_learn(stream, made):
     """The rounds of the search, repaired and fused blocks, the states of what learns."""
     steps = """
   - prune.depth: {ratio: 0.25, score: bi}
-  - prune.fuse: {ratio: 0.34, epochs: 2, rank: 2}
+  - prune.fuse: {ratio: 0.67, epochs: 2, rank: 2, protect: false}
 """ + "  - prune.heal: {epochs: 3, minutes: null}\n" * (not stream)
     made.write_text(made.read_text().replace(STEPS, steps))
     kills = [9] * 5 if stream else [20] * 2

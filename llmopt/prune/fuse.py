@@ -4,8 +4,8 @@
 
 Which block leaves is told by macro influence, measured anew after each fusion: MI_i = 1 - mean_t cos(last hidden
 state, the same without block i). Its group are the `group` blocks around it, itself included. W_j and W_i stay as they
-are; C D (of some rank; rate 1e-3), B A and the gains and biases of the norms learn what the group did before the
-block left, on what it reads in the model as it is now:
+are; C D (of some rank; rate 1e-3), B A and the gains and biases of the norms learn to make up for it, on what the group
+reads in the model as it is now:
 
     logits          how far the model's predictions are from those before the first block left
     relative, kl    how far the group's output is from that before this block left, as in the paper (group_loss.py)
@@ -63,7 +63,7 @@ class Fuse(Leaving):
     minutes: float | None = Field(None, gt=0, description="by the clock, for each block that leaves; null: as long as "
                                                           "the epochs take")
     loss: Literal["relative", "kl", "logits"] = Field("logits", description="how far the model's predictions are "
-        "from the dense model's; or the group's output, by squares, or by softmax over the features")
+        "from those before the first block left; or the group's output, by squares, or by softmax over the features")
     coefficients: float = Field(1e-3, gt=0, description="learning rate of C, D and f")
     repair: bool = Field(True, description="the writer in front of a gap begins where prune.depth ends: at the least "
                                            "squares that stand in for the block")

@@ -1,6 +1,6 @@
 """How far a group of blocks, one of which is gone, is from what it was.
 
-    logits     mean_t KL(dense || now) of the model's predictions, behind all later blocks
+    logits     mean_t KL(before || now) of the model's predictions; before: when all blocks were there
     relative   mean_t |out_t - y_t|^2 / |y_t|^2     each token by its own size: massive activations are not all of it
     kl         mean_t KL(softmax(y_t) || softmax(out_t)) over the features
 
@@ -47,7 +47,7 @@ class GroupLoss:
 
 
 class PredictionLoss(GroupLoss):
-    """How far the model's predictions are from the dense model's.
+    """How far the model's predictions are from those with all blocks.
 
     visits: the blocks behind the group, too. wanted: what the last block is to write.
     """

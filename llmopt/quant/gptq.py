@@ -11,9 +11,9 @@ block, beside its own residual stream r~: by least squares over the tokens that 
 
 whose first sum is GPTAQ's (Li et al., 2025, arXiv:2504.02692). Every such fit takes away more of what is missing at the
 calibration tokens than at others, and all fits of a model together have more numbers than there are tokens: hence a
-larger ridge than GPTQ's damping. The loss, and the figure `output_error`, are those of
-the distance to this weight. Scales are searched for what the errors of a group do to the outputs (search.py), and may
-be negative (grid.py). After the sweep scales and codes are improved in turns (alternate.py).
+larger ridge than GPTQ's damping. The loss, and the figure `output_error`, are those of the distance to this weight.
+Scales are searched for what the errors of a group do to the outputs (search.py), and may be negative (grid.py). After
+the sweep scales and codes are improved in turns (alternate.py).
 
 Entries that are to stay 0 (zeros.py) get the code of 0: their e_i is all that they have come to by then, and what
 follows takes it. (SparseGPT's way. To send them nothing lost a seventh more on SmolLM2 with a 2:4 pattern.)
@@ -158,7 +158,7 @@ def pull(weight: Tensor, moments: Moments, ridge: float) -> Tensor | float:
 
 
 def _solved(rows: Tensor, moments: Moments, ridge: float) -> Tensor:
-    """`rows` (H + ridge)^-1, 0 for inputs that are always 0."""
+    """`rows` (H + ridge)^-1, 0 for inputs that are always 0, and where no ridge up to 1 makes H invertible."""
     hessian = moments.hessian.clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1

@@ -25,7 +25,7 @@ class Job:
     ratio: float = 0.0          # pruning: the share of the FFN channels that leaves
     out: str = ""
     iterations: int = 200       # of methods that have some
-    seed: int = 0               # of what methods draw
+    seed: int = 0               # of torch, and of llmopt's methods; AutoRound has one of its own
     steps: list[dict] = field(default_factory=list)         # llmopt's own: what a recipe's `steps` say
     solver: float = 0.0         # the answer: CPU seconds of calibration and solving
     versions: dict[str, str] = field(default_factory=dict)          # the answer, too
